@@ -1,0 +1,281 @@
+"""Estimate the curvature of every prunable linear layer by hooked passes over calibration data."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_surgeon.config import FISHERS
+from llm_surgeon.data import Calibration
+from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
+from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode, to_list
+from surgeon_kernels import gram_accumulate_
+
+# Tokens whose logits are held in float32 at once.
+_CHUNK = 1024
+
+
+@dataclass
+class Curvature:
+    """Kronecker factors of the mean loss's curvature, ``F ≈ G ⊗ A``, for every linear layer.
+
+    Attributes:
+        loss: mean cross-entropy of the data's tokens under the model, nats per token.
+        tokens: N, the tokens counted (padding is not).
+    """
+
+    loss: float
+    tokens: int
+    _inputs: dict[str, Tensor] = field(repr=False)  # input group -> Σ a aᵀ
+    _gradients: dict[str, Tensor] = field(repr=False)  # name -> Σ g gᵀ
+
+    def factors(self, linear: PrunableLinear) -> tuple[Tensor | None, Tensor]:
+        """``G = (1/N) Σ g gᵀ`` ``[R, R]`` (None when gradients were not captured) and ``A = (1/N) Σ a aᵀ``.
+
+        ``A`` is ``[C, C]``, or ``[C + 1, C + 1]`` with a constant 1 appended to every ``a`` where the layer
+        has a bias. Both are new tensors, float32 (float64 for a float64 model), which the caller may change.
+        """
+        size = linear.columns + linear.has_bias
+        A = self._inputs[linear.input_group][:size, :size] / self.tokens
+        G = self._gradients.get(linear.name)
+        return None if G is None else G / self.tokens, A
+
+
+def estimate_curvature(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    calibration: Calibration,
+    *,
+    batch_size: int,
+    fisher: str = "empirical",
+    seed: int = 0,
+    gradients: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Curvature:
+    """Accumulate ``A = (1/N) Σ a aᵀ`` and ``G = (1/N) Σ g gᵀ`` over the calibration data's N real tokens.
+
+    ``a`` is a linear's input at a token and ``g`` the gradient of the SUM of token cross-entropies with respect to
+    its output there, so that neither depends on the batch size (LLM Surgeon, van der Ouderaa et al., ICLR 2024,
+    sec. 3.1). One forward and one backward pass per batch, in evaluation mode, without any weight gradient.
+    Padded positions count for nothing. Linears that share an input share ``A``.
+
+    Args:
+        batch_size: sequences per pass.
+        fisher: ``"empirical"`` takes the data's next tokens as labels, ``"sampled"`` draws a label from the
+            model's own distribution at every real position.
+        seed: of the sampled labels.
+        gradients: without them only ``A`` and the loss are computed, by forward passes alone.
+        progress: called with (batches done, batches in all) after every batch.
+
+    Raises:
+        InputError: the calibration data hold no next token to predict, or a token the model does not know.
+        NumericalError: NaN or infinity in a layer's inputs or gradients or in the loss; the message names the
+            place where it was first met and the batch.
+        UnsupportedModelError: a layer's output has no influence on the loss through which to differentiate.
+    """
+    if fisher not in FISHERS:
+        raise InputError(f"unknown fisher {fisher!r}: choose one of {', '.join(FISHERS)}")
+    tokens, targets = _count(model, calibration)
+    batches = -(-calibration.input_ids.shape[0] // batch_size)
+    device = model.get_input_embeddings().weight.device
+    sampler = torch.Generator(device).manual_seed(seed) if fisher == "sampled" else None
+    sums = _Accumulators(decoder, gradients)
+    total = 0.0
+    with _frozen(model), evaluation_mode(model), sums.hooked(model), torch.set_grad_enabled(gradients):
+        for batch, (input_ids, mask) in enumerate(calibration.batches(batch_size, device), 1):
+            sums.mask = mask
+            logits = _logits(model, input_ids, mask)
+            loss, gradient = _cross_entropy(logits, input_ids, mask, sampler, with_gradient=gradients)
+            if gradient is not None:
+                logits.backward(gradient)
+            del logits, gradient
+            total += sums.check(loss, f"batch {batch} of {batches}")
+            if progress is not None:
+                progress(batch, batches)
+    return Curvature(total / targets, tokens, sums.inputs, sums.gradients)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int) -> float:
+    """Mean cross-entropy of the data's tokens under the model, nats per token, by forward passes alone.
+
+    Raises:
+        InputError: as :func:`estimate_curvature`.
+        NumericalError: the loss is NaN or infinite; the message names the first such batch.
+    """
+    _, targets = _count(model, calibration)
+    device = model.get_input_embeddings().weight.device
+    losses = []
+    with evaluation_mode(model):
+        for input_ids, mask in calibration.batches(batch_size, device):
+            losses.append(_cross_entropy(_logits(model, input_ids, mask), input_ids, mask)[0])
+    for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses]), 1):
+        if not finite:
+            raise NumericalError(f"NaN or infinity in the loss (batch {batch} of {len(losses)})")
+    return sum(to_list(losses)) / targets
+
+
+class _Accumulators:
+    """Sums of outer products of every linear's inputs and output gradients, filled by hooks."""
+
+    def __init__(self, decoder: Decoder, gradients: bool) -> None:
+        self.mask: Tensor | None = None  # of the batch that is running
+        self.inputs: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self._linears = decoder.linears
+        self._reached: set[str] = set()
+        self._with_ones = {linear.input_group for linear in decoder.linears if linear.has_bias}
+        for linear in decoder.linears:
+            weight = linear.module.get_parameter("weight")
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            if linear.input_group == linear.name:
+                size = linear.columns + (linear.name in self._with_ones)
+                self.inputs[linear.name] = torch.zeros(size, size, dtype=dtype, device=weight.device)
+            if gradients:
+                size = linear.rows
+                self.gradients[linear.name] = torch.zeros(size, size, dtype=dtype, device=weight.device)
+
+    @contextlib.contextmanager
+    def hooked(self, model: PreTrainedModel) -> Iterator[None]:
+        """Hooks on the linears, and one that starts the gradient's flow at the embeddings, for a while."""
+        handles = [
+            linear.module.register_forward_hook(lambda _, args, y, linear=linear: self._record(linear, args[0], y))
+            for linear in self._linears
+        ]
+        if self.gradients:
+            embeddings = model.get_input_embeddings()
+            handles.append(embeddings.register_forward_hook(lambda _, args, y: y.requires_grad_()))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, linear: PrunableLinear, x: Tensor, y: Tensor) -> None:
+        # Some models flatten [batch, length] to one dimension on the way.
+        mask = None if self.mask is None else self.mask.to(x.device).reshape(x.shape[:-1])
+        if linear.name in self.inputs:
+            ones_column = linear.name in self._with_ones
+            gram_accumulate_(self.inputs[linear.name], x.detach(), mask=mask, ones_column=ones_column)
+        if self.gradients:
+            if not y.requires_grad:
+                raise UnsupportedModelError(f"no gradient can flow through {linear.name}")
+            y.register_hook(lambda g: self._record_gradient(linear.name, g, mask))
+
+    def _record_gradient(self, name: str, g: Tensor, mask: Tensor | None) -> None:
+        self._reached.add(name)
+        gram_accumulate_(self.gradients[name], g, mask=mask)
+
+    def check(self, loss: Tensor, batch: str) -> float:
+        """The loss, after making sure that everything is finite, with one host synchronization.
+
+        Places are gone through in the order of computation (inputs forward, the loss, gradients backward), so
+        that the one named is where the trouble began.
+        """
+        for name in self.gradients:
+            if name not in self._reached:
+                raise UnsupportedModelError(f"the loss has no gradient with respect to the output of {name}")
+        self._reached.clear()
+        places = {f"the inputs of {name}": A.diagonal().sum() for name, A in self.inputs.items()}
+        places["the loss"] = loss
+        for name, G in reversed(self.gradients.items()):
+            places[f"the gradients of {name}"] = G.diagonal().sum()
+        values = dict(zip(places, to_list(list(places.values())), strict=True))
+        for place, value in values.items():
+            if not math.isfinite(value):
+                raise NumericalError(f"NaN or infinity in {place} ({batch})")
+        return values["the loss"]
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient for a while; afterwards each has its own flag back."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _count(model: PreTrainedModel, calibration: Calibration) -> tuple[int, int]:
+    """Numbers of real tokens and of next tokens to predict."""
+    input_ids, mask = calibration.input_ids, calibration.attention_mask
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    targets = int(_precedes_real(real).sum())
+    if targets == 0:
+        raise InputError("the calibration data are empty: no sequence has two tokens in a row")
+    vocabulary, largest = model.get_input_embeddings().weight.shape[0], int(input_ids.max())
+    if largest >= vocabulary:
+        raise InputError(f"the calibration data hold token {largest}, but the vocabulary has {vocabulary}")
+    return int(real.sum()), targets
+
+
+def _precedes_real(real: Tensor) -> Tensor:
+    """True where a real token is followed by a real token, bool ``[batch, length]``."""
+    out = torch.zeros_like(real)
+    out[:, :-1] = real[:, :-1] & real[:, 1:]
+    return out
+
+
+def _logits(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits ``[batch, length, V]``, positions counted from each sequence's first real token."""
+    positions = {}
+    if mask is not None and "position_ids" in inspect.signature(model.forward).parameters:
+        positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).logits
+
+
+@torch.no_grad()
+def _cross_entropy(
+    logits: Tensor,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    sampler: torch.Generator | None = None,
+    *,
+    with_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the data's token cross-entropies, and the gradient of the sum with respect to the logits.
+
+    The gradient, ``softmax(z) - onehot(label)`` at every position with a label, is written down instead of
+    derived by autograd: the logits are the largest tensor of all, and so only a chunk of them is ever held in
+    float32. With ``sampler`` the gradient's labels (not the loss's) are drawn from the softmax, at every real
+    position.
+    """
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    has_target = _precedes_real(real)
+    used = has_target if sampler is None else real
+    labels, has_target, used = (t.flatten().to(logits.device) for t in (input_ids.roll(-1, dims=1), has_target, used))
+    z = logits.detach().flatten(0, 1)
+    gradient = torch.zeros_like(z) if with_gradient else None
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    loss = torch.zeros((), dtype=dtype, device=z.device)
+    for start in range(0, z.shape[0], _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        log_p = z[chunk].to(dtype).log_softmax(dim=1)
+        label = labels[chunk, None]
+        loss -= log_p.gather(1, label)[:, 0].masked_fill(~has_target[chunk], 0.0).sum()
+        if gradient is not None:
+            p = log_p.exp_()
+            if sampler is not None:
+                label = _sample(p, sampler)
+            p.scatter_add_(1, label, p.new_full(label.shape, -1.0))
+            gradient[chunk] = p.masked_fill_(~used[chunk, None], 0.0)
+    return loss, None if gradient is None else gradient.view_as(logits)
+
+
+def _sample(p: Tensor, generator: torch.Generator) -> Tensor:
+    """One draw from each row of ``p`` ``[n, V]``: of V exponential clocks of rates p, the first to ring.
+
+    Unlike ``torch.multinomial`` this lets NaN through, which is then reported with the name of its layer.
+    """
+    clocks = torch.empty_like(p, device=generator.device).exponential_(generator=generator)
+    return (p / clocks.to(p.device)).argmax(dim=1, keepdim=True)

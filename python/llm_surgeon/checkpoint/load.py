@@ -1,0 +1,161 @@
+"""Load a checkpoint: safetensors only, every file checked first, and nothing filled in at random."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_surgeon.errors import InputError, UnsupportedModelError
+from llm_surgeon.resources import hub_reachable
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What a model needs from its hub repository: no pickles, and no other formats, which lie in subfolders.
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
+_NOT_DOWNLOADED = ["*/*", "consolidated*"]
+
+
+def load_model(
+    path_or_id: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
+    """A causal LM in ``dtype`` on ``device``, its tokenizer, and the dtype that most of its numbers are stored in.
+
+    Only safetensors are read, never pickles; the header and the length of every file are checked first.
+
+    Args:
+        path_or_id: a folder, or a model id on the Hugging Face hub.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        InputError: no such model; files missing or damaged; weights missing or of another shape than the
+            configuration says; no tokenizer; remote code needed and not allowed.
+        UnsupportedModelError: the checkpoint is quantized.
+    """
+    name = str(path_or_id)
+    folder = _folder_of(name)
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise UnsupportedModelError(f"model {name!r} is quantized: prune the checkpoint it was made from")
+    own_dtype = _check_weights(name, folder)
+    model: PreTrainedModel
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if device is not None:
+            model.to(device)
+    # Readers of configurations, weights and tokenizers raise whatever they please, even plain Exception.
+    except Exception as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise InputError(
+                f"model {name!r} needs the code that comes with it: read that code, then pass --trust-remote-code"
+            ) from error
+        raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+    # transformers fills what it does not find with random numbers.
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"model {name!r} lacks weights: {missing[0]} ({len(missing)} in all)")
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, stored, expected = mismatched[0]
+        raise InputError(
+            f"model {name!r} stores {key} as {tuple(stored)}, where its configuration says {tuple(expected)}"
+        )
+    # A folder without the tokenizer's files can give a tokenizer that knows special tokens only.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise InputError(f"model {name!r} comes without a tokenizer")
+    model.config.name_or_path = name  # the hub id rather than the cache folder it lies in
+    return model, tokenizer, own_dtype
+
+
+def _folder_of(name: str) -> Path:
+    """The local folder of a model, downloaded first where ``name`` is a hub id."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise InputError(f"model {name!r} is a file: pass the folder that holds it, with its config.json")
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+        online = hub_reachable()
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                allow_patterns=_DOWNLOADED,
+                ignore_patterns=_NOT_DOWNLOADED,
+                local_files_only=not online,
+            )
+        )
+    except HFValidationError as error:
+        raise InputError(f"no model folder {name!r}") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"no model folder {name!r}, and no such model that you may read on the hub") from error
+    except OSError as error:
+        reason = first_line(error) if online else "the Hugging Face hub cannot be reached"
+        raise InputError(f"no model folder {name!r}, and it cannot be downloaded: {reason}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder, or an :class:`InputError`."""
+    if not path.is_file():
+        raise InputError(f"model folder {str(path.parent)!r} has no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} is not a JSON object")
+    return content
+
+
+def _check_weights(name: str, folder: Path) -> torch.dtype:
+    """Open every safetensors file of the checkpoint; the dtype of most of its numbers."""
+    numbers: Counter[str] = Counter()
+    for path in _weight_files(name, folder):
+        try:
+            with safe_open(path, framework="pt") as file:  # compares the header with the file's length
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    tensor = file.get_slice(key)
+                    numbers[tensor.get_dtype()] += math.prod(tensor.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"weights file {str(path)!r} is damaged or cut short: {error}") from error
+    stored = numbers.most_common(1)[0][0] if numbers else "no numbers"
+    if stored not in _DTYPES:
+        raise UnsupportedModelError(f"model {name!r} is stored as {stored}: only {', '.join(_DTYPES)} can be pruned")
+    return _DTYPES[stored]
+
+
+def _weight_files(name: str, folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise InputError(
+            f"model {name!r} has no model.safetensors: pickled weights (.bin, .pt) are never loaded, convert them first"
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{str(index)!r} lists no weights")
+    files = [folder / str(file) for file in sorted(set(weight_map.values()), key=str)]
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"model {name!r} lacks the weights file {path.name!r} that its index lists")
+    return files
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the error's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

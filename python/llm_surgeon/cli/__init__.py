@@ -1,0 +1,5 @@
+"""The ``surgeon`` command."""
+
+from llm_surgeon.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,161 @@
+"""``surgeon prune | eval | demo | info``. Exit codes: 0 done, 1 failure, 2 bad usage or input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from llm_surgeon.cli import views
+from llm_surgeon.config import FISHERS, METHODS, UPDATES, PruneConfig
+from llm_surgeon.errors import InputError, SurgeonError
+from llm_surgeon.progress import Progress, TerminalProgress
+
+app = typer.Typer(
+    name="surgeon",
+    help="Prune large language models with Kronecker-factored curvature.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+# Options that prune() takes beside the fields of PruneConfig.
+_JOB_OPTIONS = ("calibration", "overwrite", "trust_remote_code", "device")
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+DATA_HELP = "wikitext2, c4, or a .txt, .jsonl, .parquet or .zip file"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: runs a command and turns errors into one line on stderr and an exit code."""
+    try:
+        app(args=arguments)
+    except InputError as error:
+        _fail(error, 2)
+    except SurgeonError as error:
+        _fail(error, 1)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    structure: Annotated[str | None, typer.Option(help="2:4, any N:M, unstructured, rows-columns.")] = None,
+    method: Annotated[str | None, typer.Option(help=" | ".join(METHODS))] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction to remove (implied by N:M).")] = None,
+    update: Annotated[str | None, typer.Option(help=" | ".join(UPDATES))] = None,
+    max_correlated: Annotated[int | None, typer.Option(help="m of the chunked update.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Rounds of estimate, select, update.")] = None,
+    damp_g: Annotated[float | None, typer.Option(help="Damping of G, relative to its mean diagonal.")] = None,
+    damp_a: Annotated[float | None, typer.Option(help="Damping of A, relative to its mean diagonal.")] = None,
+    fisher: Annotated[str | None, typer.Option(help=" | ".join(FISHERS))] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Joint solver: gap to the optimum to stop at.")] = None,
+    max_iterations: Annotated[int | None, typer.Option(help="Joint solver: cap on iterations.")] = None,
+    min_kept: Annotated[float | None, typer.Option(help="Fraction of every layer never removed.")] = None,
+    calibration: Annotated[str | None, typer.Option(help=f"{DATA_HELP} (default: wikitext2).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per pass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of windows and sampled labels.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of options; flags given here win.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT.")] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = None,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it takes.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune MODEL into OUT, a checkpoint that loads in plain transformers."""
+    flags = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("model", "out", "config", "dry_run", "quiet")
+    }
+    options = {**_read_yaml(config), **flags}
+    job_options = {name: options.pop(name) for name in _JOB_OPTIONS if name in options}
+    job_options.setdefault("calibration", "wikitext2")
+    settings = PruneConfig.from_mapping(options)
+    from llm_surgeon.pruning import CheckpointJob  # after the options are known to be good: imports torch models
+
+    job = CheckpointJob(model, out, settings, **job_options)
+    if dry_run:
+        views.print_plan(console, job)
+        return
+    with _progress(quiet) as progress:
+        report = job.run(progress)
+    if not quiet:
+        console.print(report.summary(), highlight=False)
+        console.print(f"\nwritten to {out}: the model, surgeon_report.json, report.html", highlight=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    data: Annotated[str, typer.Option(help=f"{DATA_HELP}; its test part is used.")] = "wikitext2",
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per pass.")] = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity of MODEL: exp of the mean token loss over non-overlapping windows of the test text."""
+    from llm_surgeon.evaluate import perplexity
+    from llm_surgeon.pruning import load_for_evaluation
+
+    causal_lm, windows = load_for_evaluation(model, data, seqlen, device, trust_remote_code)
+    with _progress(quiet) as progress:
+        progress.phase("perplexity")
+        value = perplexity(causal_lm, windows, batch_size, progress.step)
+    console.print(f"{value:.4f}" if quiet else f"perplexity {value:.4f}", highlight=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("demo-output"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune the small model that ships with the package to 2:4 with four methods and compare them."""
+    from llm_surgeon.demo import run_demo
+
+    with _progress(quiet) as progress:
+        results = run_demo(out, progress, overwrite=overwrite)
+    views.print_demo(console, results, out)
+
+
+@app.command()
+def info() -> None:
+    """Which accelerators, compiled parts and versions were found, and why something is missing."""
+    views.print_info(console)
+
+
+def _progress(quiet: bool) -> AbstractContextManager[Progress]:
+    return nullcontext(Progress()) if quiet else TerminalProgress()
+
+
+def _read_yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config file {path} cannot be read: {reason}") from error
+    if not isinstance(options, dict):
+        raise InputError(f"config file {path} must hold option: value lines")
+    return {str(name).replace("-", "_"): value for name, value in options.items()}
+
+
+def _fail(error: SurgeonError, code: int) -> None:
+    print(f"surgeon: {error}", file=sys.stderr)
+    sys.exit(code)

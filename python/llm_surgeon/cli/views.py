@@ -1,0 +1,67 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from llm_surgeon.resources import human_bytes
+from surgeon_kernels import build_info
+
+if TYPE_CHECKING:
+    from llm_surgeon.demo import DemoResult
+    from llm_surgeon.pruning import CheckpointJob
+
+
+def print_plan(console: Console, job: CheckpointJob) -> None:
+    """What a run would prune, and the memory, disk and time it would take."""
+    config, linears, plan = job.config, job.decoder.linears, job.plan()
+    weights = sum(linear.rows * linear.columns for linear in linears)
+    assert config.sparsity is not None
+    table = Table("layers", "kind", "rows × columns", title=f"{job.source}: {len(linears)} linear layers")
+    shapes = Counter((linear.kind, linear.rows, linear.columns) for linear in linears)
+    for (kind, rows, columns), count in shapes.items():
+        table.add_row(str(count), kind, f"{rows} × {columns}")
+    console.print(table)
+    console.print(
+        f"method {config.method}, structure {config.structure}, update {config.update}, {config.shots} shots: "
+        f"would remove {round(config.sparsity * weights):,} of {weights:,} weights\n"
+        f"memory {human_bytes(plan.memory_bytes)}, disk {human_bytes(plan.disk_bytes)}, "
+        f"about {_duration(plan.seconds)} on {next(job.model.parameters()).device}\n"
+        f"nothing was written to {job.out}",
+        highlight=False,
+    )
+
+
+def print_demo(console: Console, results: list[DemoResult], out: Path) -> None:
+    """The demo's table of perplexities."""
+    table = Table("method", "perplexity", "above dense", "seconds", title="2:4 pruning of the demo model, WikiText-2")
+    dense = results[0].perplexity
+    for result in results:
+        above = "" if result is results[0] else f"+{100 * (result.perplexity / dense - 1):.1f} %"
+        table.add_row(result.name, f"{result.perplexity:.2f}", above, f"{result.seconds:.1f}")
+    console.print(table)
+    console.print(f"the Surgeon model and its report.html are in {out}", highlight=False)
+
+
+def print_info(console: Console) -> None:
+    """Accelerators, parts and versions."""
+    found = build_info()
+    table = Table("what", "found", "", title="surgeon-kernels", title_justify="left")
+    for name, version in found["versions"].items():
+        table.add_row(name, version or "none", "")
+    for device in found["accelerators"]:
+        table.add_row("accelerator", device["name"], f"sm_{device['capability']}, {human_bytes(device['memory'])}")
+    for name, part in found["parts"].items():
+        table.add_row(name, "yes" if part["available"] else "no", part["reason"])
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,194 @@
+"""What to prune and how: one typed, frozen, validated value that every part of the system reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm_surgeon.errors import InputError
+
+METHODS = ("surgeon", "sparsegpt", "wanda", "magnitude", "l-obd", "k-obd")
+UPDATES = ("joint", "chunked", "independent", "none")
+FISHERS = ("empirical", "sampled")
+
+# Methods whose costs estimate the loss itself and so can be compared between layers (design: one global
+# threshold). The others know nothing of the loss: a global threshold would remove whole layers, so each layer
+# gets the same sparsity.
+GLOBAL_METHODS = ("surgeon", "k-obd")
+# Methods that have a definition for whole rows and columns.
+STRUCTURED_METHODS = ("surgeon", "k-obd", "l-obd", "magnitude")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A parsed ``structure``: ``unstructured``, ``rows-columns``, or N:M (keep ``n`` of every ``m``)."""
+
+    kind: str  # "unstructured" | "n:m" | "rows-columns"
+    n: int = 0
+    m: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Structure:
+        if text in ("unstructured", "rows-columns"):
+            return cls(text)
+        # YAML reads a bare 2:4 as a base-60 number.
+        match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+        if match is None:
+            raise InputError(
+                f"unknown structure {text!r}: choose 'unstructured', 'rows-columns' or a quoted N:M, '2:4'"
+            )
+        n, m = int(match[1]), int(match[2])
+        if not 0 < n < m:
+            raise InputError(f"structure {text!r} keeps {n} of every {m} weights: N:M needs 0 < N < M")
+        return cls("n:m", n, m)
+
+    @property
+    def sparsity(self) -> float | None:
+        """The fraction of weights an N:M pattern removes; ``None`` where the user chooses it."""
+        return (self.m - self.n) / self.m if self.kind == "n:m" else None
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Every option of a pruning run; validated when built, resolved defaults filled in.
+
+    Attributes:
+        structure: ``"2:4"`` or any ``"N:M"``, ``"unstructured"``, ``"rows-columns"``.
+        method: one of :data:`METHODS`.
+        sparsity: fraction of the decoder's linear weights to remove, in (0, 1). Implied by N:M; otherwise 0.5
+            (unstructured) or 0.3 (rows-columns) when left out.
+        update: how the surviving weights compensate (``method="surgeon"`` only): ``"joint"``, ``"chunked"``,
+            ``"independent"`` or ``"none"``. Rows and columns have one exact closed form, named ``"joint"``.
+        max_correlated: most pruned weights solved for together by the chunked update (the paper's m).
+        shots: rounds of estimate, select, update. Left out: 5; for rows-columns 8 for every 10 % removed (the
+            paper's settings); 1 for methods that do not re-estimate.
+        damp_g, damp_a: damping, relative to the mean diagonal of G and A. ``damp_g`` left out: 0.1, or 0.01
+            for rows-columns.
+        fisher: labels for the curvature: the data's own (``"empirical"``) or drawn from the model
+            (``"sampled"``).
+        tolerance: the joint solver stops when its objective is within this estimated fraction of the optimum.
+        max_iterations: cap on the joint solver's iterations.
+        min_kept: fraction of every layer (of its weights, or of its rows and its columns) never removed.
+        samples, seqlen: calibration windows and their length in tokens (``seqlen`` left out: 2048 or the
+            model's own limit, whichever is shorter).
+        batch_size: windows per forward and backward pass (left out: about 4096 tokens).
+        seed: seed of calibration windows and sampled labels.
+    """
+
+    structure: str = "2:4"
+    method: str = "surgeon"
+    sparsity: float | None = None
+    update: str | None = None
+    max_correlated: int = 2000
+    shots: int | None = None
+    damp_g: float | None = None
+    damp_a: float = 0.01
+    fisher: str = "empirical"
+    tolerance: float = 0.01
+    max_iterations: int = 100
+    min_kept: float = 0.02
+    samples: int = 128
+    seqlen: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        structure = Structure.parse(self.structure)
+        _require_choice("method", self.method, METHODS)
+        _require_choice("fisher", self.fisher, FISHERS)
+        if structure.kind == "rows-columns" and self.method not in STRUCTURED_METHODS:
+            raise InputError(
+                f"method {self.method!r} has no definition for rows and columns: "
+                f"choose one of {', '.join(STRUCTURED_METHODS)}"
+            )
+        self._resolve_sparsity(structure)
+        self._resolve_update(structure)
+        self._resolve_shots(structure)
+        if self.damp_g is None:
+            self._set("damp_g", 0.01 if structure.kind == "rows-columns" else 0.1)
+        _require_positive_int("max_correlated", self.max_correlated)
+        _require_positive_int("max_iterations", self.max_iterations)
+        _require_positive_int("samples", self.samples)
+        for name in ("seqlen", "batch_size"):
+            if getattr(self, name) is not None:
+                _require_positive_int(name, getattr(self, name))
+        for name in ("damp_g", "damp_a", "tolerance"):
+            _require_number(name, getattr(self, name), 0.0, math.inf)
+        _require_number("min_kept", self.min_kept, 0.0, 1.0, low_allowed=True)
+        assert self.sparsity is not None
+        if structure.kind != "n:m" and self.sparsity + self.min_kept > 1 + 1e-9:
+            raise InputError(
+                f"sparsity {self.sparsity} cannot be met while min_kept keeps {self.min_kept} of every layer"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise InputError(f"seed must be a whole number of at least 0, not {self.seed!r}")
+
+    @property
+    def pattern(self) -> Structure:
+        """The parsed ``structure``."""
+        return Structure.parse(self.structure)
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> PruneConfig:
+        """Build from plain data (a YAML file, say); an :class:`InputError` names an unknown key."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise InputError(f"unknown option {unknown[0]!r}: choose among {', '.join(sorted(known))}")
+        return cls(**options)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _resolve_sparsity(self, structure: Structure) -> None:
+        implied = structure.sparsity
+        if self.sparsity is None:
+            default = 0.3 if structure.kind == "rows-columns" else 0.5
+            self._set("sparsity", default if implied is None else implied)
+        _require_number("sparsity", self.sparsity, 0.0, 1.0)
+        if implied is not None and not math.isclose(self.sparsity or 0.0, implied, abs_tol=1e-9):
+            raise InputError(
+                f"structure {self.structure!r} removes {implied:g} of the weights: "
+                f"leave sparsity out, or choose 'unstructured' for sparsity {self.sparsity:g}"
+            )
+
+    def _resolve_update(self, structure: Structure) -> None:
+        updates = self.method == "surgeon"
+        if self.update is None:
+            self._set("update", "joint" if updates else "none")
+        _require_choice("update", self.update, UPDATES)
+        if not updates and self.update != "none":
+            raise InputError(f"update {self.update!r} needs method 'surgeon', not {self.method!r}")
+        if structure.kind == "rows-columns" and self.update == "chunked":
+            raise InputError("update 'chunked' has no meaning for rows-columns: 'joint' is their exact closed form")
+
+    def _resolve_shots(self, structure: Structure) -> None:
+        if self.shots is None:
+            assert self.sparsity is not None
+            multi = 5 if structure.kind != "rows-columns" else max(1, round(80 * self.sparsity))
+            self._set("shots", multi if self.method in GLOBAL_METHODS else 1)
+        _require_positive_int("shots", self.shots)
+        if self.method == "sparsegpt" and self.shots != 1:
+            raise InputError(f"method 'sparsegpt' goes through the layers once: shots must be 1, not {self.shots}")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _require_number(name: str, value: object, low: float, high: float, *, low_allowed: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (low < value < high or (low_allowed and value == low)):  # type: ignore[operator]
+        opening = "[" if low_allowed else "("
+        bound = f"in {opening}{low:g}, {high:g})" if high != math.inf else f"greater than {low:g}"
+        raise InputError(f"{name} must be a number {bound}, not {value!r}")

@@ -1,0 +1,66 @@
+"""What each method takes the removal of a weight, a row or a column to cost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.capture import Curvature
+from llm_surgeon.factors import DampedFactors
+from llm_surgeon.models import PrunableLinear
+from surgeon_kernels import column_cost, element_cost, row_cost
+
+
+def element_costs(
+    linear: PrunableLinear, method: str, curvature: Curvature | None, factors: DampedFactors | None
+) -> Tensor:
+    """Cost of removing each weight of ``linear`` on its own, ``[R, C]`` (no bias column).
+
+    ``surgeon``: ``½ W² / ([G⁻¹]_rr [A⁻¹]_cc)``; ``k-obd``: ``½ W² G_rr A_cc``; ``l-obd`` and ``wanda``: ``½ W² A_cc``;
+    ``magnitude``: ``½ W²``.
+    """
+    weight = linear.matrix()
+    g, a = _sensitivities(linear, method, curvature, factors, weight)
+    return element_cost(weight, g, a)[:, : linear.columns]
+
+
+def row_column_costs(
+    linear: PrunableLinear, method: str, curvature: Curvature | None, factors: DampedFactors | None
+) -> tuple[Tensor, Tensor]:
+    """Cost of removing each row ``[R]`` (its bias goes too) and each column ``[C]`` of ``linear``.
+
+    ``surgeon``: ``½ (W A Wᵀ)_rr / [G⁻¹]_rr`` and ``½ (Wᵀ G W)_cc / [A⁻¹]_cc``; the others, which take all weights
+    to be independent, sum their element costs.
+    """
+    weight = linear.matrix()
+    if method == "surgeon":
+        assert factors is not None
+        g, a = factors.of(linear)
+        rows = row_cost(weight, a.damped, 1.0 / g.inverse.diagonal())
+        columns = column_cost(weight, g.damped, 1.0 / a.inverse.diagonal())
+        return rows, columns[: linear.columns]
+    cost = element_cost(weight, *_sensitivities(linear, method, curvature, factors, weight))
+    return cost.sum(dim=1), cost.sum(dim=0)[: linear.columns]
+
+
+def _sensitivities(
+    linear: PrunableLinear,
+    method: str,
+    curvature: Curvature | None,
+    factors: DampedFactors | None,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The vectors ``g`` ``[R]`` and ``a`` ``[C']`` of ``½ W² g aᵀ``."""
+    ones_g, ones_a = torch.ones_like(weight[:, 0]), torch.ones_like(weight[0])
+    if method == "magnitude":
+        return ones_g, ones_a
+    if method == "surgeon":
+        assert factors is not None
+        g, a = factors.of(linear)
+        return 1.0 / g.inverse.diagonal(), 1.0 / a.inverse.diagonal()
+    assert curvature is not None
+    G, A = curvature.factors(linear)
+    if method == "k-obd":
+        assert G is not None
+        return G.diagonal(), A.diagonal()
+    return ones_g, A.diagonal()  # l-obd, wanda

@@ -1,0 +1,147 @@
+"""Token ids from text, and calibration sequences and evaluation windows from token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.errors import InputError
+from llm_surgeon.text import read_text as read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Token sequences of one length; checked when built.
+
+    Attributes:
+        input_ids: int64 ``[samples, seqlen]`` (any integer dtype is converted).
+        attention_mask: bool ``[samples, seqlen]``, False = padding; ``None`` (also what a mask without padding
+            becomes) = every token is real.
+
+    Raises:
+        InputError: no sequences, not integers, negative ids, another shape, or fewer than two tokens in a sequence.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        ids, mask = self.input_ids, self.attention_mask
+        require_windows(ids, "calibration input_ids")
+        object.__setattr__(self, "input_ids", ids.long())
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, not {shape}")
+        mask = mask.bool()
+        short = (mask.sum(1) < 2).nonzero()
+        if len(short):
+            raise InputError(f"calibration sequence {int(short[0])} has fewer than 2 tokens that are not padding")
+        object.__setattr__(self, "attention_mask", None if bool(mask.all()) else mask)
+
+    @classmethod
+    def of(cls, value: Any) -> Calibration:
+        """``value`` as a calibration set.
+
+        Args:
+            value: a :class:`Calibration`, an integer tensor ``[samples, seqlen]``, or mappings with ``input_ids``
+                and maybe ``attention_mask``: each a row ``[T]`` or a batch ``[b, T]`` (tensors or lists, such as a
+                tokenizer or a ``DataLoader`` gives), padded here to the longest T on the right.
+        """
+        if isinstance(value, Calibration):
+            return value
+        if isinstance(value, Tensor):
+            return cls(value)
+        items = [value] if isinstance(value, Mapping) else value
+        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+            raise InputError(
+                "calibration must be a Calibration, an integer tensor [samples, seqlen] or mappings with input_ids, "
+                f"not {type(value).__name__}"
+            )
+        ids: list[Tensor] = []
+        masks: list[Tensor] = []
+        for index, item in enumerate(items):
+            if not isinstance(item, Mapping) or "input_ids" not in item:
+                raise InputError(f"calibration item {index} is not a mapping with input_ids")
+            rows = _rows(item["input_ids"], f"input_ids of calibration item {index}")
+            mask = item.get("attention_mask")
+            if mask is None:
+                mask = torch.ones_like(rows)
+            mask = _rows(mask, f"attention_mask of calibration item {index}")
+            if mask.shape != rows.shape:
+                raise InputError(f"attention_mask of calibration item {index} has another shape than its input_ids")
+            ids.extend(rows)
+            masks.extend(mask)
+        if not ids:
+            raise InputError("calibration holds no sequences")
+        pad = torch.nn.utils.rnn.pad_sequence
+        return cls(pad(ids, batch_first=True), pad(masks, batch_first=True).bool())
+
+    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """``(input_ids, attention_mask)`` of at most ``batch_size`` sequences at a time, on ``device``, in order."""
+        for start in range(0, len(self.input_ids), batch_size):
+            part = slice(start, start + batch_size)
+            mask = None if self.attention_mask is None else self.attention_mask[part].to(device)
+            yield self.input_ids[part].to(device), mask
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The ids of the whole text, int64 ``[n]``: one BOS in front (where the tokenizer has one), no other specials."""
+    # verbose=False: the stream is cut into windows later, so its length deserves no warning.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return torch.tensor(bos + ids, dtype=torch.int64)
+
+
+def calibration_windows(ids: Tensor, samples: int, seqlen: int, seed: int) -> Calibration:
+    """``samples`` windows of ``seqlen`` tokens of the stream ``ids``, starts drawn uniformly with ``seed``."""
+    _require_length(ids, seqlen)
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(ids) - seqlen + 1, (samples,), generator=generator)
+    return Calibration(ids[starts[:, None] + torch.arange(seqlen)])
+
+
+def evaluation_windows(ids: Tensor, seqlen: int) -> Tensor:
+    """The stream cut into non-overlapping windows ``[len(ids) // seqlen, seqlen]``, the tail dropped."""
+    _require_length(ids, seqlen)
+    count = len(ids) // seqlen
+    return ids[: count * seqlen].view(count, seqlen)
+
+
+def require_windows(ids: Any, name: str) -> None:
+    """Raise :class:`InputError` unless ``ids`` is an integer tensor of at least one row of two or more token ids."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(f"{name} must be a tensor of integers, not {kind}")
+    if ids.dim() != 2:
+        raise InputError(f"{name} must be [sequences, tokens], not of shape {tuple(ids.shape)}")
+    if not len(ids) or ids.shape[1] < 2:
+        raise InputError(f"{name} needs a sequence of at least 2 tokens, not shape {tuple(ids.shape)}")
+    if int(ids.min()) < 0:
+        raise InputError(f"{name} holds the negative token id {int(ids.min())}")
+
+
+def _require_length(ids: Tensor, seqlen: int) -> None:
+    if len(ids) < seqlen:
+        raise InputError(
+            f"the text has {len(ids)} tokens and one sequence needs {seqlen}: pass more text or less seqlen"
+        )
+
+
+def _rows(value: Any, name: str) -> Tensor:
+    """A row ``[T]`` or a batch ``[b, T]``, a tensor or lists, as ``[b, T]`` integers."""
+    try:
+        tensor = torch.atleast_2d(torch.as_tensor(value))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is not a rectangular array of integers: {error}") from error
+    if tensor.is_floating_point() or tensor.dim() > 2:
+        raise InputError(f"{name} must be integers [T] or [b, T], not {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor.long()

@@ -1,0 +1,57 @@
+"""The main job on a small model that ships with the package: no network, no GPU, under two minutes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+
+from llm_surgeon.checkpoint import check_output, load_model
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.data import calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.evaluate import perplexity
+from llm_surgeon.progress import Progress
+from llm_surgeon.pruning import prune, write_pruned
+
+_METHODS = {"magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "surgeon": "Surgeon (joint)"}
+_SEQLEN, _CALIBRATION_WINDOWS, _TEST_WINDOWS = 256, 32, 64
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """One row of the demo's table; ``seconds`` is the time to prune."""
+
+    name: str
+    perplexity: float
+    seconds: float
+
+
+def run_demo(out: str | Path, progress: Progress | None = None, *, overwrite: bool = False) -> list[DemoResult]:
+    """Prune the shipped model to 2:4 with four methods; write the Surgeon one and its report to ``out``.
+
+    Returns:
+        Dense first, then the methods; the same figures on each run of one machine.
+    """
+    progress, out = progress or Progress(), Path(out)
+    with as_file(files("llm_surgeon.demo") / "assets") as assets:
+        source = assets / "model"
+        check_output(out, str(source), overwrite)
+        train = read_text(str(assets / "wikitext2-train-slice.txt"), "calibration")
+        test = read_text(str(assets / "wikitext2-test-slice.txt"), "evaluation")
+        model, tokenizer, dtype = load_model(str(source), device=torch.device("cpu"))
+        calibration = calibration_windows(tokenize(train, tokenizer), _CALIBRATION_WINDOWS, _SEQLEN, seed=0)
+        windows = evaluation_windows(tokenize(test, tokenizer), _SEQLEN)[:_TEST_WINDOWS]
+        dense = perplexity(model, windows)
+        results = [DemoResult("Dense", dense, 0.0)]
+        for method, name in _METHODS.items():
+            model, tokenizer, dtype = load_model(str(source), device=torch.device("cpu"))
+            begun = time.perf_counter()
+            report = prune(model, calibration, config=PruneConfig(method=method), progress=progress)
+            seconds = time.perf_counter() - begun
+            results.append(DemoResult(name, perplexity(model, windows), seconds))
+        report.perplexity = {"dense": dense, "pruned": results[-1].perplexity}
+        write_pruned(model, tokenizer, out, dtype, report, "the demo model of surgeon-kernels", overwrite)
+    return results

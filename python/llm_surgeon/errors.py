@@ -1,0 +1,17 @@
+"""The errors a user can meet. Each message is one sentence that names the thing at fault."""
+
+
+class SurgeonError(Exception):
+    """Base class of every error raised on purpose by ``llm_surgeon``."""
+
+
+class InputError(SurgeonError, ValueError):
+    """The request cannot be met as it stands: an option, a file, a model or data at fault (exit code 2)."""
+
+
+class UnsupportedModelError(InputError):
+    """The model holds a layer that cannot be pruned here; the message names it."""
+
+
+class NumericalError(SurgeonError, ArithmeticError):
+    """NaN or infinity met in weights, activations or gradients; the message names the layer and batch (exit code 1)."""

@@ -1,0 +1,70 @@
+"""Perplexity of a causal language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.data import require_windows
+from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.models import evaluation_mode
+
+_BATCH_TOKENS = 4096
+# Positions whose logits are held in float32 at once.
+_CHUNK = 1024
+
+
+@torch.no_grad()  # not inference_mode: what a model caches in a forward pass must stay usable for gradients later
+def perplexity(
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """``exp(mean token cross-entropy)``, each window predicting its own tokens 2..seqlen.
+
+    Log-probabilities are computed in float32 from the model's logits and summed in float64. The model runs in
+    evaluation mode; its training flags are put back.
+
+    Args:
+        windows: integer token ids ``[n, seqlen]``, see :func:`~llm_surgeon.data.evaluation_windows`.
+        batch_size: windows per forward pass (left out: about 4096 tokens).
+        progress: called as ``progress(windows_done, windows)``.
+
+    Raises:
+        InputError: no windows, or a token id that the model has no embedding for.
+        NumericalError: NaN or infinity in a window's loss; the message names the window.
+    """
+    require_windows(windows, "evaluation windows")
+    embeddings = model.get_input_embeddings().weight
+    largest = int(windows.max())
+    if largest >= len(embeddings):
+        raise InputError(f"evaluation windows hold token id {largest}, and the model has {len(embeddings)} embeddings")
+    count, seqlen = windows.shape
+    batch_size = batch_size or max(1, _BATCH_TOKENS // seqlen)
+    total = 0.0
+    with evaluation_mode(model):
+        for start in range(0, count, batch_size):
+            ids = windows[start : start + batch_size].to(embeddings.device).long()
+            logits = model(input_ids=ids, use_cache=False).logits
+            losses = [_window_loss(row, window) for row, window in zip(logits, ids, strict=True)]
+            for index, loss in enumerate(torch.stack(losses).tolist(), start):
+                if not math.isfinite(loss):
+                    raise NumericalError(f"NaN or infinity in the loss of evaluation window {index} of {count}")
+                total += loss
+            if progress is not None:
+                progress(min(start + batch_size, count), count)
+    mean = total / (count * (seqlen - 1))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _window_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Summed cross-entropy of tokens 1.. of one window, float64 scalar."""
+    labels = ids[1:].to(logits.device)
+    chunks = zip(logits[:-1].split(_CHUNK), labels.split(_CHUNK), strict=True)
+    return torch.stack([F.cross_entropy(x.float(), y, reduction="none").double().sum() for x, y in chunks]).sum()

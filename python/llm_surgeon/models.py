@@ -1,0 +1,271 @@
+"""Find the prunable linear layers of a causal language model by structure, not by the architecture's name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llm_surgeon.errors import NumericalError, UnsupportedModelError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Two sequences of three tokens: unequal sizes tell [batch, length, C] from any other layout.
+_PROBE_SHAPE = (2, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class PrunableLinear:
+    """One linear layer ``y = W a + b`` of a decoder block, ``W`` ``[R, C]``.
+
+    Attributes:
+        name: its name in the model, ``"model.layers.0.self_attn.q_proj"``.
+        module: ``nn.Linear``, or transformers' ``Conv1D``, which stores ``Wᵀ``.
+        depth: index of its decoder block.
+        kind: its name inside the block, ``"self_attn.q_proj"``.
+        input_group: name of the first linear to read the very same input tensor; its own name when alone.
+    """
+
+    name: str
+    module: nn.Module
+    depth: int
+    kind: str
+    input_group: str
+
+    @property
+    def rows(self) -> int:
+        """Output features R."""
+        return self._weight.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Input features C, the bias not counted."""
+        return self._weight.shape[1]
+
+    @property
+    def has_bias(self) -> bool:
+        return self._bias is not None
+
+    def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A new tensor ``[W | b]``, ``[R, C + 1]``, or ``W``, ``[R, C]``, without a bias."""
+        out = torch.empty(self._matrix_shape, dtype=dtype, device=self._weight.device)
+        out[:, : self.columns] = self._weight
+        if self._bias is not None:
+            out[:, -1] = self._bias
+        return out
+
+    def write(self, matrix: Tensor) -> None:
+        """Copy ``matrix``, shaped as :meth:`matrix` returns it, into the module's parameters and dtype."""
+        if matrix.shape != self._matrix_shape:
+            raise ValueError(f"the matrix of {self.name} is {self._matrix_shape}, not {tuple(matrix.shape)}")
+        # Adding zero turns -0.0, whether given or made by rounding to a narrower dtype, into +0.0.
+        self._weight.copy_(matrix[:, : self.columns]).add_(0.0)
+        if self._bias is not None:
+            self._bias.copy_(matrix[:, -1]).add_(0.0)
+
+    @property
+    def _matrix_shape(self) -> tuple[int, int]:
+        return self.rows, self.columns + self.has_bias
+
+    @property
+    def _weight(self) -> Tensor:
+        """``W`` as an ``[R, C]`` view of the module's storage."""
+        weight = self.module.get_parameter("weight").detach()
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return None if self.module.bias is None else self.module.get_parameter("bias").detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """The decoder blocks of a model and their linear layers, in execution order."""
+
+    blocks: list[nn.Module]
+    linears: list[PrunableLinear]
+
+
+def find_decoder(model: PreTrainedModel) -> Decoder:
+    """Find the decoder blocks of a causal language model and every linear layer inside them.
+
+    The blocks are the elements of the outermost ``nn.ModuleList`` that holds linear layers (of several, the
+    one with most parameters). Execution order and shared inputs are those of one forward pass over six
+    tokens. Whatever lies outside the blocks (embeddings, the output head) is not prunable.
+
+    Raises:
+        UnsupportedModelError: the model is not a decoder-only language model with floating-point weights, or
+            a block holds a matrix that would be skipped or cannot be pruned on its own; the message names it.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder: only decoder-only models are supported"
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} is quantized: prune the unquantized model")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"parameter {name} is on the meta device: load the whole model into memory")
+    prefix, blocks = _find_blocks(model)
+    places = {
+        _join(prefix, depth, kind): (module, depth, kind)
+        for depth, block in enumerate(blocks)
+        for kind, module in block.named_modules(remove_duplicate=False)
+        if _is_linear(module)
+    }
+    modules = {name: module for name, (module, _, _) in places.items()}
+    _check_parameters(prefix, blocks, modules)
+    _check_sharing(model, modules)
+    groups = _probe(model, modules)
+    return Decoder(blocks, [PrunableLinear(name, *places[name], group) for name, group in groups.items()])
+
+
+def check_finite(decoder: Decoder) -> None:
+    """Raise :class:`NumericalError` naming the first weight or bias that holds NaN or infinity."""
+    parameters = [
+        (name, parameter)
+        for linear in decoder.linears
+        for name, parameter in linear.module.named_parameters(prefix=linear.name, recurse=False)
+    ]
+    finite = [parameter.detach().isfinite().all() for _, parameter in parameters]
+    for (name, _), good in zip(parameters, to_list(finite), strict=True):
+        if not good:
+            raise NumericalError(f"{name} holds NaN or infinity")
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for a while; afterwards every module has its own ``training`` flag back."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def to_list(scalars: list[Tensor]) -> list:
+    """The values of one-element tensors, on any devices, with one host synchronization."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
+
+
+def _join(*parts: object) -> str:
+    return ".".join(str(part) for part in parts if part != "")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Name and elements of the outermost module list that holds linears, the one with most parameters."""
+    outermost: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and any(_is_linear(child) for child in module.modules())
+            and not any(name.startswith(f"{outer}.") for outer in outermost)
+        ):
+            outermost[name] = module
+    if not outermost:
+        raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder blocks that hold linear layers")
+    name = max(outermost, key=lambda name: sum(p.numel() for p in outermost[name].parameters()))
+    return name, list(outermost[name])
+
+
+def _check_parameters(prefix: str, blocks: list[nn.Module], linears: dict[str, nn.Module]) -> None:
+    """Refuse matrices that are in no linear layer, and linears of anything but plain floating point."""
+    others = [
+        (_join(prefix, depth, kind, name), parameter, module)
+        for depth, block in enumerate(blocks)
+        for kind, module in block.named_modules()
+        if not _is_linear(module) and not isinstance(module, nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    ]
+    for name, parameter, module in others:
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d):
+            raise UnsupportedModelError(
+                f"{name} is a stack of {parameter.shape[0]} matrices: fused mixture-of-experts layers are not supported"
+            )
+    for name, parameter, module in others:
+        raise UnsupportedModelError(
+            f"{name} {list(parameter.shape)} belongs to a {type(module).__name__}, not to a linear layer: "
+            "it cannot be pruned and would be skipped"
+        )
+    for name, linear in linears.items():
+        for kind, parameter in linear.named_parameters(recurse=False):
+            if kind not in ("weight", "bias"):
+                raise UnsupportedModelError(f"{name} has a parameter {kind!r} that an ordinary linear layer has not")
+            if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES:
+                raise UnsupportedModelError(
+                    f"{name}.{kind} is a {type(parameter).__name__} of {parameter.dtype}: "
+                    "only plain floating-point weights (not quantized or distributed) can be pruned"
+                )
+
+
+def _check_sharing(model: nn.Module, linears: dict[str, nn.Module]) -> None:
+    """Refuse linears that are one module under two names, or whose parameters are also another's."""
+    seen_modules: dict[int, str] = {}
+    inside = {id(linear) for linear in linears.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in inside and seen_modules.setdefault(id(module), name) != name:
+            raise UnsupportedModelError(
+                f"{seen_modules[id(module)]} and {name} are the same module: shared layers are not supported"
+            )
+    owners: dict[tuple[torch.device, int], str] = {}
+    tied: list[tuple[str, str]] = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if type(parameter) is nn.Parameter and parameter.numel() > 0:
+            owner = owners.setdefault((parameter.device, parameter.data_ptr()), name)
+            if owner != name:
+                tied.append((owner, name))
+    for names in tied:
+        if any(name.rpartition(".")[0] in linears for name in names):
+            raise UnsupportedModelError(f"{names[0]} and {names[1]} are tied: shared weights are not supported")
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, str]:
+    """The input group of every linear, in execution order, from one forward pass over a few tokens."""
+    groups: dict[str, str] = {}
+    readers: dict[tuple[int, int], str] = {}
+    held: list[Tensor] = []  # inputs are kept alive, so that an id stands for one tensor throughout the pass
+
+    def record(name: str, x: Tensor, y: object) -> None:
+        if name in groups:
+            raise UnsupportedModelError(f"{name} runs more than once per forward pass: reused layers are not supported")
+        if x.shape[:-1] not in (_PROBE_SHAPE, (_PROBE_SHAPE[0] * _PROBE_SHAPE[1],)):
+            raise UnsupportedModelError(f"{name} does not read one vector per token: its input is {list(x.shape)}")
+        if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
+            raise UnsupportedModelError(f"{name} does not return one vector per token")
+        held.append(x)
+        # The version tells a tensor from the same tensor changed in place since.
+        groups[name] = readers.setdefault((id(x), x._version), name)
+
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(_PROBE_SHAPE[0] * _PROBE_SHAPE[1], device=embedding.device) % embedding.shape[0]
+    hooks = [
+        linear.register_forward_hook(lambda _, args, y, name=name: record(name, args[0], y))
+        for name, linear in linears.items()
+    ]
+    try:
+        with evaluation_mode(model):
+            output = model(input_ids=ids.view(_PROBE_SHAPE), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.shape[:-1] != _PROBE_SHAPE:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives no logits for every token: load a causal language model"
+        )
+    for name in linears:
+        if name not in groups:
+            raise UnsupportedModelError(f"{name} does not run in a forward pass: it cannot be pruned")
+    return groups

@@ -1,0 +1,257 @@
+"""Prune a model in memory, or a checkpoint into a new checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.data import Calibration, calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.errors import InputError
+from llm_surgeon.models import Decoder, check_finite, find_decoder
+from llm_surgeon.progress import Progress
+from llm_surgeon.report.schema import LayerReport, PruneReport, collect_versions
+from llm_surgeon.resources import Estimate, estimate, peak_memory, require_disk, require_memory
+from llm_surgeon.select import Selection
+from llm_surgeon.shots import ShotLoop
+
+
+def prune(
+    model: nn.Module,
+    calibration: Any,
+    structure: str = "2:4",
+    *,
+    config: PruneConfig | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PruneReport:
+    """Prune the decoder's linear layers of a causal LM in place.
+
+    Args:
+        model: a decoder-only Hugging Face causal LM; computed in the dtype and on the device it is in (float32 is
+            recommended: bfloat16 weights round every update).
+        calibration: a :class:`~llm_surgeon.data.Calibration`, token ids ``[samples, seqlen]``, or a sequence of
+            mappings with ``input_ids`` and, optionally, ``attention_mask``.
+        structure: ``"2:4"``, any ``"N:M"``, ``"unstructured"`` or ``"rows-columns"``.
+        config: every option at once, in place of ``structure`` and ``options``.
+        progress: receiver of progress; none by default.
+        **options: fields of :class:`PruneConfig`.
+
+    Returns:
+        The report: what was removed from which layer, and predicted beside measured loss of every shot.
+
+    Raises:
+        InputError: the model, the data or an option is at fault; nothing was changed.
+        NumericalError: NaN or infinity was met; the model has its original weights again.
+    """
+    if config is None:
+        config = PruneConfig(structure=structure, **options)
+    elif options or structure != "2:4":
+        raise InputError("give either config or single options, not both")
+    windows = Calibration.of(calibration)
+    samples, seqlen = windows.input_ids.shape
+    config = dataclasses.replace(config, samples=samples, seqlen=seqlen)
+    decoder = find_decoder(model)
+    _check_model(decoder, config)
+    begun, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    loop = ShotLoop(model, decoder, windows, config, progress or Progress())
+    with _restored_on_failure(decoder):
+        loop.run()
+    return PruneReport(
+        config=dataclasses.asdict(config),
+        versions=collect_versions(),
+        model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        started=started,
+        seconds=time.perf_counter() - begun,
+        peak_memory_bytes=peak_memory(device),
+        layers=_layer_reports(decoder, loop.selections),
+        shots=loop.reports,
+    )
+
+
+def prune_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: PruneConfig | None = None,
+    *,
+    calibration: str = "wikitext2",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PruneReport:
+    """Prune the checkpoint ``source`` (a folder or hub id) into the new folder ``out``.
+
+    Computes in float32 on ``device`` (a GPU where there is one) and writes safetensors in the checkpoint's own dtype
+    that load in plain ``AutoModelForCausalLM``, with tokenizer, config, a model card, ``surgeon_report.json`` and
+    ``report.html``. ``out`` appears only when it is complete.
+
+    Args:
+        calibration: ``"wikitext2"``, ``"c4"`` or a path, see :func:`~llm_surgeon.data.read_text`.
+        overwrite: replace an ``out`` that is not empty.
+        trust_remote_code: run model code that comes with the checkpoint.
+        **options: fields of :class:`PruneConfig`, where ``config`` is not given.
+
+    Raises:
+        InputError: see :func:`prune`; also for what is wrong with ``source``, ``out``, memory or disk.
+    """
+    if config is not None and options:
+        raise InputError("give either config or single options, not both")
+    job = CheckpointJob(
+        source,
+        out,
+        config or PruneConfig(**options),
+        calibration=calibration,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        device=device,
+    )
+    return job.run(progress)
+
+
+class CheckpointJob:
+    """A checkpoint loaded and checked, ready to be pruned: everything that can be refused is refused when built."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        out: str | Path,
+        config: PruneConfig,
+        *,
+        calibration: str,
+        overwrite: bool = False,
+        trust_remote_code: bool = False,
+        device: str | None = None,
+    ) -> None:
+        self.source, self.out, self.overwrite = str(source), Path(out), overwrite
+        check_output(self.out, self.source, overwrite)
+        text = read_text(calibration, "calibration")
+        self.model, self.tokenizer, self.dtype = load_model(
+            self.source, device=_device(device), trust_remote_code=trust_remote_code
+        )
+        self.config = dataclasses.replace(config, seqlen=_seqlen(config.seqlen, self.model))
+        assert self.config.seqlen is not None
+        self.decoder = find_decoder(self.model)
+        _check_model(self.decoder, self.config)
+        self.calibration = calibration_windows(
+            tokenize(text, self.tokenizer), self.config.samples, self.config.seqlen, self.config.seed
+        )
+
+    def plan(self) -> Estimate:
+        """Estimated memory, disk and time of the run."""
+        return estimate(self.model, self.decoder.linears, self.config, saved_dtype=self.dtype)
+
+    def run(self, progress: Progress | None = None) -> PruneReport:
+        """Prune and write ``out``."""
+        plan = self.plan()
+        require_memory(plan.additional_bytes, next(self.model.parameters()).device)
+        require_disk(self.out, plan.disk_bytes)
+        report = prune(self.model, self.calibration, config=self.config, progress=progress)
+        write_pruned(self.model, self.tokenizer, self.out, self.dtype, report, self.source, self.overwrite)
+        return report
+
+
+def write_pruned(
+    model: nn.Module,
+    tokenizer: Any,
+    out: Path,
+    dtype: torch.dtype,
+    report: PruneReport,
+    base_model: str,
+    overwrite: bool,
+) -> None:
+    """Write a pruned model with its tokenizer, model card and reports to ``out``, which appears when complete."""
+    from llm_surgeon.report.render import render_html, render_model_card  # brings matplotlib: only where it is needed
+
+    save_checkpoint(
+        model,
+        tokenizer,
+        out,
+        dtype=dtype,
+        extra_files={
+            "README.md": render_model_card(report, base_model),
+            "surgeon_report.json": report.to_json(),
+            "report.html": render_html(report),
+        },
+        overwrite=overwrite,
+    )
+
+
+def load_for_evaluation(
+    source: str, data: str, seqlen: int | None, device: str | None, trust_remote_code: bool
+) -> tuple[nn.Module, Tensor]:
+    """The checkpoint ``source`` in float32 and the windows of ``data``'s test part, for :func:`perplexity`."""
+    text = read_text(data, "evaluation")
+    model, tokenizer, _ = load_model(source, device=_device(device), trust_remote_code=trust_remote_code)
+    return model, evaluation_windows(tokenize(text, tokenizer), _seqlen(seqlen, model))
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {error}".splitlines()[0]) from error
+
+
+def _seqlen(wanted: int | None, model: nn.Module) -> int:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if wanted is None:
+        return min(2048, longest or 2048)
+    if longest is not None and wanted > longest:
+        raise InputError(f"seqlen {wanted} is longer than the {longest} positions of the model")
+    return wanted
+
+
+def _check_model(decoder: Decoder, config: PruneConfig) -> None:
+    check_finite(decoder)
+    m = config.pattern.m
+    for linear in decoder.linears:
+        if m and linear.columns % m:
+            raise InputError(
+                f"structure {config.structure!r} needs widths divisible by {m}: {linear.name} has {linear.columns}"
+            )
+
+
+@contextmanager
+def _restored_on_failure(decoder: Decoder) -> Iterator[None]:
+    """Copies of the weights, kept in main memory, are put back if anything is raised."""
+    tensors = [p.data for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
+    originals = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, original in zip(tensors, originals, strict=True):
+            tensor.copy_(original)
+        raise
+
+
+def _layer_reports(decoder: Decoder, selections: list[Selection]) -> list[LayerReport]:
+    return [
+        LayerReport(
+            name=linear.name,
+            kind=linear.kind,
+            depth=linear.depth,
+            rows=linear.rows,
+            columns=linear.columns,
+            weights=linear.rows * linear.columns,
+            removed=int(selection.pruned.sum()),
+        )
+        for linear, selection in zip(decoder.linears, selections, strict=True)
+    ]

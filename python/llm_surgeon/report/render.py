@@ -1,0 +1,140 @@
+"""A :class:`PruneReport` as one self-contained HTML page, and as a model card for the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from llm_surgeon.report import plots, text
+from llm_surgeon.report.schema import PruneReport
+
+METHODS = {
+    "surgeon": "LLM Surgeon: Kronecker-factored curvature of the loss",
+    "sparsegpt": "SparseGPT: layer-wise reconstruction, layer after layer",
+    "wanda": "Wanda: magnitude times input norm",
+    "magnitude": "Magnitude pruning",
+    "l-obd": "Layer-wise optimal brain damage",
+    "k-obd": "Optimal brain damage with Kronecker-factored curvature",
+}
+STRUCTURES = {
+    "unstructured": "single weights, anywhere in a matrix",
+    "rows-columns": "whole rows and columns of the weight matrices",
+}
+
+
+def render_html(report: PruneReport) -> str:
+    """One HTML page with inline styles and figures: it loads nothing and runs no script."""
+    return _environment().get_template("report.html.j2").render(_context(report), figures=_figures(report))
+
+
+def render_model_card(report: PruneReport, base_model: str) -> str:
+    """A README.md for the pruned model: YAML front matter, what was removed, what it cost, how to load it.
+
+    ``base_model`` goes into the front matter only when it is a hub id such as ``facebook/opt-125m``.
+    """
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **({"base_model": base_model} if is_hub_id(base_model) else {}),
+        "tags": ["pruned", "sparse", "llm-surgeon"],
+    }
+    context = _context(report) | {
+        "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        "config_yaml": yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True),
+        "base_model": base_model,
+    }
+    return _environment().get_template("model_card.md.j2").render(context)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` can be a Hugging Face hub id and is not a local path."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("llm_surgeon.report"),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    formats = (text.percent, text.signed, text.compact, text.duration, text.memory, text.plural)
+    environment.filters.update({function.__name__: function for function in formats})
+    return environment
+
+
+def _context(report: PruneReport) -> dict[str, Any]:
+    measured = [shot for shot in report.shots if shot.measured_increase is not None]
+    predicted = [shot.predicted_increase for shot in measured if shot.predicted_increase is not None]
+    return {
+        "report": report,
+        "method": METHODS.get(str(report.config.get("method")), str(report.config.get("method"))),
+        "structure": describe_structure(str(report.config.get("structure"))),
+        "kinds": report.sparsity_by("kind"),
+        "dense": report.perplexity.get("dense"),
+        "pruned": report.perplexity.get("pruned"),
+        "measured_shots": len(measured),
+        "measured": sum(shot.measured_increase or 0.0 for shot in measured),
+        # Beside the measured total only if it is a total over the same shots.
+        "predicted": sum(predicted) if len(predicted) == len(measured) else None,
+        "costs": any(shot.loss_before is not None or shot.predicted_increase is not None for shot in report.shots),
+        "phases": list(dict.fromkeys(phase for shot in report.shots for phase in shot.seconds)),
+        "jitter": [(shot.index, layer, value) for shot in report.shots for layer, value in shot.jitter.items()],
+        "missing": text.MISSING,
+    }
+
+
+def describe_structure(structure: str) -> str:
+    """What a ``structure`` option removes, in words."""
+    if match := re.fullmatch(r"(\d+):(\d+)", structure):
+        n, m = int(match[1]), int(match[2])
+        return f"{m - n} of every {m} consecutive weights of a row"
+    return STRUCTURES.get(structure, structure)
+
+
+def _figures(report: PruneReport) -> list[tuple[Markup, str, str]]:
+    """``(svg, short description, caption)`` of every figure that has something to show."""
+    candidates = (
+        (
+            plots.sparsity_figure(report),
+            "Sparsity by decoder block and by kind of layer",
+            "Which parts of the model could spare the most weights; the dashed line is the decoder as a whole.",
+        ),
+        (
+            plots.prediction_figure(report),
+            "Predicted and measured loss increase of each shot",
+            "What each shot was expected to cost, from the curvature of the loss, and what it then cost, "
+            "measured on the calibration text.",
+        ),
+        (
+            plots.convergence_figure(report),
+            "Convergence of the solver",
+            "How far each layer's predicted cost still was above its final value while the remaining weights "
+            f"were adjusted.{_gap_sentence(report)}",
+        ),
+    )
+    return [
+        (Markup(plots.to_svg(figure, f"figure{number}")), description, caption)
+        for number, (figure, description, caption) in enumerate(candidates, start=1)
+        if figure is not None
+    ]
+
+
+def _gap_sentence(report: PruneReport) -> str:
+    solved = [shot for shot in report.shots if any(trace.gap is not None for trace in shot.solver)]
+    if not solved:
+        return ""
+    gap, layer = max((trace.gap, trace.layer) for trace in solved[-1].solver if trace.gap is not None)
+    return f" The layer furthest from its optimum ({layer}) ended an estimated {100 * gap:.2g}% above it."

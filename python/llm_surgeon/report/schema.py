@@ -1,0 +1,249 @@
+"""The record of one pruning run: plain data that survives a round trip through JSON.
+
+Losses and their increases are in nats per token. Weights are those of the decoder's linear layers; biases are
+never pruned and never counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, NoReturn
+
+import torch
+
+from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.report.text import duration, memory, percent, plural, signed
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned linear layer: ``removed`` of its ``weights`` (``rows * columns``) are zero by pruning.
+
+    ``depth`` is the index of its decoder block, ``kind`` its name inside the block.
+    """
+
+    name: str
+    kind: str
+    depth: int
+    rows: int
+    columns: int
+    weights: int
+    removed: int
+
+    @property
+    def sparsity(self) -> float:
+        """``removed / weights``; 0 for an empty layer."""
+        return self.removed / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class SolverTrace:
+    """How the update of one layer converged.
+
+    Attributes:
+        layer: the layer's name.
+        objective: predicted loss increase (nats per token) after 0, 1, 2, ... iterations.
+        gap: estimated ``objective / optimum - 1`` at the end; ``None`` where no estimate was made.
+    """
+
+    layer: str
+    objective: list[float]
+    gap: float | None = None
+
+    @property
+    def iterations(self) -> int:
+        return max(0, len(self.objective) - 1)
+
+
+@dataclass
+class ShotReport:
+    """One round of estimate, select, update. Not frozen: the next round tells what this one really cost.
+
+    Attributes:
+        index: 1 for the first shot.
+        target_sparsity, sparsity: asked for and reached after this shot, over all layers.
+        threshold: cost up to which weights were removed, ``None`` where each layer had its own.
+        loss_before: mean calibration loss before this shot; ``None`` when the method needs no passes.
+        predicted_increase: the quadratic objective of the update, summed over layers.
+        measured_increase: the next shot's ``loss_before`` minus this one's, where both are known.
+        seconds: wall time by phase ("curvature", "selection", "update", ...).
+        solver: one trace per layer that was solved for.
+        jitter: layer -> damping that had to be added beyond the configured one; usually empty.
+    """
+
+    index: int
+    target_sparsity: float
+    sparsity: float
+    threshold: float | None = None
+    loss_before: float | None = None
+    predicted_increase: float | None = None
+    measured_increase: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    solver: list[SolverTrace] = field(default_factory=list)
+    jitter: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class PruneReport:
+    """What was pruned, how, and what it cost.
+
+    Attributes:
+        config: the resolved options (:class:`llm_surgeon.config.PruneConfig` as a dict).
+        versions: see :func:`collect_versions`.
+        model: what was pruned: a hub id or a path.
+        device: where it ran.
+        parameters: parameters of the whole model, before pruning.
+        started: ISO 8601 time.
+        seconds, peak_memory_bytes: of the whole run; 0 bytes where the peak is not known.
+        layers, shots: in execution order.
+        perplexity: optional entries "dense" and "pruned".
+    """
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    model: str
+    device: str
+    parameters: int
+    started: str
+    seconds: float
+    peak_memory_bytes: int
+    layers: list[LayerReport]
+    shots: list[ShotReport]
+    perplexity: dict[str, float] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def weights(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def removed(self) -> int:
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Removed weights over all weights of all layers; 0 without any."""
+        return self.removed / self.weights if self.weights else 0.0
+
+    def sparsity_by(self, attribute: str) -> dict[Any, float]:
+        """Sparsity of every group of layers that share ``attribute`` ("kind" or "depth"), in execution order."""
+        totals: dict[Any, tuple[int, int]] = {}
+        for layer in self.layers:
+            weights, removed = totals.get(getattr(layer, attribute), (0, 0))
+            totals[getattr(layer, attribute)] = (weights + layer.weights, removed + layer.removed)
+        return {group: removed / weights if weights else 0.0 for group, (weights, removed) in totals.items()}
+
+    def to_json(self) -> str:
+        """The report as indented JSON; NaN or infinity anywhere is a :class:`NumericalError` that names the field."""
+        data = dataclasses.asdict(self)
+        for where, value in _floats(data, ""):
+            if not math.isfinite(value):
+                raise NumericalError(f"report field {where} is {value}")
+        return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruneReport:
+        """Read :meth:`to_json`'s output; :class:`InputError` names what is wrong with any other text."""
+        try:
+            data = json.loads(text, parse_constant=_reject_constant)
+        except json.JSONDecodeError as error:
+            raise InputError(f"the report is not valid JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise InputError(f"the report must be a JSON object, not {type(data).__name__}")
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"the report has schema_version {version!r}, but this version of llm_surgeon reads {SCHEMA_VERSION}"
+            )
+        report: PruneReport = _decode(cls, data, "report")
+        return report
+
+    def summary(self) -> str:
+        """A few lines for the terminal: what was done, each shot's predicted and measured cost, perplexity."""
+        options = f"structure {self.config.get('structure')}, update {self.config.get('update')}"
+        peak = f", peak memory {memory(self.peak_memory_bytes)}" if self.peak_memory_bytes else ""
+        lines = [
+            f"Pruned {self.model} with {self.config.get('method')} ({options}) on {self.device}",
+            f"Removed {self.removed:,} of {self.weights:,} weights ({percent(self.sparsity)}) in "
+            f"{plural(len(self.layers), 'layer')}, {plural(len(self.shots), 'shot')}, {duration(self.seconds)}{peak}",
+        ]
+        if self.shots:
+            lines.append("shot  sparsity  predicted   measured   (loss increase, nats per token)")
+        for shot in self.shots:
+            predicted, measured = signed(shot.predicted_increase), signed(shot.measured_increase)
+            lines.append(f"{shot.index:>4}  {percent(shot.sparsity):>8}  {predicted:>9}  {measured:>9}")
+        if self.perplexity:
+            lines.append("Perplexity: " + ", ".join(f"{value:.2f} {key}" for key, value in self.perplexity.items()))
+        return "\n".join(lines)
+
+
+def collect_versions() -> dict[str, str]:
+    """Versions a result depends on: python, torch, transformers, surgeon_kernels, and cuda where torch has it."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "surgeon_kernels"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "unknown"  # run from a source tree
+    if torch.version.cuda is not None:
+        versions["cuda"] = torch.version.cuda
+    return versions
+
+
+def _floats(value: object, where: str) -> Iterator[tuple[str, float]]:
+    """Every float inside plain data, with the path that leads to it."""
+    if isinstance(value, float):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _floats(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _floats(item, f"{where}[{index}]")
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise InputError(f"the report holds {name}, which is not a number")
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the annotated type ``hint``, checked all the way down."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):  # every union here is "T | None"
+        return None if value is None else _decode(arguments[0], value, where)
+    expected = origin or (dict if dataclasses.is_dataclass(hint) else hint)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise InputError(f"{where} must be of type {expected.__name__}, not {type(value).__name__}")
+    if origin is list:
+        return [_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is dict:
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _decode_dataclass(hint, value, where)
+    return value
+
+
+def _decode_dataclass(cls: Any, data: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise InputError(f"{where} has an unknown field {unknown[0]!r}")
+    for f in dataclasses.fields(cls):
+        optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        if f.name not in data and not optional:
+            raise InputError(f"{where} lacks the field {f.name!r}")
+    return cls(**{name: _decode(hints[name], value, f"{where}.{name}") for name, value in data.items()})

@@ -1,0 +1,44 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+MISSING = "–"
+
+
+def percent(fraction: float) -> str:
+    """``0.5`` -> ``"50.0%"``."""
+    return f"{100 * fraction:.1f}%"
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """``0.0123`` -> ``"+0.0123"``; ``None`` -> a dash."""
+    return MISSING if value is None else f"{value:+.{digits}f}"
+
+
+def compact(count: int) -> str:
+    """``84934656`` -> ``"84.9 M"``."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        # 999,950 would round to "1000.0 K": it belongs to the next unit.
+        if count >= 0.99995 * size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
+def duration(seconds: float) -> str:
+    """``192.3`` -> ``"3 min 12 s"``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory(size: int) -> str:
+    """Bytes -> ``"2.1 GiB"``, or MiB below a tenth of a GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def plural(count: int, noun: str) -> str:
+    """``(5, "shot")`` -> ``"5 shots"``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,0 +1,165 @@
+"""Which weights go: exact counts from costs, over the whole network or layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
+from surgeon_kernels import k_smallest, nm_group_cost, nm_select
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The pruned part of one layer: single weights, or whole rows and columns."""
+
+    pruned: Tensor  # bool [R, C], no bias column
+    rows: Tensor | None = None  # bool [R], set for rows-columns
+    columns: Tensor | None = None  # bool [C], set for rows-columns
+
+    @classmethod
+    def of_rows_columns(cls, rows: Tensor, columns: Tensor) -> Selection:
+        return cls(rows[:, None] | columns[None, :], rows, columns)
+
+
+def select_elements(
+    costs: Sequence[Tensor], previous: Sequence[Tensor], config: PruneConfig, sparsity: float
+) -> tuple[list[Selection], float | None]:
+    """Choose single weights so that ``sparsity`` of all of them is pruned, earlier choices included.
+
+    N:M chooses whole groups (their cost is the sum over the weights the pattern removes). Methods whose costs
+    estimate the loss share one global threshold, with the ``min_kept`` most expensive part of every layer exempt;
+    Wanda compares within a row, the others within a layer.
+
+    Args:
+        costs: ``[R, C]`` per layer; previous: bool ``[R, C]`` per layer, pruned already (they stay pruned).
+        sparsity: fraction to have pruned after this shot.
+
+    Returns:
+        One :class:`Selection` per layer and the global threshold (``None`` where there is none).
+    """
+    costs = [cost.masked_fill(gone, -math.inf) for cost, gone in zip(costs, previous, strict=True)]
+    if config.pattern.kind == "n:m":
+        masks, threshold = _select_groups(costs, previous, config, sparsity)
+    elif config.method == "wanda":
+        masks, threshold = [_cheapest_in_rows(cost, sparsity) for cost in costs], None
+    elif config.method in GLOBAL_METHODS:
+        exempt = [_protect(cost, config.min_kept) for cost in costs]
+        threshold, masks = k_smallest(exempt, round(sparsity * sum(cost.numel() for cost in costs)))
+    else:
+        masks, threshold = [k_smallest([cost], round(sparsity * cost.numel()))[1][0] for cost in costs], None
+    return [Selection(mask) for mask in masks], threshold
+
+
+def _select_groups(
+    costs: Sequence[Tensor], previous: Sequence[Tensor], config: PruneConfig, sparsity: float
+) -> tuple[list[Tensor], float | None]:
+    n, m = config.pattern.n, config.pattern.m
+    assert config.sparsity is not None
+    patterns = [nm_select(cost, n, m) for cost in costs]
+    # A group pruned in an earlier shot has weights of cost -inf in it, so it comes first again.
+    groups = [nm_group_cost(cost, pattern, n, m) for cost, pattern in zip(costs, patterns, strict=True)]
+    fraction = sparsity / config.sparsity
+    if config.method in GLOBAL_METHODS:
+        threshold, chosen = k_smallest(groups, round(fraction * sum(group.numel() for group in groups)))
+        return [_within(p, c, m) for p, c in zip(patterns, chosen, strict=True)], threshold
+    chosen = [k_smallest([group], round(fraction * group.numel()))[1][0] for group in groups]
+    return [_within(p, c, m) for p, c in zip(patterns, chosen, strict=True)], None
+
+
+def _within(pattern: Tensor, groups: Tensor, m: int) -> Tensor:
+    return pattern & groups.repeat_interleave(m, dim=1)
+
+
+def _cheapest_in_rows(cost: Tensor, sparsity: float) -> Tensor:
+    """The cheapest of each row; rows take turns at rounding so that the layer's total is exact."""
+    R, C = cost.shape
+    total = round(sparsity * R * C)
+    counts = total // R + (torch.arange(R, device=cost.device) < total % R).long()  # [R]
+    rank = cost.argsort(dim=1, stable=True).argsort(dim=1)
+    return rank < counts[:, None]
+
+
+def _protect(cost: Tensor, min_kept: float) -> Tensor:
+    """Costs with the most expensive ``floor(min_kept * n)`` made infinite: never chosen."""
+    kept = math.floor(min_kept * cost.numel())
+    return cost.masked_fill(~k_smallest([cost], cost.numel() - kept)[1][0], math.inf)
+
+
+def select_rows_columns(
+    costs: Sequence[tuple[Tensor, Tensor]], previous: Sequence[Selection], config: PruneConfig, sparsity: float
+) -> tuple[list[Selection], float | None]:
+    """Choose whole rows and columns, the cheapest per weight they remove, until ``sparsity`` of all weights is gone.
+
+    Removing r rows and c columns of one matrix removes ``r C + c R - r c`` weights; the count is met from above by
+    less than one row or column. At least one, and ``min_kept`` of every layer's rows and columns stay.
+
+    Args:
+        costs: row costs ``[R]`` and column costs ``[C]`` per layer; previous: what is removed already.
+    """
+    if config.method in GLOBAL_METHODS:
+        return _take_cheapest(costs, previous, config.min_kept, sparsity)
+    return [
+        _take_cheapest([cost], [before], config.min_kept, sparsity)[0][0]
+        for cost, before in zip(costs, previous, strict=True)
+    ], None
+
+
+def _take_cheapest(
+    costs: Sequence[tuple[Tensor, Tensor]], previous: Sequence[Selection], min_kept: float, sparsity: float
+) -> tuple[list[Selection], float | None]:
+    layers = [_Lines(cost, before, min_kept) for cost, before in zip(costs, previous, strict=True)]
+    scores = torch.cat([layer.scores for layer in layers])
+    owner = torch.repeat_interleave(torch.arange(len(layers)), torch.tensor([len(x.scores) for x in layers]))
+    is_row = torch.cat([torch.arange(len(x.scores)) < x.R for x in layers])
+    order = scores.argsort(stable=True)
+    order = order[: int(torch.isfinite(scores).sum())]
+    R, C, r0, c0 = (torch.tensor([getattr(x, key) for x in layers]) for key in ("R", "C", "r0", "c0"))
+    target = math.ceil(sparsity * int((R * C).sum()) - 1e-6)
+
+    def removed(count: int) -> int:
+        """Weights gone when the ``count`` cheapest lines go."""
+        taken = order[:count]
+        r = r0 + torch.bincount(owner[taken][is_row[taken]], minlength=len(layers))
+        c = c0 + torch.bincount(owner[taken][~is_row[taken]], minlength=len(layers))
+        return int((r * C + c * R - r * c).sum())
+
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if removed(middle) >= target else (middle + 1, high)
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    taken[order[:low]] = True
+    parts = taken.split([len(x.scores) for x in layers])
+    selections = [layer.with_removed(part) for layer, part in zip(layers, parts, strict=True)]
+    return selections, float(scores[order[low - 1]]) if low else None
+
+
+class _Lines:
+    """The rows and columns (lines) of one layer as candidates, scored by cost per weight still there."""
+
+    def __init__(self, cost: tuple[Tensor, Tensor], before: Selection, min_kept: float) -> None:
+        assert before.rows is not None and before.columns is not None
+        self.before = before
+        self.R, self.C = before.pruned.shape
+        self.r0, self.c0 = int(before.rows.sum()), int(before.columns.sum())
+        rows = _candidates(cost[0] / max(1, self.C - self.c0), before.rows, min_kept)
+        columns = _candidates(cost[1] / max(1, self.R - self.r0), before.columns, min_kept)
+        self.scores = torch.cat([rows, columns]).cpu()
+
+    def with_removed(self, taken: Tensor) -> Selection:
+        taken = taken.to(self.before.pruned.device)
+        assert self.before.rows is not None and self.before.columns is not None
+        return Selection.of_rows_columns(self.before.rows | taken[: self.R], self.before.columns | taken[self.R :])
+
+
+def _candidates(score: Tensor, gone: Tensor, min_kept: float) -> Tensor:
+    """Scores with what is gone already, and the most expensive that must stay, made infinite."""
+    score = score.masked_fill(gone, -math.inf)
+    kept = max(1, math.floor(min_kept * score.numel()))
+    score = score.masked_fill(~k_smallest([score], score.numel() - kept)[1][0], math.inf)
+    return score.masked_fill(gone, math.inf)

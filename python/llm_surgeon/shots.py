@@ -1,0 +1,185 @@
+"""The multi-shot loop: curvature -> costs -> selection -> update -> weights, once per shot (Algorithm 1)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from llm_surgeon.capture import Curvature, estimate_curvature, mean_loss
+from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
+from llm_surgeon.costs import element_costs, row_column_costs
+from llm_surgeon.data import Calibration
+from llm_surgeon.factors import DampedFactors
+from llm_surgeon.models import Decoder, PrunableLinear
+from llm_surgeon.progress import Progress
+from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.select import Selection, select_elements, select_rows_columns
+from llm_surgeon.sparsegpt import prune_sparsegpt
+from llm_surgeon.update import remove, remove_and_compensate
+from surgeon_kernels import objective
+
+T = TypeVar("T")
+
+
+class ShotLoop:
+    """Prunes ``decoder`` in place along the linear schedule: after shot t of T, ``t / T`` of the sparsity is reached.
+
+    Args:
+        model: the causal LM that ``decoder`` is part of.
+        calibration: windows the curvature and the losses are measured on.
+        config: what to prune and how.
+    """
+
+    def __init__(
+        self, model: nn.Module, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
+    ) -> None:
+        self.model, self.decoder, self.calibration = model, decoder, calibration
+        self.config, self.progress = config, progress
+        self.batch_size = config.batch_size or max(1, 4096 // calibration.input_ids.shape[1])
+        self.selections = [_nothing(linear, config) for linear in decoder.linears]
+        self.reports: list[ShotReport] = []
+
+    def run(self) -> None:
+        """Run every shot; ``selections`` then holds what is pruned and ``reports`` what each shot did.
+
+        Raises:
+            NumericalError: NaN or infinity, or a factor that is not positive definite; the layer is named.
+        """
+        assert self.config.shots is not None
+        self.progress.shots(self.config.shots)
+        for index in range(1, self.config.shots + 1):
+            self.progress.shot(index)
+            self._shot(index)
+            if index > 1:
+                self._record_loss_after(self.reports[-2], self.reports[-1].loss_before)
+        self.progress.phase("measure loss")
+        self._record_loss_after(self.reports[-1], mean_loss(self.model, self.calibration, self.batch_size))
+
+    def _shot(self, index: int) -> None:
+        config = self.config
+        assert config.sparsity is not None and config.shots is not None
+        target = config.sparsity * index / config.shots
+        seconds: dict[str, float] = {}
+        curvature, factors, threshold, predicted = None, None, None, None
+        traces: list[SolverTrace] = []
+        with self._phase("curvature", seconds):
+            if config.method in ("magnitude", "sparsegpt"):
+                loss = mean_loss(self.model, self.calibration, self.batch_size)
+            else:
+                curvature = self._estimate(index)
+                loss, factors = curvature.loss, DampedFactors(curvature, config)
+        if config.method == "sparsegpt":
+            with self._phase("update", seconds):
+                masks = prune_sparsegpt(self.model, self.decoder, self.calibration, config, progress=self.progress.step)
+            self.selections = [Selection(masks[linear.name]) for linear in self.decoder.linears]
+        else:
+            with self._phase("selection", seconds):
+                threshold = self._select(target, curvature, factors)
+            with self._phase("update", seconds):
+                predicted, traces = self._update(curvature, factors)
+        self.reports.append(
+            ShotReport(
+                index=index,
+                target_sparsity=target,
+                sparsity=self._sparsity(),
+                threshold=threshold,
+                loss_before=loss,
+                predicted_increase=predicted,
+                seconds=seconds,
+                solver=traces,
+                jitter=factors.jitter if factors is not None else {},
+            )
+        )
+
+    def _estimate(self, index: int) -> Curvature:
+        return estimate_curvature(
+            self.model,
+            self.decoder,
+            self.calibration,
+            batch_size=self.batch_size,
+            fisher=self.config.fisher,
+            seed=self.config.seed + index,  # sampled labels are fresh in every shot
+            gradients=self.config.method in GLOBAL_METHODS,
+            progress=self.progress.step,
+        )
+
+    def _select(self, target: float, curvature: Curvature | None, factors: DampedFactors | None) -> float | None:
+        """Choose what is pruned after this shot; the global threshold, where there is one."""
+        method = self.config.method
+        if self.config.pattern.kind == "rows-columns":
+            line_costs = self._each_linear(lambda linear: row_column_costs(linear, method, curvature, factors))
+            self.selections, threshold = select_rows_columns(line_costs, self.selections, self.config, target)
+        else:
+            costs = self._each_linear(lambda linear: element_costs(linear, method, curvature, factors))
+            previous = [selection.pruned for selection in self.selections]
+            self.selections, threshold = select_elements(costs, previous, self.config, target)
+        return threshold
+
+    def _update(
+        self, curvature: Curvature | None, factors: DampedFactors | None
+    ) -> tuple[float | None, list[SolverTrace]]:
+        """Write every layer's new weights; the predicted increase of the loss (where G is known), solver traces."""
+        selection_of = dict(zip((linear.name for linear in self.decoder.linears), self.selections, strict=True))
+        traces: list[SolverTrace] = []
+
+        def update(linear: PrunableLinear) -> float:
+            selection, weight = selection_of[linear.name], linear.matrix()
+            if self.config.method != "surgeon":
+                new = remove(weight, selection)
+            else:
+                assert factors is not None
+                new = remove_and_compensate(weight, selection, *factors.of(linear), self.config, linear.name)
+                factors.note_jitter(linear, new.jitter)
+            linear.write(new.weight)
+            if new.objective:
+                traces.append(SolverTrace(linear.name, new.objective, new.gap))
+            if self.config.method not in GLOBAL_METHODS:
+                return 0.0
+            assert curvature is not None
+            G, A = curvature.factors(linear)
+            assert G is not None
+            return objective(new.delta, G, A)  # undamped: what the curvature itself says the loss will rise by
+
+        increases = self._each_linear(update)
+        return (sum(increases) if self.config.method in GLOBAL_METHODS else None), traces
+
+    def _each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:
+        results = []
+        for done, linear in enumerate(self.decoder.linears):
+            self.progress.step(done, len(self.decoder.linears), linear.name)
+            results.append(function(linear))
+        return results
+
+    @contextmanager
+    def _phase(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        self.progress.phase(name)
+        begun = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds[name] = time.perf_counter() - begun
+
+    def _sparsity(self) -> float:
+        removed = sum(int(selection.pruned.sum()) for selection in self.selections)
+        return removed / sum(selection.pruned.numel() for selection in self.selections)
+
+    @staticmethod
+    def _record_loss_after(report: ShotReport, loss: float | None) -> None:
+        if loss is not None and report.loss_before is not None:
+            report.measured_increase = loss - report.loss_before
+
+
+def _nothing(linear: PrunableLinear, config: PruneConfig) -> Selection:
+    """The empty selection a run starts from."""
+    device = next(linear.module.parameters()).device
+    if config.pattern.kind == "rows-columns":
+        return Selection.of_rows_columns(
+            torch.zeros(linear.rows, dtype=torch.bool, device=device),
+            torch.zeros(linear.columns, dtype=torch.bool, device=device),
+        )
+    return Selection(torch.zeros(linear.rows, linear.columns, dtype=torch.bool, device=device))

@@ -1,0 +1,111 @@
+"""The new weights of one layer after its selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.errors import NumericalError
+from llm_surgeon.select import Selection
+from surgeon_kernels import (
+    DampedInverse,
+    NotPositiveDefiniteError,
+    chunked_update,
+    independent_update,
+    joint_update,
+    rows_columns_update,
+)
+
+# The joint solver starts from summed chunks of this many weights: small batched systems, cheap beside one iteration.
+_START_CORRELATED = 64
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """New weights of a layer and what its solver reported."""
+
+    weight: Tensor  # [R, C'], exactly +0.0 where pruned
+    delta: Tensor  # [R, C']
+    objective: list[float] = field(default_factory=list)  # joint solver only, damped objective per iteration
+    gap: float | None = None
+    jitter: float = 0.0
+
+
+def remove(weight: Tensor, selection: Selection) -> LayerUpdate:
+    """Zero what is selected and leave the rest as it is."""
+    pruned = with_bias(selection, weight.shape[1])
+    return LayerUpdate(weight.masked_fill(pruned, 0.0), torch.where(pruned, -weight, torch.zeros_like(weight)))
+
+
+def remove_and_compensate(
+    weight: Tensor, selection: Selection, g: DampedInverse, a: DampedInverse, config: PruneConfig, name: str
+) -> LayerUpdate:
+    """Zero what is selected and move the surviving weights (and the bias) by ``config.update``.
+
+    Args:
+        weight: ``[R, C']``, the bias as last column where there is one.
+        g, a: damped factors ``[R, R]``, ``[C', C']`` with their inverses.
+
+    Raises:
+        NumericalError: a factorisation failed; the message names the layer.
+    """
+    if config.update == "none":
+        return remove(weight, selection)
+    pruned = with_bias(selection, weight.shape[1])
+    trace: list[float] = []
+    gap, jitter = None, 0.0
+    try:
+        if selection.rows is not None and selection.columns is not None:
+            delta = _rows_columns_delta(weight, selection, g, a, config, name)
+        elif config.update == "independent":
+            delta = independent_update(weight, pruned, g.inverse, a.inverse)
+        elif config.update == "chunked":
+            delta, jitter = chunked_update(weight, pruned, g.inverse, a.inverse, max_correlated=config.max_correlated)
+        else:
+            start = chunked_update(
+                weight, pruned, g.inverse, a.inverse, max_correlated=_START_CORRELATED, sequential=False
+            )
+            solved = joint_update(
+                weight,
+                pruned,
+                g.damped,
+                a.damped,
+                start=start.delta,
+                tolerance=config.tolerance,
+                max_iterations=config.max_iterations,
+                name=name,
+            )
+            delta, trace, gap = solved.delta, solved.objective, solved.gap
+            jitter = max(start.jitter, solved.jitter)
+    except NotPositiveDefiniteError as error:
+        raise NumericalError(f"update of {name}: {error}") from error
+    if not bool(torch.isfinite(delta).all()):
+        raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
+    return LayerUpdate((weight + delta).masked_fill(pruned, 0.0), delta, trace, gap, jitter)
+
+
+def with_bias(selection: Selection, width: int) -> Tensor:
+    """The pruned mask ``[R, C']``: a bias (column ``C`` where ``width = C + 1``) goes only with its whole row."""
+    pruned = selection.pruned
+    if width == pruned.shape[1]:
+        return pruned
+    bias = torch.zeros_like(pruned[:, :1]) if selection.rows is None else selection.rows[:, None]
+    return torch.cat([pruned, bias], dim=1)
+
+
+def _rows_columns_delta(
+    weight: Tensor, selection: Selection, g: DampedInverse, a: DampedInverse, config: PruneConfig, name: str
+) -> Tensor:
+    assert selection.rows is not None and selection.columns is not None
+    bias = selection.columns.new_zeros(weight.shape[1] - selection.columns.numel())
+    columns = torch.cat([selection.columns, bias])
+    if config.update == "joint":
+        return rows_columns_update(weight, g.damped, a.damped, selection.rows, columns, name=name)
+    # Eq. 13: the update of every single row and column as if it went alone, all summed.
+    rows_part = g.inverse / g.inverse.diagonal() @ weight.masked_fill(~selection.rows[:, None], 0.0)
+    columns_part = (weight / a.inverse.diagonal()).masked_fill(~columns, 0.0) @ a.inverse
+    pruned = selection.rows[:, None] | columns
+    return torch.where(pruned, -weight, -rows_part - columns_part)

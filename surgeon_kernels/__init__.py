@@ -1,0 +1,48 @@
+"""Operations of curvature-based pruning on plain tensors, one module per op.
+
+Conventions, fixed for the whole package: a linear layer is ``y = W a`` with ``W`` ``[R, C]``; its curvature is
+``F ≈ G ⊗ A`` with ``G`` ``[R, R]`` and ``A`` ``[C, C]``, and ``vec`` is row-major, so
+``(G ⊗ A) vec(X) = vec(G X A)``. ``pruned`` is a bool mask, True where a weight is (to be) zero. ``Δ`` (delta) is added
+to ``W``. Costs and objectives are increases of the mean loss, in nats per token, when
+``A = (1/N) Σ a aᵀ`` and ``G = (1/N) Σ g gᵀ``. Argument order everywhere: weight, pruned, G, A.
+"""
+
+from surgeon_kernels.build_info import build_info
+from surgeon_kernels.chunked_update import ChunkedUpdate, chunked_update, independent_update
+from surgeon_kernels.costs import column_block_cost, column_cost, element_cost, row_cost
+from surgeon_kernels.gram import gram_accumulate_
+from surgeon_kernels.joint_update import JointUpdate, joint_update, objective
+from surgeon_kernels.nm_select import nm_group_cost, nm_select
+from surgeon_kernels.rows_columns_update import rows_columns_update
+from surgeon_kernels.spd_inverse import (
+    DampedInverse,
+    NotPositiveDefiniteError,
+    cholesky_with_jitter,
+    damp,
+    spd_inverse,
+)
+from surgeon_kernels.threshold import k_smallest
+
+__all__ = [
+    "ChunkedUpdate",
+    "DampedInverse",
+    "JointUpdate",
+    "NotPositiveDefiniteError",
+    "build_info",
+    "cholesky_with_jitter",
+    "chunked_update",
+    "column_block_cost",
+    "column_cost",
+    "damp",
+    "element_cost",
+    "gram_accumulate_",
+    "independent_update",
+    "joint_update",
+    "k_smallest",
+    "nm_group_cost",
+    "nm_select",
+    "objective",
+    "row_cost",
+    "rows_columns_update",
+    "spd_inverse",
+]

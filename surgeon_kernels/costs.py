@@ -1,0 +1,48 @@
+"""Costs of removing weights: predicted increases of the mean loss, in nats per token.
+
+With the curvature ``F ≈ G ⊗ A`` and every weight, row or column treated on its own, eq. 7 of LLM Surgeon
+(van der Ouderaa et al., ICLR 2024) gives the costs below. A bias enters as the last column of ``W`` and ``A``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def element_cost(weight: Tensor, g: Tensor, a: Tensor) -> Tensor:
+    """Cost of removing single weights: ``½ W_rc² g_r a_c``, ``[R, C]``.
+
+    Args:
+        weight: ``[R, C]``.
+        g: ``[R]``: ``1 / diag(G⁻¹)`` when the other weights will compensate (optimal brain surgeon, eq. 10), or
+            ``diag(G)`` when they will not (optimal brain damage).
+        a: ``[C]``: ``1 / diag(A⁻¹)`` or ``diag(A)`` likewise.
+    """
+    return 0.5 * weight.square() * g[:, None] * a[None, :]
+
+
+def row_cost(weight: Tensor, A: Tensor, g: Tensor) -> Tensor:
+    """Cost of removing whole rows: ``½ (W A Wᵀ)_rr g_r``, ``[R]``, with ``g = 1 / diag(G⁻¹)`` ``[R]``."""
+    return 0.5 * ((weight @ A) * weight).sum(dim=1) * g
+
+
+def column_cost(weight: Tensor, G: Tensor, a: Tensor) -> Tensor:
+    """Cost of removing whole columns: ``½ (Wᵀ G W)_cc a_c``, ``[C]``, with ``a = 1 / diag(A⁻¹)`` ``[C]``."""
+    return 0.5 * ((G @ weight) * weight).sum(dim=0) * a
+
+
+def column_block_cost(weight: Tensor, G: Tensor, A_inv: Tensor, blocks: Tensor) -> Tensor:
+    """Cost of removing blocks of columns together: ``½ tr((A⁻¹[B,B])⁻¹ W_Bᵀ G W_B)`` for each block ``B``.
+
+    Args:
+        weight: ``[R, C]``; G: ``[R, R]``; A_inv: ``[C, C]``.
+        blocks: int64 ``[n, size]``, the columns of each block (a head's slice of an output projection, say).
+
+    Returns:
+        ``[n]``.
+    """
+    moment = weight.T @ G @ weight  # [C, C]
+    rows, columns = blocks[:, :, None], blocks[:, None, :]
+    solved = torch.linalg.solve(A_inv[rows, columns], moment[rows, columns])  # [n, size, size]
+    return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(dim=1)

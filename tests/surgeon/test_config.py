@@ -1,0 +1,261 @@
+"""Options are validated, and defaults resolved, when a configuration is built."""
+
+import dataclasses
+import math
+
+import pytest
+
+from llm_surgeon.config import METHODS, PruneConfig, Structure
+from llm_surgeon.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("unstructured", Structure("unstructured")),
+        ("rows-columns", Structure("rows-columns")),
+        ("2:4", Structure("n:m", 2, 4)),
+        ("1:2", Structure("n:m", 1, 2)),
+        ("16:32", Structure("n:m", 16, 32)),
+    ],
+)
+def test_structure_is_parsed(text, expected):
+    assert Structure.parse(text) == expected
+    assert PruneConfig(structure=text).pattern == expected
+
+
+@pytest.mark.parametrize("text", ["", "2-4", "2:4:8", " 2:4", "2:4\n", "-2:4", "2.0:4", "rows", "Unstructured"])
+def test_unknown_structure_is_named(text):
+    with pytest.raises(InputError, match="unknown structure") as error:
+        PruneConfig(structure=text)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [124, None, 0.5, ["2:4"]])
+def test_structure_that_is_no_text_is_an_input_error(value):
+    # YAML 1.1 reads an unquoted 2:4 as the base-60 number 124.
+    with pytest.raises(InputError, match=r"unknown structure .* quoted N:M, '2:4'"):
+        PruneConfig(structure=value)
+
+
+@pytest.mark.parametrize("text", ["0:4", "4:4", "5:4", "0:0"])
+def test_pattern_must_keep_some_and_remove_some(text):
+    with pytest.raises(InputError, match=rf"structure '{text}' keeps .* needs 0 < N < M"):
+        PruneConfig(structure=text)
+
+
+@pytest.mark.parametrize(
+    "text, sparsity",
+    [
+        ("2:4", 0.5),
+        ("1:4", 0.75),
+        ("3:4", 0.25),
+        ("2:3", 1 / 3),
+        ("unstructured", 0.5),
+        ("rows-columns", 0.3),
+    ],
+)
+def test_sparsity_left_out_is_resolved(text, sparsity):
+    assert PruneConfig(structure=text).sparsity == pytest.approx(sparsity, abs=1e-12)
+
+
+def test_structure_states_the_sparsity_it_implies():
+    assert Structure.parse("1:4").sparsity == 0.75
+    assert Structure.parse("unstructured").sparsity is None
+    assert Structure.parse("rows-columns").sparsity is None
+
+
+def test_sparsity_given_is_kept():
+    assert PruneConfig(structure="unstructured", sparsity=0.7).sparsity == 0.7
+    assert PruneConfig(structure="rows-columns", sparsity=0.2).sparsity == 0.2
+    assert PruneConfig(structure="1:3", sparsity=2 / 3).sparsity == 2 / 3
+
+
+@pytest.mark.parametrize("sparsity", [0.4, 0.6, 0.75])
+def test_sparsity_must_agree_with_the_pattern(sparsity):
+    with pytest.raises(InputError, match=rf"'2:4' removes 0\.5 .* sparsity {sparsity}"):
+        PruneConfig(structure="2:4", sparsity=sparsity)
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize("sparsity", [0, 1, 0.0, 1.0, -0.1, 1.5, math.nan, math.inf, "0.5", True, False])
+def test_sparsity_must_be_a_fraction(structure, sparsity):
+    with pytest.raises(InputError, match=r"sparsity must be a number in \(0, 1\)"):
+        PruneConfig(structure=structure, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("option", ["method", "fisher", "update"])
+@pytest.mark.parametrize("value", ["best", "", 1, ["joint"]])
+def test_unknown_choice_is_named(option, value):
+    with pytest.raises(InputError, match=rf"unknown {option} .*: choose one of ") as error:
+        PruneConfig(**{option: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_method_without_rows_and_columns(method):
+    with pytest.raises(InputError, match=f"method '{method}' has no definition for rows and columns"):
+        PruneConfig(structure="rows-columns", method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_every_method_has_single_weights(method, structure):
+    assert PruneConfig(structure=structure, method=method).method == method
+
+
+@pytest.mark.parametrize("method", ["surgeon", "k-obd", "l-obd", "magnitude"])
+def test_methods_with_rows_and_columns(method):
+    assert PruneConfig(structure="rows-columns", method=method).pattern.kind == "rows-columns"
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured", "rows-columns"])
+def test_update_left_out_is_joint_for_surgeon(structure):
+    assert PruneConfig(structure=structure).update == "joint"
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "surgeon"])
+def test_other_methods_have_no_update(method):
+    assert PruneConfig(structure="unstructured", method=method).update == "none"
+    assert PruneConfig(structure="unstructured", method=method, update="none").update == "none"
+    for update in ("joint", "chunked", "independent"):
+        with pytest.raises(InputError, match=f"update '{update}' needs method 'surgeon', not '{method}'"):
+            PruneConfig(structure="unstructured", method=method, update=update)
+
+
+@pytest.mark.parametrize("update", ["joint", "chunked", "independent", "none"])
+def test_surgeon_has_every_update_but_chunked_rows_and_columns(update):
+    assert PruneConfig(update=update).update == update
+    if update == "chunked":
+        with pytest.raises(InputError, match="update 'chunked' has no meaning for rows-columns"):
+            PruneConfig(structure="rows-columns", update=update)
+    else:
+        assert PruneConfig(structure="rows-columns", update=update).update == update
+
+
+@pytest.mark.parametrize(
+    "options, shots",
+    [
+        ({}, 5),
+        ({"structure": "unstructured"}, 5),
+        ({"structure": "unstructured", "sparsity": 0.9}, 5),
+        ({"method": "k-obd"}, 5),
+        ({"method": "magnitude"}, 1),
+        ({"method": "wanda"}, 1),
+        ({"method": "l-obd"}, 1),
+        ({"method": "sparsegpt"}, 1),
+        ({"structure": "rows-columns"}, 24),
+        ({"structure": "rows-columns", "sparsity": 0.5}, 40),
+        ({"structure": "rows-columns", "sparsity": 0.1}, 8),
+        ({"structure": "rows-columns", "sparsity": 0.001}, 1),
+        ({"structure": "rows-columns", "method": "magnitude"}, 1),
+        ({"shots": 3}, 3),
+        ({"method": "magnitude", "shots": 2}, 2),
+        ({"method": "sparsegpt", "shots": 1}, 1),
+    ],
+)
+def test_shots_left_out_are_resolved(options, shots):
+    assert PruneConfig(**options).shots == shots
+
+
+def test_sparsegpt_has_one_shot():
+    with pytest.raises(InputError, match=r"'sparsegpt' .* shots must be 1, not 2"):
+        PruneConfig(method="sparsegpt", shots=2)
+
+
+@pytest.mark.parametrize("structure, damp_g", [("2:4", 0.1), ("unstructured", 0.1), ("rows-columns", 0.01)])
+def test_damping_left_out_is_resolved(structure, damp_g):
+    config = PruneConfig(structure=structure)
+    assert (config.damp_g, config.damp_a) == (damp_g, 0.01)
+    assert PruneConfig(structure=structure, damp_g=0.3).damp_g == 0.3
+
+
+@pytest.mark.parametrize("option", ["max_correlated", "max_iterations", "samples", "shots", "seqlen", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.0, "1", True, math.nan])
+def test_counts_are_whole_numbers_from_one(option, value):
+    with pytest.raises(InputError, match=rf"^{option} must be a whole number of at least 1, not "):
+        PruneConfig(**{option: value})
+    assert getattr(PruneConfig(**{option: 1}), option) == 1
+
+
+@pytest.mark.parametrize("option", ["max_correlated", "max_iterations", "samples"])
+def test_counts_with_a_default_cannot_be_none(option):
+    with pytest.raises(InputError, match=rf"^{option} must be a whole number"):
+        PruneConfig(**{option: None})
+
+
+def test_window_and_batch_may_be_left_out():
+    config = PruneConfig()
+    assert config.seqlen is None and config.batch_size is None
+
+
+@pytest.mark.parametrize("option", ["damp_g", "damp_a", "tolerance"])
+@pytest.mark.parametrize("value", [0, -0.1, math.inf, math.nan, "0.1", True])
+def test_positive_numbers(option, value):
+    with pytest.raises(InputError, match=rf"^{option} must be a number greater than 0, not "):
+        PruneConfig(**{option: value})
+    assert getattr(PruneConfig(**{option: 2}), option) == 2
+
+
+@pytest.mark.parametrize("value", [-0.01, -2, 1, 1.0, 3, math.nan, "0", True, False, None])
+def test_min_kept_is_a_fraction(value):
+    with pytest.raises(InputError, match=r"^min_kept must be a number in \[0, 1\), not "):
+        PruneConfig(min_kept=value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.5])
+def test_min_kept_may_be_zero(value):
+    assert PruneConfig(min_kept=value).min_kept == value
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "rows-columns"])
+def test_min_kept_must_leave_room_for_the_sparsity(structure):
+    with pytest.raises(InputError, match=r"sparsity 0\.6 cannot be met while min_kept keeps 0\.5"):
+        PruneConfig(structure=structure, sparsity=0.6, min_kept=0.5)
+
+
+@pytest.mark.parametrize("min_kept, sparsity", [(0.02, 0.98), (0.9, 0.1), (0.3, 0.7), (0.0, 0.999)])
+def test_min_kept_and_sparsity_may_add_up_to_one(min_kept, sparsity):
+    # In floating point 1 - 0.9 < 0.1.
+    assert PruneConfig(structure="unstructured", sparsity=sparsity, min_kept=min_kept).min_kept == min_kept
+
+
+def test_min_kept_does_not_stand_against_a_pattern():
+    assert PruneConfig(structure="1:4", min_kept=0.5).sparsity == 0.75
+
+
+@pytest.mark.parametrize("value", [-1, 0.0, "0", None, True])
+def test_seed_is_a_whole_number_from_zero(value):
+    with pytest.raises(InputError, match=r"^seed must be a whole number of at least 0, not "):
+        PruneConfig(seed=value)
+
+
+def test_seed_may_be_zero_or_more():
+    assert PruneConfig(seed=0).seed == 0
+    assert PruneConfig(seed=2**40).seed == 2**40
+
+
+def test_from_mapping_builds_the_same_value():
+    options = {"structure": "unstructured", "sparsity": 0.25, "method": "magnitude", "seed": 3}
+    assert PruneConfig.from_mapping(options) == PruneConfig(**options)
+    assert PruneConfig.from_mapping({}) == PruneConfig()
+
+
+def test_from_mapping_names_the_unknown_option():
+    with pytest.raises(InputError, match=r"unknown option 'sparsityy': choose among .*\bsparsity\b"):
+        PruneConfig.from_mapping({"sparsityy": 0.5, "structure": "2:4"})
+
+
+def test_from_mapping_validates():
+    with pytest.raises(InputError, match="unknown method"):
+        PruneConfig.from_mapping({"method": "best"})
+
+
+def test_a_resolved_configuration_survives_the_round_trip():
+    config = PruneConfig(structure="rows-columns", sparsity=0.4)
+    assert PruneConfig.from_mapping(dataclasses.asdict(config)) == config
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PruneConfig().seed = 1  # type: ignore[misc]

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from llm_surgeon.data import Calibration, calibration_windows, evaluation_windows, tokenize
+from llm_surgeon.errors import InputError
+
+
+def word_tokenizer(bos: str | None) -> PreTrainedTokenizerFast:
+    """Words a..e are 1..5; BOS is 0 and is also put in front by the tokenizer itself."""
+    vocabulary = {"<s>": 0, "a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "<unk>": 6}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, model_max_length=4)
+
+
+def test_tokenize_puts_one_bos_in_front(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = tokenize("a b c d e a", word_tokenizer("<s>"))  # longer than model_max_length
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [0, 1, 2, 3, 4, 5, 1]
+    assert not caplog.records and not capsys.readouterr().err
+
+
+def test_tokenize_without_a_bos_token() -> None:
+    assert tokenize("b a", word_tokenizer(None)).tolist() == [2, 1]
+    assert tokenize("", word_tokenizer(None)).tolist() == []
+
+
+def test_evaluation_windows_drop_the_tail() -> None:
+    assert evaluation_windows(torch.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert evaluation_windows(torch.arange(4), 4).tolist() == [[0, 1, 2, 3]]
+
+
+def test_calibration_windows_are_seeded_consecutive_and_reach_both_ends() -> None:
+    ids = torch.arange(100, 112)
+    windows = calibration_windows(ids, samples=200, seqlen=5, seed=3)
+    starts = windows.input_ids[:, 0] - 100
+    assert windows.attention_mask is None
+    assert torch.equal(windows.input_ids, 100 + starts[:, None] + torch.arange(5))
+    assert set(starts.tolist()) == set(range(8))
+    assert torch.equal(windows.input_ids, calibration_windows(ids, samples=200, seqlen=5, seed=3).input_ids)
+    assert not torch.equal(windows.input_ids, calibration_windows(ids, samples=200, seqlen=5, seed=4).input_ids)
+    assert calibration_windows(ids, samples=3, seqlen=12, seed=0).input_ids.tolist() == [ids.tolist()] * 3
+
+
+def test_windows_of_a_text_that_is_too_short() -> None:
+    with pytest.raises(InputError, match="has 3 tokens and one sequence needs 4"):
+        calibration_windows(torch.arange(3), samples=1, seqlen=4, seed=0)
+    with pytest.raises(InputError, match="has 3 tokens and one sequence needs 4"):
+        evaluation_windows(torch.arange(3), 4)
+
+
+def test_calibration_of_a_tensor_and_of_itself() -> None:
+    calibration = Calibration.of(torch.tensor([[1, 2], [3, 4]], dtype=torch.int32))
+    assert calibration.input_ids.dtype == torch.int64 and calibration.attention_mask is None
+    assert calibration.input_ids.tolist() == [[1, 2], [3, 4]]
+    assert Calibration.of(calibration) is calibration
+
+
+def test_calibration_of_mappings_pads_on_the_right() -> None:
+    calibration = Calibration.of(
+        [
+            {"input_ids": [5, 6, 7]},
+            {"input_ids": torch.tensor([[1, 2], [3, 4]])},
+            {"input_ids": [[8, 8, 8, 8]], "attention_mask": torch.tensor([[False, True, True, True]])},
+        ]
+    )
+    assert calibration.input_ids.tolist() == [[5, 6, 7, 0], [1, 2, 0, 0], [3, 4, 0, 0], [8, 8, 8, 8]]
+    assert calibration.attention_mask is not None and calibration.attention_mask.dtype == torch.bool
+    assert calibration.attention_mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]]
+
+
+def test_calibration_of_a_tokenizer_output_and_of_a_data_loader() -> None:
+    tokenizer = word_tokenizer("<s>")
+    encoded = tokenizer(["a b", "c d"], return_tensors="pt")
+    expected = [[0, 1, 2], [0, 3, 4]]
+    single = Calibration.of(encoded)
+    assert single.input_ids.tolist() == expected and single.attention_mask is None  # a mask without padding is none
+    rows = [{"input_ids": row, "attention_mask": torch.ones(3)[row >= 0].long()} for row in encoded["input_ids"]]
+    assert Calibration.of(DataLoader(rows, batch_size=1)).input_ids.tolist() == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.rand(2, 3), "integers, not torch.float32"),
+        (torch.ones(2, 3, dtype=torch.bool), "integers, not torch.bool"),
+        (torch.arange(3), r"not of shape \(3,\)"),
+        (torch.ones(0, 3, dtype=torch.int64), "at least 2 tokens"),
+        (torch.ones(3, 1, dtype=torch.int64), "at least 2 tokens"),
+        (torch.tensor([[1, -100]]), "negative token id -100"),
+        ([], "holds no sequences"),
+        ("some text", "not str"),
+        (7, "not int"),
+        ([{"ids": [1, 2]}], "item 0 is not a mapping with input_ids"),
+        ([{"input_ids": [1, 2]}, [1, 2]], "item 1 is not a mapping"),
+        ([{"input_ids": ["a", "b"]}], "item 0 is not a rectangular array"),
+        ([{"input_ids": [[1, 2], [3]]}], "item 0 is not a rectangular array"),
+        ([{"input_ids": [0.5, 1.5]}], "must be integers"),
+        ([{"input_ids": [1, 2], "attention_mask": [1]}], "another shape"),
+        ([{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 0]}], "sequence 0 has fewer than 2 tokens"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [1]}], "sequence 1 has fewer than 2 tokens"),
+    ],
+)
+def test_calibration_refuses(value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Calibration.of(value)
+
+
+def test_calibration_refuses_a_mask_of_another_shape() -> None:
+    with pytest.raises(InputError, match=r"shape of input_ids, \(1, 2\), not \(1, 3\)"):
+        Calibration(torch.tensor([[1, 2]]), torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(InputError, match="not list"):
+        Calibration(torch.tensor([[1, 2]]), [[1, 1]])  # type: ignore[arg-type]
+
+
+def test_batches_in_order_with_a_ragged_last_one() -> None:
+    ids = torch.arange(10).view(5, 2)
+    parts = list(Calibration(ids).batches(2, "cpu"))
+    assert [part.tolist() for part, _ in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]
+    assert all(mask is None for _, mask in parts)
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    mask[4, 2] = False
+    masks = [part for _, part in Calibration(torch.zeros(5, 3, dtype=torch.int64), mask).batches(3, "cpu")]
+    assert torch.equal(torch.cat([part for part in masks if part is not None]), mask)
+    assert [len(part) for part in masks if part is not None] == [3, 2]

@@ -1,0 +1,71 @@
+"""Tiny random causal language models of many architectures, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 64
+
+_LLAMA_LIKE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _LLAMA_LIKE),
+    "mistral": ("Mistral", _LLAMA_LIKE),
+    "qwen2": ("Qwen2", {key: value for key, value in _LLAMA_LIKE.items() if key != "head_dim"}),
+    "qwen3": ("Qwen3", _LLAMA_LIKE),
+    "gemma": ("Gemma", _LLAMA_LIKE),
+    "opt": (
+        "OPT",
+        {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "do_layer_norm_before": True,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoX",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "use_parallel_residual": True,
+        },
+    ),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    # Refused (fused experts): not among NAMES.
+    "mixtral": ("Mixtral", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+NAMES = tuple(name for name in _CONFIGS if name != "mixtral")
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A randomly initialized model in evaluation mode; every parameter is random, biases and norms included."""
+    prefix, options = _CONFIGS[name]
+    config = getattr(transformers, f"{prefix}Config")(
+        vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale = 0.2 if parameter.ndim > 1 else 0.1
+                parameter.copy_(torch.randn_like(parameter) * scale + (parameter if parameter.ndim == 1 else 0.0))
+    return model.to(dtype).eval()
