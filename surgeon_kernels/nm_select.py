@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -21,7 +22,7 @@ def nm_select(cost: Tensor, n: int, m: int) -> Tensor:
     if groups.isnan().any():
         raise ValueError("cost holds NaN")
     cheapest = groups.argsort(dim=-1, stable=True)[..., : m - n]
-    return groups.new_zeros(groups.shape, dtype=bool).scatter_(-1, cheapest, True).view(cost.shape)
+    return groups.new_zeros(groups.shape, dtype=torch.bool).scatter_(-1, cheapest, True).view(cost.shape)
 
 
 def nm_group_cost(cost: Tensor, pruned: Tensor, n: int, m: int) -> Tensor:

@@ -1,4 +1,5 @@
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import shutil
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from surgeon_kernels import build_info
@@ -80,6 +82,20 @@ def test_nvcc_is_found_on_the_path(monkeypatch, tmp_path):
     nvcc.chmod(0o755)
     part = build_info()["parts"]["nvcc"]
     assert part["available"] and str(nvcc) in part["reason"]
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_triton(monkeypatch, present):
+    def version(distribution):
+        if present:
+            return f"{distribution} 9.8.7"
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if present else None)
+    info = build_info()
+    assert info["versions"]["triton"] == ("triton 9.8.7" if present else None)
+    assert info["parts"]["triton"]["available"] == present
 
 
 def test_is_plain_data():

@@ -192,6 +192,18 @@ def test_a_singular_system_gets_jitter_and_the_others_do_not(dtype, sequential):
 
 
 @pytest.mark.parametrize("sequential", [True, False])
+def test_the_largest_jitter_is_reported(sequential):
+    W = random_weight(2, 6, 0)
+    pruned = torch.tensor([[False] * 3 + [True] * 3, [True] * 3 + [False] * 3])
+    A_inv = torch.zeros(6, 6, dtype=torch.float64)
+    A_inv[:3, :3] = 1.0  # row 1, the later: singular, needs 1e-6
+    A_inv[3:, 3:] = -0.5 * (1 + 5e-5)  # row 0: lowest eigenvalue -5e-5, needs 1e-4
+    A_inv.fill_diagonal_(1.0)
+    G_inv = torch.eye(2, dtype=torch.float64)
+    assert chunked_update(W, pruned, G_inv, A_inv, max_correlated=3, sequential=sequential).jitter == 1e-4
+
+
+@pytest.mark.parametrize("sequential", [True, False])
 def test_float32_near_singular_factors_stay_finite(sequential):
     """G and A each have one eigenvalue of 1e-9 in the midst of ones: in float32 the inverses are rank one."""
     W, pruned = random_weight(6, 8, 0).float(), random_mask(6, 8, "random", 1)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import transformers
 import typer
 import yaml
 from rich.console import Console
@@ -37,6 +38,7 @@ DATA_HELP = "wikitext2, c4, or a .txt, .jsonl, .parquet or .zip file"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and turns errors into one line on stderr and an exit code."""
+    transformers.utils.logging.disable_progress_bar()  # its bars would run through ours
     try:
         app(args=arguments)
     except InputError as error:

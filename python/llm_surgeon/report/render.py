@@ -36,18 +36,20 @@ def render_html(report: PruneReport) -> str:
 def render_model_card(report: PruneReport, base_model: str) -> str:
     """A README.md for the pruned model: YAML front matter, what was removed, what it cost, how to load it.
 
-    ``base_model`` goes into the front matter only when it is a hub id such as ``facebook/opt-125m``.
+    ``base_model`` goes into the front matter only when it is a hub id such as ``facebook/opt-125m``; of a local
+    path only the last part is shown.
     """
+    on_hub = is_hub_id(base_model)
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **({"base_model": base_model} if is_hub_id(base_model) else {}),
+        **({"base_model": base_model} if on_hub else {}),
         "tags": ["pruned", "sparse", "llm-surgeon"],
     }
     context = _context(report) | {
         "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "config_yaml": yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True),
-        "base_model": base_model,
+        "name": base_model if on_hub else Path(base_model).absolute().name,
     }
     return _environment().get_template("model_card.md.j2").render(context)
 
@@ -110,7 +112,7 @@ def _figures(report: PruneReport) -> list[tuple[Markup, str, str]]:
         (
             plots.sparsity_figure(report),
             "Sparsity by decoder block and by kind of layer",
-            "Which parts of the model could spare the most weights; the dashed line is the decoder as a whole.",
+            "Where the weights were removed; the dashed line marks the decoder as a whole.",
         ),
         (
             plots.prediction_figure(report),

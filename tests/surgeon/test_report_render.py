@@ -1,0 +1,160 @@
+"""What the HTML page and the model card say, and that they are safe to open and to publish."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from llm_surgeon.config import METHODS, PruneConfig
+from llm_surgeon.report import render
+from llm_surgeon.report.schema import ShotReport, SolverTrace
+from tests.surgeon.reports import DOWN, QUERY, Page, magnitude_report, surgeon_report
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render.render_html(surgeon_report())
+
+
+def test_html_tells_the_numbers(html):
+    page = Page(html)
+    for words in ("facebook/opt-125m", "50.0%", "27.65 → 34.00", "+22.9%", "+0.065", "predicted +0.058", "3 min 12 s"):
+        assert words in page.text
+    assert "peak memory 1.5 GiB" in page.text and "1.2 M parameters" in page.text
+    assert ["1", "25.0%", "25.0%", "3.0000", "+0.0123", "+0.0150", "2.0 s", "0.5 s", "2.5 s"] in page.rows
+    assert ["2", "50.0%", "50.0%", "3.0150", "+0.0456", "+0.0500", "2.5 s", "–", "2.5 s"] in page.rows
+    assert [f"model.layers.1.{DOWN}", "10 × 30", "200", "66.7%"] in page.rows
+    assert ["damp_g", "0.1"] in page.rows and ["seqlen", "–"] in page.rows and ["torch", "2.13.0"] in page.rows
+    assert f"model.layers.0.{DOWN} in shot 2 (0.0003)." in page.text
+    assert f"(model.layers.0.{DOWN}) ended an estimated 2% above it." in page.text
+    assert page.tags.count("svg") == 3 and page.tags.count("figcaption") == 3
+
+
+def test_html_loads_nothing_and_runs_nothing(html):
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    outside = [(name, value) for name, value in page.attributes if "//" in value and not name.startswith("xmlns")]
+    assert outside == []
+    assert "@import" not in html and "url(h" not in html
+    assert len(page.ids) == len(set(page.ids))
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_html_escapes_names():
+    report = surgeon_report()
+    hostile = "<script>alert('$x^2$ & \"y\"')</script>"
+    report.layers[0] = dataclasses.replace(report.layers[0], name=hostile, kind=hostile)
+    report.shots[1].solver[1] = SolverTrace(hostile, [2.0, 1.0], gap=0.5)
+    report.shots[1].jitter = {hostile: 0.1}
+    report.model = report.device = report.started = report.versions["torch"] = report.config["method"] = hostile
+    page = Page(render.render_html(report))
+    assert "script" not in page.tags
+    assert [hostile, "10 × 10", "20", "20.0%"] in page.rows
+    assert page.text.count(hostile) >= 8  # title, heading, method, device twice, figure, caption, tables
+
+
+def test_html_without_shots_or_passes():
+    page = Page(render.render_html(magnitude_report()))
+    assert page.tags.count("svg") == 1
+    assert "Perplexity" not in page.text and "Loss" not in page.text and "peak memory" not in page.text
+    assert "2 of every 4 consecutive weights of a row" in page.text
+
+    report = magnitude_report()
+    report.shots = [ShotReport(1, 0.5, 0.5, seconds={"selection": 0.25})]
+    page = Page(render.render_html(report))
+    assert ["1", "50.0%", "50.0%", "0.2 s", "0.2 s"] in page.rows
+    assert "Loss" not in page.text
+
+
+def test_html_of_an_empty_report():
+    report = magnitude_report()
+    report.layers = []
+    page = Page(render.render_html(report))
+    assert "0 of 0 in 0 linear layers" in page.text and "svg" not in page.tags
+
+
+@pytest.mark.parametrize("entry, words", [("dense", "before pruning"), ("pruned", "after pruning")])
+def test_html_with_one_perplexity(entry, words):
+    report = surgeon_report()
+    report.layers, report.shots, report.perplexity = [], [], {entry: 31.25}
+    assert f"31.25 {words}; lower is better" in " ".join(Page(render.render_html(report)).text.split())
+
+
+def test_measured_total_says_how_many_shots_it_covers():
+    report = surgeon_report()
+    report.layers, report.shots[1].solver = [], []
+    report.shots[1].measured_increase = None
+    page = Page(render.render_html(report))
+    assert "measured on the calibration text in 1 of 2 shots; predicted +0.012" in page.text
+    report.shots[0].predicted_increase = None
+    page = Page(render.render_html(report))
+    assert "in 1 of 2 shots" in page.text and "; predicted" not in page.text
+
+
+def front_matter(card: str) -> dict:
+    start, front, _ = card.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(front)
+
+
+def test_model_card_front_matter():
+    assert front_matter(render.render_model_card(surgeon_report(), "facebook/opt-125m")) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "facebook/opt-125m",
+        "tags": ["pruned", "sparse", "llm-surgeon"],
+    }
+
+
+def test_model_card_keeps_local_paths_to_itself(tmp_path, monkeypatch):
+    card = render.render_model_card(surgeon_report(), f"{tmp_path}/my-model")
+    assert "base_model" not in front_matter(card)
+    assert "# my-model, 50.0% pruned" in card and str(tmp_path) not in card
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    assert "base_model" not in front_matter(render.render_model_card(surgeon_report(), "models/small"))
+
+
+@pytest.mark.parametrize(
+    "name, hub", [("gpt2", True), ("a/b", True), ("a/b/c", False), ("../b", False), ("x: y", False)]
+)
+def test_hub_ids(name, hub):
+    assert render.is_hub_id(name) is hub
+
+
+def test_model_card_body():
+    card = render.render_model_card(surgeon_report(), "facebook/opt-125m")
+    assert "# facebook/opt-125m, 50.0% pruned" in card
+    assert "400 of 800 weights in 4 linear layers; the whole model has 1,234,567 parameters." in card
+    assert f"| `{QUERY}` | 40.0% |\n| `{DOWN}` | 53.3% |" in card
+    assert "- Perplexity before pruning: 27.65\n- Perplexity after pruning: 34.00\n" in card
+    assert "- Increase of the mean calibration loss: +0.0650 nats per token measured, +0.0579 predicted\n" in card
+    assert 'AutoModelForCausalLM.from_pretrained(path, dtype="auto")' in card
+    assert "Versions: python 3.11.7, torch 2.13.0.\n" in card
+    assert "ICLR 2024" in card
+    options = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert PruneConfig.from_mapping(options) == PruneConfig("unstructured", shots=2)
+
+
+def test_model_card_without_measurements():
+    card = render.render_model_card(magnitude_report(), "facebook/opt-125m")
+    assert "What it cost" not in card and "ICLR" not in card and "peak memory" not in card
+    assert "2 of every 4 consecutive weights of a row" in card and "Magnitude pruning" in card
+    assert "\n\n\n" not in card
+
+
+@pytest.mark.parametrize(
+    "structure, words",
+    [
+        ("1:4", "3 of every 4 consecutive weights of a row"),
+        ("rows-columns", "whole rows and columns of the weight matrices"),
+        ("unstructured", "single weights, anywhere in a matrix"),
+        ("something new", "something new"),
+    ],
+)
+def test_structures_in_words(structure, words):
+    assert render.describe_structure(structure) == words
+
+
+def test_every_method_has_a_description():
+    assert set(render.METHODS) == set(METHODS)
