@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.config import FISHERS
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
-from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode, to_list
+from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode, run_model, to_list
 from surgeon_kernels import gram_accumulate_
 
 # Tokens whose logits are held in float32 at once.
@@ -91,7 +90,7 @@ def estimate_curvature(
     with _frozen(model), evaluation_mode(model), sums.hooked(model), torch.set_grad_enabled(gradients):
         for batch, (input_ids, mask) in enumerate(calibration.batches(batch_size, device), 1):
             sums.mask = mask
-            logits = _logits(model, input_ids, mask)
+            logits = run_model(model, input_ids, mask).logits
             loss, gradient = _cross_entropy(logits, input_ids, mask, sampler, with_gradient=gradients)
             if gradient is not None:
                 logits.backward(gradient)
@@ -115,7 +114,7 @@ def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int)
     losses = []
     with evaluation_mode(model):
         for input_ids, mask in calibration.batches(batch_size, device):
-            losses.append(_cross_entropy(_logits(model, input_ids, mask), input_ids, mask)[0])
+            losses.append(_cross_entropy(run_model(model, input_ids, mask).logits, input_ids, mask)[0])
     for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses]), 1):
         if not finite:
             raise NumericalError(f"NaN or infinity in the loss (batch {batch} of {len(losses)})")
@@ -224,14 +223,6 @@ def _precedes_real(real: Tensor) -> Tensor:
     out = torch.zeros_like(real)
     out[:, :-1] = real[:, :-1] & real[:, 1:]
     return out
-
-
-def _logits(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits ``[batch, length, V]``, positions counted from each sequence's first real token."""
-    positions = {}
-    if mask is not None and "position_ids" in inspect.signature(model.forward).parameters:
-        positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    return model(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).logits
 
 
 @torch.no_grad()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +149,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+def run_model(module: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:
+    """One pass without cache of a causal LM or its base model, positions counted from each first real token."""
+    positions = {}
+    if mask is not None and "position_ids" in inspect.signature(module.forward).parameters:
+        positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return module(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
 
 
 def to_list(scalars: list[Tensor]) -> list:

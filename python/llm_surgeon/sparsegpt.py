@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError, NumericalError
-from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode
+from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode, run_model
 from surgeon_kernels import (
     NotPositiveDefiniteError,
     cholesky_with_jitter,
@@ -189,12 +188,7 @@ def _record(model: PreTrainedModel, decoder: Decoder, input_ids: Tensor, mask: T
     with ExitStack() as hooks:
         for block in decoder.blocks:
             hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
-        # The base model: the logits of a whole batch are large and not needed.
-        base = model.base_model
-        positions = {}
-        if mask is not None and "position_ids" in inspect.signature(base.forward).parameters:
-            positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        base(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
+        run_model(model.base_model, input_ids, mask)  # not the model: its logits are large and not needed
     return _Batch(inputs[0], mask, arguments)
 
 

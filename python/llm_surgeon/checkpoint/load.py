@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.errors import InputError, UnsupportedModelError
-from llm_surgeon.resources import hub_reachable
+from llm_surgeon.resources import hub_reachable, require_memory
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a model needs from its hub repository: no pickles, and no other formats, which lie in subfolders.
@@ -39,14 +39,16 @@ def load_model(
 
     Raises:
         InputError: no such model; files missing or damaged; weights missing or of another shape than the
-            configuration says; no tokenizer; remote code needed and not allowed.
+            configuration says; no tokenizer; too little memory; remote code needed and not allowed.
         UnsupportedModelError: the checkpoint is quantized.
     """
     name = str(path_or_id)
     folder = _folder_of(name)
     if "quantization_config" in read_json(folder / "config.json"):
         raise UnsupportedModelError(f"model {name!r} is quantized: prune the checkpoint it was made from")
-    own_dtype = _check_weights(name, folder)
+    own_dtype, numbers = _check_weights(name, folder)
+    for place in {torch.device("cpu"), torch.device(device or "cpu")}:  # read into main memory, then moved
+        require_memory(numbers * dtype.itemsize, place)
     model: PreTrainedModel
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -121,8 +123,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_weights(name: str, folder: Path) -> torch.dtype:
-    """Open every safetensors file of the checkpoint; the dtype of most of its numbers."""
+def _check_weights(name: str, folder: Path) -> tuple[torch.dtype, int]:
+    """Open every safetensors file of the checkpoint; the dtype of most of its numbers, and how many there are."""
     numbers: Counter[str] = Counter()
     for path in _weight_files(name, folder):
         try:
@@ -135,7 +137,7 @@ def _check_weights(name: str, folder: Path) -> torch.dtype:
     stored = numbers.most_common(1)[0][0] if numbers else "no numbers"
     if stored not in _DTYPES:
         raise UnsupportedModelError(f"model {name!r} is stored as {stored}: only {', '.join(_DTYPES)} can be pruned")
-    return _DTYPES[stored]
+    return _DTYPES[stored], numbers.total()
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:

@@ -15,8 +15,11 @@ from rich.console import Console
 
 from llm_surgeon.cli import views
 from llm_surgeon.config import FISHERS, METHODS, UPDATES, PruneConfig
+from llm_surgeon.demo import run_demo
 from llm_surgeon.errors import InputError, SurgeonError
+from llm_surgeon.evaluate import perplexity
 from llm_surgeon.progress import Progress, TerminalProgress
+from llm_surgeon.pruning import CheckpointJob, load_for_evaluation
 
 app = typer.Typer(
     name="surgeon",
@@ -87,8 +90,6 @@ def prune(
     job_options = {name: options.pop(name) for name in _JOB_OPTIONS if name in options}
     job_options.setdefault("calibration", "wikitext2")
     settings = PruneConfig.from_mapping(options)
-    from llm_surgeon.pruning import CheckpointJob  # after the options are known to be good: imports torch models
-
     job = CheckpointJob(model, out, settings, **job_options)
     if dry_run:
         views.print_plan(console, job)
@@ -111,9 +112,6 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity of MODEL: exp of the mean token loss over non-overlapping windows of the test text."""
-    from llm_surgeon.evaluate import perplexity
-    from llm_surgeon.pruning import load_for_evaluation
-
     causal_lm, windows = load_for_evaluation(model, data, seqlen, device, trust_remote_code)
     with _progress(quiet) as progress:
         progress.phase("perplexity")
@@ -128,8 +126,6 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Prune the small model that ships with the package to 2:4 with four methods and compare them."""
-    from llm_surgeon.demo import run_demo
-
     with _progress(quiet) as progress:
         results = run_demo(out, progress, overwrite=overwrite)
     views.print_demo(console, results, out)

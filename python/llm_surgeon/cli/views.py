@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from llm_surgeon.demo import DemoResult
+from llm_surgeon.pruning import CheckpointJob
+from llm_surgeon.report.text import duration
 from llm_surgeon.resources import human_bytes
 from surgeon_kernels import build_info
-
-if TYPE_CHECKING:
-    from llm_surgeon.demo import DemoResult
-    from llm_surgeon.pruning import CheckpointJob
 
 
 def print_plan(console: Console, job: CheckpointJob) -> None:
@@ -31,7 +29,7 @@ def print_plan(console: Console, job: CheckpointJob) -> None:
         f"method {config.method}, structure {config.structure}, update {config.update}, {config.shots} shots: "
         f"would remove {round(config.sparsity * weights):,} of {weights:,} weights\n"
         f"memory {human_bytes(plan.memory_bytes)}, disk {human_bytes(plan.disk_bytes)}, "
-        f"about {_duration(plan.seconds)} on {next(job.model.parameters()).device}\n"
+        f"about {duration(plan.seconds)} on {next(job.model.parameters()).device}\n"
         f"nothing was written to {job.out}",
         highlight=False,
     )
@@ -59,9 +57,3 @@ def print_info(console: Console) -> None:
     for name, part in found["parts"].items():
         table.add_row(name, "yes" if part["available"] else "no", part["reason"])
     console.print(table)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

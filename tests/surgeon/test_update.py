@@ -1,0 +1,192 @@
+"""Costs and updates of single layers, with and without bias, against dense float64 mathematics."""
+
+import pytest
+import torch
+from surgeon_kernels import objective, spd_inverse
+from tests.kernels import dense
+
+from llm_surgeon.capture import Curvature
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.costs import element_costs, row_column_costs
+from llm_surgeon.errors import NumericalError
+from llm_surgeon.factors import DampedFactors
+from llm_surgeon.models import PrunableLinear
+from llm_surgeon.select import Selection
+from llm_surgeon.update import remove, remove_and_compensate, with_bias
+
+R, C = 5, 8
+
+
+def layer(bias: bool, dtype: torch.dtype = torch.float64):
+    """A linear with its curvature, both factors of full rank."""
+    torch.manual_seed(1)
+    module = torch.nn.Linear(C, R, bias=bias, dtype=dtype)
+    linear = PrunableLinear("layers.0.proj", module, 0, "proj", "layers.0.proj")
+    a, g = torch.randn(50, C + bias, dtype=dtype), torch.randn(50, R, dtype=dtype)
+    if bias:
+        a[:, -1] = 1.0
+    return linear, Curvature(1.0, 50, {linear.name: a.T @ a}, {linear.name: g.T @ g})
+
+
+def damped(M: torch.Tensor, damping: float) -> torch.Tensor:
+    return M + damping * M.diagonal().mean() * torch.eye(len(M), dtype=M.dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("update", ["joint", "chunked"])
+def test_compensation_reaches_the_dense_optimum_and_moves_the_bias(bias, update):
+    linear, curvature = layer(bias)
+    config = PruneConfig(structure="unstructured", update=update, tolerance=1e-12, max_iterations=200)
+    g, a = DampedFactors(curvature, config).of(linear)
+    weight = linear.matrix(torch.float64)
+    selection = Selection(torch.rand(R, C) < 0.5)
+    new = remove_and_compensate(weight, selection, g, a, config, linear.name)
+    G, A = curvature.factors(linear)
+    G, A = damped(G, 0.1), damped(A, 0.01)
+    expected = dense.update(weight, with_bias(selection, C + bias), G, A)
+    torch.testing.assert_close(new.delta, expected, rtol=1e-4, atol=1e-6)
+    assert bool((new.weight[:, :C][selection.pruned] == 0.0).all())
+    assert not bool(torch.signbit(new.weight[:, :C][selection.pruned]).any())
+    if bias:
+        assert not torch.equal(new.weight[:, C], weight[:, C])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_and_columns_reach_the_dense_optimum_and_a_removed_row_loses_its_bias(bias):
+    linear, curvature = layer(bias)
+    config = PruneConfig(structure="rows-columns", sparsity=0.3)
+    g, a = DampedFactors(curvature, config).of(linear)
+    rows, columns = torch.tensor([1, 0, 0, 1, 0]).bool(), torch.tensor([0, 1, 0, 0, 1, 0, 0, 0]).bool()
+    selection = Selection.of_rows_columns(rows, columns)
+    weight = linear.matrix(torch.float64)
+    new = remove_and_compensate(weight, selection, g, a, config, linear.name)
+    G, A = curvature.factors(linear)
+    pruned = with_bias(selection, C + bias)
+    expected = dense.update(weight, pruned, damped(G, 0.01), damped(A, 0.01))
+    torch.testing.assert_close(new.delta, expected, rtol=1e-8, atol=1e-10)
+    assert bool((new.weight[rows] == 0.0).all())
+    assert bool((new.weight[:, :C][:, columns] == 0.0).all())
+    if bias:
+        assert bool((new.weight[~rows, C] != 0.0).all())
+
+
+def test_independent_rows_and_columns_sum_the_single_updates():
+    linear, curvature = layer(bias=True)
+    config = PruneConfig(structure="rows-columns", sparsity=0.3, update="independent")
+    g, a = DampedFactors(curvature, config).of(linear)
+    weight = linear.matrix(torch.float64)
+    rows, columns = torch.tensor([1, 0, 0, 1, 0]).bool(), torch.tensor([0, 1, 0, 0, 1, 0, 0, 0]).bool()
+    new = remove_and_compensate(
+        weight, Selection.of_rows_columns(rows, columns), g, a, config, linear.name
+    )
+    expected = torch.zeros_like(weight)
+    for r in rows.nonzero()[:, 0].tolist():
+        alone = torch.zeros_like(weight, dtype=torch.bool)
+        alone[r] = True
+        expected += dense.update(weight, alone, g.damped, a.damped)
+    for c in columns.nonzero()[:, 0].tolist():
+        alone = torch.zeros_like(weight, dtype=torch.bool)
+        alone[:, c] = True
+        expected += dense.update(weight, alone, g.damped, a.damped)
+    pruned = with_bias(Selection.of_rows_columns(rows, columns), C + 1)
+    torch.testing.assert_close(new.delta, torch.where(pruned, -weight, expected), rtol=1e-8, atol=1e-10)
+
+
+def test_more_correlation_never_predicts_a_greater_loss():
+    linear, curvature = layer(bias=True)
+    weight, selection = linear.matrix(torch.float64), Selection(torch.rand(R, C) < 0.5)
+    values = {}
+    for update in ("none", "chunked", "joint"):
+        config = PruneConfig(
+            structure="unstructured", update=update, max_correlated=6, tolerance=1e-10, max_iterations=200
+        )
+        g, a = DampedFactors(curvature, config).of(linear)
+        new = remove_and_compensate(weight, selection, g, a, config, linear.name)
+        values[update] = objective(new.delta, g.damped, a.damped)
+    assert values["joint"] < values["chunked"] < values["none"]
+
+
+def test_remove_only_zeroes():
+    weight = torch.randn(R, C)
+    selection = Selection(torch.rand(R, C) < 0.5)
+    new = remove(weight, selection)
+    assert torch.equal(new.weight, torch.where(selection.pruned, 0.0, weight))
+    assert torch.equal(new.delta, new.weight - weight)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("method", ["surgeon", "k-obd", "l-obd", "wanda", "magnitude"])
+def test_element_costs_follow_their_formulas(bias, method):
+    linear, curvature = layer(bias, torch.float32)
+    G, A = curvature.factors(linear)
+    config = PruneConfig()
+    cost = element_costs(linear, method, curvature, DampedFactors(curvature, config))
+    g_inv = torch.linalg.inv(damped(G, 0.1).double()).diagonal()
+    a_inv = torch.linalg.inv(damped(A, 0.01).double()).diagonal()
+    sensitivity = {
+        "surgeon": torch.outer(1 / g_inv, 1 / a_inv),
+        "k-obd": torch.outer(G.diagonal(), A.diagonal()),
+        "l-obd": A.diagonal().expand(R, -1),
+        "wanda": A.diagonal().expand(R, -1),
+        "magnitude": torch.ones(R, C + bias),
+    }[method]
+    expected = 0.5 * linear.matrix().double() ** 2 * sensitivity
+    torch.testing.assert_close(cost.double(), expected[:, :C], rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_row_and_column_costs_are_dense_eq_7(bias):
+    linear, curvature = layer(bias, torch.float32)
+    config = PruneConfig(structure="rows-columns")
+    factors = DampedFactors(curvature, config)
+    g, a = factors.of(linear)
+    rows, columns = row_column_costs(linear, "surgeon", curvature, factors)
+    weight, G, A = linear.matrix().double(), g.damped.double(), a.damped.double()
+    assert len(rows) == R and len(columns) == C
+    for r in range(R):
+        alone = torch.zeros(R, C + bias, dtype=torch.bool)
+        alone[r] = True
+        assert float(rows[r]) == pytest.approx(float(dense.cost(weight, alone, G, A)), rel=1e-3)
+    for c in range(C):
+        alone = torch.zeros(R, C + bias, dtype=torch.bool)
+        alone[:, c] = True
+        assert float(columns[c]) == pytest.approx(float(dense.cost(weight, alone, G, A)), rel=1e-3)
+
+
+def test_row_and_column_costs_without_correlation_are_sums_of_element_costs():
+    linear, curvature = layer(True, torch.float32)
+    rows, columns = row_column_costs(linear, "k-obd", curvature, None)
+    G, A = curvature.factors(linear)
+    cost = 0.5 * linear.matrix() ** 2 * torch.outer(G.diagonal(), A.diagonal())
+    torch.testing.assert_close(rows, cost.sum(dim=1))  # the bias goes with its row
+    torch.testing.assert_close(columns, cost.sum(dim=0)[:C])
+
+
+def test_shared_inputs_are_inverted_once_and_jitter_is_noted(monkeypatch):
+    import llm_surgeon.factors as module
+
+    linear, curvature = layer(False)
+    twin = PrunableLinear("layers.0.twin", linear.module, 0, "twin", linear.name)
+    curvature._gradients[twin.name] = curvature._gradients[linear.name]
+    calls = []
+
+    def counted(M, damping, *, name):
+        calls.append(name)
+        return spd_inverse(M, damping, name=name)
+
+    monkeypatch.setattr(module, "spd_inverse", counted)
+    factors = DampedFactors(curvature, PruneConfig())
+    factors.of(linear)
+    factors.of(twin)
+    assert calls == ["G of layers.0.proj", "A of layers.0.proj", "G of layers.0.twin"]
+    factors.note_jitter(linear, 1e-3)
+    factors.note_jitter(linear, 1e-4)
+    factors.note_jitter(twin, 0.0)
+    assert factors.jitter == {"layers.0.proj": 1e-3}
+
+
+def test_a_factor_that_is_not_positive_definite_names_the_layer():
+    linear, curvature = layer(False)
+    curvature._gradients[linear.name] = -torch.eye(R, dtype=torch.float64)
+    with pytest.raises(NumericalError, match="G of layers.0.proj"):
+        DampedFactors(curvature, PruneConfig()).of(linear)
