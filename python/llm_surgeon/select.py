@@ -52,7 +52,12 @@ def select_elements(
         threshold, masks = k_smallest(exempt, round(sparsity * sum(cost.numel() for cost in costs)))
     else:
         masks, threshold = [k_smallest([cost], round(sparsity * cost.numel()))[1][0] for cost in costs], None
-    return [Selection(mask) for mask in masks], threshold
+    return [Selection(mask) for mask in masks], _finite(threshold)
+
+
+def _finite(threshold: float | None) -> float | None:
+    """``None`` for the infinite threshold of a shot that chooses nothing new."""
+    return threshold if threshold is not None and math.isfinite(threshold) else None
 
 
 def _select_groups(

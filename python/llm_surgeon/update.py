@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +31,7 @@ class LayerUpdate:
     weight: Tensor  # [R, C'], exactly +0.0 where pruned
     delta: Tensor  # [R, C']
     objective: list[float] = field(default_factory=list)  # joint solver only, damped objective per iteration
-    gap: float | None = None
+    gap: float | None = None  # None where the solver could not tell
     jitter: float = 0.0
 
 
@@ -78,7 +79,8 @@ def remove_and_compensate(
                 max_iterations=config.max_iterations,
                 name=name,
             )
-            delta, trace, gap = solved.delta, solved.objective, solved.gap
+            delta, trace = solved.delta, solved.objective
+            gap = solved.gap if math.isfinite(solved.gap) else None
             jitter = max(start.jitter, solved.jitter)
     except NotPositiveDefiniteError as error:
         raise NumericalError(f"update of {name}: {error}") from error

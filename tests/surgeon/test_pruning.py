@@ -1,15 +1,16 @@
 """Whole runs on tiny random models of every architecture: patterns, schedules, reports, failures."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 from llm_surgeon import Calibration, InputError, NumericalError, PruneConfig, prune
 from llm_surgeon.capture import estimate_curvature, mean_loss
 from llm_surgeon.models import find_decoder
 from llm_surgeon.progress import Progress
+from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
 
@@ -70,7 +71,7 @@ def test_each_shot_keeps_what_earlier_shots_pruned_and_meets_its_target():
         0,
         *(round(0.6 * i / 3 * total) for i in (1, 2, 3)),
     ]
-    for before, after in zip(masks, masks[1:], strict=False):
+    for before, after in itertools.pairwise(masks):
         for name, mask in before.items():
             assert bool((after[name] | ~mask).all())
     assert [shot.target_sparsity for shot in report.shots] == pytest.approx([0.2, 0.4, 0.6])

@@ -159,6 +159,14 @@ def test_layerwise_methods_meet_the_target_in_every_layer():
         assert 0.3 * size <= int(selection.pruned.sum()) < 0.3 * size + 40
 
 
+def test_a_shot_too_small_to_choose_anything_has_no_threshold():
+    costs = random_costs([(2, 4)])
+    config = PruneConfig(structure="unstructured", sparsity=0.01)
+    chosen, threshold = select_elements(costs, nothing(costs), config, 0.01)
+    assert threshold is None
+    assert not bool(chosen[0].pruned.any())
+
+
 def test_ties_are_counted_exactly():
     costs = [torch.ones(6, 7), torch.ones(5, 3)]
     for sparsity in (0.1, 0.37, 0.9):

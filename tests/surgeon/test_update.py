@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from surgeon_kernels import objective, spd_inverse
-from tests.kernels import dense
 
 from llm_surgeon.capture import Curvature
 from llm_surgeon.config import PruneConfig
@@ -13,6 +11,8 @@ from llm_surgeon.factors import DampedFactors
 from llm_surgeon.models import PrunableLinear
 from llm_surgeon.select import Selection
 from llm_surgeon.update import remove, remove_and_compensate, with_bias
+from surgeon_kernels import objective, spd_inverse
+from tests.kernels import dense
 
 R, C = 5, 8
 
@@ -76,9 +76,7 @@ def test_independent_rows_and_columns_sum_the_single_updates():
     g, a = DampedFactors(curvature, config).of(linear)
     weight = linear.matrix(torch.float64)
     rows, columns = torch.tensor([1, 0, 0, 1, 0]).bool(), torch.tensor([0, 1, 0, 0, 1, 0, 0, 0]).bool()
-    new = remove_and_compensate(
-        weight, Selection.of_rows_columns(rows, columns), g, a, config, linear.name
-    )
+    new = remove_and_compensate(weight, Selection.of_rows_columns(rows, columns), g, a, config, linear.name)
     expected = torch.zeros_like(weight)
     for r in rows.nonzero()[:, 0].tolist():
         alone = torch.zeros_like(weight, dtype=torch.bool)
@@ -188,5 +186,5 @@ def test_shared_inputs_are_inverted_once_and_jitter_is_noted(monkeypatch):
 def test_a_factor_that_is_not_positive_definite_names_the_layer():
     linear, curvature = layer(False)
     curvature._gradients[linear.name] = -torch.eye(R, dtype=torch.float64)
-    with pytest.raises(NumericalError, match="G of layers.0.proj"):
+    with pytest.raises(NumericalError, match=r"G of layers\.0\.proj"):
         DampedFactors(curvature, PruneConfig()).of(linear)

@@ -1,0 +1,231 @@
+"""The surgeon command as a user types it: files written, exit codes, and a clear sentence for every bad input."""
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_surgeon import InputError, PruneConfig, prune_checkpoint
+from llm_surgeon.cli import main
+from llm_surgeon.report.schema import PruneReport
+
+ASSETS = Path(str(files("llm_surgeon.demo"))) / "assets"
+MODEL = ASSETS / "model"
+TEXT = ASSETS / "wikitext2-test-slice.txt"
+SMALL = ["--calibration", str(TEXT), "--samples", "4", "--seqlen", "32", "--quiet"]
+
+
+def surgeon(*arguments):
+    """Exit code of the command."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    return exit.value.code or 0
+
+
+@pytest.fixture
+def sentence(capsys):
+    """The one line a failed command printed to stderr."""
+
+    def read():
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return read
+
+
+def linear_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    return {name: w for name, w in weights.items() if name.endswith("_proj.weight")}
+
+
+def test_prune_writes_a_model_that_loads_in_plain_transformers(tmp_path):
+    out = tmp_path / "out"
+    assert surgeon("prune", MODEL, out, *SMALL, "--shots", 2, "--max-iterations", 5) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16 == AutoModelForCausalLM.from_pretrained(MODEL).dtype
+    assert AutoTokenizer.from_pretrained(out)("surgery")["input_ids"]
+    weights = linear_weights(out)
+    assert len(weights) == 42
+    for name, weight in weights.items():
+        assert weight.dtype == torch.bfloat16
+        assert bool(((weight == 0).view(-1, 4).sum(dim=1) == 2).all()), name
+    untouched = load_file(MODEL / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(load_file(out / "model.safetensors")["model.embed_tokens.weight"], untouched)
+    report = PruneReport.from_json((out / "surgeon_report.json").read_text())
+    assert report.config["shots"] == 2 and report.config["structure"] == "2:4"
+    assert report.sparsity == 0.5
+    assert len(report.shots) == 2 and report.shots[1].measured_increase is not None
+    assert "<svg" in (out / "report.html").read_text()
+    card = (out / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_config_file_gives_options_and_flags_win(tmp_path):
+    options = {"structure": "unstructured", "sparsity": 0.3, "method": "wanda", "seed": 7, "calibration": str(TEXT)}
+    config = tmp_path / "prune.yaml"
+    config.write_text(yaml.safe_dump(options))
+    flags = ["--config", config, "--sparsity", "0.25", "--samples", "2", "--seqlen", "16", "--quiet"]
+    assert surgeon("prune", MODEL, tmp_path / "out", *flags) == 0
+    resolved = json.loads((tmp_path / "out" / "surgeon_report.json").read_text())["config"]
+    assert (resolved["structure"], resolved["sparsity"], resolved["method"]) == ("unstructured", 0.25, "wanda")
+    assert (resolved["seed"], resolved["samples"], resolved["seqlen"]) == (7, 2, 16)
+
+
+def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):
+    assert surgeon("prune", MODEL, tmp_path / "out", *SMALL[:-1], "--dry-run") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "would remove 1,179,648 of 2,359,296 weights" in text
+    assert "memory" in text and "disk" in text and "nothing was written" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_prints_the_perplexity(tmp_path, capsys):
+    assert surgeon("eval", MODEL, "--data", TEXT, "--seqlen", 256, "--quiet") == 0
+    # The model card's 22.86 is for windows without the beginning-of-text token in front.
+    assert float(capsys.readouterr().out) == pytest.approx(22.795, abs=0.005)
+
+
+def test_info_and_summary_are_readable(tmp_path, capsys):
+    assert surgeon("info") == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text and "nvcc" in text
+    assert surgeon("prune", MODEL, tmp_path / "out", *SMALL[:-1], "--method", "magnitude") == 0
+    assert "50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--structure", "2-4"], "unknown structure '2-4'"),
+        (["--structure", "2:5"], "widths divisible by 5"),
+        (["--structure", "unstructured", "--sparsity", "1.2"], "sparsity must be a number in (0, 1)"),
+        (["--structure", "2:4", "--sparsity", "0.6"], "removes 0.5"),
+        (["--method", "obs"], "unknown method 'obs'"),
+        (["--method", "wanda", "--update", "joint"], "update 'joint' needs method 'surgeon'"),
+        (["--method", "wanda", "--structure", "rows-columns"], "no definition for rows and columns"),
+        (["--seqlen", "100000"], "longer than the 512 positions"),
+        (["--samples", "0"], "samples must be a whole number"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--calibration", "wikitext2"], "pass a .txt, .jsonl, .parquet or .zip file instead"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--config", "nowhere.yaml"], "config file nowhere.yaml cannot be read"),
+    ],
+)
+def test_bad_options_exit_with_2_and_one_sentence(tmp_path, sentence, options, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert surgeon("prune", MODEL, tmp_path / "out", *SMALL, *options) == 2
+    assert words in sentence()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_flags_and_missing_arguments_are_usage_errors(capsys):
+    assert surgeon("prune", MODEL) == 2
+    assert surgeon("prune", MODEL, "out", "--sparse") == 2
+    assert surgeon("operate") == 2
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("sparsity: [", "cannot be read"),
+        ("- 1", "must hold option: value"),
+        ("sparsty: 0.5", "unknown option 'sparsty'"),
+    ],
+)
+def test_bad_config_files(tmp_path, sentence, content, words):
+    config = tmp_path / "prune.yaml"
+    config.write_text(content)
+    assert surgeon("prune", MODEL, tmp_path / "out", *SMALL, "--config", config) == 2
+    assert words in sentence()
+
+
+def test_text_that_is_empty_or_too_short(tmp_path, sentence):
+    text = tmp_path / "text.txt"
+    for content, words in (("", "empty"), ("three short words", "32")):
+        text.write_text(content)
+        options = ["--calibration", text, "--samples", "4", "--seqlen", "32", "--quiet"]
+        assert surgeon("prune", MODEL, tmp_path / "out", *options) == 2
+        assert words in sentence()
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_taken_needs_overwrite(tmp_path, sentence):
+    out = tmp_path / "out"
+    shutil.copytree(MODEL, out)
+    before = (out / "model.safetensors").read_bytes()
+    magnitude = [*SMALL, "--method", "magnitude"]
+    assert surgeon("prune", MODEL, out, *magnitude) == 2
+    assert "--overwrite" in sentence()
+    assert (out / "model.safetensors").read_bytes() == before
+    assert surgeon("prune", MODEL, out, *magnitude, "--overwrite") == 0
+    assert (out / "surgeon_report.json").exists()
+    assert (out / "model.safetensors").read_bytes() != before
+
+
+def test_out_equal_to_the_model_is_refused_even_with_overwrite(tmp_path, sentence):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    assert surgeon("prune", model, model, *SMALL, "--overwrite") == 2
+    assert "model" in sentence()
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_damaged_and_pickled_checkpoints(tmp_path, sentence):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert surgeon("prune", model, tmp_path / "out", *SMALL) == 2
+    assert "damaged" in sentence()
+    weights.rename(model / "pytorch_model.bin")
+    assert surgeon("prune", model, tmp_path / "out", *SMALL) == 2
+    assert "never loaded" in sentence()
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_weights_exit_with_1_and_name_the_layer(tmp_path, sentence):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    weights = load_file(MODEL / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][3, 3] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert surgeon("prune", model, tmp_path / "out", *SMALL) == 1
+    assert "model.layers.2.mlp.down_proj" in sentence()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("resource", ["memory", "disk"])
+def test_too_little_memory_or_disk_is_found_before_the_work_starts(tmp_path, sentence, monkeypatch, resource):
+    def started(*_, **__):
+        raise AssertionError("the work has started")
+
+    monkeypatch.setattr("llm_surgeon.pruning.ShotLoop", started)
+    if resource == "memory":
+        real = psutil.virtual_memory()
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=20_000_000))
+    else:
+        real_disk = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: real_disk._replace(free=1_000_000))
+    assert surgeon("prune", MODEL, tmp_path / "out", *SMALL) == 2
+    assert f"of {resource} are needed" in sentence()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_checkpoint_takes_options_or_a_config_but_not_both(tmp_path):
+    options = {"calibration": str(TEXT), "samples": 2, "seqlen": 16, "method": "magnitude"}
+    report = prune_checkpoint(MODEL, tmp_path / "out", **options)
+    assert report.config["method"] == "magnitude"
+    with pytest.raises(InputError, match="not both"):
+        prune_checkpoint(MODEL, tmp_path / "other", PruneConfig(), shots=2)
