@@ -16,6 +16,7 @@ from llm_surgeon.evaluate import perplexity
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import prune, write_pruned
 
+_NAME = "the demo model of surgeon-kernels"
 _METHODS = {"magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "surgeon": "Surgeon (joint)"}
 _SEQLEN, _CALIBRATION_WINDOWS, _TEST_WINDOWS = 256, 32, 64
 
@@ -52,6 +53,7 @@ def run_demo(out: str | Path, progress: Progress | None = None, *, overwrite: bo
             report = prune(model, calibration, config=PruneConfig(method=method), progress=progress)
             seconds = time.perf_counter() - begun
             results.append(DemoResult(name, perplexity(model, windows), seconds))
+        report.model = _NAME
         report.perplexity = {"dense": dense, "pruned": results[-1].perplexity}
-        write_pruned(model, tokenizer, out, dtype, report, "the demo model of surgeon-kernels", overwrite)
+        write_pruned(model, tokenizer, out, dtype, report, _NAME, overwrite)
     return results
