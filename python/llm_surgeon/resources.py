@@ -22,6 +22,8 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.models import PrunableLinear
 
 _FLOAT = 4  # bytes of the float32 that everything but the model itself is computed in
+# Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things.
+_CPU_TOKENS, _GPU_TOKENS = 4096, 8192
 _OTHER_FILES = 32 * 2**20  # tokenizer, configuration, reports
 
 
@@ -37,8 +39,8 @@ class Estimate:
         costs_bytes: every weight's cost (float32, also as one sorted list) and its mask.
         workspace_bytes: damped factors, their inverses and the solver's matrices of the largest layer:
             ``2 C'^2 + 2 R^2 + 8 R C'`` float32.
-        activations_bytes: one batch's: three copies of the logits, and the inputs and outputs (each with its
-            gradient) of every linear, or of the largest one where no gradients are needed.
+        activations_bytes: one pass's: three copies of the logits, and the inputs and outputs of every linear (of the
+            largest one alone where no gradients are needed) with a quarter on top for what lies between them.
         disk_bytes: the checkpoint that is written.
         seconds: floating point operations (see :func:`estimate`) over the measured rate of a matrix product.
     """
@@ -91,33 +93,73 @@ def estimate(
     parameters = list(model.parameters())
     device = parameters[0].device
     gradients, factored = config.method in GLOBAL_METHODS, config.method != "magnitude"
-    batch_tokens = config.seqlen * min(config.samples, config.batch_size or max(1, 4096 // config.seqlen))
+    windows = windows_per_pass(model, linears, config, config.samples, config.seqlen)
     tokens = config.samples * config.seqlen
 
     sizes = [(linear.rows, linear.columns + linear.has_bias) for linear in linears]
     weights = sum(R * C for R, C in sizes)
-    group_width: dict[str, int] = {}  # a shared A is as wide as its widest user, bias included
-    for linear, (_, C) in zip(linears, sizes, strict=True):
-        group_width[linear.input_group] = max(C, group_width.get(linear.input_group, 0))
-    gram = sum(C**2 for C in group_width.values()) * factored + sum(R**2 for R, _ in sizes) * gradients
-    inverses = sum(C**3 for C in group_width.values()) * factored + sum(R**3 for R, _ in sizes) * gradients
+    gram = sum(n**2 for n in _factor_sizes(linears, config))
+    inverses = sum(n**3 for n in _factor_sizes(linears, config))
     joint = config.update == "joint" and config.pattern.kind != "rows-columns"
     solver = 4 * config.max_iterations * sum(R * C * (R + C) for R, C in sizes) * joint
     vocabulary, hidden = _output_embedding_shape(model)
 
     passes = 2 * (weights + vocabulary * hidden) * tokens
     operations = config.shots * (factored * passes * (3 if gradients else 1) + 2 * tokens * gram + inverses + solver)
-    wide = [2 * (R + C) for R, C in sizes]
     return Estimate(
         weights_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         snapshot_bytes=_FLOAT * weights * (device.type == "cpu"),
-        factors_bytes=_FLOAT * gram,
+        factors_bytes=_factor_bytes(linears, config),
         costs_bytes=(2 * _FLOAT + 1) * weights,
         workspace_bytes=_FLOAT * max(2 * C**2 * factored + 2 * R**2 * gradients + 8 * R * C for R, C in sizes),
-        activations_bytes=_FLOAT * batch_tokens * (3 * vocabulary + (sum(wide) if gradients else max(wide))),
+        activations_bytes=windows * config.seqlen * _activation_bytes(model, linears, gradients),
         disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters) + _OTHER_FILES,
         seconds=(operations + passes) / matmul_rate(device),
     )
+
+
+def windows_per_pass(
+    model: PreTrainedModel, linears: Sequence[PrunableLinear], config: PruneConfig, samples: int, seqlen: int
+) -> int:
+    """Calibration windows of ``seqlen`` tokens that go through the model together.
+
+    As configured; else about 4096 tokens, and on a GPU up to 8192 as far as their activations fit a third of the
+    memory that is free beside the factors. Never more than ``samples``, never less than one.
+    """
+    if config.batch_size is not None:
+        return min(samples, config.batch_size)
+    gradients = config.method in GLOBAL_METHODS
+    tokens, device = _CPU_TOKENS, next(model.parameters()).device
+    if device.type == "cuda":
+        free = max(0, available_memory(device) - _factor_bytes(linears, config))
+        tokens = min(_GPU_TOKENS, free // 3 // _activation_bytes(model, linears, gradients))
+    return max(1, min(samples, tokens // seqlen))
+
+
+def _activation_bytes(model: PreTrainedModel, linears: Sequence[PrunableLinear], gradients: bool) -> int:
+    """Bytes per token of the activations alive at once, see :class:`Estimate`."""
+    inputs = {linear.input_group: linear.columns for linear in linears}
+    if gradients:
+        width = sum(inputs.values()) + sum(linear.rows for linear in linears)
+    else:
+        width = max(linear.rows + linear.columns for linear in linears)
+    vocabulary, _ = _output_embedding_shape(model)
+    itemsize = next(model.parameters()).element_size()
+    return itemsize * (3 * vocabulary + width + width // 4)
+
+
+def _factor_bytes(linears: Sequence[PrunableLinear], config: PruneConfig) -> int:
+    return _FLOAT * sum(n**2 for n in _factor_sizes(linears, config))
+
+
+def _factor_sizes(linears: Sequence[PrunableLinear], config: PruneConfig) -> list[int]:
+    """Sizes of the factors: an A per shared input, as wide as its widest user, bias included, and a G per linear."""
+    if config.method == "magnitude":
+        return []
+    widths: dict[str, int] = {}
+    for linear in linears:
+        widths[linear.input_group] = max(linear.columns + linear.has_bias, widths.get(linear.input_group, 0))
+    return [*widths.values(), *(linear.rows for linear in linears if config.method in GLOBAL_METHODS)]
 
 
 def matmul_rate(device: torch.device, seconds: float = 0.1) -> float:

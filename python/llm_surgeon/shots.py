@@ -18,6 +18,7 @@ from llm_surgeon.factors import DampedFactors
 from llm_surgeon.models import Decoder, PrunableLinear
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.resources import windows_per_pass
 from llm_surgeon.select import Selection, select_elements, select_rows_columns
 from llm_surgeon.sparsegpt import prune_sparsegpt
 from llm_surgeon.update import remove, remove_and_compensate
@@ -40,7 +41,7 @@ class ShotLoop:
     ) -> None:
         self.model, self.decoder, self.calibration = model, decoder, calibration
         self.config, self.progress = config, progress
-        self.batch_size = config.batch_size or max(1, 4096 // calibration.input_ids.shape[1])
+        self.batch_size = windows_per_pass(model, decoder.linears, config, *calibration.input_ids.shape)
         self.selections = [_nothing(linear, config) for linear in decoder.linears]
         self.reports: list[ShotReport] = []
 

@@ -26,6 +26,7 @@ from llm_surgeon.resources import (
     nearest_existing,
     require_disk,
     require_memory,
+    windows_per_pass,
 )
 from tests.surgeon.tiny_models import build
 
@@ -114,7 +115,8 @@ def test_estimate_of_the_surgeon(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.snapshot_bytes == 4 * WEIGHTS
     assert plan.factors_bytes == 4 * (A_SQUARED + G_SQUARED)
     assert plan.workspace_bytes == 4 * (2 * 48**2 + 2 * 32**2 + 8 * 32 * 48)
-    assert plan.activations_bytes == 4 * 32 * (3 * 64 + 2 * 2 * sum(R + C for R, C in BLOCK))
+    width = 2 * (sum(SHARED_INPUTS) + sum(R for R, _ in BLOCK))
+    assert plan.activations_bytes == 32 * 4 * (3 * 64 + width + width // 4)
     parts = plan.snapshot_bytes + plan.factors_bytes + plan.costs_bytes + plan.workspace_bytes
     assert plan.additional_bytes == parts + plan.activations_bytes
     assert plan.memory_bytes == plan.weights_bytes + plan.additional_bytes
@@ -129,7 +131,7 @@ def test_estimate_of_the_surgeon(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_estimate_without_gradients_or_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     _, wanda = estimate_of("llama", monkeypatch, method="wanda")
     assert wanda.factors_bytes == 4 * A_SQUARED
-    assert wanda.activations_bytes == 4 * 32 * (3 * 64 + 2 * 80)
+    assert wanda.activations_bytes == 32 * 4 * (3 * 64 + 80 + 20)
     passes = 2 * (WEIGHTS + 64 * 32) * 64
     inverses = 2 * sum(C**3 for C in SHARED_INPUTS)
     assert wanda.seconds == pytest.approx((2 * passes + 2 * 64 * A_SQUARED + inverses) / 2.0)
@@ -161,6 +163,22 @@ def test_default_batch_is_4096_tokens_and_no_more_than_the_samples(monkeypatch: 
 
     full = activations(samples=128, seqlen=1024)
     assert full == 4 * activations(samples=1, seqlen=1024) == activations(samples=128, seqlen=2048, batch_size=2)
+
+
+def test_batches_on_a_gpu_follow_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    linears = find_decoder(model).linears
+    config = PruneConfig()
+    width = 2 * (sum(SHARED_INPUTS) + sum(R for R, _ in BLOCK))
+    per_token, factors = 4 * (3 * 64 + width + width // 4), 4 * (A_SQUARED + G_SQUARED)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 4)
+    monkeypatch.setattr(model, "parameters", lambda: iter([on_gpu]))
+    for tokens, windows in ((10 * 512, 10), (10 * 512 - 1, 9), (3, 1), (10**9, 8192 // 512)):
+        free = factors + 3 * per_token * tokens
+        monkeypatch.setattr(llm_surgeon.resources, "available_memory", lambda device, free=free: free)
+        assert windows_per_pass(model, linears, config, 128, 512) == windows
+    assert windows_per_pass(model, linears, config, 5, 512) == 5
+    assert windows_per_pass(model, linears, PruneConfig(batch_size=3), 128, 512) == 3
 
 
 def test_matmul_rate_is_a_plausible_rate() -> None:
