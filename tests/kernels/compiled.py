@@ -1,0 +1,49 @@
+"""Compiles kernels for a GPU that need not be there, and reads what ptxas says of them."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+class Compiled(NamedTuple):
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    log: str
+    ptx: str
+
+
+def compile_kernel(kernel, signature, constants, capability, *, warps, stages, divisible_by_16=()):
+    """Compile for ``sm_<capability>``; ``divisible_by_16`` names pointers and sizes that the launcher keeps so."""
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature={name: "constexpr" if name in constants else signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    log = _ptxas(ptx, capability)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers and spills, log
+    return Compiled(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared, log, ptx)
+
+
+def _ptxas(ptx, capability):
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+        command = [ptxas, "-v", "-O3", f"--gpu-name={arch}", path, "-o", Path(folder) / "kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
