@@ -103,7 +103,7 @@ def _accumulate_with_kernel(
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``x`` as ``[N, C]`` and the mask as ``[N]``. The order of rows is of no account: the one in memory needs no copy."""
+    """``x`` as ``[N, C]`` and the mask as ``[N]``, rows in the order of memory: any order will do, this needs no copy."""
     leading = sorted(range(x.dim() - 1), key=lambda d: -x.stride(d))
     rows = x.permute(*leading, -1).reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows, None if mask is None else mask.permute(leading).reshape(-1)

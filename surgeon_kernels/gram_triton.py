@@ -17,7 +17,8 @@ from surgeon_kernels.symmetric_triton import column_offsets, exists, row_offsets
 _REDUCED_ROWS = 16
 
 
-@triton.jit
+# Sizes are not specialised: a new number of tokens must not compile a new kernel.
+@triton.jit(do_not_specialize=["unit_count", "tokens", "columns", "x_stride"])
 def gram_kernel(
     left,  # x [tokens, columns] in blocks [BLOCK_K, BLOCK_M]: a tensor descriptor, or a pointer
     right,  # x in blocks [BLOCK_K, BLOCK_N]
@@ -74,7 +75,7 @@ def gram_kernel(
             tl.store(part + (r - row)[:, None] * BLOCK_N + (c - column)[None, :], product)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "columns"])
 def reduce_kernel(
     workspace,
     out,
@@ -132,7 +133,7 @@ def gather_rows(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:
     block_t, block_c = 16, 256
     with torch.cuda.device_of(rows):
         gather_rows_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_c))](
-            rows, None if mask is None else mask.view(torch.uint8), target, tokens, rows.shape[1], rows.stride(0),
+            rows, None if mask is None else mask.contiguous().view(torch.uint8), target, tokens, rows.shape[1], rows.stride(0),
             rows.stride(1), width, width, MASKED=mask is not None, ONES=ones_column, BLOCK_T=block_t, BLOCK_C=block_c,
         )  # fmt: skip
     return target[:, :columns]

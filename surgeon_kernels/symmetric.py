@@ -15,8 +15,8 @@ class SymmetricAccumulator:
     """A symmetric matrix ``S`` ``[n, n]`` of which only the lower tiles exist in memory.
 
     Tile ``(i, j)``, ``j <= i``, is the ``TILE x TILE`` block of ``S`` at ``(i TILE, j TILE)``; it is stored whole and
-    row-major at position ``i (i + 1) / 2 + j`` of the storage ``[tiles, TILE, TILE]``. Values past ``n`` and those above
-    the diagonal of a diagonal tile mean nothing. Only this class and the kernels that fill it know the format;
+    row-major at position ``i (i + 1) / 2 + j`` of the storage ``[tiles, TILE, TILE]``. Values past ``n`` and those
+    above the diagonal of a diagonal tile mean nothing. Only this class and the kernels that fill it know the format;
     everyone else reads :meth:`full` and :meth:`diagonal`.
     """
 

@@ -1,4 +1,4 @@
-"""The packed format of :class:`surgeon_kernels.symmetric.SymmetricAccumulator` for Triton kernels, and its unpacking."""
+"""The packed format of :class:`surgeon_kernels.symmetric.SymmetricAccumulator` in Triton kernels; its unpacking."""
 
 from __future__ import annotations
 
