@@ -55,7 +55,15 @@ CASES = [
     Case(8192, 4096, torch.float32),
     Case(4096, 1024, torch.float32),
 ]
-TUNED = [Case(16384, 4096), Case(16384, 11008), Case(4096, 1024), Case(2048, 5120), Case(8192, 4096, torch.float32)]
+TUNED = [
+    Case(16384, 4096),
+    Case(16384, 11008),
+    Case(16384, 2048),
+    Case(2048, 2048),
+    Case(4096, 1024),
+    Case(2048, 3072),
+    Case(8192, 4096, torch.float32),
+]
 CONFIGS = {
     torch.bfloat16: [
         GramConfig(128, 256, 64, 8, 3, 1, True),
@@ -156,7 +164,7 @@ def measure(case: Case) -> dict[str, Any]:
     del exact, full
     times = device_ms(baseline), device_ms(kernel), eager_ms(baseline), eager_ms(kernel)
     operations = case.tokens * n * (n + 1)
-    config = kernel_config(ours, xs[0], case.bias)
+    config = kernel_config(ours if isinstance(ours, Tensor) else ours.storage, xs[0], n)
     return {
         **case._asdict(),
         "dtype": str(case.dtype).removeprefix("torch."),
@@ -179,7 +187,7 @@ def tune(case: Case) -> None:
     out = torch.zeros(case.columns, case.columns, device=DEVICE)
     base = device_ms([partial(torch_gram_, out, x, None, False) for x in xs])
     print(f"{case.tokens} x {case.columns} {case.dtype}: torch {base:.4f} ms", flush=True)
-    packed = SymmetricAccumulator.zeros(case.columns, device=DEVICE).storage
+    packed = SymmetricAccumulator.zeros(case.columns, device=DEVICE, packed=True).storage
     for config in CONFIGS[case.dtype]:
         run = partial(gram_triton.accumulate_, packed, case.columns, alpha=1.0, config=config, packed=True)
         ms = device_ms([partial(run, x) for x in xs])

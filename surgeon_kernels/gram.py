@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from surgeon_kernels.gram_plan import GramConfig, choose
-from surgeon_kernels.symmetric import SymmetricAccumulator
+from surgeon_kernels.symmetric import SymmetricAccumulator, add_gram_reference_
 from surgeon_kernels.triton_support import has_kernels
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -46,25 +46,24 @@ def gram_accumulate_(
     """
     _check(out, x, mask, ones_column)
     rows, mask = _rows(x, mask)
-    if rows.shape[0] == 0:
+    n = rows.shape[1] + ones_column
+    target = out.storage if isinstance(out, SymmetricAccumulator) else out
+    packed = isinstance(out, SymmetricAccumulator) and out.packed
+    if rows.shape[0] == 0 or n == 0:
         return out
-    config = kernel_config(out, rows, ones_column)
+    config = kernel_config(target, rows, n)
     if config is not None:
-        _accumulate_with_kernel(out, rows, mask, alpha, ones_column, config)
+        _accumulate_with_kernel(target, rows, mask, alpha, n, config, packed)
         return out
-    if mask is not None:
-        # Filled, not indexed: indexing by a mask would wait for the device.
-        rows = rows.masked_fill(~mask[:, None], 0.0)
-    if ones_column:
-        ones = rows.new_ones(len(rows), 1) if mask is None else mask[:, None].to(rows.dtype)
-        rows = torch.cat([rows, ones], dim=1)
-    if isinstance(out, SymmetricAccumulator):
-        out.add_gram_reference_(rows, alpha)
-        return out
-    if rows.is_cuda and rows.dtype in _HALF and out.dtype == torch.float32:
+    rows = _prepare(rows, mask, ones_column)
+    if packed:
+        add_gram_reference_(target, rows[:, :n], alpha)
+    elif rows.is_cuda and rows.dtype in _HALF and target.dtype == torch.float32:
         # Half-precision products are exact in float32: the tensor cores read x as it is, no upcast copy.
-        return out.add_(torch.mm(rows.T, rows, out_dtype=torch.float32), alpha=alpha)
-    return gram_reference_(out, rows, alpha)
+        target.add_(torch.mm(rows.T, rows, out_dtype=torch.float32)[:n, :n], alpha=alpha)
+    else:
+        gram_reference_(target, rows[:, :n], alpha)
+    return out
 
 
 def gram_reference_(out: Tensor, rows: Tensor, alpha: float) -> Tensor:
@@ -73,38 +72,46 @@ def gram_reference_(out: Tensor, rows: Tensor, alpha: float) -> Tensor:
     return out.addmm_(rows.T, rows, alpha=alpha)
 
 
-def kernel_config(out: Tensor | SymmetricAccumulator, rows: Tensor, ones_column: bool = False) -> GramConfig | None:
+def kernel_config(target: Tensor, rows: Tensor, n: int) -> GramConfig | None:
     """The Triton kernel's configuration for these operands, None where PyTorch computes the product."""
-    if not (rows.is_cuda and has_kernels()):
-        return None
-    if isinstance(out, Tensor) and (out.stride(1) != 1 or out.stride(0) < out.shape[1]):
+    if not (rows.is_cuda and has_kernels()) or target.stride(-1) != 1:
         return None
     major, _ = torch.cuda.get_device_capability(rows.device)
-    return choose(rows.shape[1] + ones_column, rows.dtype, out.dtype, major)
+    return choose(n, rows.shape[0], rows.dtype, target.dtype, major)
 
 
 def _accumulate_with_kernel(
-    out: Tensor | SymmetricAccumulator,
-    rows: Tensor,
-    mask: Tensor | None,
-    alpha: float,
-    ones_column: bool,
-    config: GramConfig,
+    target: Tensor, rows: Tensor, mask: Tensor | None, alpha: float, n: int, config: GramConfig, packed: bool
 ) -> None:
     from surgeon_kernels import gram_triton, symmetric_triton
 
+    ones_column = n > rows.shape[1]
     if mask is not None or ones_column or not gram_triton.readable(rows):
-        rows = gram_triton.gather_rows(rows, mask, ones_column)
-    if isinstance(out, SymmetricAccumulator):
-        gram_triton.accumulate_(out.storage, out.n, rows, alpha, config, packed=True)
-    else:
-        gram_triton.accumulate_(out, out.shape[0], rows, alpha, config, packed=False)
-        symmetric_triton.mirror_(out)
+        rows = gram_triton.gather_rows(rows, mask, ones_column)[:, :n]
+    gram_triton.accumulate_(target, n, rows, alpha, config, packed=packed)
+    if not packed:
+        symmetric_triton.mirror_(target)
+
+
+def _prepare(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:
+    """Masked rows with their ones for PyTorch's product: ``[N, >= C']``, zero past ``C'``."""
+    if rows.is_cuda and rows.dtype in _HALF and has_kernels() and (mask is not None or ones_column):
+        from surgeon_kernels.gram_triton import gather_rows
+
+        return gather_rows(rows, mask, ones_column)  # padded to 16 bytes: cuBLAS is several times slower otherwise
+    if mask is not None:
+        # Filled, not indexed: indexing by a mask would wait for the device.
+        rows = rows.masked_fill(~mask[:, None], 0.0)
+    if ones_column:
+        ones = rows.new_ones(len(rows), 1) if mask is None else mask[:, None].to(rows.dtype)
+        rows = torch.cat([rows, ones], dim=1)
+    return rows
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``x`` as ``[N, C]`` and the mask as ``[N]``, rows in the order of memory: any order will do, this needs no copy."""
-    leading = sorted(range(x.dim() - 1), key=lambda d: -x.stride(d))
+    """``x`` as ``[N, C]`` and the mask as ``[N]``, in the order of memory: of any order, this one needs no copy."""
+    strides = x.stride()
+    leading = sorted(range(x.dim() - 1), key=lambda d: -strides[d])
     rows = x.permute(*leading, -1).reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows, None if mask is None else mask.permute(leading).reshape(-1)
 

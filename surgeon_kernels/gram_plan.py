@@ -25,27 +25,33 @@ class GramConfig(NamedTuple):
     precision: str = "tf32"  # of float32 operands; 16-bit ones are exact
 
 
-# Chosen by `bench/gram.py --tune`. 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product;
-# float32 operands are split in registers, which leaves room for smaller blocks only.
-CONFIGS: dict[tuple[int, torch.dtype], GramConfig] = {
-    (9, torch.bfloat16): GramConfig(128, 256, 64, 8, 3, 1, True),
-    (9, torch.float16): GramConfig(128, 256, 64, 8, 3, 1, True),
-    (9, torch.float32): GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3"),
-    (8, torch.bfloat16): GramConfig(128, 128, 32, 8, 3, 1, False),
-    (8, torch.float16): GramConfig(128, 128, 32, 8, 3, 1, False),
-    (8, torch.float32): GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3"),
+_WIDE = GramConfig(128, 256, 64, 8, 3, 1, True)
+_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True)
+_AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False)
+# By major compute capability and type of x: configurations for matrices of at least so many columns, largest first.
+# Chosen by `bench/gram.py --tune`. 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product,
+# but a small matrix has too few of them. tf32x3 splits its operands in registers, which leaves room for less.
+CONFIGS: dict[tuple[int, torch.dtype], list[tuple[int, GramConfig]]] = {
+    (9, torch.bfloat16): [(3072, _WIDE), (2048, _SQUARE)],
+    (9, torch.float16): [(3072, _WIDE), (2048, _SQUARE)],
+    (9, torch.float32): [(2048, GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3"))],
+    (8, torch.bfloat16): [(2048, _AMPERE)],
+    (8, torch.float16): [(2048, _AMPERE)],
+    (8, torch.float32): [(2048, GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3"))],
 }
+# Fewer rows are not worth a kernel, and the last digit of tf32x3 would show.
+_LEAST_TOKENS = 64
 
 
-def choose(n: int, dtype: torch.dtype, out_dtype: torch.dtype, major: int) -> GramConfig | None:
-    """The kernel's configuration for an ``n x n`` Gram matrix on a device of compute capability ``major``.
+def choose(n: int, tokens: int, dtype: torch.dtype, out_dtype: torch.dtype, major: int) -> GramConfig | None:
+    """The kernel's configuration for the ``n x n`` Gram matrix of ``tokens`` rows on compute capability ``major``.
 
-    None stands for the PyTorch path: float64 on either side, architectures without a tuned configuration, and
-    matrices of less than a tile.
+    None stands for the PyTorch path: float64 on either side, architectures without a tuned configuration, and small
+    products, whose time is that of their launches.
     """
-    if out_dtype != torch.float32 or n < 128:
+    if out_dtype != torch.float32 or tokens < _LEAST_TOKENS:
         return None
-    return CONFIGS.get((major, dtype))
+    return next((config for least, config in CONFIGS.get((major, dtype), []) if n >= least), None)
 
 
 class Unit(NamedTuple):
@@ -102,7 +108,7 @@ def schedule(n: int, steps: int, config: GramConfig, programs: int) -> Schedule:
 def _split(blocks: int, steps: int, programs: int) -> tuple[int, int]:
     """How many blocks to compute whole, and into how many parts to split each of the others: the cheapest way."""
     rounds = -(-blocks // programs)
-    best, choice = rounds * (steps + _UNIT_COST), (blocks, 1)
+    best, choice = float(rounds * (steps + _UNIT_COST)), (blocks, 1)
     for whole_rounds in range(max(0, rounds - 3), rounds):
         rest = blocks - whole_rounds * programs
         for splits in range(2, min(_MAX_SPLITS, steps) + 1):
@@ -111,8 +117,8 @@ def _split(blocks: int, steps: int, programs: int) -> tuple[int, int]:
             cost = (
                 whole_rounds * (steps + _UNIT_COST)
                 + part_rounds * (-(-steps // splits) + _UNIT_COST)
-                + 4
-                + rest * splits / programs
+                + _UNIT_COST
+                + 0.5 * rest * splits / programs
             )
             if cost < best:
                 best, choice = cost, (whole_rounds * programs, splits)

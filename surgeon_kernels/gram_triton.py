@@ -14,7 +14,7 @@ from surgeon_kernels.gram_plan import GramConfig, schedule
 from surgeon_kernels.symmetric_triton import column_offsets, exists, row_offsets
 
 # Rows of a block that one program of the reduction adds up.
-_REDUCED_ROWS = 16
+_REDUCED_ROWS = 2
 
 
 # Sizes are not specialised: a new number of tokens must not compile a new kernel.
@@ -86,20 +86,23 @@ def reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,  # power of two, at least splits
     PACKED: tl.constexpr,
 ):
-    """``out += Σ_slots workspace[slot]`` for ``ROWS`` rows of one block, the slots in order."""
+    """``out += Σ_slots workspace[slot]`` for ``ROWS`` rows of one block, always added in the same order."""
     block = tl.program_id(0)
     row = tl.load(reductions + block * 3) * BLOCK_M
     column = tl.load(reductions + block * 3 + 1) * BLOCK_N
     first = tl.load(reductions + block * 3 + 2)
+    part = tl.arange(0, PARTS)
     local_r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     local_c = tl.arange(0, BLOCK_N)
-    part = workspace + first.to(tl.int64) * (BLOCK_M * BLOCK_N) + local_r[:, None] * BLOCK_N + local_c[None, :]
-    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for _ in tl.range(splits):
-        total += tl.load(part)
-        part += BLOCK_M * BLOCK_N
+    slots = (first + part).to(tl.int64) * (BLOCK_M * BLOCK_N)
+    offsets_in_block = local_r[:, None] * BLOCK_N + local_c[None, :]
+    parts = tl.load(
+        workspace + slots[:, None, None] + offsets_in_block[None, :, :], (part < splits)[:, None, None], other=0.0
+    )
+    total = tl.sum(parts, axis=0)
     r, c = row + local_r, column + local_c
     offsets = row_offsets(r, out_stride, PACKED)[:, None] + column_offsets(c, PACKED)[None, :]
     present = exists(r, c, columns, PACKED)
@@ -124,19 +127,20 @@ def gather_rows_kernel(
 
 
 def gather_rows(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:
-    """A copy ``[N, C']`` of ``rows`` ``[N, C]`` that the Gram kernel can read: masked, with ones, in aligned rows."""
+    """A copy of ``rows`` ``[N, C]``, masked and with ones, in aligned rows: ``[N, >= C']``, zero past ``C'``."""
     tokens, columns = rows.shape
-    columns += ones_column
     align = 16 // rows.element_size()
-    width = triton.cdiv(columns, align) * align
+    width = triton.cdiv(columns + ones_column, align) * align
     target = rows.new_empty(tokens, width)
+    if mask is not None:
+        mask = mask.contiguous().view(torch.uint8)
     block_t, block_c = 16, 256
     with torch.cuda.device_of(rows):
         gather_rows_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_c))](
-            rows, None if mask is None else mask.contiguous().view(torch.uint8), target, tokens, rows.shape[1], rows.stride(0),
-            rows.stride(1), width, width, MASKED=mask is not None, ONES=ones_column, BLOCK_T=block_t, BLOCK_C=block_c,
+            rows, mask, target, tokens, columns, rows.stride(0), rows.stride(1), width, width,
+            MASKED=mask is not None, ONES=ones_column, BLOCK_T=block_t, BLOCK_C=block_c,
         )  # fmt: skip
-    return target[:, :columns]
+    return target
 
 
 def readable(rows: Tensor) -> bool:
@@ -146,7 +150,7 @@ def readable(rows: Tensor) -> bool:
 
 
 def accumulate_(out: Tensor, n: int, rows: Tensor, alpha: float, config: GramConfig, *, packed: bool) -> None:
-    """``out += alpha rowsᵀ rows`` on the lower blocks of a dense or packed ``out``; ``rows`` ``[N, n]`` is readable."""
+    """``out += alpha rowsᵀ rows`` on the lower blocks of a dense or packed ``out``; ``rows`` ``[N, n]`` readable."""
     tokens = rows.shape[0]
     programs = config.programs_per_sm * _processors(rows.device)
     units, reductions, splits = _tables(n, triton.cdiv(tokens, config.block_k), config, programs, rows.device)
@@ -169,7 +173,8 @@ def accumulate_(out: Tensor, n: int, rows: Tensor, alpha: float, config: GramCon
         if slots:
             reduce_kernel[(len(reductions), config.block_m // _REDUCED_ROWS)](
                 workspace, out, reductions, splits, n, stride,
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, ROWS=_REDUCED_ROWS, PACKED=packed, num_warps=4,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, ROWS=_REDUCED_ROWS,
+                PARTS=triton.next_power_of_2(splits), PACKED=packed, num_warps=4,
             )  # fmt: skip
 
 
