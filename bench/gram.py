@@ -164,7 +164,8 @@ def measure(case: Case) -> dict[str, Any]:
     del exact, full
     times = device_ms(baseline), device_ms(kernel), eager_ms(baseline), eager_ms(kernel)
     operations = case.tokens * n * (n + 1)
-    config = kernel_config(ours if isinstance(ours, Tensor) else ours.storage, xs[0], n)
+    target, packed = (ours, False) if isinstance(ours, Tensor) else (ours.storage, ours.packed)
+    config = kernel_config(target, xs[0], n, packed)
     return {
         **case._asdict(),
         "dtype": str(case.dtype).removeprefix("torch."),

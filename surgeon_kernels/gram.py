@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def gram_accumulate_(
     packed = isinstance(out, SymmetricAccumulator) and out.packed
     if rows.shape[0] == 0 or n == 0:
         return out
-    config = kernel_config(target, rows, n)
+    config = kernel_config(target, rows, n, packed)
     if config is not None:
         _accumulate_with_kernel(target, rows, mask, alpha, n, config, packed)
         return out
@@ -72,12 +74,16 @@ def gram_reference_(out: Tensor, rows: Tensor, alpha: float) -> Tensor:
     return out.addmm_(rows.T, rows, alpha=alpha)
 
 
-def kernel_config(target: Tensor, rows: Tensor, n: int) -> GramConfig | None:
+def kernel_config(target: Tensor, rows: Tensor, n: int, packed: bool) -> GramConfig | None:
     """The Triton kernel's configuration for these operands, None where PyTorch computes the product."""
     if not (rows.is_cuda and has_kernels()) or target.stride(-1) != 1:
         return None
-    major, _ = torch.cuda.get_device_capability(rows.device)
-    return choose(n, rows.shape[0], rows.dtype, target.dtype, major)
+    return choose(n, rows.shape[0], rows.dtype, target.dtype, _capability(rows.device), packed=packed)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _accumulate_with_kernel(

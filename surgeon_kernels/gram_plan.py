@@ -43,7 +43,9 @@ CONFIGS: dict[tuple[int, torch.dtype], list[tuple[int, GramConfig]]] = {
 _LEAST_TOKENS = 64
 
 
-def choose(n: int, tokens: int, dtype: torch.dtype, out_dtype: torch.dtype, major: int) -> GramConfig | None:
+def choose(
+    n: int, tokens: int, dtype: torch.dtype, out_dtype: torch.dtype, major: int, *, packed: bool
+) -> GramConfig | None:
     """The kernel's configuration for the ``n x n`` Gram matrix of ``tokens`` rows on compute capability ``major``.
 
     None stands for the PyTorch path: float64 on either side, architectures without a tuned configuration, and small
@@ -51,7 +53,11 @@ def choose(n: int, tokens: int, dtype: torch.dtype, out_dtype: torch.dtype, majo
     """
     if out_dtype != torch.float32 or tokens < _LEAST_TOKENS:
         return None
-    return next((config for least, config in CONFIGS.get((major, dtype), []) if n >= least), None)
+    fitting = [config for least, config in CONFIGS.get((major, dtype), []) if n >= least]
+    if not fitting:
+        return None
+    # With the addresses of a dense output, wide blocks run out of registers.
+    return fitting[0] if packed else fitting[-1]
 
 
 class Unit(NamedTuple):

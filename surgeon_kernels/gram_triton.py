@@ -39,7 +39,6 @@ def gram_kernel(
     PRECISION: tl.constexpr,
     FLOAT32: tl.constexpr,
 ):
-    # Rows begin at multiples of 16 bytes (the launcher's rule) and are read in such pieces.
     ALIGN: tl.constexpr = 4 if FLOAT32 else 8
     for unit in tl.range(tl.program_id(0), unit_count, tl.num_programs(0)):
         row = tl.load(units + unit * 5) * BLOCK_M
@@ -56,10 +55,14 @@ def gram_kernel(
                 x_right = right.load([step * BLOCK_K, column])  # [BLOCK_K, BLOCK_N]
             else:
                 t = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                start = t.to(tl.int64)[:, None] * tl.multiple_of(x_stride, ALIGN)
-                real = (t < tokens)[:, None]
-                x_left = tl.load(left + start + r[None, :], real & (r // ALIGN * ALIGN < columns)[None, :], other=0.0)
-                x_right = tl.load(right + start + c[None, :], real & (c // ALIGN * ALIGN < columns)[None, :], other=0.0)
+                start = t.to(tl.int64)[:, None] * x_stride
+                # Read in aligned pieces of 16 bytes: what follows the last column in its piece is read as well.
+                at_left = tl.max_contiguous(tl.multiple_of(left + start + r[None, :], [1, 16]), [1, ALIGN])
+                at_right = tl.max_contiguous(tl.multiple_of(right + start + c[None, :], [1, 16]), [1, ALIGN])
+                in_left = tl.max_constancy((t < tokens)[:, None] & (r < columns)[None, :], [1, ALIGN])
+                in_right = tl.max_constancy((t < tokens)[:, None] & (c < columns)[None, :], [1, ALIGN])
+                x_left = tl.load(at_left, mask=in_left, other=0.0)
+                x_right = tl.load(at_right, mask=in_right, other=0.0)
             if FLOAT32:
                 # Tensor cores truncate their running sum; adding each step's own keeps float32's rounding.
                 product += tl.dot(tl.trans(x_left), x_right, input_precision=PRECISION)

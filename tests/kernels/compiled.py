@@ -17,6 +17,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     log: str
     ptx: str
+    sass: str
 
 
 def compile_kernel(kernel, signature, constants, capability, *, warps, stages, divisible_by_16=()):
@@ -31,19 +32,24 @@ def compile_kernel(kernel, signature, constants, capability, *, warps, stages, d
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
-    log = _ptxas(ptx, capability)
+    log, sass = _assemble(ptx, capability)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     registers = re.search(r"Used (\d+) registers", log)
     assert registers and spills, log
-    return Compiled(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared, log, ptx)
+    return Compiled(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared, log, ptx, sass)
 
 
-def _ptxas(ptx, capability):
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+def _assemble(ptx, capability):
+    """ptxas's report and the machine code, disassembled."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
         arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-        command = [ptxas, "-v", "-O3", f"--gpu-name={arch}", path, "-o", Path(folder) / "kernel.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        report = _run(tools / "ptxas", "-v", "-O3", f"--gpu-name={arch}", source, "-o", cubin)
+        return report, _run(tools / "cuobjdump", "--dump-sass", cubin)
+
+
+def _run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
