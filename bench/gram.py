@@ -64,16 +64,14 @@ TUNED = [
     Case(2048, 3072),
     Case(8192, 4096, torch.float32),
 ]
+_WIDE = GramConfig(128, 256, 64, 8, 3, 1, True)
+_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True)
 CONFIGS = {
     torch.bfloat16: [
-        GramConfig(128, 256, 64, 8, 3, 1, True),
-        GramConfig(128, 256, 64, 8, 4, 1, True),
+        *(config._replace(run=run) for config in (_WIDE, _SQUARE) for run in (32, 64, 128, 256)),
+        _WIDE._replace(stages=4),
         GramConfig(256, 128, 64, 8, 3, 1, True),
-        GramConfig(256, 128, 64, 8, 4, 1, True),
         GramConfig(128, 128, 64, 4, 3, 2, True),
-        GramConfig(128, 128, 64, 8, 4, 1, True),
-        GramConfig(128, 128, 128, 8, 3, 1, True),
-        GramConfig(128, 256, 128, 8, 2, 1, True),
     ],
     torch.float32: [
         GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3"),
@@ -169,7 +167,7 @@ def measure(case: Case) -> dict[str, Any]:
     return {
         **case._asdict(),
         "dtype": str(case.dtype).removeprefix("torch."),
-        "config": "x".join(map(str, config[:6])) if config else "torch",
+        "config": "x".join(map(str, (*config[:6], config.run))) if config else "torch",
         "torch_ms": f"{times[0]:.4f}",
         "kernel_ms": f"{times[1]:.4f}",
         "speedup": f"{times[0] / times[1]:.2f}",

@@ -62,7 +62,8 @@ def gram_accumulate_(
         add_gram_reference_(target, rows[:, :n], alpha)
     elif rows.is_cuda and rows.dtype in _HALF and target.dtype == torch.float32:
         # Half-precision products are exact in float32: the tensor cores read x as it is, no upcast copy.
-        target.add_(torch.mm(rows.T, rows, out_dtype=torch.float32)[:n, :n], alpha=alpha)
+        product = torch.mm(rows.T, rows, out_dtype=torch.float32)
+        target.add_(product if rows.shape[1] == n else product[:n, :n], alpha=alpha)
     else:
         gram_reference_(target, rows[:, :n], alpha)
     return out
@@ -116,6 +117,8 @@ def _prepare(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:
 
 def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """``x`` as ``[N, C]`` and the mask as ``[N]``, in the order of memory: of any order, this one needs no copy."""
+    if x.is_contiguous() and (mask is None or mask.is_contiguous()):
+        return x.view(x.shape[:-1].numel(), x.shape[-1]), None if mask is None else mask.view(-1)
     strides = x.stride()
     leading = sorted(range(x.dim() - 1), key=lambda d: -strides[d])
     rows = x.permute(*leading, -1).reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,10 @@ import torch
 _UNIT_COST = 4
 # The most partial sums of one tile: bounds the workspace and the time of adding them up.
 _MAX_SPLITS = 16
+
+
+# The sums of tf32x3 are rounded after every step.
+_UNLIMITED = 1 << 30
 
 
 class GramConfig(NamedTuple):
@@ -23,21 +28,24 @@ class GramConfig(NamedTuple):
     programs_per_sm: int
     descriptors: bool  # loads through TMA tensor descriptors (sm_90), else through pointers
     precision: str = "tf32"  # of float32 operands; 16-bit ones are exact
+    # Steps that the tensor cores sum by themselves. They truncate, so that the error grows with the number of steps;
+    # what is added to the output afterwards is rounded.
+    run: int = 128
 
 
 _WIDE = GramConfig(128, 256, 64, 8, 3, 1, True)
 _SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True)
-_AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False)
+_AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=256)
 # By major compute capability and type of x: configurations for matrices of at least so many columns, largest first.
 # Chosen by `bench/gram.py --tune`. 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product,
 # but a small matrix has too few of them. tf32x3 splits its operands in registers, which leaves room for less.
 CONFIGS: dict[tuple[int, torch.dtype], list[tuple[int, GramConfig]]] = {
     (9, torch.bfloat16): [(3072, _WIDE), (2048, _SQUARE)],
     (9, torch.float16): [(3072, _WIDE), (2048, _SQUARE)],
-    (9, torch.float32): [(2048, GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3"))],
+    (9, torch.float32): [(2048, GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3", _UNLIMITED))],
     (8, torch.bfloat16): [(2048, _AMPERE)],
     (8, torch.float16): [(2048, _AMPERE)],
-    (8, torch.float32): [(2048, GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3"))],
+    (8, torch.float32): [(2048, GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED))],
 }
 # Fewer rows are not worth a kernel, and the last digit of tf32x3 would show.
 _LEAST_TOKENS = 64
@@ -61,13 +69,17 @@ def choose(
 
 
 class Unit(NamedTuple):
-    """Steps ``first..last`` of one block; ``slot`` is a place in the workspace, or -1 to add to the output."""
+    """Steps ``first..last`` of one block; ``slot`` is a place in the workspace, or one of the two below."""
 
     row: int
     column: int
     first: int
     last: int
     slot: int
+
+
+ADD = -1  # to the output
+IDLE = -2  # nothing to do
 
 
 class Schedule(NamedTuple):
@@ -97,35 +109,47 @@ def blocks_in_order(n: int, config: GramConfig) -> list[tuple[int, int]]:
 def schedule(n: int, steps: int, config: GramConfig, programs: int) -> Schedule:
     """Work of ``programs`` persistent programs on an ``n x n`` Gram matrix of ``steps`` steps of tokens.
 
-    Blocks are computed whole in as many rounds of ``programs`` as pays; the rest, which would leave programs idle, is
-    split along the tokens into parts whose sums are added up afterwards, always in the same order.
+    Program ``p`` takes units ``p``, ``p + programs`` and so on. Blocks are computed whole in as many rounds of
+    ``programs`` as pays, in runs of at most ``config.run`` steps that one program adds to the output one after the
+    other. The remaining blocks, which would leave programs idle, are split along the tokens into parts whose sums are
+    added up afterwards, always in the same order.
     """
     order = blocks_in_order(n, config)
-    whole, splits = _split(len(order), steps, programs)
-    units = [Unit(row, column, 0, steps, -1) for row, column in order[:whole]]
+    whole, splits = _split(len(order), steps, config.run, programs)
+    runs = _ranges(steps, -(-steps // config.run))
+    units = []
+    for start in range(0, whole, programs):
+        blocks = order[start : min(start + programs, whole)]
+        idle = programs - len(blocks) if len(runs) > 1 else 0  # the next run of a block is for the same program
+        for first, last in runs:
+            units += [Unit(row, column, first, last, ADD) for row, column in blocks]
+            units += [Unit(0, 0, 0, 0, IDLE)] * idle
     reductions = []
-    bounds = [steps * part // splits for part in range(splits + 1)]
     for index, (row, column) in enumerate(order[whole:]):
         reductions.append((row, column, index * splits))
-        units += [Unit(row, column, bounds[p], bounds[p + 1], index * splits + p) for p in range(splits)]
+        parts = _ranges(steps, splits)
+        units += [Unit(row, column, first, last, index * splits + p) for p, (first, last) in enumerate(parts)]
     return Schedule(units, reductions, splits)
 
 
-def _split(blocks: int, steps: int, programs: int) -> tuple[int, int]:
+def _ranges(steps: int, parts: int) -> list[tuple[int, int]]:
+    bounds = [steps * part // parts for part in range(parts + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def _split(blocks: int, steps: int, run: int, programs: int) -> tuple[int, int]:
     """How many blocks to compute whole, and into how many parts to split each of the others: the cheapest way."""
     rounds = -(-blocks // programs)
-    best, choice = float(rounds * (steps + _UNIT_COST)), (blocks, 1)
+    whole_cost = steps + -(-steps // run) * _UNIT_COST
+    best, choice = float(rounds * whole_cost), (blocks, 1)
     for whole_rounds in range(max(0, rounds - 3), rounds):
         rest = blocks - whole_rounds * programs
-        for splits in range(2, min(_MAX_SPLITS, steps) + 1):
+        for splits in range(max(2, min(_MAX_SPLITS, -(-steps // run))), min(_MAX_SPLITS, steps) + 1):
             part_rounds = -(-rest * splits // programs)
+            part_cost = -(-steps // splits) + _UNIT_COST
             # The parts' sums are written, read and added by a second launch.
-            cost = (
-                whole_rounds * (steps + _UNIT_COST)
-                + part_rounds * (-(-steps // splits) + _UNIT_COST)
-                + _UNIT_COST
-                + 0.5 * rest * splits / programs
-            )
+            reduction_cost = _UNIT_COST + 0.5 * rest * splits / programs
+            cost = whole_rounds * whole_cost + part_rounds * part_cost + reduction_cost
             if cost < best:
                 best, choice = cost, (whole_rounds * programs, splits)
     return choice

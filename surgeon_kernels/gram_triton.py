@@ -69,13 +69,14 @@ def gram_kernel(
             else:
                 product = tl.dot(tl.trans(x_left), x_right, product)
         product *= alpha
-        if slot < 0:
+        if slot == -1:
             offsets = row_offsets(r, out_stride, PACKED)[:, None] + column_offsets(c, PACKED)[None, :]
             present = exists(r, c, columns, PACKED)
             tl.store(out + offsets, tl.load(out + offsets, mask=present, other=0.0) + product, mask=present)
-        else:
+        elif slot >= 0:
             part = workspace + slot.to(tl.int64) * (BLOCK_M * BLOCK_N)
-            tl.store(part + (r - row)[:, None] * BLOCK_N + (c - column)[None, :], product)
+            part += (r - row)[:, None] * BLOCK_N + (c - column)[None, :]
+            tl.store(part, product)
 
 
 @triton.jit(do_not_specialize=["splits", "columns"])

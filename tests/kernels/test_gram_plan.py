@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from surgeon_kernels.gram_plan import CONFIGS, GramConfig, blocks_in_order, choose, schedule
+from surgeon_kernels.gram_plan import ADD, CONFIGS, IDLE, GramConfig, blocks_in_order, choose, schedule
 
 ALL = sorted({config for choices in CONFIGS.values() for _, config in choices})
 
@@ -29,18 +29,24 @@ def test_units_partition_the_steps_of_every_block(n, steps, programs):
     config = GramConfig(128, 256, 64, 8, 3, 1, True)
     plan = schedule(n, steps, config, programs)
     parts = {}
-    for unit in plan.units:
+    for index, unit in enumerate(plan.units):
+        if unit.slot == IDLE:
+            assert unit.first == unit.last
+            continue
         assert unit.first < unit.last
-        parts.setdefault((unit.row, unit.column), []).append(unit)
+        assert unit.last - unit.first <= config.run
+        parts.setdefault((unit.row, unit.column), []).append((index, unit))
     assert sorted(parts) == sorted(blocks_in_order(n, config))
     first_slots = {(row, column): slot for row, column, slot in plan.reductions}
-    for block, units in parts.items():
+    for block, indexed in parts.items():
+        units = [unit for _, unit in indexed]
         assert [unit.first for unit in units] == [0, *(unit.last for unit in units[:-1])]
         assert units[-1].last == steps
         if block in first_slots:
             assert [unit.slot for unit in units] == list(range(first_slots[block], first_slots[block] + plan.splits))
         else:
-            assert [unit.slot for unit in units] == [-1]
+            assert {unit.slot for unit in units} == {ADD}
+            assert len({index % programs for index, _ in indexed}) == 1
     slots = [unit.slot for unit in plan.units if unit.slot >= 0]
     assert slots == list(range(len(plan.reductions) * plan.splits))
 
@@ -50,12 +56,13 @@ def test_a_last_round_of_few_blocks_is_split():
     plan = schedule(4096, 256, GramConfig(128, 256, 64, 8, 3, 1, True), 132)
     assert len(plan.reductions) == 8
     assert plan.splits == 16
-    assert all(unit.slot == -1 for unit in plan.units[:264])
+    assert all(unit.slot == ADD for unit in plan.units[: 264 * 2])
+    assert all(unit.slot >= 0 for unit in plan.units[264 * 2 :])
 
 
 def test_full_rounds_are_not_split():
     plan = schedule(4096, 256, GramConfig(128, 128, 64, 8, 4, 1, True), 132)
-    assert len(plan.units) == 528 and not plan.reductions
+    assert len(plan.units) == 528 * 2 and not plan.reductions
 
 
 @pytest.mark.parametrize(
