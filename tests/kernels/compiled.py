@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 
@@ -41,13 +43,12 @@ def compile_kernel(kernel, signature, constants, capability, *, warps, stages, d
 
 def _assemble(ptx, capability):
     """ptxas's report and the machine code, disassembled."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
         arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-        report = _run(tools / "ptxas", "-v", "-O3", f"--gpu-name={arch}", source, "-o", cubin)
-        return report, _run(tools / "cuobjdump", "--dump-sass", cubin)
+        report = _run(get_ptxas(capability).path, "-v", "-O3", f"--gpu-name={arch}", source, "-o", cubin)
+        return report, _run(knobs.nvidia.cuobjdump.path, "--dump-sass", cubin)
 
 
 def _run(*command):
