@@ -21,6 +21,7 @@ from surgeon_kernels.spd_inverse import (
     damp,
     spd_inverse,
 )
+from surgeon_kernels.symmetric import SymmetricAccumulator
 from surgeon_kernels.threshold import k_smallest
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "DampedInverse",
     "JointUpdate",
     "NotPositiveDefiniteError",
+    "SymmetricAccumulator",
     "build_info",
     "cholesky_with_jitter",
     "chunked_update",

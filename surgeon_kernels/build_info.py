@@ -53,7 +53,9 @@ def _cuda_part(found: bool) -> dict[str, Any]:
 def _triton_part() -> dict[str, Any]:
     if importlib.util.find_spec("triton") is None:
         return _part(False, "triton is not installed; the PyTorch references are used")
-    return _part(True, "installed; no op of this version has a Triton kernel, the PyTorch references are used")
+    return _part(
+        True, "installed; Gram matrices are accumulated by a Triton kernel on CUDA devices of capability 8.x and 9.x"
+    )
 
 
 def _nvcc_part() -> dict[str, Any]:

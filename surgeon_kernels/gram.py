@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+from surgeon_kernels.gram_plan import GramConfig, choose
+from surgeon_kernels.symmetric import SymmetricAccumulator, add_gram_reference_
+from surgeon_kernels.triton_support import has_kernels
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def gram_accumulate_(
-    out: Tensor, x: Tensor, *, mask: Tensor | None = None, alpha: float = 1.0, ones_column: bool = False
-) -> Tensor:
+    out: Tensor | SymmetricAccumulator,
+    x: Tensor,
+    *,
+    mask: Tensor | None = None,
+    alpha: float = 1.0,
+    ones_column: bool = False,
+) -> Tensor | SymmetricAccumulator:
     """Add the Gram matrix of the rows of ``x`` to ``out``, in place::
 
         out += alpha * Σ_n mask_n x̃_n x̃_nᵀ,    x̃_n = x_n, or [x_n, 1] with ones_column
 
+    On CUDA devices with a tuned configuration a Triton kernel computes the lower triangle only and adds it to ``out``
+    in the same pass. It reads ``x`` where it lies if rows are contiguous and aligned to 16 bytes and there is neither
+    a mask nor a column of ones; otherwise an aligned copy is made first, in one pass. The same inputs give the same
+    bits.
+
     Args:
-        out: symmetric accumulator ``[C', C']``, float32 or float64, ``C' = C + ones_column``.
+        out: symmetric ``[C', C']``, float32 or float64, ``C' = C + ones_column``: a tensor, or a
+            :class:`SymmetricAccumulator`, which takes half the memory and is the faster one.
         x: rows ``[..., C]`` of any leading shape and strides, any floating dtype.
         mask: bool ``[...]``, the leading shape of ``x``; rows where it is False (padding) count for nothing,
             whatever they hold.
@@ -30,17 +47,26 @@ def gram_accumulate_(
         ValueError: shapes or dtypes do not fit.
     """
     _check(out, x, mask, ones_column)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    if mask is not None:
-        # Filled, not indexed: indexing by a mask would wait for the device.
-        rows = rows.masked_fill(~mask.reshape(-1, 1), 0.0)
-    if rows.is_cuda and rows.dtype in _HALF and out.dtype == torch.float32 and not ones_column:
+    rows, mask = _rows(x, mask)
+    n = rows.shape[1] + ones_column
+    target = out.storage if isinstance(out, SymmetricAccumulator) else out
+    packed = isinstance(out, SymmetricAccumulator) and out.packed
+    if rows.shape[0] == 0 or n == 0:
+        return out
+    config = kernel_config(target, rows, n, packed)
+    if config is not None:
+        _accumulate_with_kernel(target, rows, mask, alpha, n, config, packed)
+        return out
+    rows = _prepare(rows, mask, ones_column)
+    if packed:
+        add_gram_reference_(target, rows[:, :n], alpha)
+    elif rows.is_cuda and rows.dtype in _HALF and target.dtype == torch.float32:
         # Half-precision products are exact in float32: the tensor cores read x as it is, no upcast copy.
-        return out.add_(torch.mm(rows.T, rows, out_dtype=torch.float32), alpha=alpha)
-    if ones_column:
-        ones = rows.new_ones(len(rows), 1) if mask is None else mask.reshape(-1, 1).to(rows.dtype)
-        rows = torch.cat([rows, ones], dim=1)
-    return gram_reference_(out, rows, alpha)
+        product = torch.mm(rows.T, rows, out_dtype=torch.float32)
+        target.add_(product if rows.shape[1] == n else product[:n, :n], alpha=alpha)
+    else:
+        gram_reference_(target, rows[:, :n], alpha)
+    return out
 
 
 def gram_reference_(out: Tensor, rows: Tensor, alpha: float) -> Tensor:
@@ -49,13 +75,64 @@ def gram_reference_(out: Tensor, rows: Tensor, alpha: float) -> Tensor:
     return out.addmm_(rows.T, rows, alpha=alpha)
 
 
-def _check(out: Tensor, x: Tensor, mask: Tensor | None, ones_column: bool) -> None:
+def kernel_config(target: Tensor, rows: Tensor, n: int, packed: bool) -> GramConfig | None:
+    """The Triton kernel's configuration for these operands, None where PyTorch computes the product."""
+    if not (rows.is_cuda and has_kernels()) or target.stride(-1) != 1:
+        return None
+    return choose(n, rows.shape[0], rows.dtype, target.dtype, _capability(rows.device), packed=packed)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _accumulate_with_kernel(
+    target: Tensor, rows: Tensor, mask: Tensor | None, alpha: float, n: int, config: GramConfig, packed: bool
+) -> None:
+    from surgeon_kernels import gram_triton, symmetric_triton
+
+    ones_column = n > rows.shape[1]
+    if mask is not None or ones_column or not gram_triton.readable(rows):
+        rows = gram_triton.gather_rows(rows, mask, ones_column)[:, :n]
+    gram_triton.accumulate_(target, n, rows, alpha, config, packed=packed)
+    if not packed:
+        symmetric_triton.mirror_(target)
+
+
+def _prepare(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:
+    """Masked rows with their ones for PyTorch's product: ``[N, >= C']``, zero past ``C'``."""
+    if rows.is_cuda and rows.dtype in _HALF and has_kernels() and (mask is not None or ones_column):
+        from surgeon_kernels.gram_triton import gather_rows
+
+        return gather_rows(rows, mask, ones_column)  # padded to 16 bytes: cuBLAS is several times slower otherwise
+    if mask is not None:
+        # Filled, not indexed: indexing by a mask would wait for the device.
+        rows = rows.masked_fill(~mask[:, None], 0.0)
+    if ones_column:
+        ones = rows.new_ones(len(rows), 1) if mask is None else mask[:, None].to(rows.dtype)
+        rows = torch.cat([rows, ones], dim=1)
+    return rows
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``x`` as ``[N, C]`` and the mask as ``[N]``, in the order of memory: of any order, this one needs no copy."""
+    if x.is_contiguous() and (mask is None or mask.is_contiguous()):
+        return x.view(x.shape[:-1].numel(), x.shape[-1]), None if mask is None else mask.view(-1)
+    strides = x.stride()
+    leading = sorted(range(x.dim() - 1), key=lambda d: -strides[d])
+    rows = x.permute(*leading, -1).reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows, None if mask is None else mask.permute(leading).reshape(-1)
+
+
+def _check(out: Tensor | SymmetricAccumulator, x: Tensor, mask: Tensor | None, ones_column: bool) -> None:
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor [..., C], not {x.dtype} {list(x.shape)}")
     size = x.shape[-1] + ones_column
-    if out.shape != (size, size) or out.dtype not in (torch.float32, torch.float64):
+    shape = (out.n, out.n) if isinstance(out, SymmetricAccumulator) else out.shape
+    if shape != (size, size) or out.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"out must be float32 or float64 [{size}, {size}] for x {list(x.shape)}, not {out.dtype} {list(out.shape)}"
+            f"out must be float32 or float64 [{size}, {size}] for x {list(x.shape)}, not {out.dtype} {list(shape)}"
         )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
         raise ValueError(f"mask must be bool {list(x.shape[:-1])}, not {mask.dtype} {list(mask.shape)}")

@@ -15,7 +15,7 @@ from llm_surgeon.config import FISHERS
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode, run_model, to_list
-from surgeon_kernels import gram_accumulate_
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 # Tokens whose logits are held in float32 at once.
 _CHUNK = 1024
@@ -32,8 +32,8 @@ class Curvature:
 
     loss: float
     tokens: int
-    _inputs: dict[str, Tensor] = field(repr=False)  # input group -> Σ a aᵀ
-    _gradients: dict[str, Tensor] = field(repr=False)  # name -> Σ g gᵀ
+    _inputs: dict[str, SymmetricAccumulator] = field(repr=False)  # input group -> Σ a aᵀ
+    _gradients: dict[str, SymmetricAccumulator] = field(repr=False)  # name -> Σ g gᵀ
 
     def factors(self, linear: PrunableLinear) -> tuple[Tensor | None, Tensor]:
         """``G = (1/N) Σ g gᵀ`` ``[R, R]`` (None when gradients were not captured) and ``A = (1/N) Σ a aᵀ``.
@@ -42,9 +42,9 @@ class Curvature:
         has a bias. Both are new tensors, float32 (float64 for a float64 model), which the caller may change.
         """
         size = linear.columns + linear.has_bias
-        A = self._inputs[linear.input_group][:size, :size] / self.tokens
+        A = self._inputs[linear.input_group].full()[:size, :size].div_(self.tokens)
         G = self._gradients.get(linear.name)
-        return None if G is None else G / self.tokens, A
+        return None if G is None else G.full().div_(self.tokens), A
 
 
 def estimate_curvature(
@@ -126,8 +126,8 @@ class _Accumulators:
 
     def __init__(self, decoder: Decoder, gradients: bool) -> None:
         self.mask: Tensor | None = None  # of the batch that is running
-        self.inputs: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
+        self.inputs: dict[str, SymmetricAccumulator] = {}
+        self.gradients: dict[str, SymmetricAccumulator] = {}
         self._linears = decoder.linears
         self._reached: set[str] = set()
         self._with_ones = {linear.input_group for linear in decoder.linears if linear.has_bias}
@@ -136,10 +136,10 @@ class _Accumulators:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             if linear.input_group == linear.name:
                 size = linear.columns + (linear.name in self._with_ones)
-                self.inputs[linear.name] = torch.zeros(size, size, dtype=dtype, device=weight.device)
+                self.inputs[linear.name] = SymmetricAccumulator.zeros(size, dtype=dtype, device=weight.device)
             if gradients:
                 size = linear.rows
-                self.gradients[linear.name] = torch.zeros(size, size, dtype=dtype, device=weight.device)
+                self.gradients[linear.name] = SymmetricAccumulator.zeros(size, dtype=dtype, device=weight.device)
 
     @contextlib.contextmanager
     def hooked(self, model: PreTrainedModel) -> Iterator[None]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import PrunableLinear
+from surgeon_kernels import SymmetricAccumulator
 
 _FLOAT = 4  # bytes of the float32 that everything but the model itself is computed in
 # Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things.
@@ -149,7 +150,7 @@ def _activation_bytes(model: PreTrainedModel, linears: Sequence[PrunableLinear],
 
 
 def _factor_bytes(linears: Sequence[PrunableLinear], config: PruneConfig) -> int:
-    return _FLOAT * sum(n**2 for n in _factor_sizes(linears, config))
+    return _FLOAT * sum(map(SymmetricAccumulator.elements, _factor_sizes(linears, config)))
 
 
 def _factor_sizes(linears: Sequence[PrunableLinear], config: PruneConfig) -> list[int]:

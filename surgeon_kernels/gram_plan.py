@@ -1,0 +1,155 @@
+"""Which Gram kernel runs, with which blocks, and in which order its programs take the lower triangle's tiles."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+
+# Cost of one more unit of work (prologue, read and write of the block), in steps of block_k tokens.
+_UNIT_COST = 4
+# The most partial sums of one tile: bounds the workspace and the time of adding them up.
+_MAX_SPLITS = 16
+
+
+# The sums of tf32x3 are rounded after every step.
+_UNLIMITED = 1 << 30
+
+
+class GramConfig(NamedTuple):
+    """Launch configuration: a program multiplies ``[block_m, block_k] x [block_k, block_n]`` at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    programs_per_sm: int
+    descriptors: bool  # loads through TMA tensor descriptors (sm_90), else through pointers
+    precision: str = "tf32"  # of float32 operands; 16-bit ones are exact
+    # Steps that the tensor cores sum by themselves. They truncate, so that the error grows with the number of steps;
+    # what is added to the output afterwards is rounded.
+    run: int = 128
+
+
+_WIDE = GramConfig(128, 256, 64, 8, 3, 1, True)
+_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True)
+_AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=256)
+# By major compute capability and type of x: configurations for matrices of at least so many columns, largest first.
+# Chosen by `bench/gram.py --tune`. 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product,
+# but a small matrix has too few of them. tf32x3 splits its operands in registers, which leaves room for less.
+CONFIGS: dict[tuple[int, torch.dtype], list[tuple[int, GramConfig]]] = {
+    (9, torch.bfloat16): [(3072, _WIDE), (2048, _SQUARE)],
+    (9, torch.float16): [(3072, _WIDE), (2048, _SQUARE)],
+    (9, torch.float32): [(2048, GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3", _UNLIMITED))],
+    (8, torch.bfloat16): [(2048, _AMPERE)],
+    (8, torch.float16): [(2048, _AMPERE)],
+    (8, torch.float32): [(2048, GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED))],
+}
+# Fewer rows are not worth a kernel, and the last digit of tf32x3 would show.
+_LEAST_TOKENS = 64
+
+
+def choose(
+    n: int, tokens: int, dtype: torch.dtype, out_dtype: torch.dtype, major: int, *, packed: bool
+) -> GramConfig | None:
+    """The kernel's configuration for the ``n x n`` Gram matrix of ``tokens`` rows on compute capability ``major``.
+
+    None stands for the PyTorch path: float64 on either side, architectures without a tuned configuration, and small
+    products, whose time is that of their launches.
+    """
+    if out_dtype != torch.float32 or tokens < _LEAST_TOKENS:
+        return None
+    fitting = [config for least, config in CONFIGS.get((major, dtype), []) if n >= least]
+    if not fitting:
+        return None
+    # With the addresses of a dense output, wide blocks run out of registers.
+    return fitting[0] if packed else fitting[-1]
+
+
+class Unit(NamedTuple):
+    """Steps ``first..last`` of one block; ``slot`` is a place in the workspace, or one of the two below."""
+
+    row: int
+    column: int
+    first: int
+    last: int
+    slot: int
+
+
+ADD = -1  # to the output
+IDLE = -2  # nothing to do
+
+
+class Schedule(NamedTuple):
+    units: list[Unit]  # in the order in which programs take them
+    reductions: list[tuple[int, int, int]]  # row, column and first slot of every block computed in parts
+    splits: int  # parts of each of those
+
+
+def blocks_in_order(n: int, config: GramConfig) -> list[tuple[int, int]]:
+    """Blocks ``(row, column)`` that touch the lower triangle.
+
+    Bands of 2048 rows are walked column by column: the blocks in flight at one time then form roughly a square, which
+    reads the fewest different columns of x, and so mostly hits L2.
+    """
+    rows = -(-n // config.block_m)
+    band = max(1, 2048 // config.block_m)
+    order = []
+    for start in range(0, rows, band):
+        end = min(start + band, rows)
+        for column in range(-(-min(end * config.block_m, n) // config.block_n)):
+            order += [
+                (row, column) for row in range(start, end) if column * config.block_n < (row + 1) * config.block_m
+            ]
+    return order
+
+
+def schedule(n: int, steps: int, config: GramConfig, programs: int) -> Schedule:
+    """Work of ``programs`` persistent programs on an ``n x n`` Gram matrix of ``steps`` steps of tokens.
+
+    Program ``p`` takes units ``p``, ``p + programs`` and so on. Blocks are computed whole in as many rounds of
+    ``programs`` as pays, in runs of at most ``config.run`` steps that one program adds to the output one after the
+    other. The remaining blocks, which would leave programs idle, are split along the tokens into parts whose sums are
+    added up afterwards, always in the same order.
+    """
+    order = blocks_in_order(n, config)
+    whole, splits = _split(len(order), steps, config.run, programs)
+    runs = _ranges(steps, -(-steps // config.run))
+    units = []
+    for start in range(0, whole, programs):
+        blocks = order[start : min(start + programs, whole)]
+        idle = programs - len(blocks) if len(runs) > 1 else 0  # the next run of a block is for the same program
+        for first, last in runs:
+            units += [Unit(row, column, first, last, ADD) for row, column in blocks]
+            units += [Unit(0, 0, 0, 0, IDLE)] * idle
+    reductions = []
+    for index, (row, column) in enumerate(order[whole:]):
+        reductions.append((row, column, index * splits))
+        parts = _ranges(steps, splits)
+        units += [Unit(row, column, first, last, index * splits + p) for p, (first, last) in enumerate(parts)]
+    return Schedule(units, reductions, splits)
+
+
+def _ranges(steps: int, parts: int) -> list[tuple[int, int]]:
+    bounds = [steps * part // parts for part in range(parts + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def _split(blocks: int, steps: int, run: int, programs: int) -> tuple[int, int]:
+    """How many blocks to compute whole, and into how many parts to split each of the others: the cheapest way."""
+    rounds = -(-blocks // programs)
+    whole_cost = steps + -(-steps // run) * _UNIT_COST
+    best, choice = float(rounds * whole_cost), (blocks, 1)
+    for whole_rounds in range(max(0, rounds - 3), rounds):
+        rest = blocks - whole_rounds * programs
+        for splits in range(max(2, min(_MAX_SPLITS, -(-steps // run))), min(_MAX_SPLITS, steps) + 1):
+            part_rounds = -(-rest * splits // programs)
+            part_cost = -(-steps // splits) + _UNIT_COST
+            # The parts' sums are written, read and added by a second launch.
+            reduction_cost = _UNIT_COST + 0.5 * rest * splits / programs
+            cost = whole_rounds * whole_cost + part_rounds * part_cost + reduction_cost
+            if cost < best:
+                best, choice = cost, (whole_rounds * programs, splits)
+    return choice

@@ -1,0 +1,124 @@
+"""Every launch configuration compiles for its architecture, without a GPU, into what it was chosen for."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU")
+
+from surgeon_kernels import gram_triton, symmetric_triton
+from surgeon_kernels.gram_plan import CONFIGS
+
+from .compiled import compile_kernel
+
+SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes that a block may have
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+CASES = [
+    pytest.param(major * 10, dtype, config, packed, id=f"sm_{major}0-{TYPES[dtype]}-{config.block_n}-{packed}")
+    for (major, dtype), choices in CONFIGS.items()
+    for _, config in choices
+    for packed in (False, True)
+    if packed or config == choices[-1][1]
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "config", "packed"), CASES)
+def test_gram_kernel(capability, dtype, config, packed):
+    element = TYPES[dtype]
+    pointers = ["out", "workspace", "units"]
+    if config.descriptors:
+        left, right = (f"tensordesc<{element}[{config.block_k}, {side}]>" for side in (config.block_m, config.block_n))
+    else:
+        left = right = f"*{element}"
+        pointers += ["left", "right"]
+    compiled = compile_kernel(
+        gram_triton.gram_kernel,
+        {
+            "left": left,
+            "right": right,
+            "out": "*fp32",
+            "workspace": "*fp32",
+            "units": "*i32",
+            "alpha": "fp32",
+            **dict.fromkeys(["unit_count", "tokens", "columns", "x_stride", "out_stride"], "i32"),
+        },
+        {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "DESCRIPTORS": config.descriptors,
+            "PACKED": packed,
+            "PRECISION": config.precision,
+            "FLOAT32": dtype == torch.float32,
+        },
+        capability,
+        warps=config.warps,
+        stages=config.stages,
+        divisible_by_16=pointers,
+    )
+    check(compiled, capability)
+    threads = 32 * config.warps * config.programs_per_sm
+    assert compiled.registers * threads <= 65536
+    assert compiled.shared_bytes * config.programs_per_sm <= SHARED_MEMORY[capability]
+    if capability == 90:
+        assert "wgmma.mma_async" in compiled.ptx
+        assert "cp.async.bulk.tensor" in compiled.ptx
+        assert "HGMMA" in compiled.sass
+    else:
+        assert "mma.sync" in compiled.ptx
+        assert "cp.async" in compiled.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_reduce_kernel(capability):
+    for block_n, parts in ((128, 2), (256, 16)):
+        compiled = compile_kernel(
+            gram_triton.reduce_kernel,
+            {
+                "workspace": "*fp32",
+                "out": "*fp32",
+                "reductions": "*i32",
+                **dict.fromkeys(["splits", "columns", "out_stride"], "i32"),
+            },
+            {"BLOCK_M": 128, "BLOCK_N": block_n, "ROWS": gram_triton._REDUCED_ROWS, "PARTS": parts, "PACKED": True},
+            capability,
+            warps=4,
+            stages=3,
+            divisible_by_16=["workspace", "out", "reductions"],
+        )
+        check(compiled, capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("packed", [False, True])
+def test_mirror_kernel(capability, packed):
+    compiled = compile_kernel(
+        symmetric_triton.mirror_kernel,
+        {"source": "*fp32", "target": "*fp32", **dict.fromkeys(["n", "source_stride", "target_stride"], "i32")},
+        {"PACKED": packed, "BLOCK": symmetric_triton._BLOCK},
+        capability,
+        warps=4,
+        stages=3,
+        divisible_by_16=["source", "target"],
+    )
+    check(compiled, capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_gather_rows_kernel(capability):
+    sizes = ["tokens", "columns", "row_stride", "column_stride", "target_stride", "width"]
+    compiled = compile_kernel(
+        gram_triton.gather_rows_kernel,
+        {"x": "*bf16", "mask": "*u8", "target": "*bf16", **dict.fromkeys(sizes, "i32")},
+        {"MASKED": True, "ONES": True, "BLOCK_T": 16, "BLOCK_C": 256},
+        capability,
+        warps=4,
+        stages=3,
+        divisible_by_16=["x", "mask", "target"],
+    )
+    check(compiled, capability)
+
+
+def check(compiled, capability):
+    assert compiled.spilled_bytes == 0, compiled.log
+    assert compiled.shared_bytes <= SHARED_MEMORY[capability]
+    assert "serialized" not in compiled.log, compiled.log
