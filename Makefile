@@ -7,19 +7,25 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/surgeon demo demo-output --overwrite
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The marker is written last, so an interrupted install is taken up again.
+# The markers are written last, so an interrupted install is taken up again.
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(INSTALL) ".[dev]"
 	touch $@
 
 clean:

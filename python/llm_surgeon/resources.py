@@ -124,8 +124,8 @@ def windows_per_pass(
 ) -> int:
     """Calibration windows of ``seqlen`` tokens that go through the model together.
 
-    As configured; else about 4096 tokens, and on a GPU up to 8192 as far as their activations fit a third of the
-    memory that is free beside the factors. Never more than ``samples``, never less than one.
+    As configured; else about 4096 tokens, and on a GPU up to 8192 as far as their activations fit two fifths of
+    the memory that is free beside the factors. Never more than ``samples``, never less than one.
     """
     if config.batch_size is not None:
         return min(samples, config.batch_size)
@@ -133,7 +133,7 @@ def windows_per_pass(
     tokens, device = _CPU_TOKENS, next(model.parameters()).device
     if device.type == "cuda":
         free = max(0, available_memory(device) - _factor_bytes(linears, config))
-        tokens = min(_GPU_TOKENS, free // 3 // _activation_bytes(model, linears, gradients))
+        tokens = min(_GPU_TOKENS, 2 * free // 5 // _activation_bytes(model, linears, gradients))
     return max(1, min(samples, tokens // seqlen))
 
 

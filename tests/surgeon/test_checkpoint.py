@@ -292,6 +292,13 @@ def test_zeros_are_written_positive(tmp_path: Path) -> None:
         assert torch.equal(stored, weight.to(dtype))
 
 
+def test_every_file_is_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    save_checkpoint(build("llama"), tokenizer_of_words(), tmp_path / "out", dtype=torch.float32, extra_files={"a": ""})
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["a"] == (tmp_path / "any").stat().st_mode
+
+
 def test_generation_config_is_kept_even_if_it_is_inconsistent(tmp_path: Path) -> None:
     model = build("llama")
     generation = model.generation_config

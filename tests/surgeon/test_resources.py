@@ -174,7 +174,7 @@ def test_batches_on_a_gpu_follow_its_free_memory(monkeypatch: pytest.MonkeyPatch
     on_gpu = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 4)
     monkeypatch.setattr(model, "parameters", lambda: iter([on_gpu]))
     for tokens, windows in ((10 * 512, 10), (10 * 512 - 1, 9), (3, 1), (10**9, 8192 // 512)):
-        free = factors + 3 * per_token * tokens
+        free = factors + -(-5 * per_token * tokens // 2)
         monkeypatch.setattr(llm_surgeon.resources, "available_memory", lambda device, free=free: free)
         assert windows_per_pass(model, linears, config, 128, 512) == windows
     assert windows_per_pass(model, linears, config, 5, 512) == 5

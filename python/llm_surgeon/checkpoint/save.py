@@ -76,6 +76,8 @@ def save_checkpoint(
         _write(model, tokenizer, partial, dtype, max_shard_size)
         for name, text in extra_files.items():
             (partial / name).write_text(text, encoding="utf-8")
+        for path in partial.iterdir():
+            shutil.copymode(partial / "config.json", path)  # safetensors makes files that only their owner can read
         previous = _move_into_place(partial, target)
     except (OSError, SafetensorError) as error:
         raise InputError(f"output {str(out)!r} cannot be written: {first_line(error)}") from error
