@@ -10,7 +10,6 @@ results/capture.csv; the peak is that of torch's allocator.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 import triton
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from environment import environment
+from environment import append_row, environment
 from llm_surgeon import capture
 from llm_surgeon.data import Calibration
 from llm_surgeon.models import find_decoder
@@ -90,13 +89,7 @@ def main() -> None:
             }
             del curvature
             print(*row.values(), flush=True)
-            new = not options.out.exists()
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_row(options.out, row)
 
 
 if __name__ == "__main__":

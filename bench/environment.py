@@ -1,9 +1,11 @@
-"""What every result row says of the machine and the code that made it."""
+"""Rows of bench/results: what each says of the machine and the code that made it, and how it is appended."""
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +21,17 @@ def environment(device: str) -> dict[str, str]:
         "transformers": transformers.__version__,
         "commit": os.environ.get("SURGEON_COMMIT") or _commit(),
     }
+
+
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Append one row to a CSV file, with a header where the file is new."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def _commit() -> str:

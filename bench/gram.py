@@ -11,7 +11,6 @@ is the work that has to be done, T C (C + 1) operations, at the vendor's dense r
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from environment import environment
+from environment import append_row, environment
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, gram_triton
 from surgeon_kernels.gram import kernel_config
 from surgeon_kernels.gram_plan import GramConfig
@@ -204,16 +203,10 @@ def main() -> None:
             tune(case)
         return
     about = {**environment(DEVICE), "triton": triton.__version__}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for case in CASES:
         row = {**measure(case), **about}
         print(*list(row.values())[:17], flush=True)
-        new = not options.out.exists()
-        with options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(options.out, row)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from environment import environment
+from environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.data import calibration_windows, evaluation_windows, read_text, tokenize
@@ -94,15 +94,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def summarise(trials: list[dict[str, Any]], path: Path) -> None:
     """The means over seeds, as a table on the screen and a file."""
     order = {name: i for i, name in enumerate(["dense", *METHODS])}
@@ -163,7 +154,7 @@ def main() -> None:
             ],
         )
         for row in results:
-            append(trials_file, row)
+            append_row(trials_file, row)
             print(*(row[key] for key in (*TRIAL_FIELDS, "perplexity", "solver_iterations", "seconds")), flush=True)
     summarise(read(trials_file), options.out / "quality.csv")
 

@@ -75,7 +75,9 @@ class PruneConfig:
         min_kept: fraction of every layer (of its weights, or of its rows and its columns) never removed.
         samples, seqlen: calibration windows and their length in tokens (``seqlen`` left out: 2048 or the
             model's own limit, whichever is shorter).
-        batch_size: windows per forward and backward pass (left out: about 4096 tokens).
+        batch_size: windows per forward and backward pass (left out: about 4096 tokens, or by a GPU's free memory).
+        checkpoint_activations: compute activations again in the backward pass instead of keeping them: slower, for
+            long sequences and little memory.
         seed: seed of calibration windows and sampled labels.
     """
 
@@ -94,6 +96,7 @@ class PruneConfig:
     samples: int = 128
     seqlen: int | None = None
     batch_size: int | None = None
+    checkpoint_activations: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,6 +127,8 @@ class PruneConfig:
             raise InputError(
                 f"sparsity {self.sparsity} cannot be met while min_kept keeps {self.min_kept} of every layer"
             )
+        if not isinstance(self.checkpoint_activations, bool):
+            raise InputError(f"checkpoint_activations must be true or false, not {self.checkpoint_activations!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed must be a whole number of at least 0, not {self.seed!r}")
 

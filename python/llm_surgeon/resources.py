@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ class Estimate:
         costs_bytes: every weight's cost (float32, also as one sorted list) and its mask.
         workspace_bytes: damped factors, their inverses and the solver's matrices of the largest layer:
             ``2 C'^2 + 2 R^2 + 8 R C'`` float32.
-        activations_bytes: one pass's: three copies of the logits, and the inputs and outputs of every linear (of the
-            largest one alone where no gradients are needed) with a quarter on top for what lies between them.
+        activations_bytes: one pass's: three copies of the logits, and the inputs and outputs of every linear with a
+            quarter on top for what lies between them; where no gradients are needed, of the largest linear alone;
+            where activations are computed again, of the largest block, and every block's input.
         disk_bytes: the checkpoint that is written.
         seconds: floating point operations (see :func:`estimate`) over the measured rate of a matrix product.
     """
@@ -113,7 +115,7 @@ def estimate(
         factors_bytes=_factor_bytes(linears, config),
         costs_bytes=(2 * _FLOAT + 1) * weights,
         workspace_bytes=_FLOAT * max(2 * C**2 * factored + 2 * R**2 * gradients + 8 * R * C for R, C in sizes),
-        activations_bytes=windows * config.seqlen * _activation_bytes(model, linears, gradients),
+        activations_bytes=windows * config.seqlen * _activation_bytes(model, linears, config),
         disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters) + _OTHER_FILES,
         seconds=(operations + passes) / matmul_rate(device),
     )
@@ -129,22 +131,24 @@ def windows_per_pass(
     """
     if config.batch_size is not None:
         return min(samples, config.batch_size)
-    gradients = config.method in GLOBAL_METHODS
     tokens, device = _CPU_TOKENS, next(model.parameters()).device
     if device.type == "cuda":
         free = max(0, available_memory(device) - _factor_bytes(linears, config))
-        tokens = min(_GPU_TOKENS, 2 * free // 5 // _activation_bytes(model, linears, gradients))
+        tokens = min(_GPU_TOKENS, 2 * free // 5 // _activation_bytes(model, linears, config))
     return max(1, min(samples, tokens // seqlen))
 
 
-def _activation_bytes(model: PreTrainedModel, linears: Sequence[PrunableLinear], gradients: bool) -> int:
+def _activation_bytes(model: PreTrainedModel, linears: Sequence[PrunableLinear], config: PruneConfig) -> int:
     """Bytes per token of the activations alive at once, see :class:`Estimate`."""
-    inputs = {linear.input_group: linear.columns for linear in linears}
-    if gradients:
-        width = sum(inputs.values()) + sum(linear.rows for linear in linears)
+    vocabulary, hidden = _output_embedding_shape(model)
+    if config.method in GLOBAL_METHODS:
+        blocks: Counter[int] = Counter()  # per block: every output, and every input once
+        for linear in linears:
+            blocks[linear.depth] += linear.rows + (linear.columns if linear.input_group == linear.name else 0)
+        kept = hidden * len(blocks) + max(blocks.values())
+        width = kept if config.checkpoint_activations else blocks.total()
     else:
         width = max(linear.rows + linear.columns for linear in linears)
-    vocabulary, _ = _output_embedding_shape(model)
     itemsize = next(model.parameters()).element_size()
     return itemsize * (3 * vocabulary + width + width // 4)
 

@@ -106,6 +106,7 @@ class ShotLoop:
             fisher=self.config.fisher,
             seed=self.config.seed + index,  # sampled labels are fresh in every shot
             gradients=self.config.method in GLOBAL_METHODS,
+            checkpoint_activations=self.config.checkpoint_activations,
             progress=self.progress.step,
         )
 

@@ -383,3 +383,52 @@ def test_unknown_fisher_is_refused() -> None:
     model = build("llama")
     with pytest.raises(InputError, match="fisher"):
         estimate_curvature(model, find_decoder(model), Calibration(tokens(1, 4)), batch_size=1, fisher="exact")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_computing_activations_again_changes_no_factor(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    decoder = find_decoder(model)
+    ids, mask = tokens(4, 9), torch.ones(4, 9, dtype=torch.bool)
+    mask[1, 5:] = False
+    plain, again = (
+        estimate_curvature(model, decoder, Calibration(ids, mask), batch_size=2, checkpoint_activations=checkpoint)
+        for checkpoint in (False, True)
+    )
+    assert again.loss == plain.loss
+    for linear in decoder.linears:
+        for expected, actual in zip(plain.factors(linear), again.factors(linear), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0.0)
+    assert not any("forward" in block.__dict__ for block in decoder.blocks)
+
+
+def test_computing_activations_again_keeps_little() -> None:
+    model = build("llama")
+    decoder = find_decoder(model)
+    kept = {}
+    for checkpoint in (False, True):
+        saved: list[int] = []
+
+        def count(tensor: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            estimate_curvature(
+                model, decoder, Calibration(tokens(4, 16)), batch_size=4, checkpoint_activations=checkpoint
+            )
+        kept[checkpoint] = sum(saved)
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_blocks_get_their_own_forward_back_after_an_error() -> None:
+    model = build("llama")
+    decoder = find_decoder(model)
+    patched = decoder.blocks[0].forward
+    decoder.blocks[0].forward = patched  # as a library that wraps modules leaves it
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
+    with pytest.raises(NumericalError):
+        estimate_curvature(model, decoder, Calibration(tokens(2, 8)), batch_size=2, checkpoint_activations=True)
+    assert decoder.blocks[0].__dict__["forward"] == patched
+    assert "forward" not in decoder.blocks[1].__dict__

@@ -259,3 +259,9 @@ def test_a_resolved_configuration_survives_the_round_trip():
 def test_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PruneConfig().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_checkpoint_activations_is_true_or_false(value):
+    with pytest.raises(InputError, match="checkpoint_activations must be true or false"):
+        PruneConfig(checkpoint_activations=value)

@@ -181,5 +181,11 @@ def test_batches_on_a_gpu_follow_its_free_memory(monkeypatch: pytest.MonkeyPatch
     assert windows_per_pass(model, linears, PruneConfig(batch_size=3), 128, 512) == 3
 
 
+def test_computing_activations_again_needs_one_block_and_every_block_s_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan = estimate_of("llama", monkeypatch, checkpoint_activations=True)
+    width = 2 * 32 + sum(SHARED_INPUTS) + sum(R for R, _ in BLOCK)
+    assert plan.activations_bytes == 32 * 4 * (3 * 64 + width + width // 4)
+
+
 def test_matmul_rate_is_a_plausible_rate() -> None:
     assert 1e7 < matmul_rate(torch.device("cpu"), seconds=0.01) < 1e16

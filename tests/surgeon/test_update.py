@@ -11,7 +11,7 @@ from llm_surgeon.factors import DampedFactors
 from llm_surgeon.models import PrunableLinear
 from llm_surgeon.select import Selection
 from llm_surgeon.update import remove, remove_and_compensate, with_bias
-from surgeon_kernels import objective, spd_inverse
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, objective, spd_inverse
 from tests.kernels import dense
 
 R, C = 5, 8
@@ -25,7 +25,13 @@ def layer(bias: bool, dtype: torch.dtype = torch.float64):
     a, g = torch.randn(50, C + bias, dtype=dtype), torch.randn(50, R, dtype=dtype)
     if bias:
         a[:, -1] = 1.0
-    return linear, Curvature(1.0, 50, {linear.name: a.T @ a}, {linear.name: g.T @ g})
+    return linear, Curvature(1.0, 50, {linear.name: accumulated(a)}, {linear.name: accumulated(g)})
+
+
+def accumulated(rows: torch.Tensor) -> SymmetricAccumulator:
+    sums = SymmetricAccumulator.zeros(rows.shape[1], dtype=rows.dtype)
+    gram_accumulate_(sums, rows)
+    return sums
 
 
 def damped(M: torch.Tensor, damping: float) -> torch.Tensor:
@@ -185,6 +191,6 @@ def test_shared_inputs_are_inverted_once_and_jitter_is_noted(monkeypatch):
 
 def test_a_factor_that_is_not_positive_definite_names_the_layer():
     linear, curvature = layer(False)
-    curvature._gradients[linear.name] = -torch.eye(R, dtype=torch.float64)
+    gram_accumulate_(curvature._gradients[linear.name], 10 * torch.eye(R, dtype=torch.float64), alpha=-1e3)
     with pytest.raises(NumericalError, match=r"G of layers\.0\.proj"):
         DampedFactors(curvature, PruneConfig()).of(linear)

@@ -70,6 +70,9 @@ def prune(
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per pass.")] = None,
+    checkpoint_activations: Annotated[
+        bool | None, typer.Option("--checkpoint-activations", help="Less memory, a third more work.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of windows and sampled labels.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options; flags given here win.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT.")] = None,
