@@ -140,7 +140,7 @@ class CheckpointJob:
     ) -> None:
         self.source, self.out, self.overwrite = str(source), Path(out), overwrite
         check_output(self.out, self.source, overwrite)
-        text = read_text(calibration, "calibration")
+        text = read_text(str(calibration), "calibration")
         self.model, self.tokenizer, self.dtype = load_model(
             self.source, device=_device(device), trust_remote_code=trust_remote_code
         )
