@@ -127,7 +127,7 @@ def prune(
     with _progress(quiet) as progress:
         report = job.run(progress)
     if not quiet:
-        console.print(report.summary(), highlight=False)
+        console.print(report.summary(), highlight=False, soft_wrap=True)
         console.print(f"\nwritten to {out}: the model, surgeon_report.json, report.html", highlight=False)
 
 
