@@ -1,0 +1,191 @@
+"""What is loaded, and what is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+import llm_surgeon.checkpoint.load as load_module
+from llm_surgeon.checkpoint import load_model
+from llm_surgeon.errors import InputError, UnsupportedModelError
+from tests.surgeon.checkpoints import edit_json, logits, rounded, save_folder
+from tests.surgeon.tiny_models import build
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("name", ["llama", "opt"])  # opt's embeddings are tied
+def test_load_model(name: str, shard: str, tmp_path: Path) -> None:
+    save_folder(tmp_path, build(name, dtype=torch.bfloat16), max_shard_size=shard)
+    assert len(list(tmp_path.glob("*.safetensors"))) > (1 if shard == "20KB" else 0)
+    model, tokenizer, own_dtype = load_model(tmp_path)
+    assert own_dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
+    torch.testing.assert_close(logits(model), logits(rounded(name, torch.bfloat16)), rtol=0, atol=0)
+    assert tokenizer("w3 w5")["input_ids"] == [3, 5]
+    half, _, _ = load_model(str(tmp_path), dtype=torch.float16, device="cpu")
+    assert half.dtype == torch.float16
+
+
+def test_own_dtype_is_that_of_the_files(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    edit_json(tmp_path / "config.json", dtype="bfloat16")
+    assert load_model(tmp_path)[2] == torch.float32
+
+
+def test_folders_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no config.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config.json' cannot be read"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config.json' is not a JSON object"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match=r"config.json' is a file: pass the folder"):
+        load_model(tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"no model folder '/does/not/exist'$"):
+        load_model("/does/not/exist")
+
+
+def test_pickled_weights_are_refused_unread(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"no model.safetensors: pickled weights \(.bin, .pt\) are never loaded"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 6, 300, -1])
+def test_a_cut_weights_file_is_named(keep: int, tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"), max_shard_size="20KB")
+    path = sorted(tmp_path.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=rf"weights file '.*{path.name}' is damaged or cut short"):
+        load_model(tmp_path)
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"), max_shard_size="20KB")
+    path = sorted(tmp_path.glob("*.safetensors"))[1]
+    path.unlink()
+    with pytest.raises(InputError, match=f"lacks the weights file '{path.name}' that its index lists"):
+        load_model(tmp_path)
+    edit_json(tmp_path / "model.safetensors.index.json", weight_map={})
+    with pytest.raises(InputError, match="lists no weights"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("no")
+    with pytest.raises(InputError, match=r"index.json' cannot be read"):
+        load_model(tmp_path)
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    for name in ("model.layers.1.mlp.up_proj.weight", "lm_head.weight"):
+        del weights[name]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks weights: lm_head.weight \(2 in all\)"):
+        load_model(tmp_path)
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    edit_json(tmp_path / "config.json", intermediate_size=16)
+    with pytest.raises(InputError, match=r"layers.0.mlp.down_proj.weight as \(32, 48\), where .* says \(32, 16\)"):
+        load_model(tmp_path)
+
+
+def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    path = tmp_path / "model.safetensors"
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(UnsupportedModelError, match="stored as I8"):
+        load_model(tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UnsupportedModelError, match="is quantized"):
+        load_model(tmp_path)
+
+
+def test_remote_code_is_run_only_when_allowed(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    edit_json(
+        tmp_path / "config.json",
+        model_type="of_my_own",
+        auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+    )
+    (tmp_path / "mine.py").write_text("raise AssertionError('remote code ran')")
+    with pytest.raises(InputError, match="read that code, then pass --trust-remote-code"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded: remote code ran"):
+        load_model(tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"model_type": "of_nobody"}, "does not recognize"), ({"hidden_size": "many"}, "hidden_size")],
+)
+def test_configurations_that_cannot_be_loaded(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(InputError, match=f"cannot be loaded: .*{message}") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen2"])
+def test_a_missing_tokenizer(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="tokenizer"):
+        load_model(tmp_path)
+
+
+def test_a_damaged_tokenizer(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(tmp_path)
+
+
+def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(load_module, "hub_reachable", lambda: False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="no model folder 'some/model', and it cannot be downloaded: the Hugging Face"):
+        load_model("some/model")
+
+
+def test_a_hub_id_is_downloaded_without_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    files = ["model.safetensors", "pytorch_model.bin", "original/a.safetensors", "config.json", "tokenizer.model"]
+
+    def download(name: str, **options: Any) -> str:
+        wanted = huggingface_hub.utils.filter_repo_objects(
+            files, allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
+        )
+        assert (name, options["local_files_only"]) == ("some/model", False)
+        assert list(wanted) == ["model.safetensors", "config.json", "tokenizer.model"]
+        return str(tmp_path)
+
+    monkeypatch.setattr(load_module, "hub_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model, _, _ = load_model("some/model")
+    torch.testing.assert_close(logits(model), logits(build("llama")))
+    assert model.config.name_or_path == "some/model"
+
+
+def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("cut off\nsomewhere")
+
+    monkeypatch.setattr(load_module, "hub_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match=r"cannot be downloaded: cut off$"):
+        load_model("some/model")
+
+
+# ---- save_checkpoint
