@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -93,11 +92,8 @@ def estimate_curvature(
     sampler = torch.Generator(device).manual_seed(seed) if fisher == "sampled" else None
     sums = _Accumulators(decoder, gradients)
     total = 0.0
-    with ExitStack() as stack:
-        for context in (_frozen(model), evaluation_mode(model), sums.hooked(model), torch.set_grad_enabled(gradients)):
-            stack.enter_context(context)
-        if gradients and checkpoint_activations:
-            stack.enter_context(_checkpointed(decoder.blocks))
+    again = _checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
+    with _frozen(model), evaluation_mode(model), sums.hooked(model), again, torch.set_grad_enabled(gradients):
         for batch, (input_ids, mask) in enumerate(calibration.batches(batch_size, device), 1):
             sums.mask, sums.recording = mask, True
             logits = run_model(model, input_ids, mask).logits
