@@ -13,6 +13,7 @@ from surgeon_kernels.costs import column_block_cost, column_cost, element_cost, 
 from surgeon_kernels.gram import gram_accumulate_
 from surgeon_kernels.joint_update import JointUpdate, joint_update, objective
 from surgeon_kernels.nm_select import nm_group_cost, nm_select
+from surgeon_kernels.pack_2_4 import Packed24, check_packed_2_4, is_2_4, pack_2_4, unpack_2_4
 from surgeon_kernels.rows_columns_update import rows_columns_update
 from surgeon_kernels.spd_inverse import (
     DampedInverse,
@@ -29,8 +30,10 @@ __all__ = [
     "DampedInverse",
     "JointUpdate",
     "NotPositiveDefiniteError",
+    "Packed24",
     "SymmetricAccumulator",
     "build_info",
+    "check_packed_2_4",
     "cholesky_with_jitter",
     "chunked_update",
     "column_block_cost",
@@ -39,12 +42,15 @@ __all__ = [
     "element_cost",
     "gram_accumulate_",
     "independent_update",
+    "is_2_4",
     "joint_update",
     "k_smallest",
     "nm_group_cost",
     "nm_select",
     "objective",
+    "pack_2_4",
     "row_cost",
     "rows_columns_update",
     "spd_inverse",
+    "unpack_2_4",
 ]
