@@ -1,5 +1,43 @@
-"""Everything static is in pyproject.toml; this file is where compiled extensions will be declared."""
+"""Everything static is in pyproject.toml. Here: the CUDA extension, built ahead of time when SURGEON_CUDA=1 (it needs
+nvcc and the torch that is installed, so `pip install --no-build-isolation`), and csrc/ inside the package, so that an
+installed copy can build it on first use."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-setup()
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildPy(build_py):
+    """Copies csrc/ into the built package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "csrc", Path(self.build_lib, "surgeon_kernels", "csrc"), dirs_exist_ok=True)
+
+
+def cuda_extension():
+    """The extension `surgeon_kernels._C` and the command that builds it, for every architecture nvcc can."""
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    # Loaded by path: importing the package would import what is being built.
+    spec = importlib.util.spec_from_file_location("extension", ROOT / "surgeon_kernels" / "extension.py")
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    flags = extension.gencode_flags(listed or extension.toolkit_architectures())
+    module = CUDAExtension(
+        "surgeon_kernels._C",
+        [str(path.relative_to(ROOT)) for path in extension.sources()],
+        extra_compile_args={"cxx": extension.COMPILER_FLAGS, "nvcc": [*extension.NVCC_FLAGS, *flags]},
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}
+
+
+setup(**(cuda_extension() if os.environ.get("SURGEON_CUDA") == "1" else {"cmdclass": {"build_py": BuildPy}}))

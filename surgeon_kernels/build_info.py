@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from surgeon_kernels import extension
+
 
 def build_info() -> dict[str, Any]:
     """Describe the installation without building or initialising anything beyond asking torch for its devices.
@@ -29,7 +31,12 @@ def build_info() -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
         "accelerators": accelerators,
-        "parts": {"cuda": _cuda_part(bool(accelerators)), "triton": _triton_part(), "nvcc": _nvcc_part()},
+        "parts": {
+            "cuda": _cuda_part(bool(accelerators)),
+            "triton": _triton_part(),
+            "extension": _extension_part(),
+            "nvcc": _nvcc_part(),
+        },
     }
 
 
@@ -62,7 +69,14 @@ def _nvcc_part() -> dict[str, Any]:
     path = shutil.which("nvcc")
     if path is None:
         return _part(False, "nvcc is not on the PATH")
-    return _part(True, f"{path}; this version has no CUDA extension to build")
+    return _part(True, path)
+
+
+def _extension_part() -> dict[str, Any]:
+    obstacle = extension.obstacle()
+    if obstacle is not None:
+        return _part(False, f"{obstacle}; the PyTorch references are used")
+    return _part(True, "built ahead of time" if extension.ahead_of_time() else "built by ninja on first use")
 
 
 def _part(available: bool, reason: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surgeon_kernels import extension
+
 
 def nm_select(cost: Tensor, n: int, m: int) -> Tensor:
     """The ``m - n`` cheapest weights of every ``m`` consecutive columns.
@@ -21,8 +23,14 @@ def nm_select(cost: Tensor, n: int, m: int) -> Tensor:
     groups = _groups(cost, n, m)
     if groups.isnan().any():
         raise ValueError("cost holds NaN")
+    if cost.is_cuda and cost.dtype == torch.float32 and extension.available():
+        return torch.ops.surgeon_kernels.nm_select(cost.contiguous(), n, m)
+    return _nm_select_reference(groups, n, m).view(cost.shape)
+
+
+def _nm_select_reference(groups: Tensor, n: int, m: int) -> Tensor:
     cheapest = groups.argsort(dim=-1, stable=True)[..., : m - n]
-    return groups.new_zeros(groups.shape, dtype=torch.bool).scatter_(-1, cheapest, True).view(cost.shape)
+    return groups.new_zeros(groups.shape, dtype=torch.bool).scatter_(-1, cheapest, True)
 
 
 def nm_group_cost(cost: Tensor, pruned: Tensor, n: int, m: int) -> Tensor:

@@ -57,7 +57,7 @@ def test_accelerators():
 
 def test_every_part_says_whether_it_is_available_and_why():
     parts = build_info()["parts"]
-    assert set(parts) == {"cuda", "triton", "nvcc"}
+    assert set(parts) == {"cuda", "triton", "extension", "nvcc"}
     for part in parts.values():
         assert set(part) == {"available", "reason"}
         assert isinstance(part["available"], bool)
