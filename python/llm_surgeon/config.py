@@ -101,8 +101,8 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         structure = Structure.parse(self.structure)
-        _require_choice("method", self.method, METHODS)
-        _require_choice("fisher", self.fisher, FISHERS)
+        require_choice("method", self.method, METHODS)
+        require_choice("fisher", self.fisher, FISHERS)
         if structure.kind == "rows-columns" and self.method not in STRUCTURED_METHODS:
             raise InputError(
                 f"method {self.method!r} has no definition for rows and columns: "
@@ -113,15 +113,15 @@ class PruneConfig:
         self._resolve_shots(structure)
         if self.damp_g is None:
             self._set("damp_g", 0.01 if structure.kind == "rows-columns" else 0.1)
-        _require_positive_int("max_correlated", self.max_correlated)
-        _require_positive_int("max_iterations", self.max_iterations)
-        _require_positive_int("samples", self.samples)
+        require_positive_int("max_correlated", self.max_correlated)
+        require_positive_int("max_iterations", self.max_iterations)
+        require_positive_int("samples", self.samples)
         for name in ("seqlen", "batch_size"):
             if getattr(self, name) is not None:
-                _require_positive_int(name, getattr(self, name))
+                require_positive_int(name, getattr(self, name))
         for name in ("damp_g", "damp_a", "tolerance"):
-            _require_number(name, getattr(self, name), 0.0, math.inf)
-        _require_number("min_kept", self.min_kept, 0.0, 1.0, low_allowed=True)
+            require_number(name, getattr(self, name), 0.0, math.inf)
+        require_number("min_kept", self.min_kept, 0.0, 1.0, low_allowed=True)
         assert self.sparsity is not None
         if structure.kind != "n:m" and self.sparsity + self.min_kept > 1 + 1e-9:
             raise InputError(
@@ -154,7 +154,7 @@ class PruneConfig:
         if self.sparsity is None:
             default = 0.3 if structure.kind == "rows-columns" else 0.5
             self._set("sparsity", default if implied is None else implied)
-        _require_number("sparsity", self.sparsity, 0.0, 1.0)
+        require_number("sparsity", self.sparsity, 0.0, 1.0)
         if implied is not None and not math.isclose(self.sparsity or 0.0, implied, abs_tol=1e-9):
             raise InputError(
                 f"structure {self.structure!r} removes {implied:g} of the weights: "
@@ -165,7 +165,7 @@ class PruneConfig:
         updates = self.method == "surgeon"
         if self.update is None:
             self._set("update", "joint" if updates else "none")
-        _require_choice("update", self.update, UPDATES)
+        require_choice("update", self.update, UPDATES)
         if not updates and self.update != "none":
             raise InputError(f"update {self.update!r} needs method 'surgeon', not {self.method!r}")
         if structure.kind == "rows-columns" and self.update == "chunked":
@@ -176,22 +176,22 @@ class PruneConfig:
             assert self.sparsity is not None
             multi = 5 if structure.kind != "rows-columns" else max(1, round(80 * self.sparsity))
             self._set("shots", multi if self.method in GLOBAL_METHODS else 1)
-        _require_positive_int("shots", self.shots)
+        require_positive_int("shots", self.shots)
         if self.method == "sparsegpt" and self.shots != 1:
             raise InputError(f"method 'sparsegpt' goes through the layers once: shots must be 1, not {self.shots}")
 
 
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
 
 
-def _require_positive_int(name: str, value: object) -> None:
+def require_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
-def _require_number(name: str, value: object, low: float, high: float, *, low_allowed: bool = False) -> None:
+def require_number(name: str, value: object, low: float, high: float, *, low_allowed: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (low < value < high or (low_allowed and value == low)):  # type: ignore[operator]
         opening = "[" if low_allowed else "("

@@ -142,9 +142,9 @@ class CheckpointJob:
         check_output(self.out, self.source, overwrite)
         text = read_text(str(calibration), "calibration")
         self.model, self.tokenizer, self.dtype = load_model(
-            self.source, device=_device(device), trust_remote_code=trust_remote_code
+            self.source, device=choose_device(device), trust_remote_code=trust_remote_code
         )
-        self.config = dataclasses.replace(config, seqlen=_seqlen(config.seqlen, self.model))
+        self.config = dataclasses.replace(config, seqlen=choose_seqlen(config.seqlen, self.model))
         assert self.config.seqlen is not None
         self.decoder = find_decoder(self.model)
         _check_model(self.decoder, self.config)
@@ -197,11 +197,11 @@ def load_for_evaluation(
 ) -> tuple[nn.Module, Tensor]:
     """The checkpoint ``source`` in float32 and the windows of ``data``'s test part, for :func:`perplexity`."""
     text = read_text(data, "evaluation")
-    model, tokenizer, _ = load_model(source, device=_device(device), trust_remote_code=trust_remote_code)
-    return model, evaluation_windows(tokenize(text, tokenizer), _seqlen(seqlen, model))
+    model, tokenizer, _ = load_model(source, device=choose_device(device), trust_remote_code=trust_remote_code)
+    return model, evaluation_windows(tokenize(text, tokenizer), choose_seqlen(seqlen, model))
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -210,7 +210,7 @@ def _device(name: str | None) -> torch.device:
         raise InputError(f"device {name!r} cannot be used here: {error}".splitlines()[0]) from error
 
 
-def _seqlen(wanted: int | None, model: nn.Module) -> int:
+def choose_seqlen(wanted: int | None, model: nn.Module) -> int:
     longest = getattr(model.config, "max_position_embeddings", None)
     if wanted is None:
         return min(2048, longest or 2048)

@@ -1,4 +1,4 @@
-"""``surgeon prune | eval | demo | info``. Exit codes: 0 done, 1 failure, 2 bad usage or input."""
+"""``surgeon prune | recover | eval | demo | info``. Exit codes: 0 done, 1 failure, 2 bad usage or input."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from llm_surgeon.cli import views
+from llm_surgeon.cli.recover import recover
 from llm_surgeon.config import FISHERS, METHODS, UPDATES, PruneConfig
 from llm_surgeon.demo import run_demo
 from llm_surgeon.errors import InputError, SurgeonError
@@ -147,6 +148,9 @@ def evaluate(
         progress.phase("perplexity")
         value = perplexity(causal_lm, windows, batch_size, progress.step)
     console.print(f"{value:.4f}" if quiet else f"perplexity {value:.4f}", highlight=False)
+
+
+app.command()(recover)
 
 
 @app.command()

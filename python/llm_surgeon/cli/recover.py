@@ -1,0 +1,77 @@
+"""``surgeon recover``."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from llm_surgeon.progress import Progress, TerminalProgress
+from llm_surgeon.recovery import PRESETS, RecoverConfig, recover_checkpoint
+from llm_surgeon.recovery.config import METHODS
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RecoverConfig)}
+
+
+def _option(name: str, text: str) -> Any:
+    default = _DEFAULTS[name]
+    return typer.Option(help=text if default is None else f"{text} (default: {default})")
+
+
+def recover(
+    model: Annotated[str, typer.Argument(help="A pruned checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    teacher: Annotated[str | None, typer.Option(help="The dense checkpoint: distil from it.")] = None,
+    method: Annotated[str | None, _option("method", " | ".join(METHODS))] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings of a paper: " + " | ".join(PRESETS))] = None,
+    data: Annotated[
+        str, typer.Option(help="wikitext2, c4, or a .txt, .jsonl, .parquet or .zip file; its training part is used.")
+    ] = "wikitext2",
+    steps: Annotated[int | None, _option("steps", "Optimizer steps.")] = None,
+    batch_size: Annotated[int | None, _option("batch_size", "Sequences a step.")] = None,
+    micro_batch_size: Annotated[
+        int | None, _option("micro_batch_size", "Sequences at once: about 16384 tokens; gradients are accumulated.")
+    ] = None,
+    seqlen: Annotated[int | None, _option("seqlen", "Tokens a sequence: 512 or the model's limit.")] = None,
+    learning_rate: Annotated[
+        float | None, _option("learning_rate", "Peak learning rate: 5e-4 for lora, 2e-4 for full.")
+    ] = None,
+    warmup_steps: Annotated[int | None, _option("warmup_steps", "Steps it takes to rise: steps / 20.")] = None,
+    weight_decay: Annotated[float | None, _option("weight_decay", "AdamW's.")] = None,
+    rank: Annotated[int | None, _option("rank", "LoRA: rank of a correction.")] = None,
+    alpha: Annotated[float | None, _option("alpha", "LoRA: a correction is alpha / rank · B A.")] = None,
+    dropout: Annotated[float | None, _option("dropout", "LoRA: dropout before A.")] = None,
+    temperature: Annotated[float | None, _option("temperature", "Distillation: T of T² KL.")] = None,
+    eval_every: Annotated[int | None, _option("eval_every", "Steps between held-out losses: steps / 10.")] = None,
+    patience: Annotated[int | None, _option("patience", "Evaluations without improvement before stopping.")] = None,
+    seed: Annotated[int | None, _option("seed", "Seed of batches and initial values.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted recovery into OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: a GPU if there is one).")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")] = False,
+) -> None:
+    """Train what pruning left of MODEL into OUT: low-rank or full, plain or distilled; every zero stays a zero."""
+    options = {name: value for name, value in locals().items() if name in {*_DEFAULTS, "preset"} and value is not None}
+    with nullcontext(Progress()) if quiet else TerminalProgress() as progress:
+        progress.phase("recovery")
+        report = recover_checkpoint(
+            model,
+            out,
+            RecoverConfig.from_mapping(options),
+            teacher=teacher,
+            data=data,
+            resume=resume,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            progress=progress,
+        )
+    if not quiet:
+        Console().print(report.summary() + f"\nwritten to {out}", highlight=False, soft_wrap=True)

@@ -1,0 +1,235 @@
+"""Recover a model in memory, or a checkpoint into a new checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_surgeon.capture import mean_loss
+from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
+from llm_surgeon.data import Calibration, calibration_windows, evaluation_windows, read_text, require_windows, tokenize
+from llm_surgeon.errors import InputError
+from llm_surgeon.models import check_finite, evaluation_mode, find_decoder
+from llm_surgeon.progress import Progress
+from llm_surgeon.pruning import choose_device, choose_seqlen
+from llm_surgeon.recovery.config import RecoverConfig
+from llm_surgeon.recovery.lora import low_rank_corrections
+from llm_surgeon.recovery.training import train
+from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
+from llm_surgeon.report.schema import collect_versions
+
+# Of the text: at least a window, at most so many.
+_HELD_OUT_FRACTION = 0.02
+_HELD_OUT_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What a recovery did.
+
+    Attributes:
+        config: the resolved options.
+        versions: see :func:`llm_surgeon.report.schema.collect_versions`.
+        zeros: weights of the linear layers that were and still are zero.
+        tokens: training tokens seen.
+        loss_before, loss_after: held-out token cross-entropy, nats.
+        log: what Trainer logged: losses and learning rates by step.
+        seconds: of training.
+    """
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    zeros: int
+    tokens: int
+    loss_before: float
+    loss_after: float
+    log: list[dict[str, float]]
+    seconds: float
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def summary(self) -> str:
+        before, after = math.exp(self.loss_before), math.exp(self.loss_after)
+        return (
+            f"held-out perplexity {before:.2f} -> {after:.2f} after {self.tokens:,} tokens in {self.seconds:.0f} s; "
+            f"{self.zeros:,} pruned weights are still zero"
+        )
+
+
+def recover(
+    model: nn.Module,
+    windows: Tensor,
+    held_out: Tensor,
+    *,
+    teacher: nn.Module | None = None,
+    config: RecoverConfig | None = None,
+    state_folder: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> RecoveryReport:
+    """Train a pruned causal LM in place; every zero of its decoder's linear layers stays a zero.
+
+    Args:
+        windows: training token ids ``[n, seqlen]``, drawn from at random.
+        held_out: token ids ``[m, seqlen]`` whose loss picks the best state and stops the training early.
+        teacher: the dense model: distil from its logits instead of learning from the tokens alone.
+        config: every option at once, in place of ``options``.
+        state_folder: where training keeps its state so that ``resume=True`` can go on (left out: nowhere).
+        **options: fields of :class:`RecoverConfig`.
+
+    Raises:
+        InputError: the model is quantized, frozen or not on the first GPU; the teacher has another vocabulary; data or
+            an option is at fault.
+        NumericalError: a loss that is not a number; weights are then those of the last step.
+    """
+    if config is not None and options:
+        raise InputError("give either config or single options, not both")
+    config = config or RecoverConfig.from_mapping(options)
+    require_windows(windows, "training windows")
+    require_windows(held_out, "held-out windows")
+    decoder = find_decoder(model)
+    check_finite(decoder)
+    _check_trainable(model, teacher)
+    masks = zero_masks(decoder)
+    begun = time.perf_counter()
+    before = _loss(model, held_out, config)
+    with tempfile.TemporaryDirectory() as scratch, evaluation_mode(teacher or nn.Identity()):
+        folder = Path(state_folder or scratch)
+        if config.method == "lora":
+            with low_rank_corrections(model, decoder, config.rank, config.alpha, config.dropout) as trained:
+                log = train(
+                    trained, windows, held_out, config, folder, teacher=teacher, resume=resume, progress=progress
+                )
+        else:
+            with zeros_kept(masks):
+                log = train(model, windows, held_out, config, folder, teacher=teacher, resume=resume, progress=progress)
+    model.eval()
+    check_zeros(masks)
+    steps = int(max((entry["step"] for entry in log), default=0))
+    return RecoveryReport(
+        config=dataclasses.asdict(config),
+        versions=collect_versions(),
+        zeros=count_zeros(masks),
+        tokens=steps * config.batch_size * windows.shape[1],
+        loss_before=before,
+        loss_after=_loss(model, held_out, config),
+        log=log,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def recover_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: RecoverConfig | None = None,
+    *,
+    teacher: str | Path | None = None,
+    data: str = "wikitext2",
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> RecoveryReport:
+    """Recover the checkpoint ``source`` into the new folder ``out``, which appears when it is complete.
+
+    Trains in float32 (bfloat16 products on a GPU) on ``data``'s training part, of which the last fiftieth is held out.
+    The state of the training lies beside ``out`` until it is done: after an interruption, ``resume=True`` goes on.
+
+    Args:
+        teacher: the dense checkpoint to distil from.
+        data: as for :func:`~llm_surgeon.data.read_text`.
+        **options: fields of :class:`RecoverConfig`, where ``config`` is not given.
+
+    Raises:
+        InputError: see :func:`recover`; also for what is wrong with ``source``, ``out`` or ``data``.
+    """
+    if config is not None and options:
+        raise InputError("give either config or single options, not both")
+    config = config or RecoverConfig.from_mapping(options)
+    out = Path(out)
+    check_output(out, source, overwrite)
+    state = out.resolve().with_name(f".{out.name}.training")
+    if state.exists() and not resume:
+        raise InputError(f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it")
+    text = read_text(data, "calibration")
+    place = choose_device(device)
+    model, tokenizer, dtype = load_model(source, device=place, trust_remote_code=trust_remote_code)
+    dense = None
+    if teacher is not None:
+        half = torch.bfloat16 if place.type == "cuda" else torch.float32
+        dense, _, _ = load_model(teacher, dtype=half, device=place, trust_remote_code=trust_remote_code)
+        dense.requires_grad_(False)
+    config = dataclasses.replace(
+        config, seqlen=choose_seqlen(config.seqlen or min(512, choose_seqlen(None, model)), model)
+    )
+    windows, held_out = _split(tokenize(text, tokenizer), config)
+    _claim(state, {"source": str(source), "teacher": str(teacher), "data": data, **dataclasses.asdict(config)})
+    report = recover(
+        model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume, progress=progress
+    )
+    extra = _carried_over(Path(source)) | {"surgeon_recovery.json": report.to_json()}
+    save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=extra, overwrite=overwrite)
+    shutil.rmtree(state)
+    return report
+
+
+def _split(ids: Tensor, config: RecoverConfig) -> tuple[Tensor, Tensor]:
+    """Training windows at random places of the stream ``ids``, held-out windows from its end."""
+    assert config.seqlen is not None
+    wanted = min(_HELD_OUT_WINDOWS, max(1, int(_HELD_OUT_FRACTION * len(ids)) // config.seqlen))
+    cut = len(ids) - wanted * config.seqlen
+    if cut < config.seqlen:
+        raise InputError(f"the text has {len(ids)} tokens: training and held-out data need {2 * config.seqlen}")
+    windows = calibration_windows(ids[:cut], config.steps * config.batch_size, config.seqlen, config.seed)
+    return windows.input_ids, evaluation_windows(ids[cut:], config.seqlen)
+
+
+def _claim(state: Path, run: dict[str, Any]) -> None:
+    """Note what is trained in ``state``; an interrupted run goes on only as it was begun."""
+    note = state / "run.json"
+    if note.exists():
+        begun = json.loads(note.read_text(encoding="utf-8"))
+        for name, value in run.items():
+            if begun.get(name) != value:
+                raise InputError(f"the interrupted recovery has {name} {begun.get(name)!r}, not {value!r}")
+        return
+    state.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(run), encoding="utf-8")
+
+
+def _carried_over(source: Path) -> dict[str, str]:
+    """The record of the pruning, where ``source`` is a folder of ours."""
+    names = ("README.md", "surgeon_report.json", "report.html")
+    return {name: (source / name).read_text(encoding="utf-8") for name in names if (source / name).is_file()}
+
+
+def _loss(model: nn.Module, windows: Tensor, config: RecoverConfig) -> float:
+    return mean_loss(model, Calibration(windows), config.micro_batch_size or max(1, 8192 // windows.shape[1]))
+
+
+def _check_trainable(model: nn.Module, teacher: nn.Module | None) -> None:
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise InputError("the model is quantized or packed: recover the checkpoint it was made from")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("the model is frozen: none of its parameters requires gradients")
+    device = next(model.parameters()).device
+    if device.type == "cuda" and device.index:
+        raise InputError(f"recovery trains on the first visible GPU, not on {device}: set CUDA_VISIBLE_DEVICES")
+    if teacher is not None:
+        ours, theirs = (m.get_input_embeddings().num_embeddings for m in (model, teacher))
+        if ours != theirs:
+            raise InputError(f"the teacher has a vocabulary of {theirs}, the model of {ours}")

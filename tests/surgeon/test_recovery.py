@@ -1,0 +1,194 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from llm_surgeon.errors import InputError
+from llm_surgeon.models import find_decoder
+from llm_surgeon.recovery import RecoverConfig, recover, recover_checkpoint
+from llm_surgeon.recovery.lora import low_rank_corrections
+from llm_surgeon.recovery.training import distillation_loss
+from llm_surgeon.recovery.zeros import zero_masks
+from tests.surgeon.checkpoints import save_folder, tree
+from tests.surgeon.tiny_models import VOCABULARY, build
+
+OPTIONS = {"steps": 12, "batch_size": 4, "eval_every": 4, "rank": 4, "alpha": 8.0}
+
+
+def text_windows(count, seed=0):
+    """Sequences with something to learn: every token follows from the one before it."""
+    starts = torch.randint(1, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return (starts * 3 ** torch.arange(16)) % 61 + 1
+
+
+WINDOWS, HELD_OUT = text_windows(64), text_windows(8, seed=1)
+
+
+def half_zero(name):
+    """Every other weight of every linear zero, in a pattern that differs from row to row."""
+    model = build(name)
+    for linear in find_decoder(model).linears:
+        weight = linear.module.weight.data
+        rows, columns = torch.meshgrid(*map(torch.arange, weight.shape), indexing="ij")
+        weight[(rows + columns) % 2 == 0] = 0.0
+    return model
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_lowers_the_loss_and_keeps_every_zero(name, method):
+    model = half_zero(name)
+    before, masks = weights(model), zero_masks(find_decoder(model))
+    modules = [type(module) for module in model.modules()]
+    report = recover(model, WINDOWS, HELD_OUT, method=method, learning_rate=1e-2, **OPTIONS)
+    assert report.loss_after < report.loss_before - 0.1
+    assert report.zeros == sum(int(mask.sum()) for mask in masks.values()) > 0
+    for module, mask in masks.items():
+        assert torch.equal(module.weight == 0, mask)
+    assert [type(module) for module in model.modules()] == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    linears = {f"{linear.name}.weight" for linear in find_decoder(model).linears}
+    assert moved == linears if method == "lora" else moved >= linears
+
+
+def test_a_correction_is_absorbed_as_it_was_trained():
+    """The corrected model's output is the absorbed model's, and the absorbed correction is masked and low-rank."""
+    model = half_zero("llama")
+    before = weights(model)
+    decoder = find_decoder(model)
+    with low_rank_corrections(model, decoder, rank=3, alpha=6.0, dropout=0.0) as corrected:
+        for name, parameter in corrected.named_parameters():
+            assert parameter.requires_grad == ("lora_" in name)
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        factors = {n: p.detach().clone() for n, p in corrected.named_parameters() if "lora_" in n}
+        seen = corrected(WINDOWS[:2]).logits
+    torch.testing.assert_close(model(WINDOWS[:2]).logits, seen, rtol=1e-4, atol=1e-4)
+    linear = decoder.linears[3]
+    A = next(p for n, p in factors.items() if linear.name in n and "lora_A" in n)
+    B = next(p for n, p in factors.items() if linear.name in n and "lora_B" in n)
+    old = before[f"{linear.name}.weight"]
+    torch.testing.assert_close(linear.module.weight, old + 2.0 * (B @ A) * (old != 0))
+
+
+def test_a_failed_training_leaves_the_model_uncorrected():
+    model = half_zero("llama")
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="stop"), low_rank_corrections(model, find_decoder(model), 2, 2.0, 0.0):
+        raise RuntimeError("stop")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_distillation_comes_closer_to_the_teacher():
+    model, teacher = half_zero("llama"), build("llama")
+    before = weights(teacher)
+
+    def distance():
+        with torch.no_grad():
+            return distillation_loss(model(HELD_OUT).logits.flatten(0, 1), teacher(HELD_OUT).logits.flatten(0, 1), 1.0)
+
+    far = distance()
+    options = OPTIONS | {"eval_every": OPTIONS["steps"]}  # a random teacher predicts the held-out tokens badly
+    recover(model, WINDOWS, HELD_OUT, teacher=teacher, method="full", learning_rate=1e-2, **options)
+    assert distance() < 0.8 * far
+    assert all(torch.equal(parameter, before[name]) for name, parameter in teacher.named_parameters())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_distillation_loss_is_the_divergence(temperature):
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64).unbind()
+    p, q = (F.softmax(x / temperature, -1) for x in (teacher, student))
+    expected = temperature**2 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(
+        distillation_loss(student, teacher, temperature).double(), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_best_state_is_kept_and_training_stops_early():
+    model = half_zero("llama")
+    options = OPTIONS | {"steps": 40, "eval_every": 2, "patience": 2, "warmup_steps": 0}
+    report = recover(model, WINDOWS[:4], HELD_OUT, method="full", learning_rate=0.3, **options)
+    held_out = [entry["eval_loss"] for entry in report.log if "eval_loss" in entry]
+    assert len(held_out) < 20
+    assert math.isclose(report.loss_after, min(held_out), rel_tol=1e-4)
+
+
+def test_refusals():
+    model, frozen = build("llama"), build("llama").requires_grad_(False)
+    with pytest.raises(InputError, match="frozen"):
+        recover(frozen, WINDOWS, HELD_OUT)
+    with pytest.raises(InputError, match="unknown option 'stepz'"):
+        recover(model, WINDOWS, HELD_OUT, stepz=3)
+    with pytest.raises(InputError, match="batch_size 4 is not divisible by micro_batch_size 3"):
+        recover(model, WINDOWS, HELD_OUT, batch_size=4, micro_batch_size=3)
+    with pytest.raises(InputError, match="unknown preset"):
+        RecoverConfig.from_mapping({"preset": "none"})
+    small = build("llama")
+    small.resize_token_embeddings(VOCABULARY - 8)
+    with pytest.raises(InputError, match=f"teacher has a vocabulary of {VOCABULARY - 8}, the model of {VOCABULARY}"):
+        recover(model, WINDOWS, HELD_OUT, teacher=small)
+
+
+def test_preset_gives_way_to_options():
+    config = RecoverConfig.from_mapping({"preset": "llm-pruner", "steps": 7, "warmup_steps": 1})
+    assert (config.rank, config.alpha, config.learning_rate, config.steps) == (8, 16.0, 1e-4, 7)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    source = save_folder(tmp_path / "pruned", half_zero("llama"))
+    (source / "surgeon_report.json").write_text("{}")
+    words = " ".join(f"w{int(token)}" for token in text_windows(400).flatten())
+    (tmp_path / "text.txt").write_text(words)
+    return source, tmp_path / "out", str(tmp_path / "text.txt")
+
+
+def test_checkpoint(folders):
+    source, out, data = folders
+    before = tree(source)
+    report = recover_checkpoint(source, out, data=data, device="cpu", seqlen=16, learning_rate=1e-2, **OPTIONS)
+    assert report.loss_after < report.loss_before
+    assert tree(source) == before
+    assert not list(out.parent.glob(".out*"))
+    assert (out / "surgeon_report.json").read_text() == "{}"
+    assert json.loads((out / "surgeon_recovery.json").read_text())["zeros"] == report.zeros
+    pruned, recovered = (find_decoder(AutoModelForCausalLM.from_pretrained(path)).linears for path in (source, out))
+    for old, new in zip(pruned, recovered, strict=True):
+        assert torch.equal(old.module.weight == 0, new.module.weight == 0)
+        assert not torch.equal(old.module.weight, new.module.weight)
+
+
+def test_an_interrupted_recovery_goes_on_where_it_was(folders, monkeypatch):
+    source, out, data = folders
+    options = {"data": data, "device": "cpu", "seqlen": 16, "learning_rate": 1e-2, **OPTIONS}
+    whole = recover_checkpoint(source, out.with_name("whole"), **options)
+
+    from llm_surgeon.recovery import training
+
+    step = training._Report.on_step_end
+
+    def interrupt(self, args, state, control, **rest):
+        step(self, args, state, control, **rest)
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Report, "on_step_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            recover_checkpoint(source, out, **options)
+    assert not out.exists()
+    with pytest.raises(InputError, match="pass --resume or delete it"):
+        recover_checkpoint(source, out, **options)
+    with pytest.raises(InputError, match="the interrupted recovery has rank 4, not 2"):
+        recover_checkpoint(source, out, **options | {"rank": 2}, resume=True)
+    resumed = recover_checkpoint(source, out, **options, resume=True)
+    assert math.isclose(resumed.loss_after, whole.loss_after, rel_tol=1e-5)
+    assert not list(out.parent.glob(".out*"))
