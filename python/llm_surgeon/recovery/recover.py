@@ -230,6 +230,6 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None) -> None:
     if device.type == "cuda" and device.index:
         raise InputError(f"recovery trains on the first visible GPU, not on {device}: set CUDA_VISIBLE_DEVICES")
     if teacher is not None:
-        ours, theirs = (m.get_input_embeddings().num_embeddings for m in (model, teacher))
+        ours, theirs = (m.get_input_embeddings().num_embeddings for m in (model, teacher))  # type: ignore[operator]
         if ours != theirs:
             raise InputError(f"the teacher has a vocabulary of {theirs}, the model of {ours}")
