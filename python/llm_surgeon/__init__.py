@@ -11,6 +11,8 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError, NumericalError, SurgeonError, UnsupportedModelError
 from llm_surgeon.evaluate import perplexity
+from llm_surgeon.packed import pack_model, to_torch_sparse, unpack_model
+from llm_surgeon.packed.checkpoint import pack_checkpoint
 from llm_surgeon.pruning import prune, prune_checkpoint
 from llm_surgeon.report.schema import PruneReport
 
@@ -22,7 +24,11 @@ __all__ = [
     "PruneReport",
     "SurgeonError",
     "UnsupportedModelError",
+    "pack_checkpoint",
+    "pack_model",
     "perplexity",
     "prune",
     "prune_checkpoint",
+    "to_torch_sparse",
+    "unpack_model",
 ]

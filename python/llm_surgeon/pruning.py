@@ -193,11 +193,18 @@ def write_pruned(
 
 
 def load_for_evaluation(
-    source: str, data: str, seqlen: int | None, device: str | None, trust_remote_code: bool
+    source: str,
+    data: str,
+    seqlen: int | None,
+    device: str | None,
+    trust_remote_code: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, Tensor]:
-    """The checkpoint ``source`` in float32 and the windows of ``data``'s test part, for :func:`perplexity`."""
+    """The checkpoint ``source``, dense or packed, and the windows of ``data``'s test part, for :func:`perplexity`."""
     text = read_text(data, "evaluation")
-    model, tokenizer, _ = load_model(source, device=choose_device(device), trust_remote_code=trust_remote_code)
+    model, tokenizer, _ = load_model(
+        source, dtype, choose_device(device), trust_remote_code=trust_remote_code, packed=True
+    )
     return model, evaluation_windows(tokenize(text, tokenizer), choose_seqlen(seqlen, model))
 
 

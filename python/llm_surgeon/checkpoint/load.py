@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.errors import InputError, UnsupportedModelError
+from llm_surgeon.packed.format import QUANT_METHOD
 from llm_surgeon.resources import hub_reachable, require_memory
+from llm_surgeon.stored import StoredTensor, read_headers
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a model needs from its hub repository: no pickles, and no other formats, which lie in subfolders.
@@ -25,9 +26,11 @@ _NOT_DOWNLOADED = ["*/*", "consolidated*"]
 
 def load_model(
     path_or_id: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    *,
+    packed: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
     """A causal LM in ``dtype`` on ``device``, its tokenizer, and the dtype that most of its numbers are stored in.
 
@@ -35,18 +38,29 @@ def load_model(
 
     Args:
         path_or_id: a folder, or a model id on the Hugging Face hub.
+        dtype: of the weights in memory; ``None`` for the one they are stored in.
+        packed: also take what ``surgeon pack`` wrote, with its packed layers.
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
         InputError: no such model; files missing or damaged; weights missing or of another shape than the
             configuration says; no tokenizer; too little memory; remote code needed and not allowed.
-        UnsupportedModelError: the checkpoint is quantized.
+        UnsupportedModelError: the checkpoint is quantized, or packed and ``packed`` is not set.
     """
     name = str(path_or_id)
     folder = _folder_of(name)
-    if "quantization_config" in read_json(folder / "config.json"):
-        raise UnsupportedModelError(f"model {name!r} is quantized: prune the checkpoint it was made from")
-    own_dtype, numbers = _check_weights(name, folder)
+    if "quantization_config" in (config := read_json(folder / "config.json")):
+        quantization = config["quantization_config"]
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+            raise UnsupportedModelError(f"model {name!r} is quantized: take the checkpoint it was made from")
+        if not packed:
+            raise UnsupportedModelError(f"model {name!r} is packed: take the dense checkpoint it was made from")
+    stored = read_headers(_weight_files(name, folder))
+    own_dtype = _main_dtype(name, stored)
+    dtype = dtype or own_dtype
+    numbers = sum(tensor.numbers for tensor in stored.values())
+    if packed and torch.device(device or "cpu").type != "cuda":  # a dense weight will be kept beside a packed one
+        numbers += 2 * sum(tensor.numbers for key, tensor in stored.items() if key.endswith(".values"))
     for place in {torch.device("cpu"), torch.device(device or "cpu")}:  # read into main memory, then moved
         require_memory(numbers * dtype.itemsize, place)
     model: PreTrainedModel
@@ -123,21 +137,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_weights(name: str, folder: Path) -> tuple[torch.dtype, int]:
-    """Open every safetensors file of the checkpoint; the dtype of most of its numbers, and how many there are."""
+def _main_dtype(name: str, stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The dtype of most numbers in the files of checkpoint ``name``."""
     numbers: Counter[str] = Counter()
-    for path in _weight_files(name, folder):
-        try:
-            with safe_open(path, framework="pt") as file:  # compares the header with the file's length
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    tensor = file.get_slice(key)
-                    numbers[tensor.get_dtype()] += math.prod(tensor.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"weights file {str(path)!r} is damaged or cut short: {error}") from error
-    stored = numbers.most_common(1)[0][0] if numbers else "no numbers"
-    if stored not in _DTYPES:
-        raise UnsupportedModelError(f"model {name!r} is stored as {stored}: only {', '.join(_DTYPES)} can be pruned")
-    return _DTYPES[stored], numbers.total()
+    for tensor in stored.values():
+        numbers[tensor.dtype] += tensor.numbers
+    most = numbers.most_common(1)[0][0] if numbers else "no numbers"
+    if most not in _DTYPES:
+        raise UnsupportedModelError(f"model {name!r} is stored as {most}: only {', '.join(_DTYPES)} can be pruned")
+    return _DTYPES[most]
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:

@@ -1,26 +1,38 @@
-"""``surgeon prune | recover | eval | demo | info``. Exit codes: 0 done, 1 failure, 2 bad usage or input."""
+"""``surgeon prune | recover | eval | pack | bench | demo | info``.
+
+Exit codes: 0 done, 1 failure, 2 bad usage or input.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import transformers
 import typer
 import yaml
-from rich.console import Console
 
 from llm_surgeon.cli import views
+from llm_surgeon.cli.bench import bench_app
+from llm_surgeon.cli.options import (
+    DATA_HELP,
+    Device,
+    Dtype,
+    Quiet,
+    TrustRemoteCode,
+    console,
+    parse_dtype,
+    progress_bars,
+)
+from llm_surgeon.cli.pack import pack
 from llm_surgeon.cli.recover import recover
 from llm_surgeon.config import FISHERS, METHODS, UPDATES, PruneConfig
 from llm_surgeon.demo import run_demo
 from llm_surgeon.errors import InputError, SurgeonError
 from llm_surgeon.evaluate import perplexity
-from llm_surgeon.progress import Progress, TerminalProgress
 from llm_surgeon.pruning import CheckpointJob, load_for_evaluation
 
 app = typer.Typer(
@@ -30,8 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
-
 # Options that prune() takes beside the fields of PruneConfig.
 _JOB_OPTIONS = ("calibration", "overwrite", "trust_remote_code", "device")
 
@@ -42,12 +52,6 @@ def _option(name: str, text: str) -> Any:
     """A flag for the field ``name`` of :class:`PruneConfig`; left out, the YAML file's or the field's own value."""
     default = _DEFAULTS[name]
     return typer.Option(help=text if default is None else f"{text} (default: {default})")
-
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-DATA_HELP = "wikitext2, c4, or a .txt, .jsonl, .parquet or .zip file"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,7 +129,7 @@ def prune(
     if dry_run:
         views.print_plan(console, job)
         return
-    with _progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         report = job.run(progress)
     if not quiet:
         console.print(report.summary(), highlight=False, soft_wrap=True)
@@ -138,19 +142,22 @@ def evaluate(
     data: Annotated[str, typer.Option(help=f"{DATA_HELP}; its test part is used.")] = "wikitext2",
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per pass.")] = None,
+    dtype: Dtype = "float32",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Perplexity of MODEL: exp of the mean token loss over non-overlapping windows of the test text."""
-    causal_lm, windows = load_for_evaluation(model, data, seqlen, device, trust_remote_code)
-    with _progress(quiet) as progress:
+    causal_lm, windows = load_for_evaluation(model, data, seqlen, device, trust_remote_code, parse_dtype(dtype))
+    with progress_bars(quiet) as progress:
         progress.phase("perplexity")
         value = perplexity(causal_lm, windows, batch_size, progress.step)
     console.print(f"{value:.4f}" if quiet else f"perplexity {value:.4f}", highlight=False)
 
 
 app.command()(recover)
+app.command()(pack)
+app.add_typer(bench_app, name="bench")
 
 
 @app.command()
@@ -160,7 +167,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Prune the small model that ships with the package to 2:4 with four methods and compare them."""
-    with _progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         results = run_demo(out, progress, overwrite=overwrite)
     views.print_demo(console, results, out)
 
@@ -169,10 +176,6 @@ def demo(
 def info() -> None:
     """Which accelerators, compiled parts and versions were found, and why something is missing."""
     views.print_info(console)
-
-
-def _progress(quiet: bool) -> AbstractContextManager[Progress]:
-    return nullcontext(Progress()) if quiet else TerminalProgress()
 
 
 def _read_yaml(path: Path | None) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""``surgeon pack``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_surgeon.cli.options import Overwrite, Quiet, TrustRemoteCode, console, progress_bars
+from llm_surgeon.packed.checkpoint import pack_checkpoint
+
+
+def pack(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a 2:4 model, as `surgeon prune` writes it.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pack a 2:4 MODEL into OUT: 9/16 of the bytes, the same values, faster on NVIDIA GPUs.
+
+    OUT loads with AutoModelForCausalLM after `import llm_surgeon`.
+    """
+    with progress_bars(quiet) as progress:
+        progress.phase("packing")
+        report = pack_checkpoint(
+            model, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress.step
+        )
+    if not quiet:
+        console.print(report.summary(), highlight=False, soft_wrap=True)
+        console.print(f"written to {out}; load it after `import llm_surgeon`", highlight=False)

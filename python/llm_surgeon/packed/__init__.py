@@ -1,0 +1,24 @@
+"""2:4 models stored and run packed: 9/16 of the bytes of their linears, in bf16 and fp16.
+
+    surgeon pack MODEL OUT
+
+    import llm_surgeon
+    model = AutoModelForCausalLM.from_pretrained("OUT", device_map="cuda")
+
+Importing this package registers the format with transformers (:mod:`quantizer`). :mod:`format` says what is on disk,
+:mod:`surgeon_kernels.pack_2_4` what a packed weight is.
+"""
+
+from llm_surgeon.packed.convert import pack_model, to_torch_sparse, unpack_model
+from llm_surgeon.packed.format import Surgeon24Config
+from llm_surgeon.packed.linear import PackedLinear
+from llm_surgeon.packed.quantizer import Surgeon24Quantizer
+
+__all__ = [
+    "PackedLinear",
+    "Surgeon24Config",
+    "Surgeon24Quantizer",
+    "pack_model",
+    "to_torch_sparse",
+    "unpack_model",
+]

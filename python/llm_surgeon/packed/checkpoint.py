@@ -1,0 +1,126 @@
+"""``surgeon pack``: a dense 2:4 checkpoint into a packed one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
+from llm_surgeon.packed.convert import pack_model
+from llm_surgeon.packed.format import QUANT_METHOD
+from llm_surgeon.report.text import plural
+from llm_surgeon.resources import human_bytes, require_disk
+
+# Files of a pruned model that stay true when it is packed.
+_KEPT_FILES = ("surgeon_report.json", "report.html")
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was packed: layer names, and the bytes of all weights before and after."""
+
+    modules: list[str]
+    ignored: list[str]
+    dense_bytes: int
+    packed_bytes: int
+
+    def summary(self) -> str:
+        lines = [
+            f"packed {plural(len(self.modules), 'linear layer')}: {human_bytes(self.dense_bytes)} of weights became "
+            f"{human_bytes(self.packed_bytes)} ({self.packed_bytes / self.dense_bytes:.0%})"
+        ]
+        if self.ignored:
+            lines.append(f"not 2:4, stored dense: {', '.join(self.ignored)}")
+        return "\n".join(lines)
+
+
+def pack_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, layer: None,
+) -> PackReport:
+    """Pack the 2:4 linears of the checkpoint ``source`` (a folder or hub id) into the new folder ``out``.
+
+    Weights keep their dtype and their values to the bit. After ``import llm_surgeon``,
+    ``AutoModelForCausalLM.from_pretrained(out)`` loads it. ``out`` appears only when it is complete.
+
+    Args:
+        overwrite: replace an ``out`` that is not empty.
+        trust_remote_code: run model code that comes with the checkpoint.
+        progress: called as ``progress(layers_done, layers, layer)``.
+
+    Raises:
+        InputError: the model has no 2:4 weight, or is packed or quantized already; also for what is wrong with
+            ``source``, ``out``, memory or disk.
+    """
+    check_output(out, source, overwrite)
+    model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
+    dense_bytes = model_bytes(model)
+    config = pack_model(model, progress)
+    report = PackReport(config.modules, config.ignored, dense_bytes, model_bytes(model))
+    require_disk(Path(out), report.packed_bytes)
+    kept = {
+        name: (Path(source) / name).read_text(encoding="utf-8")
+        for name in _KEPT_FILES
+        if (Path(source) / name).is_file()
+    }
+    card = _model_card(Path(source), report)
+    save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files={**kept, "README.md": card}, overwrite=overwrite)
+    return report
+
+
+def model_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters and buffers that a checkpoint of the model holds, shared ones once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _model_card(source: Path, report: PackReport) -> str:
+    """A README.md that says how to load the packed model; the front matter is that of the dense model's card."""
+    front = _front_matter(source / "README.md") or {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = list(dict.fromkeys([*front.get("tags", []), "2:4", QUANT_METHOD]))
+    more = "\nHow it was pruned, and what that cost: `report.html`.\n" if (source / "report.html").is_file() else ""
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+
+# {source.absolute().name}, packed
+
+{plural(len(report.modules), "linear layer")} of this model have at most two nonzero weights in every four consecutive
+ones of a row (2:4). They are stored packed, as the kept weights and their 2-bit positions, with the same values:
+{human_bytes(report.packed_bytes)} instead of {human_bytes(report.dense_bytes)}. On NVIDIA GPUs they run packed, too.
+{more}
+## How to load it
+
+With `surgeon-kernels` installed:
+
+```python
+import llm_surgeon  # teaches transformers the format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "path/to/this/model"  # the folder or hub id that holds this card
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(path)
+```
+
+`model.dequantize()` gives the dense model back, zeros included.
+"""
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The YAML at the head of a model card; nothing where there is none."""
+    parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.is_file() else []
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:  # someone else's card: it is not needed to pack
+        return {}
+    return front if isinstance(front, dict) else {}

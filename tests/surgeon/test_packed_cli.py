@@ -1,0 +1,168 @@
+"""surgeon pack, eval and bench generate, as a user types them."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from llm_surgeon import InputError
+from llm_surgeon.packed.checkpoint import pack_checkpoint
+from llm_surgeon.packed.speed import GreedyDecoder, measure_speed
+from tests.surgeon.packed_models import IDS, build_2_4, continuation
+from tests.surgeon.test_cli import MODEL, SMALL, TEXT, sentence, surgeon  # noqa: F401 (sentence is a fixture)
+
+ROOT = Path(__file__).parents[2]
+FRESH = """
+import json, sys, llm_surgeon
+from transformers import AutoModelForCausalLM
+from tests.surgeon.packed_models import continuation
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
+print(json.dumps([sum(type(m).__name__ == "PackedLinear" for m in model.modules()), continuation(model)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned") / "dense"
+    assert surgeon("prune", MODEL, folder, *SMALL, "--shots", 1, "--max-iterations", 3) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(pruned):
+    folder = pruned.parent / "packed"
+    assert surgeon("pack", pruned, folder, "--quiet") == 0
+    return folder
+
+
+def test_a_pruned_and_packed_model_generates_what_its_dense_twin_does(pruned, packed):
+    done = subprocess.run([sys.executable, "-c", FRESH, packed], cwd=ROOT, capture_output=True, text=True, check=True)
+    layers, tokens = json.loads(done.stdout.splitlines()[-1])
+    assert layers == 42
+    assert tokens == continuation(AutoModelForCausalLM.from_pretrained(pruned, dtype="float32"))
+
+
+def test_what_pack_writes(pruned, packed, capsys):
+    size, dense_size = ((folder / "model.safetensors").stat().st_size for folder in (packed, pruned))
+    assert size < 0.7 * dense_size
+    for name in ("surgeon_report.json", "report.html", "tokenizer.json", "generation_config.json"):
+        assert (packed / name).read_bytes() == (pruned / name).read_bytes()
+    card = (packed / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers" and "surgeon-2of4" in front["tags"]
+    assert "import llm_surgeon" in card and "report.html" in card
+    assert "surgeon pack" in (pruned / "README.md").read_text()
+    assert surgeon("pack", pruned, packed, "--overwrite") == 0
+    text = capsys.readouterr().out
+    assert "packed 42 linear layers" in text and "not 2:4, stored dense: lm_head" in text
+
+
+def test_eval_takes_a_packed_folder(pruned, packed, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT.read_text()[:8000])
+    values = []
+    for folder in (pruned, packed):
+        assert surgeon("eval", folder, "--data", text, "--seqlen", 64, "--quiet") == 0
+        values.append(capsys.readouterr().out)
+    assert values[0] == values[1]
+
+
+def test_what_pack_and_prune_refuse(pruned, packed, tmp_path, sentence):  # noqa: F811
+    for model, words in (
+        (MODEL, "no 2:4 weight to pack"),
+        (packed, "is packed: take the dense checkpoint"),
+        (tmp_path / "nowhere", "no model folder"),
+    ):
+        assert surgeon("pack", model, tmp_path / "out") == 2
+        assert words in sentence()
+    assert surgeon("pack", pruned, packed) == 2
+    assert "--overwrite" in sentence()
+    assert surgeon("pack", pruned, pruned, "--overwrite") == 2
+    assert "overlaps" in sentence()
+    assert surgeon("prune", packed, tmp_path / "out", *SMALL) == 2
+    assert "is packed: take the dense checkpoint" in sentence()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_packed_folders_exit_with_one_sentence(packed, tmp_path, sentence):  # noqa: F811
+    folder = tmp_path / "model"
+    shutil.copytree(packed, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["version"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    assert surgeon("eval", folder, "--data", TEXT) == 2
+    assert "version 7" in sentence()
+
+
+def test_weights_are_packed_in_their_own_dtype_to_the_bit(tmp_path):
+    from tests.surgeon.checkpoints import save_folder
+
+    save_folder(tmp_path / "dense", build_2_4("opt", torch.float16))
+    report = pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    assert len(report.modules) == 12 and report.ignored == ["lm_head"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert model.dtype == torch.float16
+    model.dequantize()
+    dense = build_2_4("opt", torch.float16).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, dense[name]), name
+
+
+def test_bench_generate(pruned, packed, tmp_path, capsys):
+    figures = tmp_path / "speed.csv"
+    options = ["--prompt", 8, "--new-tokens", 4, "--batch-size", 1, "--batch-size", 3, "--repeats", 1]
+    assert surgeon("bench", "generate", pruned, "--packed", packed, *options, "--csv", figures, "--quiet") == 0
+    text = capsys.readouterr().out
+    assert "dense" in text and "packed" in text and "×" in text
+    rows = list(csv.DictReader(figures.open()))
+    assert [(row["weights"], row["batch_size"]) for row in rows] == [
+        ("dense", "1"),
+        ("dense", "3"),
+        ("packed", "1"),
+        ("packed", "3"),
+    ]
+    for row in rows:
+        assert float(row["decode_tokens_per_s"]) == pytest.approx(
+            4 * int(row["batch_size"]) / float(row["decode_seconds"]), rel=0.01
+        )
+        assert int(row["disk_bytes"]) <= (pruned / "model.safetensors").stat().st_size
+
+
+def test_bench_refuses_what_it_cannot_measure(pruned, sentence):  # noqa: F811
+    assert surgeon("bench", "generate", MODEL, "--quiet", "--new-tokens", 1, "--batch-size", 1) == 2
+    assert "no 2:4 weight" in sentence()
+    assert surgeon("bench", "generate", pruned, "--packed", pruned, "--quiet", "--new-tokens", 1) == 2
+    assert "is not packed" in sentence()
+    assert surgeon("bench", "generate", pruned, "--prompt", 512, "--quiet") == 2
+    assert "more than the 512 positions" in sentence()
+    assert surgeon("bench", "generate", pruned, "--dtype", "int8", "--quiet") == 2
+    assert "unknown dtype 'int8'" in sentence()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_the_timed_decoding_is_greedy_decoding(name):
+    model = build_2_4(name)
+    expected = torch.tensor(continuation(model))[:, 6:]
+    decoder = GreedyDecoder(model, IDS, 7, cuda_graph=False)
+    for _ in range(2):
+        with torch.no_grad():
+            decoder.restart()
+            decoder.run()
+        assert torch.equal(decoder.tokens, expected)
+
+
+def test_speed_of_a_model():
+    speed = measure_speed(build_2_4("llama"), batch_size=2, prompt=6, new_tokens=3, repeats=1)
+    assert speed.prefill_rate == pytest.approx(12 / speed.prefill_seconds)
+    assert speed.decode_rate == pytest.approx(6 / speed.decode_seconds)
+    assert speed.weight_bytes == sum(p.nbytes for p in build_2_4("llama").parameters())
+    assert not speed.cuda_graph and speed.peak_bytes == 0
+    with pytest.raises(InputError, match="60 \\+ 5 tokens are more than the 64 positions"):
+        measure_speed(build_2_4("llama"), prompt=60, new_tokens=5)

@@ -1,0 +1,117 @@
+"""Packed files: what is on disk, and a clear sentence for every file that is not as it should be."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llm_surgeon import InputError
+from llm_surgeon.packed import Surgeon24Config, pack_model
+from surgeon_kernels import Packed24, unpack_2_4
+from tests.surgeon.packed_models import build_2_4
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = build_2_4("llama", torch.bfloat16)
+    pack_model(model)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_entry(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        key: value for key, value in (config["quantization_config"] | changes).items() if value is not None
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_what_is_on_disk(folder):
+    weights = load_file(folder / "model.safetensors")
+    assert f"{LAYER}.weight" not in weights
+    values, indices = weights[f"{LAYER}.values"], weights[f"{LAYER}.indices"]
+    assert (values.dtype, list(values.shape)) == (torch.bfloat16, [32, 24])
+    assert (indices.dtype, list(indices.shape)) == (torch.uint8, [32, 6])
+    dense = build_2_4("llama", torch.bfloat16).get_submodule(LAYER).weight
+    assert torch.equal(unpack_2_4(Packed24(values, indices)), dense)
+    assert (values.nbytes + indices.nbytes) * 16 == dense.nbytes * 9
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert set(entry) == {"quant_method", "version", "modules", "ignored"}
+    assert entry["ignored"] == ["lm_head"] and len(entry["modules"]) == 14
+
+
+DAMAGES = {
+    "missing values": (lambda w: w.pop(f"{LAYER}.values"), rf"lacks {LAYER}.values"),
+    "missing indices": (lambda w: w.pop(f"{LAYER}.indices"), rf"lacks {LAYER}.indices"),
+    "rows": (
+        lambda w: w.update({f"{LAYER}.values": w[f"{LAYER}.values"][:-1].clone()}),
+        r"down_proj.values as BF16 \[31, 24\], where .* \[32, 24\] is needed",
+    ),
+    "columns": (
+        lambda w: w.update({f"{LAYER}.indices": w[f"{LAYER}.indices"][:, :-1].clone()}),
+        r"down_proj.indices as U8 \[32, 5\], where U8 \[32, 6\] is needed",
+    ),
+    "integer values": (
+        lambda w: w.update({f"{LAYER}.values": w[f"{LAYER}.values"].view(torch.int16)}),
+        r"down_proj.values as I16",
+    ),
+    "wide indices": (
+        lambda w: w.update({f"{LAYER}.indices": w[f"{LAYER}.indices"].int()}),
+        r"down_proj.indices as I32",
+    ),
+    "flipped bits": (
+        lambda w: w[f"{LAYER}.indices"][7, 2:3].fill_(0x44 ^ 0x0E),
+        r"packed weight of model.layers.1.mlp.down_proj is damaged: indices of row 7 are corrupt in columns 16 to 19",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_files_that_do_not_match_are_refused(folder, damage):
+    change, words = DAMAGES[damage]
+    edit_weights(folder, change)
+    with pytest.raises(InputError, match=words) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_cut_short_is_refused(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="damaged or cut short"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": 2}, "version 2 of surgeon-2of4, and this llm_surgeon reads version 1"),
+        ({"modules": None}, "lists no modules"),
+        ({"modules": "all"}, "must be a list of module names"),
+        ({"ignored": [1]}, "must be a list of module names"),
+        ({"group_size": 4}, "unknown entry 'group_size'"),
+        ({"modules": ["model.layers.9.mlp.up_proj"]}, "the model has no such layer"),
+        ({"modules": ["model.norm"]}, "model.norm is listed as packed, and it is a LlamaRMSNorm"),
+    ],
+)
+def test_a_config_that_does_not_match_is_refused(folder, changes, words):
+    edit_entry(folder, **changes)
+    with pytest.raises(InputError, match=words):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_dense_model_is_not_packed_while_it_loads(folder, tmp_path):
+    build_2_4("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=Surgeon24Config([LAYER]))
