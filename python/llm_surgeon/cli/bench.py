@@ -134,8 +134,8 @@ def _write_csv(path: Path, model: str, rows: list[tuple[str, int, Speed]], devic
 def speed_record(speed: Speed) -> dict[str, object]:
     return {
         **dataclasses.asdict(speed),
-        "prefill_seconds": f"{speed.prefill_seconds:.5f}",
-        "decode_seconds": f"{speed.decode_seconds:.5f}",
-        "prefill_tokens_per_s": f"{speed.prefill_rate:.1f}",
-        "decode_tokens_per_s": f"{speed.decode_rate:.1f}",
+        "prefill_seconds": f"{speed.prefill_seconds:.6g}",
+        "decode_seconds": f"{speed.decode_seconds:.6g}",
+        "prefill_tokens_per_s": f"{speed.prefill_rate:.6g}",
+        "decode_tokens_per_s": f"{speed.decode_rate:.6g}",
     }
