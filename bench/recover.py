@@ -21,7 +21,7 @@ from environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.data import calibration_windows, evaluation_windows, read_text, tokenize
-from llm_surgeon.recovery import recover
+from llm_surgeon.recovery.recover import recover
 
 SAMPLES, SEQLEN = 128, 1024
 BATCH, TRAIN_SEQLEN, HELD_OUT = 32, 512, 64

@@ -78,6 +78,9 @@ class PruneConfig:
         batch_size: windows per forward and backward pass (left out: about 4096 tokens, or by a GPU's free memory).
         checkpoint_activations: compute activations again in the backward pass instead of keeping them: slower, for
             long sequences and little memory.
+        lora_rank: rank of the low-rank corrections trained on every linear layer after each shot and absorbed before
+            the next (the paper's section 3.6); 0: none.
+        lora_steps, lora_learning_rate: AdamW steps of each correction, on 4096 tokens of the calibration data each.
         seed: seed of calibration windows and sampled labels.
     """
 
@@ -97,6 +100,9 @@ class PruneConfig:
     seqlen: int | None = None
     batch_size: int | None = None
     checkpoint_activations: bool = False
+    lora_rank: int = 0
+    lora_steps: int = 32
+    lora_learning_rate: float = 1e-4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -121,6 +127,10 @@ class PruneConfig:
                 require_positive_int(name, getattr(self, name))
         for name in ("damp_g", "damp_a", "tolerance"):
             require_number(name, getattr(self, name), 0.0, math.inf)
+        require_number("lora_learning_rate", self.lora_learning_rate, 0.0, math.inf)
+        require_positive_int("lora_steps", self.lora_steps)
+        if self.lora_rank != 0:
+            require_positive_int("lora_rank", self.lora_rank)
         require_number("min_kept", self.min_kept, 0.0, 1.0, low_allowed=True)
         assert self.sparsity is not None
         if structure.kind != "n:m" and self.sparsity + self.min_kept > 1 + 1e-9:

@@ -154,7 +154,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def run_model(module: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:
     """One pass without cache of a causal LM or its base model, positions counted from each first real token."""
     positions = {}
-    if mask is not None and "position_ids" in inspect.signature(module.forward).parameters:
+    # peft's wrapper takes anything and passes it on: the model inside tells what it takes.
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+    if mask is not None and "position_ids" in inspect.signature(inner.forward).parameters:
         positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
     return module(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
 

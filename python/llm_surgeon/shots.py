@@ -83,6 +83,11 @@ class ShotLoop:
                 threshold = self._select(target, curvature, factors)
             with self._phase("update", seconds):
                 predicted, traces = self._update(curvature, factors)
+        if config.lora_rank:
+            with self._phase("correction", seconds):
+                from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
+
+                correct(self.model, self.decoder, self.calibration, config, index, self.progress)
         self.reports.append(
             ShotReport(
                 index=index,
@@ -94,6 +99,7 @@ class ShotLoop:
                 seconds=seconds,
                 solver=traces,
                 jitter=factors.jitter if factors is not None else {},
+                correction_rank=index * config.lora_rank,
             )
         )
 

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import find_decoder
-from llm_surgeon.recovery import RecoverConfig, recover, recover_checkpoint
+from llm_surgeon.recovery.config import RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
+from llm_surgeon.recovery.recover import recover, recover_checkpoint
 from llm_surgeon.recovery.training import distillation_loss
 from llm_surgeon.recovery.zeros import zero_masks
 from tests.surgeon.checkpoints import save_folder, tree

@@ -105,6 +105,11 @@ def prune(
     checkpoint_activations: Annotated[
         bool | None, typer.Option("--checkpoint-activations", help="Less memory, a third more work.")
     ] = None,
+    lora_rank: Annotated[
+        int | None, _option("lora_rank", "Rank of the corrections trained after each shot and absorbed; 0: none.")
+    ] = None,
+    lora_steps: Annotated[int | None, _option("lora_steps", "Training steps of each correction.")] = None,
+    lora_learning_rate: Annotated[float | None, _option("lora_learning_rate", "Their peak learning rate.")] = None,
     seed: Annotated[int | None, _option("seed", "Seed of windows and sampled labels.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options; flags given here win.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT.")] = None,

@@ -11,8 +11,7 @@ import typer
 from rich.console import Console
 
 from llm_surgeon.progress import Progress, TerminalProgress
-from llm_surgeon.recovery import PRESETS, RecoverConfig, recover_checkpoint
-from llm_surgeon.recovery.config import METHODS
+from llm_surgeon.recovery.config import METHODS, PRESETS, RecoverConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RecoverConfig)}
 
@@ -58,6 +57,8 @@ def recover(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")] = False,
 ) -> None:
     """Train what pruning left of MODEL into OUT: low-rank or full, plain or distilled; every zero stays a zero."""
+    from llm_surgeon.recovery.recover import recover_checkpoint  # brings peft and Trainer: only where they are used
+
     options = {name: value for name, value in locals().items() if name in {*_DEFAULTS, "preset"} and value is not None}
     with nullcontext(Progress()) if quiet else TerminalProgress() as progress:
         progress.phase("recovery")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import peft
+import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class MaskedLoraLinear(lora.Linear):
 
 @contextmanager
 def low_rank_corrections(
-    model: nn.Module, decoder: Decoder, rank: int, alpha: float, dropout: float
+    model: nn.Module, decoder: Decoder, rank: int, alpha: float, dropout: float, seed: int = 0
 ) -> Iterator[nn.Module]:
     """Inside, every linear of ``decoder`` has a trainable correction and nothing else of ``model`` is trained.
 
@@ -66,6 +67,7 @@ def low_rank_corrections(
         fan_in_fan_out=isinstance(decoder.linears[0].module, Conv1D),
     )
     config._register_custom_module({nn.Linear: MaskedLoraLinear, Conv1D: MaskedLoraLinear})
+    torch.manual_seed(seed)  # A starts at random (and B at zero)
     corrected = peft.get_peft_model(model, config)
     finish = corrected.unload
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llm_surgeon.capture import mean_loss
 from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
-from llm_surgeon.data import Calibration, calibration_windows, evaluation_windows, read_text, require_windows, tokenize
+from llm_surgeon.data import Calibration, calibration_windows, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import check_finite, evaluation_mode, find_decoder
 from llm_surgeon.progress import Progress
@@ -69,8 +69,8 @@ class RecoveryReport:
 
 def recover(
     model: nn.Module,
-    windows: Tensor,
-    held_out: Tensor,
+    windows: Any,
+    held_out: Any,
     *,
     teacher: nn.Module | None = None,
     config: RecoverConfig | None = None,
@@ -82,8 +82,9 @@ def recover(
     """Train a pruned causal LM in place; every zero of its decoder's linear layers stays a zero.
 
     Args:
-        windows: training token ids ``[n, seqlen]``, drawn from at random.
-        held_out: token ids ``[m, seqlen]`` whose loss picks the best state and stops the training early.
+        windows: training sequences, token ids ``[n, seqlen]`` or what else :meth:`Calibration.of` takes, drawn from at
+            random.
+        held_out: sequences whose loss picks the best state and stops the training early.
         teacher: the dense model: distil from its logits instead of learning from the tokens alone.
         config: every option at once, in place of ``options``.
         state_folder: where training keeps its state so that ``resume=True`` can go on (left out: nowhere).
@@ -97,8 +98,7 @@ def recover(
     if config is not None and options:
         raise InputError("give either config or single options, not both")
     config = config or RecoverConfig.from_mapping(options)
-    require_windows(windows, "training windows")
-    require_windows(held_out, "held-out windows")
+    windows, held_out = Calibration.of(windows), Calibration.of(held_out)
     decoder = find_decoder(model)
     check_finite(decoder)
     _check_trainable(model, teacher)
@@ -108,7 +108,9 @@ def recover(
     with tempfile.TemporaryDirectory() as scratch, evaluation_mode(teacher or nn.Identity()):
         folder = Path(state_folder or scratch)
         if config.method == "lora":
-            with low_rank_corrections(model, decoder, config.rank, config.alpha, config.dropout) as trained:
+            with low_rank_corrections(
+                model, decoder, config.rank, config.alpha, config.dropout, config.seed
+            ) as trained:
                 log = train(
                     trained, windows, held_out, config, folder, teacher=teacher, resume=resume, progress=progress
                 )
@@ -122,7 +124,7 @@ def recover(
         config=dataclasses.asdict(config),
         versions=collect_versions(),
         zeros=count_zeros(masks),
-        tokens=steps * config.batch_size * windows.shape[1],
+        tokens=steps * config.batch_size * windows.input_ids.shape[1],
         loss_before=before,
         loss_after=_loss(model, held_out, config),
         log=log,
@@ -217,8 +219,8 @@ def _carried_over(source: Path) -> dict[str, str]:
     return {name: (source / name).read_text(encoding="utf-8") for name in names if (source / name).is_file()}
 
 
-def _loss(model: nn.Module, windows: Tensor, config: RecoverConfig) -> float:
-    return mean_loss(model, Calibration(windows), config.micro_batch_size or max(1, 8192 // windows.shape[1]))
+def _loss(model: nn.Module, data: Calibration, config: RecoverConfig) -> float:
+    return mean_loss(model, data, config.micro_batch_size or max(1, 8192 // data.input_ids.shape[1]))
 
 
 def _check_trainable(model: nn.Module, teacher: nn.Module | None) -> None:

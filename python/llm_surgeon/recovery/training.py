@@ -19,7 +19,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from llm_surgeon.data import Calibration
 from llm_surgeon.errors import NumericalError
+from llm_surgeon.models import run_model
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import RecoverConfig
 
@@ -27,16 +29,23 @@ _MICRO_TOKENS = 16384
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Token windows ``[n, seqlen]`` as a dataset of labelled examples."""
+    """Token sequences as a dataset of labelled examples.
 
-    def __init__(self, input_ids: Tensor) -> None:
-        self.input_ids = input_ids
+    Labelled -100, which no loss counts, is padding, and so is the token after it: a padded position does not predict.
+    """
+
+    def __init__(self, data: Calibration) -> None:
+        ids, mask = data.input_ids, data.attention_mask
+        self._columns = {"input_ids": ids, "labels": ids}
+        if mask is not None:
+            predicted = mask & F.pad(mask[:, :-1], (1, 0))
+            self._columns |= {"labels": ids.masked_fill(~predicted, -100), "attention_mask": mask}
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self._columns["input_ids"])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids[index], "labels": self.input_ids[index]}
+        return {name: column[index] for name, column in self._columns.items()}
 
 
 class RecoveryTrainer(Trainer):
@@ -53,14 +62,15 @@ class RecoveryTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        ids = inputs["input_ids"]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        ids, mask, targets = inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"][:, 1:].flatten()
+        logits = run_model(model, ids, mask).logits[:, :-1].flatten(0, 1)
         if self._teacher is None or not model.training:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            loss = F.cross_entropy(logits.float(), targets)
         else:
             with torch.no_grad():
-                wanted = self._teacher(input_ids=ids, use_cache=False).logits[:, :-1]
-            loss = distillation_loss(logits.flatten(0, 1), wanted.flatten(0, 1), self._temperature)
+                wanted = run_model(self._teacher, ids, mask).logits[:, :-1].flatten(0, 1)
+            counted = targets != -100
+            loss = distillation_loss(logits[counted], wanted[counted], self._temperature)
         # Trainer's evaluation wants outputs beside the loss; it drops them where only the loss is asked for.
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
@@ -98,8 +108,8 @@ class _Report(TrainerCallback):
 
 def train(
     model: nn.Module,
-    windows: Tensor,
-    held_out: Tensor | None,
+    windows: Calibration,
+    held_out: Calibration | None,
     config: RecoverConfig,
     folder: Path,
     *,
@@ -107,10 +117,10 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place on ``windows`` ``[n, seqlen]`` and leave it in its best state on ``held_out``.
+    """Train ``model`` in place on ``windows`` and leave it in its best state on ``held_out``.
 
     Args:
-        held_out: windows whose loss decides which state is best and when to stop; ``None``: train to the end.
+        held_out: sequences whose loss decides which state is best and when to stop; ``None``: train to the end.
         folder: where Trainer keeps its state, one checkpoint an evaluation, so that ``resume`` can go on.
         teacher: the dense model to distil from.
 
@@ -122,7 +132,7 @@ def train(
     """
     assert config.learning_rate is not None and config.warmup_steps is not None and config.eval_every is not None
     device = next(model.parameters()).device
-    micro = config.micro_batch_size or _micro_batch(config.batch_size, windows.shape[1])
+    micro = config.micro_batch_size or _micro_batch(config.batch_size, windows.input_ids.shape[1])
     evaluated = held_out is not None
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -79,6 +79,7 @@ class ShotReport:
         seconds: wall time by phase ("curvature", "selection", "update", ...).
         solver: one trace per layer that was solved for.
         jitter: layer -> damping that had to be added beyond the configured one; usually empty.
+        correction_rank: rank that the low-rank corrections absorbed so far, this shot's included, can add up to.
     """
 
     index: int
@@ -91,6 +92,7 @@ class ShotReport:
     seconds: dict[str, float] = field(default_factory=dict)
     solver: list[SolverTrace] = field(default_factory=list)
     jitter: dict[str, float] = field(default_factory=dict)
+    correction_rank: int = 0
 
 
 @dataclass
@@ -179,6 +181,9 @@ class PruneReport:
         ]
         if self.shots:
             lines.append("shot  sparsity  predicted   measured   (loss increase, nats per token)")
+        if any(shot.correction_rank for shot in self.shots):
+            ranks = ", ".join(str(shot.correction_rank) for shot in self.shots)
+            lines[-1] = f"Low-rank corrections absorbed after each shot, rank so far: {ranks}\n{lines[-1]}"
         for shot in self.shots:
             predicted, measured = signed(shot.predicted_increase), signed(shot.measured_increase)
             lines.append(f"{shot.index:>4}  {percent(shot.sparsity):>8}  {predicted:>9}  {measured:>9}")
