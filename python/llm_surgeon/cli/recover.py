@@ -37,7 +37,7 @@ def recover(
     ] = None,
     seqlen: Annotated[int | None, _option("seqlen", "Tokens a sequence: 512 or the model's limit.")] = None,
     learning_rate: Annotated[
-        float | None, _option("learning_rate", "Peak learning rate: 5e-4 for lora, 2e-4 for full.")
+        float | None, _option("learning_rate", "Peak learning rate: 2e-3 for lora, 5e-4 for full.")
     ] = None,
     warmup_steps: Annotated[int | None, _option("warmup_steps", "Steps it takes to rise: steps / 20.")] = None,
     weight_decay: Annotated[float | None, _option("weight_decay", "AdamW's.")] = None,

@@ -39,7 +39,7 @@ class RecoverConfig:
         batch_size: sequences a step.
         micro_batch_size: sequences at once (left out: about 16384 tokens); gradients are accumulated over a step.
         seqlen: tokens a sequence.
-        learning_rate: its peak (left out: 5e-4 for ``"lora"``, 2e-4 for ``"full"``).
+        learning_rate: its peak (left out: 2e-3 for ``"lora"``, 5e-4 for ``"full"``).
         warmup_steps: steps in which it rises from zero (left out: a twentieth of ``steps``).
         weight_decay: of AdamW.
         rank, alpha, dropout: LoRA: a correction is ``alpha / rank · B A`` with B ``[R, rank]`` and A ``[rank, C]``.
@@ -68,7 +68,7 @@ class RecoverConfig:
     def __post_init__(self) -> None:
         require_choice("method", self.method, METHODS)
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 5e-4 if self.method == "lora" else 2e-4)
+            object.__setattr__(self, "learning_rate", 2e-3 if self.method == "lora" else 5e-4)
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", self.steps // 20)
         if self.eval_every is None:
