@@ -21,25 +21,31 @@ FISHERS = ("empirical", "sampled")
 GLOBAL_METHODS = ("surgeon", "k-obd")
 # Methods that have a definition for whole rows and columns.
 STRUCTURED_METHODS = ("surgeon", "k-obd", "l-obd", "magnitude")
+# Structures that are removed from the model for good, and how their groups can be scored.
+COUPLED_STRUCTURES = ("groups",)
+GRADIENT_IMPORTANCES = ("taylor1", "taylor2", "taylor-mix", "vector")
+IMPORTANCES = ("kronecker", *GRADIENT_IMPORTANCES, "magnitude", "random")
+ALLOCATIONS = ("global", "local")
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A parsed ``structure``: ``unstructured``, ``rows-columns``, or N:M (keep ``n`` of every ``m``)."""
+    """A parsed ``structure``: ``unstructured``, ``rows-columns``, ``groups``, or N:M (keep ``n`` of every ``m``)."""
 
-    kind: str  # "unstructured" | "n:m" | "rows-columns"
+    kind: str  # "unstructured" | "n:m" | "rows-columns" | one of COUPLED_STRUCTURES
     n: int = 0
     m: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Structure:
-        if text in ("unstructured", "rows-columns"):
+        if text in ("unstructured", "rows-columns", *COUPLED_STRUCTURES):
             return cls(text)
         # YAML reads a bare 2:4 as a base-60 number.
         match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
         if match is None:
             raise InputError(
-                f"unknown structure {text!r}: choose 'unstructured', 'rows-columns' or a quoted N:M, '2:4'"
+                f"unknown structure {text!r}: choose 'unstructured', 'rows-columns', "
+                f"{', '.join(map(repr, COUPLED_STRUCTURES))} or a quoted N:M, '2:4'"
             )
         n, m = int(match[1]), int(match[2])
         if not 0 < n < m:
@@ -51,28 +57,46 @@ class Structure:
         """The fraction of weights an N:M pattern removes; ``None`` where the user chooses it."""
         return (self.m - self.n) / self.m if self.kind == "n:m" else None
 
+    @property
+    def coupled(self) -> bool:
+        """Whether coupled groups go that make the model smaller."""
+        return self.kind in COUPLED_STRUCTURES
+
+    @property
+    def single_weights(self) -> bool:
+        """Whether weights are chosen one by one, rather than in whole rows and columns."""
+        return self.kind in ("unstructured", "n:m")
+
 
 @dataclass(frozen=True)
 class PruneConfig:
     """Every option of a pruning run; validated when built, resolved defaults filled in.
 
     Attributes:
-        structure: ``"2:4"`` or any ``"N:M"``, ``"unstructured"``, ``"rows-columns"``.
+        structure: ``"2:4"`` or any ``"N:M"``, ``"unstructured"``, ``"rows-columns"``; or ``"groups"``, neurons and
+            attention heads, which makes the model smaller.
         method: one of :data:`METHODS`.
         sparsity: fraction of the decoder's linear weights to remove, in (0, 1). Implied by N:M; otherwise 0.5
-            (unstructured) or 0.3 (rows-columns) when left out.
+            (unstructured) or 0.3 (rows-columns, groups) when left out.
         update: how the surviving weights compensate (``method="surgeon"`` only): ``"joint"``, ``"chunked"``,
             ``"independent"`` or ``"none"``. Rows and columns have one exact closed form, named ``"joint"``.
         max_correlated: most pruned weights solved for together by the chunked update (the paper's m).
         shots: rounds of estimate, select, update. Left out: 5; for rows-columns 8 for every 10 % removed (the
-            paper's settings); 1 for methods that do not re-estimate.
+            paper's settings), for groups 10; 1 for methods and importances that do not re-estimate.
         damp_g, damp_a: damping, relative to the mean diagonal of G and A. ``damp_g`` left out: 0.1, or 0.01
-            for rows-columns.
+            for rows-columns and groups.
         fisher: labels for the curvature: the data's own (``"empirical"``) or drawn from the model
             (``"sampled"``).
         tolerance: the joint solver stops when its objective is within this estimated fraction of the optimum.
         max_iterations: cap on the joint solver's iterations.
-        min_kept: fraction of every layer (of its weights, or of its rows and its columns) never removed.
+        min_kept: fraction of every layer (of its weights, its rows and its columns, its groups) never removed.
+        importance: how groups are scored: ``"kronecker"``, or as LLM-Pruner does, ``"taylor1"``, ``"taylor2"``,
+            ``"taylor-mix"``, ``"vector"``, ``"magnitude"``, ``"random"``.
+        allocation: of groups, ``"global"`` (the cheapest per weight anywhere) or ``"local"`` (the same fraction of
+            every layer, LLM-Pruner's default). Left out: global for Kronecker costs, local otherwise.
+        round_to: widths that groups leave are multiples of this.
+        uniform: groups leave the same widths in every block, so that stock model classes load the result.
+        skip_layers: decoder blocks that lose no groups: ``"0-3,30,31"``.
         samples, seqlen: calibration windows and their length in tokens (``seqlen`` left out: 2048 or the
             model's own limit, whichever is shorter).
         batch_size: windows per forward and backward pass (left out: about 4096 tokens, or by a GPU's free memory).
@@ -96,6 +120,11 @@ class PruneConfig:
     tolerance: float = 0.01
     max_iterations: int = 100
     min_kept: float = 0.02
+    importance: str = "kronecker"
+    allocation: str | None = None
+    round_to: int = 1
+    uniform: bool = False
+    skip_layers: str = ""
     samples: int = 128
     seqlen: int | None = None
     batch_size: int | None = None
@@ -109,6 +138,7 @@ class PruneConfig:
         structure = Structure.parse(self.structure)
         require_choice("method", self.method, METHODS)
         require_choice("fisher", self.fisher, FISHERS)
+        self._resolve_coupled(structure)
         if structure.kind == "rows-columns" and self.method not in STRUCTURED_METHODS:
             raise InputError(
                 f"method {self.method!r} has no definition for rows and columns: "
@@ -118,7 +148,7 @@ class PruneConfig:
         self._resolve_update(structure)
         self._resolve_shots(structure)
         if self.damp_g is None:
-            self._set("damp_g", 0.01 if structure.kind == "rows-columns" else 0.1)
+            self._set("damp_g", 0.1 if structure.single_weights else 0.01)
         require_positive_int("max_correlated", self.max_correlated)
         require_positive_int("max_iterations", self.max_iterations)
         require_positive_int("samples", self.samples)
@@ -147,6 +177,17 @@ class PruneConfig:
         """The parsed ``structure``."""
         return Structure.parse(self.structure)
 
+    @property
+    def skipped_layers(self) -> frozenset[int]:
+        """The decoder blocks that ``skip_layers`` names."""
+        found: set[int] = set()
+        for part in self.skip_layers.split(",") if self.skip_layers else ():
+            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+            if match is None:
+                raise InputError(f"skip_layers must be block numbers such as '0-3,30,31', not {self.skip_layers!r}")
+            found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        return frozenset(found)
+
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> PruneConfig:
         """Build from plain data (a YAML file, say); an :class:`InputError` names an unknown key."""
@@ -162,7 +203,7 @@ class PruneConfig:
     def _resolve_sparsity(self, structure: Structure) -> None:
         implied = structure.sparsity
         if self.sparsity is None:
-            default = 0.3 if structure.kind == "rows-columns" else 0.5
+            default = 0.5 if structure.single_weights else 0.3
             self._set("sparsity", default if implied is None else implied)
         require_number("sparsity", self.sparsity, 0.0, 1.0)
         if implied is not None and not math.isclose(self.sparsity or 0.0, implied, abs_tol=1e-9):
@@ -172,20 +213,41 @@ class PruneConfig:
             )
 
     def _resolve_update(self, structure: Structure) -> None:
-        updates = self.method == "surgeon"
+        updates = self.method == "surgeon" and self.importance == "kronecker"
         if self.update is None:
             self._set("update", "joint" if updates else "none")
         require_choice("update", self.update, UPDATES)
-        if not updates and self.update != "none":
+        if self.method != "surgeon" and self.update != "none":
             raise InputError(f"update {self.update!r} needs method 'surgeon', not {self.method!r}")
         if structure.kind == "rows-columns" and self.update == "chunked":
             raise InputError("update 'chunked' has no meaning for rows-columns: 'joint' is their exact closed form")
+        if structure.coupled and self.update not in ("joint", "none"):
+            raise InputError(f"update {self.update!r} has no meaning for {structure.kind}: choose 'joint' or 'none'")
+
+    def _resolve_coupled(self, structure: Structure) -> None:
+        require_choice("importance", self.importance, IMPORTANCES)
+        if self.allocation is None:
+            self._set("allocation", "global" if self.importance == "kronecker" else "local")
+        require_choice("allocation", self.allocation, ALLOCATIONS)
+        require_positive_int("round_to", self.round_to)
+        if not isinstance(self.uniform, bool):
+            raise InputError(f"uniform must be true or false, not {self.uniform!r}")
+        self.skipped_layers  # noqa: B018 (refuses what it cannot read)
+        if structure.coupled and self.method != "surgeon":
+            raise InputError(f"structure {structure.kind!r} needs method 'surgeon': choose an importance instead")
+        defaults = {"importance": "kronecker", "round_to": 1, "uniform": False, "skip_layers": ""}
+        for name, default in defaults.items():
+            if not structure.coupled and getattr(self, name) != default:
+                raise InputError(
+                    f"{name} has no meaning for structure {self.structure!r}: choose {' or '.join(COUPLED_STRUCTURES)}"
+                )
 
     def _resolve_shots(self, structure: Structure) -> None:
         if self.shots is None:
             assert self.sparsity is not None
-            multi = 5 if structure.kind != "rows-columns" else max(1, round(80 * self.sparsity))
-            self._set("shots", multi if self.method in GLOBAL_METHODS else 1)
+            multi = {"rows-columns": max(1, round(80 * self.sparsity)), "groups": 10}.get(structure.kind, 5)
+            again = self.method in GLOBAL_METHODS and self.importance == "kronecker"
+            self._set("shots", multi if again else 1)
         require_positive_int("shots", self.shots)
         if self.method == "sparsegpt" and self.shots != 1:
             raise InputError(f"method 'sparsegpt' goes through the layers once: shots must be 1, not {self.shots}")

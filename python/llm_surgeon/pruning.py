@@ -23,6 +23,7 @@ from llm_surgeon.report.schema import LayerReport, PruneReport, collect_versions
 from llm_surgeon.resources import Estimate, estimate, peak_memory, require_disk, require_memory
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
+from llm_surgeon.structures.loop import GroupLoop
 
 
 def prune(
@@ -41,7 +42,7 @@ def prune(
             recommended: bfloat16 weights round every update).
         calibration: a :class:`~llm_surgeon.data.Calibration`, token ids ``[samples, seqlen]``, or a sequence of
             mappings with ``input_ids`` and, optionally, ``attention_mask``.
-        structure: ``"2:4"``, any ``"N:M"``, ``"unstructured"`` or ``"rows-columns"``.
+        structure: ``"2:4"``, any ``"N:M"``, ``"unstructured"``, ``"rows-columns"`` or ``"groups"`` (a smaller model).
         config: every option at once, in place of ``structure`` and ``options``.
         progress: receiver of progress; none by default.
         **options: fields of :class:`PruneConfig`.
@@ -66,15 +67,17 @@ def prune(
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    loop = ShotLoop(model, decoder, windows, config, progress or Progress())
+    loop = (GroupLoop if config.pattern.coupled else ShotLoop)(model, decoder, windows, config, progress or Progress())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     with _restored_on_failure(decoder):
         loop.run()
+        loop.finish()
     return PruneReport(
         config=dataclasses.asdict(config),
         versions=collect_versions(),
         model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         started=started,
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory(device),
@@ -255,9 +258,9 @@ def _layer_reports(decoder: Decoder, selections: list[Selection]) -> list[LayerR
             name=linear.name,
             kind=linear.kind,
             depth=linear.depth,
-            rows=linear.rows,
-            columns=linear.columns,
-            weights=linear.rows * linear.columns,
+            rows=selection.pruned.shape[0],
+            columns=selection.pruned.shape[1],
+            weights=selection.pruned.numel(),
             removed=int(selection.pruned.sum()),
         )
         for linear, selection in zip(decoder.linears, selections, strict=True)

@@ -103,7 +103,7 @@ def estimate(
     weights = sum(R * C for R, C in sizes)
     gram = sum(n**2 for n in _factor_sizes(linears, config))
     inverses = sum(n**3 for n in _factor_sizes(linears, config))
-    joint = config.update == "joint" and config.pattern.kind != "rows-columns"
+    joint = config.update == "joint" and config.pattern.single_weights
     solver = 4 * config.max_iterations * sum(R * C * (R + C) for R, C in sizes) * joint
     vocabulary, hidden = _output_embedding_shape(model)
 

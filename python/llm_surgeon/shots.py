@@ -61,6 +61,9 @@ class ShotLoop:
         self.progress.phase("measure loss")
         self._record_loss_after(self.reports[-1], mean_loss(self.model, self.calibration, self.batch_size))
 
+    def finish(self) -> None:
+        """What remains to be done to the model once every shot went well: nothing, where weights stay as zeros."""
+
     def _shot(self, index: int) -> None:
         config = self.config
         assert config.sparsity is not None and config.shots is not None
@@ -185,7 +188,7 @@ class ShotLoop:
 def _nothing(linear: PrunableLinear, config: PruneConfig) -> Selection:
     """The empty selection a run starts from."""
     device = next(linear.module.parameters()).device
-    if config.pattern.kind == "rows-columns":
+    if not config.pattern.single_weights:
         return Selection.of_rows_columns(
             torch.zeros(linear.rows, dtype=torch.bool, device=device),
             torch.zeros(linear.columns, dtype=torch.bool, device=device),

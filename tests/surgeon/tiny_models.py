@@ -48,6 +48,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_parallel_residual": True,
         },
     ),
+    "phi3": ("Phi3", {key: value for key, value in _LLAMA_LIKE.items() if key != "head_dim"}),
     "gpt2": ("GPT2", {"n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     # Refused (fused experts): not among NAMES.
     "mixtral": ("Mixtral", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),

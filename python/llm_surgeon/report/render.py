@@ -25,6 +25,7 @@ METHODS = {
 STRUCTURES = {
     "unstructured": "single weights, anywhere in a matrix",
     "rows-columns": "whole rows and columns of the weight matrices",
+    "groups": "neurons and attention heads, taken out of the model",
 }
 
 

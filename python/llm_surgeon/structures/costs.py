@@ -1,0 +1,43 @@
+"""What removing each group of a dimension costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llm_surgeon.structures.dimension import Dimension
+from surgeon_kernels import column_block_cost, column_cost
+
+
+@dataclass(frozen=True)
+class DimensionCosts:
+    """Costs of removing whole groups, ``[groups]``, and single parts, ``[groups, parts]``."""
+
+    groups: Tensor
+    parts: Tensor
+
+
+def kronecker_costs(dimension: Dimension, weight: Tensor, G: Tensor, A_inv: Tensor, removed: Tensor) -> DimensionCosts:
+    """Predicted increases of the loss, nats per token, when the consumer's other columns compensate.
+
+    ``½ tr((A⁻¹[B,B])⁻¹ W_Bᵀ G W_B)`` over the columns B of a group or part that are still there: the producers' rows
+    reach nothing else, so they go for free.
+
+    Args:
+        weight: the consumer's ``[R, C]`` or, with its bias, ``[R, C + 1]``; G: damped ``[R, R]``; A_inv: the damped
+            inverse, as wide as ``weight``.
+        removed: bool ``[groups, parts]``, gone already.
+    """
+    if not dimension.is_heads:
+        cost = column_cost(weight, G, 1.0 / A_inv.diagonal())[dimension.columns[:, 0]]
+        return DimensionCosts(cost, cost[:, None])
+    alive = ~removed
+    groups = weight.new_zeros(dimension.groups)
+    parts = weight.new_zeros(removed.shape)
+    left = alive.any(dim=1)
+    if left.any():
+        blocks = dimension.part_columns[alive]  # [alive parts, size]
+        parts[alive] = column_block_cost(weight, G, A_inv, blocks)
+        groups[left] = column_block_cost(weight, G, A_inv, blocks.view(int(left.sum()), -1))
+    return DimensionCosts(groups, parts)

@@ -1,0 +1,181 @@
+"""The shot loop for coupled groups: weights become zero shot by shot, and go for good at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from llm_surgeon.capture import Curvature, estimate_curvature, mean_loss
+from llm_surgeon.config import GRADIENT_IMPORTANCES, PruneConfig
+from llm_surgeon.data import Calibration
+from llm_surgeon.errors import NumericalError
+from llm_surgeon.models import Decoder
+from llm_surgeon.progress import Progress
+from llm_surgeon.report.schema import ShotReport
+from llm_surgeon.select import Selection
+from llm_surgeon.shots import ShotLoop
+from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
+from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.discover import find_dimensions
+from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients
+from llm_surgeon.structures.narrow import narrow
+from llm_surgeon.structures.select import check_reachable, select_groups
+from surgeon_kernels import NotPositiveDefiniteError, damp, objective, rows_columns_update, spd_inverse
+
+
+class GroupLoop(ShotLoop):
+    """Removes neurons and heads: costs and compensation in the linear that reads them, rows of the producers free.
+
+    Only the consumers' factors are needed, so only theirs are estimated.
+    """
+
+    def __init__(
+        self, model: nn.Module, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
+    ) -> None:
+        self.dimensions = [_alone(dimension) for dimension in find_dimensions(model, decoder)]
+        self._consumers = Decoder(decoder.blocks, [dimension.consumer for dimension in self.dimensions])
+        check_reachable(self.dimensions, config, sum(x.rows * x.columns for x in decoder.linears))
+        super().__init__(model, decoder, calibration, config, progress)
+        self.removed = [
+            torch.zeros(d.groups, d.parts, dtype=torch.bool, device=d.columns.device) for d in self.dimensions
+        ]
+        self._generator = torch.Generator().manual_seed(config.seed)
+
+    def finish(self) -> None:
+        """Take what is zero out of the model."""
+        narrow(self.model, self.decoder, list(zip(self.dimensions, self.removed, strict=True)))
+
+    def _shot(self, index: int) -> None:
+        config = self.config
+        assert config.sparsity is not None and config.shots is not None
+        share = config.sparsity * index / config.shots
+        seconds: dict[str, float] = {}
+        jitter: dict[str, float] = {}
+        with self._phase("curvature", seconds):
+            loss, curvature, gradients = self._measure(index)
+        with self._phase("selection", seconds):
+            costs = [
+                self._costs(dimension, removed, curvature, gradients, jitter)
+                for dimension, removed in self._each_dimension()
+            ]
+            weights = sum(selection.pruned.numel() for selection in self.selections)
+            self.removed, threshold = select_groups(
+                self.dimensions,
+                costs,
+                self.removed,
+                config,
+                math.ceil(share * weights - 1e-6),
+                last=index == config.shots,
+            )
+            self.selections = self._as_selections()
+        with self._phase("update", seconds):
+            increases = [
+                self._update_dimension(dimension, removed, curvature) for dimension, removed in self._each_dimension()
+            ]
+        self.reports.append(
+            ShotReport(
+                index=index,
+                target_sparsity=share,
+                sparsity=self._sparsity(),
+                threshold=threshold,
+                loss_before=loss,
+                predicted_increase=sum(increases) if config.importance == "kronecker" else None,
+                seconds=seconds,
+                jitter=jitter,
+            )
+        )
+
+    def _measure(self, index: int) -> tuple[float, Curvature | None, WeightGradients | None]:
+        """The loss, the consumers' factors and the weights' gradients, where they are needed."""
+        config, curvature, gradients = self.config, None, None
+        if config.importance == "kronecker" or config.update == "joint":
+            curvature = estimate_curvature(
+                self.model,
+                self._consumers,
+                self.calibration,
+                batch_size=self.batch_size,
+                fisher=config.fisher,
+                seed=config.seed + index,
+                gradients=config.importance == "kronecker",
+                checkpoint_activations=config.checkpoint_activations,
+                progress=self.progress.step,
+            )
+        if config.importance in GRADIENT_IMPORTANCES:
+            weights = [linear.module.get_parameter("weight") for linear in self.decoder.linears]
+            gradients = weight_gradients(self.model, weights, self.calibration, self.progress.step)
+        if curvature is not None:
+            return curvature.loss, curvature, gradients
+        if gradients is not None:
+            return gradients.loss, None, gradients
+        return mean_loss(self.model, self.calibration, self.batch_size), None, None
+
+    def _costs(
+        self,
+        dimension: Dimension,
+        removed: Tensor,
+        curvature: Curvature | None,
+        gradients: WeightGradients | None,
+        jitter: dict[str, float],
+    ) -> DimensionCosts:
+        config, consumer = self.config, dimension.consumer
+        if config.importance != "kronecker":
+            return group_importance(dimension, config.importance, gradients, self._generator)
+        assert curvature is not None and config.damp_g is not None
+        G, A = curvature.factors(consumer)
+        assert G is not None
+        try:
+            a = spd_inverse(A, config.damp_a, name=f"A of {consumer.name}")
+        except NotPositiveDefiniteError as error:
+            raise NumericalError(str(error)) from error
+        if a.jitter:
+            jitter[consumer.name] = a.jitter
+        return kronecker_costs(dimension, consumer.matrix(A.dtype), damp(G, config.damp_g), a.inverse, removed)
+
+    def _update_dimension(self, dimension: Dimension, removed: Tensor, curvature: Curvature | None) -> float:
+        """Zero the removed parts, compensate in the consumer; the predicted increase of the loss, where G is known."""
+        consumer, config = dimension.consumer, self.config
+        G, A = (None, None) if curvature is None else curvature.factors(consumer)
+        weight = consumer.matrix(torch.float32 if A is None else A.dtype)
+        columns = torch.zeros_like(weight[0], dtype=torch.bool)
+        columns[: consumer.columns] = dimension.removed_columns(removed)
+        if config.update == "none":
+            delta = torch.where(columns, -weight, torch.zeros_like(weight))
+        else:
+            assert A is not None
+            no_rows = torch.zeros_like(weight[:, 0], dtype=torch.bool)
+            try:
+                damped = damp(A, config.damp_a)
+                delta = rows_columns_update(weight, damped, damped, no_rows, columns, name=consumer.name)
+            except NotPositiveDefiniteError as error:
+                raise NumericalError(f"update of {consumer.name}: {error}") from error
+        if not bool(torch.isfinite(delta).all()):
+            raise NumericalError(f"update of {consumer.name} holds NaN or infinity: raise damp_a")
+        consumer.write((weight + delta).masked_fill(columns, 0.0))
+        for producer, rows in dimension.removed_rows(removed):
+            matrix = producer.matrix(weight.dtype)
+            producer.write(matrix.masked_fill(rows[:, None], 0.0))
+        return 0.0 if G is None or A is None else objective(delta, G, A)
+
+    def _as_selections(self) -> list[Selection]:
+        """What is gone, as rows and columns of every linear."""
+        rows = {x.name: torch.zeros_like(x.matrix()[:, 0], dtype=torch.bool) for x in self.decoder.linears}
+        columns = {x.name: torch.zeros_like(x.matrix()[0, : x.columns], dtype=torch.bool) for x in self.decoder.linears}
+        for dimension, removed in zip(self.dimensions, self.removed, strict=True):
+            columns[dimension.consumer.name] |= dimension.removed_columns(removed)
+            for producer, mask in dimension.removed_rows(removed):
+                rows[producer.name] |= mask
+        return [Selection.of_rows_columns(rows[x.name], columns[x.name]) for x in self.decoder.linears]
+
+    def _each_dimension(self) -> Iterator[tuple[Dimension, Tensor]]:
+        for done, pair in enumerate(zip(self.dimensions, self.removed, strict=True)):
+            self.progress.step(done, len(self.dimensions), pair[0].consumer.name)
+            yield pair
+
+
+def _alone(dimension: Dimension) -> Dimension:
+    """With a factor A of the consumer's own, whatever other linear reads the same input."""
+    return replace(dimension, consumer=replace(dimension.consumer, input_group=dimension.consumer.name))

@@ -1,0 +1,164 @@
+"""Take removed groups out of a model's matrices, for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llm_surgeon.errors import NumericalError, UnsupportedModelError
+from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode
+from llm_surgeon.structures import modeling_pruned
+from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.probe import TOKENS
+from llm_surgeon.structures.rebuild import adopt, build_block, layer_config, weight_shape
+
+# Logits may differ by rounding, as sums are made over fewer (zero) terms.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_LOOSE = 0.1
+
+
+def narrow(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Dimension, Tensor]]) -> None:
+    """Remove parts whose weights are zero: matrices, configuration and, where blocks come to differ, the model's class.
+
+    A model whose blocks keep equal sizes stays of its class; any other becomes a ``Pruned...`` of
+    :mod:`modeling_pruned`, whose code travels with the checkpoint. The logits of a few tokens are compared before and
+    after.
+
+    Args:
+        removed: dimensions with the parts that go, bool ``[groups, parts]``.
+
+    Raises:
+        UnsupportedModelError: no class builds the smaller model. NumericalError: it computes something else. The
+            model is as it was then.
+    """
+    before = _logits(model)
+    with _undone_on_failure(model):
+        cuts = _cuts(decoder, removed)
+        for linear in decoder.linears:
+            _cut(linear, *cuts[linear.name])
+        _resize(model, decoder, removed)
+        after = _logits(model)
+        difference = float((after - before).abs().max() / before.abs().max())
+        if not difference <= _TOLERANCE.get(before.dtype, _LOOSE):
+            raise NumericalError(f"the smaller model's logits differ from the zeroed model's by {difference:.1g}")
+
+
+def _cuts(decoder: Decoder, removed: Sequence[tuple[Dimension, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Kept rows and columns of every linear."""
+    kept = {}
+    for linear in decoder.linears:
+        device = linear.module.get_parameter("weight").device
+        ones = torch.ones(linear.rows + linear.columns, dtype=torch.bool, device=device)
+        kept[linear.name] = (ones[: linear.rows], ones[linear.rows :])
+    for dimension, parts in removed:
+        kept[dimension.consumer.name][1][dimension.removed_columns(parts)] = False
+        for producer, rows in dimension.removed_rows(parts):
+            kept[producer.name][0][rows] = False
+    return kept
+
+
+def _cut(linear: PrunableLinear, rows: Tensor, columns: Tensor) -> None:
+    if bool(rows.all()) and bool(columns.all()):
+        return
+    module, old = linear.module, linear.module.get_parameter("weight")
+    matrix = linear.matrix(old.dtype)
+    weight = matrix[:, : linear.columns][rows][:, columns]
+    if linear.has_bias:
+        module.bias = nn.Parameter(matrix[rows, -1].contiguous(), module.get_parameter("bias").requires_grad)
+    conv = isinstance(module, Conv1D)
+    module.weight = nn.Parameter((weight.T if conv else weight).contiguous(), old.requires_grad)
+    names = ("nf", "nx") if conv else ("out_features", "in_features")
+    for name, size in zip(names, weight.shape, strict=True):
+        setattr(module, name, size)
+
+
+def _resize(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Dimension, Tensor]]) -> None:
+    """Tell every block, and the model's configuration, its new sizes."""
+    config, depths = model.config, range(len(decoder.blocks))
+    former = getattr(config, "pruned_modules", {})
+    modules: list[dict[str, Any]] = [dict(former.get(str(depth), {})) for depth in depths]
+    changes: list[dict[str, int]] = [
+        {name: getattr(config.per_layer_config[depth], name) for name in config.per_layer_attributes or ()}
+        for depth in depths
+    ]
+    for dimension, parts in removed:
+        full = dimension.quantities(dimension.groups, dimension.parts)
+        missing = {name: full[of] for name, of in dimension.rule.config.items() if not hasattr(config, name)}
+        vars(config).update(missing | dimension.rule.constants)
+        left = (~parts).sum(dim=1)
+        sizes = dimension.quantities(int((left > 0).sum()), int(left.max()))
+        changes[dimension.depth] |= {name: sizes[of] for name, of in dimension.rule.config.items()}
+        modules[dimension.depth] |= {name: sizes[of] for name, of in dimension.rule.attributes.items()}
+    config.per_layer_config = None
+    common = {name: value for name, value in changes[0].items() if all(c.get(name) == value for c in changes)}
+    vars(config).update(common)
+    changes = [{name: value for name, value in change.items() if name not in common} for change in changes]
+    alike = not any(changes)
+    for depth, block in enumerate(decoder.blocks):
+        own = config if alike else layer_config(config, changes[depth])
+        built = build_block(block, own, depth)
+        if built is None:
+            raise UnsupportedModelError(f"{type(block).__name__} cannot be built with {changes[depth]}")
+        adopt(block, built)
+        for linear in (linear for linear in decoder.linears if linear.depth == depth):
+            if weight_shape(built.get_submodule(linear.kind)) != (linear.rows, linear.columns):
+                modules[depth][linear.kind] = [linear.rows, linear.columns]
+            else:
+                modules[depth].pop(linear.kind, None)
+        modeling_pruned.resize_block(block, {k: v for k, v in modules[depth].items() if not isinstance(v, list)})
+    if not alike:
+        config.per_layer_config = dict(enumerate(changes))
+        config.allow_global_per_layer_attribute_access = True  # the configurations' own checks read the dense sizes
+    if not alike or any(modules):
+        first = decoder.linears[0]
+        config.pruned_blocks = first.name.removesuffix(f".{first.depth}.{first.kind}")
+        config.pruned_modules = {str(depth): change for depth, change in enumerate(modules) if change}
+        _become_pruned(model)
+
+
+def _become_pruned(model: PreTrainedModel) -> None:
+    """Change the model's class to the one that rebuilds its blocks, and its saved form accordingly."""
+    cls = type(model)
+    if hasattr(cls, "is_pruned"):
+        return
+    try:
+        model.__class__ = getattr(modeling_pruned, f"Pruned{cls.__name__}")
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{cls.__name__} is no class of transformers: keep one width for all blocks with uniform"
+        ) from error
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    """Logits of a few tokens, those a probe reads."""
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(2 * TOKENS, device=embedding.device).view(2, -1) % embedding.shape[0]
+    with evaluation_mode(model):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@contextmanager
+def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
+    """Modules, configuration and class are as before if anything is raised (tensors are replaced, never written)."""
+    cls, config = type(model), dict(vars(model.config))
+    states = [(module, dict(vars(module)), dict(module._parameters)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        model.__class__ = cls
+        vars(model.config).clear()
+        vars(model.config).update(config)
+        for module, attributes, parameters in states:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        raise

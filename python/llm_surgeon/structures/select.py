@@ -1,0 +1,222 @@
+"""Which groups go: the cheapest per weight removed over the whole model, within the sizes that are allowed."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.errors import InputError
+from llm_surgeon.structures.costs import DimensionCosts
+from llm_surgeon.structures.dimension import Dimension
+
+
+def select_groups(
+    dimensions: Sequence[Dimension],
+    costs: Sequence[DimensionCosts],
+    removed: Sequence[Tensor],
+    config: PruneConfig,
+    target: int,
+    *,
+    last: bool = True,
+) -> tuple[list[Tensor], float | None]:
+    """Choose groups and parts until ``target`` weights are gone, those of earlier shots included.
+
+    Globally the step that costs least per weight it removes comes first; a step narrows one dimension (with
+    ``uniform`` the same dimension of every block) to its next allowed size, by whole groups or by one part of every
+    group. Locally (``allocation="local"``) every dimension loses the same fraction of its groups.
+
+    Args:
+        removed: bool ``[groups, parts]`` per dimension, gone already.
+        last: meet the target as closely as possible; otherwise a coarse step may overshoot, and the next shot makes up
+            for it.
+
+    Returns:
+        What is gone now, and the cost of the dearest step (``None`` for local allocation).
+    """
+    states = [_State(*item, config) for item in zip(dimensions, costs, removed, strict=True)]
+    if config.allocation == "local":
+        _take_fractions(states, target)
+        return [state.mask() for state in states], None
+    threshold = _take_cheapest(_ladders(states, config.uniform), target, last)
+    return [state.mask() for state in states], threshold
+
+
+def check_reachable(dimensions: Sequence[Dimension], config: PruneConfig, weights: int) -> None:
+    """Raise :class:`InputError` where no allowed sizes remove the sparsity asked for of ``weights``."""
+    assert config.sparsity is not None
+    left = weights
+    for dimension in dimensions:
+        sizes = [
+            dimension.weights(groups, parts)
+            for parts in range(1, dimension.parts + 1)
+            for groups in range(1, dimension.groups + 1)
+            if _allowed(dimension, config, groups, parts)
+        ]
+        full = dimension.weights(dimension.groups, dimension.parts)
+        left -= full - min([full, *sizes])
+    if config.sparsity > 1 - left / weights:
+        rounding = f"widths are multiples of {config.round_to}, " if config.round_to > 1 else ""
+        skipped = f"blocks {config.skip_layers} are skipped, " if config.skip_layers else ""
+        raise InputError(
+            f"sparsity {config.sparsity:g} would empty a layer: where {rounding}{skipped}and {config.min_kept:g} (at "
+            f"least one group) of every layer stays, at most {1 - left / weights:.3g} can be removed"
+        )
+
+
+def _allowed(dimension: Dimension, config: PruneConfig, groups: int, parts: int) -> bool:
+    """Whether a dimension may be narrowed to ``groups`` groups of ``parts`` parts."""
+    heads, size = groups * parts, dimension.part_columns.shape[2]
+    least = max(1, math.ceil(config.min_kept * dimension.groups * dimension.parts - 1e-9))
+    return dimension.depth not in config.skipped_layers and heads >= least and heads * size % config.round_to == 0
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A dimension's step to its next size: how many groups go, or how many parts of every group."""
+
+    cost: float
+    weights: int
+    groups: int = 0
+    parts: int = 0
+
+
+class _State:
+    """One dimension on its way down."""
+
+    def __init__(self, dimension: Dimension, costs: DimensionCosts, removed: Tensor, config: PruneConfig) -> None:
+        self.dimension = dimension
+        self._gone = removed.cpu().clone()
+        self._cost = costs.groups.tolist()
+        self._part_cost = costs.parts.double().cpu().masked_fill(self._gone, math.inf)
+        left = (~self._gone).sum(dim=1)
+        self.groups, self.parts = int((left > 0).sum()), int(left.max())
+        self.taken = dimension.weights(dimension.groups, dimension.parts) - dimension.weights(self.groups, self.parts)
+        # Groups still there, the cheapest first, from position _next on.
+        self._order = sorted((left > 0).nonzero()[:, 0].tolist(), key=lambda group: self._cost[group])
+        self._next = 0
+        self._fits = partial(_allowed, dimension, config)
+
+    def moves(self) -> Iterator[_Move]:
+        groups = next((count for count in range(self.groups - 1, 0, -1) if self._fits(count, self.parts)), None)
+        parts = next((count for count in range(self.parts - 1, 0, -1) if self._fits(self.groups, count)), None)
+        d, now = self.dimension, self.dimension.weights(self.groups, self.parts)
+        if groups is not None:
+            chosen = self._order[self._next : self._next + self.groups - groups]
+            yield _Move(
+                sum(self._cost[group] for group in chosen), now - d.weights(groups, self.parts), self.groups - groups
+            )
+        if parts is not None:
+            cheapest = self._part_cost[self._order[self._next :]].sort(dim=1).values[:, : self.parts - parts]
+            yield _Move(float(cheapest.sum()), now - d.weights(self.groups, parts), parts=self.parts - parts)
+
+    def smallest_from(self, groups: int) -> int:
+        """The smallest allowed number of groups that is at least ``groups``."""
+        return next((n for n in range(groups, self.groups) if self._fits(n, self.parts)), self.groups)
+
+    def apply(self, move: _Move) -> None:
+        if move.groups:
+            self._gone[self._order[self._next : self._next + move.groups]] = True
+            self._next += move.groups
+            self.groups -= move.groups
+        else:
+            self._order = self._order[self._next :]
+            self._next = 0
+            for group in self._order:
+                for part in self._part_cost[group].argsort(stable=True)[: move.parts].tolist():
+                    self._cost[group] -= float(self._part_cost[group, part])
+                    self._gone[group, part] = True
+                    self._part_cost[group, part] = math.inf
+            self.parts -= move.parts
+            self._order.sort(key=lambda group: self._cost[group])
+        self.taken += move.weights
+
+    def mask(self) -> Tensor:
+        return self._gone.to(self.dimension.columns.device)
+
+
+def _ladders(states: Sequence[_State], uniform: bool) -> list[list[_State]]:
+    """The dimensions that go down together: each alone, or those of the same linear in all blocks."""
+    if not uniform:
+        return [[state] for state in states]
+    kinds: dict[str, list[_State]] = {}
+    for state in states:
+        kinds.setdefault(state.dimension.kind, []).append(state)
+    return list(kinds.values())
+
+
+def _steps(ladder: list[_State]) -> Iterator[list[_Move]]:
+    """The moves that all dimensions of a ladder can make together."""
+    yield from (list(moves) for moves in zip(*(state.moves() for state in ladder), strict=False))
+
+
+def _score(moves: list[_Move]) -> float:
+    return sum(move.cost for move in moves) / sum(move.weights for move in moves)
+
+
+def _weights(moves: list[_Move]) -> int:
+    return sum(move.weights for move in moves)
+
+
+def _take_cheapest(ladders: list[list[_State]], target: int, last: bool) -> float | None:
+    taken = sum(state.taken for ladder in ladders for state in ladder)
+    threshold = None
+    heap: list[tuple[float, int, list[_Move]]] = []
+    coarse: list[tuple[int, int, list[_Move]]] = []  # steps that would overshoot the target
+
+    def push(index: int) -> None:
+        steps = list(_steps(ladders[index]))
+        fitting = [step for step in steps if not last or _weights(step) <= target - taken]
+        if fitting:
+            best = min(fitting, key=_score)
+            heapq.heappush(heap, (_score(best), index, best))
+        elif steps:
+            smallest = min(steps, key=_weights)
+            coarse.append((_weights(smallest), index, smallest))
+
+    for index in range(len(ladders)):
+        push(index)
+    while taken < target and heap:
+        score, index, step = heapq.heappop(heap)
+        if last and _weights(step) > target - taken:
+            push(index)  # it fitted when it was pushed
+            continue
+        for state, move in zip(ladders[index], step, strict=True):
+            state.apply(move)
+        taken += _weights(step)
+        threshold = max(score, threshold or score)
+        push(index)
+    if taken < target and coarse:
+        _, index, step = min(coarse, key=lambda item: item[:2])
+        for state, move in zip(ladders[index], step, strict=True):
+            state.apply(move)
+        threshold = max(_score(step), threshold or _score(step))
+    return threshold
+
+
+def _take_fractions(states: Sequence[_State], target: int) -> None:
+    """The smallest fraction of its groups that every dimension can lose to meet the target."""
+    fractions = sorted({count / s.dimension.groups for s in states for count in range(s.dimension.groups)})
+    low, high = 0, len(fractions) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if sum(_after(state, fractions[middle])[1] for state in states) >= target:
+            high = middle
+        else:
+            low = middle + 1
+    for state in states:
+        goal = _after(state, fractions[low])[0]
+        while state.groups > goal:
+            state.apply(next(state.moves()))
+
+
+def _after(state: _State, fraction: float) -> tuple[int, int]:
+    """Groups left, and weights gone, when a dimension has lost at most ``fraction`` of its groups."""
+    total = state.dimension.groups
+    goal = state.smallest_from(total - math.floor(fraction * total + 1e-9))
+    return goal, state.dimension.weights(total, state.dimension.parts) - state.dimension.weights(goal, state.parts)
