@@ -17,6 +17,7 @@ from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.packed.format import QUANT_METHOD
 from llm_surgeon.resources import hub_reachable, require_memory
 from llm_surgeon.stored import StoredTensor, read_headers
+from llm_surgeon.structures import modeling_pruned
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a model needs from its hub repository: no pickles, and no other formats, which lie in subfolders.
@@ -55,6 +56,7 @@ def load_model(
             raise UnsupportedModelError(f"model {name!r} is quantized: take the checkpoint it was made from")
         if not packed:
             raise UnsupportedModelError(f"model {name!r} is packed: take the dense checkpoint it was made from")
+    trust_remote_code = _trusted(name, folder, trust_remote_code)
     stored = read_headers(_weight_files(name, folder))
     own_dtype = _main_dtype(name, stored)
     dtype = dtype or own_dtype
@@ -96,6 +98,18 @@ def load_model(
         raise InputError(f"model {name!r} comes without a tokenizer")
     model.config.name_or_path = name  # the hub id rather than the cache folder it lies in
     return model, tokenizer, own_dtype
+
+
+def _trusted(name: str, folder: Path, trust_remote_code: bool) -> bool:
+    """Whether the model code that comes with a checkpoint may run: when it is allowed to, or is this package's own."""
+    auto_map = read_json(folder / "config.json").get("auto_map", {})
+    if trust_remote_code or "AutoModelForCausalLM" not in auto_map:
+        return trust_remote_code
+    own, shipped = Path(modeling_pruned.__file__), folder / "modeling_pruned.py"
+    named = all(str(value).startswith("modeling_pruned.") for value in auto_map.values())
+    if named and shipped.is_file() and shipped.read_bytes() == own.read_bytes():
+        return True
+    raise InputError(f"model {name!r} needs the code that comes with it: read that code, then pass --trust-remote-code")
 
 
 def _folder_of(name: str) -> Path:

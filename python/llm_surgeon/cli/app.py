@@ -29,7 +29,7 @@ from llm_surgeon.cli.options import (
 )
 from llm_surgeon.cli.pack import pack
 from llm_surgeon.cli.recover import recover
-from llm_surgeon.config import FISHERS, METHODS, UPDATES, PruneConfig
+from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, UPDATES, PruneConfig
 from llm_surgeon.demo import run_demo
 from llm_surgeon.errors import InputError, SurgeonError
 from llm_surgeon.evaluate import perplexity
@@ -69,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def prune(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
-    structure: Annotated[str | None, _option("structure", "2:4, any N:M, unstructured, rows-columns.")] = None,
+    structure: Annotated[str | None, _option("structure", "2:4, any N:M, unstructured, rows-columns, groups.")] = None,
     method: Annotated[str | None, _option("method", " | ".join(METHODS))] = None,
     sparsity: Annotated[
-        float | None, _option("sparsity", "Fraction to remove: implied by N:M, else 0.5, or 0.3 for rows-columns.")
+        float | None, _option("sparsity", "Fraction to remove: implied by N:M, 0.5 unstructured, else 0.3.")
     ] = None,
     update: Annotated[
         str | None,
@@ -85,17 +85,28 @@ def prune(
     shots: Annotated[
         int | None,
         _option(
-            "shots", "Rounds of estimate, select, update: 5, for rows-columns 8 per 10 % removed, 1 without curvature."
+            "shots",
+            "Rounds of estimate, select, update: 5, for groups 10, for rows-columns 8 per 10 % removed, "
+            "1 without curvature.",
         ),
     ] = None,
     damp_g: Annotated[
-        float | None, _option("damp_g", "Damping of G, relative to its mean diagonal: 0.1, or 0.01 for rows-columns.")
+        float | None, _option("damp_g", "Damping of G, relative to its mean diagonal: 0.1, structured 0.01.")
     ] = None,
     damp_a: Annotated[float | None, _option("damp_a", "Damping of A, relative to its mean diagonal.")] = None,
     fisher: Annotated[str | None, _option("fisher", " | ".join(FISHERS))] = None,
     tolerance: Annotated[float | None, _option("tolerance", "Joint solver: gap to the optimum to stop at.")] = None,
     max_iterations: Annotated[int | None, _option("max_iterations", "Joint solver: cap on iterations.")] = None,
     min_kept: Annotated[float | None, _option("min_kept", "Fraction of every layer never removed.")] = None,
+    importance: Annotated[str | None, _option("importance", "Groups: " + " | ".join(IMPORTANCES))] = None,
+    allocation: Annotated[
+        str | None, _option("allocation", "Groups: global by Kronecker cost, local (each layer alike) otherwise.")
+    ] = None,
+    round_to: Annotated[int | None, _option("round_to", "Groups: widths are multiples of this.")] = None,
+    uniform: Annotated[
+        bool | None, typer.Option("--uniform", help="Groups: the same widths in every block, for stock classes.")
+    ] = None,
+    skip_layers: Annotated[str | None, typer.Option(help="Groups: blocks left alone, 0-3,30,31.")] = None,
     calibration: Annotated[str | None, typer.Option(help=f"{DATA_HELP} (default: wikitext2).")] = None,
     samples: Annotated[int | None, _option("samples", "Calibration windows.")] = None,
     seqlen: Annotated[int | None, _option("seqlen", "Tokens per window: 2048 or the model's limit.")] = None,

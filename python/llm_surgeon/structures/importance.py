@@ -53,7 +53,7 @@ def weight_gradients(
                 for parameter, gradient in zip(chosen, torch.autograd.grad(loss, chosen), strict=True):
                     mean[parameter].add_(gradient, alpha=1 / samples)
                     square[parameter].addcmul_(gradient, gradient, value=1 / samples)
-                total += float(loss) / samples
+                total += float(loss.detach()) / samples
                 if progress is not None:
                     progress(done, samples)
     finally:

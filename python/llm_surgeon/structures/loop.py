@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llm_surgeon.capture import Curvature, estimate_curvature, mean_loss
 from llm_surgeon.config import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.data import Calibration
-from llm_surgeon.errors import NumericalError
+from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models import Decoder
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
@@ -37,6 +37,10 @@ class GroupLoop(ShotLoop):
         self, model: nn.Module, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
     ) -> None:
         self.dimensions = [_alone(dimension) for dimension in find_dimensions(model, decoder)]
+        if config.skipped_layers and max(config.skipped_layers) >= len(decoder.blocks):
+            raise InputError(
+                f"skip_layers names block {max(config.skipped_layers)}, and the model has {len(decoder.blocks)}"
+            )
         self._consumers = Decoder(decoder.blocks, [dimension.consumer for dimension in self.dimensions])
         check_reachable(self.dimensions, config, sum(x.rows * x.columns for x in decoder.linears))
         super().__init__(model, decoder, calibration, config, progress)

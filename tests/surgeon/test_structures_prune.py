@@ -1,0 +1,267 @@
+"""Runs that remove coupled groups: costs, selection under constraints, importances, reports, refusals."""
+
+import copy
+
+import pytest
+import torch
+
+from llm_surgeon import InputError, PruneConfig, prune, prune_checkpoint
+from llm_surgeon.capture import estimate_curvature
+from llm_surgeon.checkpoint import load_model
+from llm_surgeon.config import IMPORTANCES
+from llm_surgeon.data import Calibration
+from llm_surgeon.models import find_decoder
+from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
+from llm_surgeon.structures.discover import find_dimensions
+from llm_surgeon.structures.importance import group_importance, weight_gradients
+from llm_surgeon.structures.select import check_reachable, select_groups
+from surgeon_kernels import damp, objective, rows_columns_update, spd_inverse
+from tests.surgeon.checkpoints import save_folder
+from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
+
+TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+def groups(**options):
+    return PruneConfig(structure="groups", **options)
+
+
+def widths(model):
+    """Input widths of attention output and down projections, block by block."""
+    consumers = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "dense_4h_to_h")
+    return [x.columns for x in find_decoder(model).linears if x.kind.rpartition(".")[2] in consumers]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_shrinks_by_what_the_report_says(name):
+    model = build(name)
+    before = sum(x.rows * x.columns for x in find_decoder(model).linears)
+    report = prune(model, TOKENS, structure="groups", sparsity=0.3, shots=2)
+    after = sum(x.rows * x.columns for x in find_decoder(model).linears)
+    assert report.weights == before and report.removed == before - after
+    largest = max(layer.rows + layer.columns for layer in report.layers) * 3
+    assert 0.3 * before <= report.removed <= 0.3 * before + largest
+    assert [shot.sparsity >= shot.target_sparsity - 1e-9 for shot in report.shots] == [True, True]
+    assert bool(torch.isfinite(model(TOKENS).logits).all())
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A tiny Llama's first two dimensions with float64 factors."""
+    model = build("llama", torch.float64)
+    decoder = find_decoder(model)
+    dimensions = find_dimensions(model, decoder)
+    curvature = estimate_curvature(model, decoder, Calibration(TOKENS), batch_size=6)
+    factors = []
+    for dimension in dimensions:
+        G, A = curvature.factors(dimension.consumer)
+        factors.append((damp(G, 0.01), spd_inverse(A, 0.01)))
+    return model, dimensions, factors
+
+
+def test_a_groups_cost_is_what_the_best_compensation_leaves(measured):
+    _, dimensions, factors = measured
+    for dimension, (G, a) in zip(dimensions, factors, strict=True):
+        weight = dimension.consumer.matrix(torch.float64)
+        nothing = torch.zeros(dimension.groups, dimension.parts, dtype=torch.bool)
+        costs = kronecker_costs(dimension, weight, G, a.inverse, nothing)
+        whole = [(choose(dimension, group), costs.groups[group]) for group in range(2)]
+        parts = [(choose(dimension, 1, part), costs.parts[1, part]) for part in range(dimension.parts)]
+        for removed, cost in whole + parts:
+            columns, rows = dimension.removed_columns(removed), torch.zeros(len(weight), dtype=torch.bool)
+            best = objective(rows_columns_update(weight, G, a.damped, rows, columns), G, a.damped)
+            assert best == pytest.approx(float(cost), rel=1e-8)
+
+
+def choose(dimension, group, part=None):
+    removed = torch.zeros(dimension.groups, dimension.parts, dtype=torch.bool)
+    removed[group, slice(None) if part is None else part] = True
+    return removed
+
+
+def costs_of(dimension, scale=1.0):
+    values = scale * torch.arange(1.0, dimension.groups + 1)
+    return DimensionCosts(values, (values / dimension.parts)[:, None].repeat(1, dimension.parts))
+
+
+def select(dimensions, sparsity, last=True, scale=1.0, **options):
+    """Removed parts under made-up costs: group i costs i + 1."""
+    total = sum(d.weights(d.groups, d.parts) for d in dimensions)
+    costs = [costs_of(dimension, scale if dimension.is_heads else 1.0) for dimension in dimensions]
+    before = [torch.zeros(d.groups, d.parts, dtype=torch.bool) for d in dimensions]
+    config = groups(sparsity=sparsity, **options)
+    removed, threshold = select_groups(dimensions, costs, before, config, round(sparsity * total), last=last)
+    gone = 0
+    for d, mask in zip(dimensions, removed, strict=True):
+        left = (~mask).sum(dim=1)
+        assert len({int(n) for n in left if n}) == 1  # as many parts in every group that is left
+        gone += d.weights(d.groups, d.parts) - d.weights(int((left > 0).sum()), int(left.max()))
+    return removed, threshold, gone / total
+
+
+def test_the_cheapest_per_weight_go_first_and_the_target_is_met_closely(measured):
+    _, dimensions, _ = measured
+    removed, threshold, share = select(dimensions, 0.2, scale=1e6)
+    neuron = dimensions[1].weights(1, 1) / sum(d.weights(d.groups, d.parts) for d in dimensions)
+    assert 0.2 <= share < 0.2 + neuron
+    assert not removed[0].any() and not removed[2].any()  # heads are dear here
+    for mask in (removed[1], removed[3]):
+        count = int(mask.sum())
+        assert mask[:count].all()
+        assert abs(count - int(removed[1].sum())) <= 1  # both blocks cost the same
+    assert threshold == pytest.approx(int(removed[1].sum()) / dimensions[1].weights(1, 1), rel=0.1)
+    removed, _, _ = select(dimensions, 0.2, scale=1e-6)
+    assert removed[0].any() and removed[2].any()
+
+
+def test_sizes_respect_rounding_min_kept_skipped_and_uniform(measured):
+    _, dimensions, _ = measured
+    removed, _, share = select(dimensions, 0.25, round_to=16)
+    assert share >= 0.25
+    for d, mask in zip(dimensions, removed, strict=True):
+        assert int((~mask).sum()) * d.part_columns.shape[2] % 16 == 0
+    removed, _, _ = select(dimensions, 0.4, min_kept=0.5, scale=1e-6)
+    assert all(int((~mask).sum()) >= mask.numel() / 2 for mask in removed)
+    removed, _, share = select(dimensions, 0.2, skip_layers="1")
+    assert share >= 0.2 and not removed[2].any() and not removed[3].any()
+    removed, _, _ = select(dimensions, 0.3, uniform=True)
+    assert int(removed[0].sum()) == int(removed[2].sum()) and int(removed[1].sum()) == int(removed[3].sum())
+    removed, _, share = select(dimensions, 0.3, allocation="local", importance="vector")
+    assert share >= 0.3 and int(removed[1].sum()) == int(removed[3].sum())
+
+
+def test_earlier_choices_stay():
+    model = build("llama")
+    dimensions = find_dimensions(model, find_decoder(model))
+    total = sum(d.weights(d.groups, d.parts) for d in dimensions)
+    before = [torch.zeros(d.groups, d.parts, dtype=torch.bool) for d in dimensions]
+    before[1][-3:] = True  # the dearest
+    config = groups(sparsity=0.3)
+    removed, _ = select_groups(dimensions, [costs_of(d) for d in dimensions], before, config, round(0.3 * total))
+    assert bool(removed[1][-3:].all())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sparsity": 0.97}, "would empty a layer"),
+        ({"sparsity": 0.5, "round_to": 64}, "multiples of 64"),
+        ({"sparsity": 0.6, "skip_layers": "0"}, "blocks 0 are skipped"),
+        ({"sparsity": 0.3, "skip_layers": "7"}, "names block 7"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_anything_changes(options, words):
+    model = build("llama")
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=words):
+        prune(model, TOKENS, structure="groups", **options)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "k-obd"},
+        {"update": "chunked"},
+        {"importance": "vibes"},
+        {"allocation": "fair"},
+        {"round_to": 0},
+        {"uniform": 1},
+        {"skip_layers": "-1"},
+        {"skip_layers": "a"},
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options):
+    with pytest.raises(InputError):
+        groups(**options)
+
+
+@pytest.mark.parametrize("name, value", [("importance", "vector"), ("round_to", 8), ("uniform", True)])
+def test_options_of_groups_are_refused_elsewhere(name, value):
+    with pytest.raises(InputError, match=name):
+        PruneConfig(structure="2:4", **{name: value})
+
+
+def test_gradients_are_the_mean_and_mean_square_over_sequences():
+    model = build("opt", torch.float64)
+    weight = find_decoder(model).linears[0].module.weight
+    found = weight_gradients(model, [weight], Calibration(TOKENS))
+    losses = []
+    each = []
+    for row in TOKENS:
+        logits = model(row[None]).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, row[1:])
+        losses.append(float(loss.detach()))
+        each.append(torch.autograd.grad(loss, weight)[0])
+    stacked = torch.stack(each)
+    assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    torch.testing.assert_close(found.mean[weight].double(), stacked.mean(0), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.square[weight].double(), stacked.square().mean(0), rtol=1e-4, atol=1e-9)
+    assert weight.requires_grad
+
+
+def test_importances_follow_their_formulas():
+    model = build("opt", torch.float64)
+    decoder = find_decoder(model)
+    neurons = find_dimensions(model, decoder)[1]
+    weights = {x.kind: x.module.weight for x in decoder.linears if x.depth == 0}
+    up, down = weights["fc1"], weights["fc2"]
+    found = weight_gradients(model, [up, down], Calibration(TOKENS))
+    g, h = ({p: t.double() for p, t in d.items()} for d in (found.mean, found.square))
+    terms = {
+        "vector": lambda w, dim: (w * g[w]).sum(dim).abs(),
+        "taylor1": lambda w, dim: (w * g[w]).abs().sum(dim),
+        "taylor2": lambda w, dim: (w * w * h[w]).sum(dim),
+        "taylor-mix": lambda w, dim: (w * g[w] - 0.5 * w * w * h[w]).abs().sum(dim),
+        "magnitude": lambda w, dim: (w * w).sum(dim),
+    }
+    with torch.no_grad():
+        for importance, term in terms.items():
+            costs = group_importance(neurons, importance, found, torch.Generator())
+            expected = term(up, 1) + term(down, 0)
+            torch.testing.assert_close(costs.groups.double(), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES[1:])
+def test_every_importance_prunes_alike_without_moving_what_stays(importance):
+    model = build("opt")
+    kept = copy.deepcopy(model.model.decoder.layers[0].fc2.bias)
+    report = prune(model, TOKENS, structure="groups", importance=importance, sparsity=0.3)
+    assert len(report.shots) == 1 and report.sparsity >= 0.3
+    assert torch.equal(model.model.decoder.layers[0].fc2.bias, kept)
+    assert len({*widths(model)}) == 2  # the same sizes in both blocks
+
+
+def test_a_failure_at_the_end_restores_the_model(monkeypatch):
+    model = build("llama")
+    state = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr("llm_surgeon.structures.narrow._become_pruned", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prune(model, TOKENS, structure="groups", sparsity=0.3, shots=2)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_reachable_sparsity_counts_what_must_stay(measured):
+    _, dimensions, _ = measured
+    total = sum(d.weights(d.groups, d.parts) for d in dimensions)
+    least = sum(d.weights(1, 1) for d in dimensions) / total
+    check_reachable(dimensions, groups(sparsity=1 - least - 1e-6, min_kept=0.0), total)
+    with pytest.raises(InputError, match=f"at most {1 - least:.3g}"):
+        check_reachable(dimensions, groups(sparsity=1 - least + 1e-3, min_kept=0.0), total)
+
+
+def test_checkpoints_of_uneven_models_load_with_the_code_that_came_with_us_only(tmp_path):
+    save_folder(tmp_path / "dense", build("llama"))
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 60 + 1}" for i in range(400)))
+    options = {"structure": "groups", "sparsity": 0.3, "shots": 1, "samples": 4, "seqlen": 16}
+    out = tmp_path / "out"
+    report = prune_checkpoint(tmp_path / "dense", out, calibration=str(tmp_path / "text.txt"), **options)
+    model, _, _ = load_model(out)  # no trust_remote_code: the file is our own, byte for byte
+    assert type(model).__name__ == "PrunedLlamaForCausalLM"
+    weights = sum(x.rows * x.columns for x in find_decoder(model).linears)
+    assert weights == report.weights - report.removed
+    with (out / "modeling_pruned.py").open("a") as file:
+        file.write("# changed\n")
+    with pytest.raises(InputError, match="trust-remote-code"):
+        load_model(out)
