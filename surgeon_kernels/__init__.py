@@ -20,7 +20,10 @@ from surgeon_kernels.spd_inverse import (
     NotPositiveDefiniteError,
     cholesky_with_jitter,
     damp,
+    inverse_diagonal,
+    mean_diagonal,
     spd_inverse,
+    unchecked_inverse,
 )
 from surgeon_kernels.symmetric import SymmetricAccumulator
 from surgeon_kernels.threshold import k_smallest
@@ -42,9 +45,11 @@ __all__ = [
     "element_cost",
     "gram_accumulate_",
     "independent_update",
+    "inverse_diagonal",
     "is_2_4",
     "joint_update",
     "k_smallest",
+    "mean_diagonal",
     "nm_group_cost",
     "nm_select",
     "objective",
@@ -52,5 +57,6 @@ __all__ = [
     "row_cost",
     "rows_columns_update",
     "spd_inverse",
+    "unchecked_inverse",
     "unpack_2_4",
 ]

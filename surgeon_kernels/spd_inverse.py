@@ -8,8 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from surgeon_kernels.triangular import cholesky_inverse_, triangular_inverse_
+
 # Jitter escalation, relative to the mean diagonal: tried in this order when a factorisation meets a pivot <= 0.
 JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+# Float32 matrices on a GPU from this size on are inverted in blocks; the library is as fast for smaller ones.
+_BLOCKED_FROM = 1024
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -32,21 +36,53 @@ def damp(M: Tensor, damping: float) -> Tensor:
     ``G⁻¹ ⊗ A⁻¹`` and ``G ⊗ A`` consist of stay within the dtype even when G and A are both zero.
     """
     damped = M.clone()
-    damped.diagonal().add_(damping * _mean_diagonal(M))
+    damped.diagonal().add_(damping * mean_diagonal(M))
     return damped
 
 
-def spd_inverse(M: Tensor, damping: float = 0.0, *, name: str = "matrix") -> DampedInverse:
+def mean_diagonal(M: Tensor) -> Tensor:
+    """What dampings of ``M`` are relative to, a scalar; see :func:`damp` for a zero diagonal."""
+    if M.shape[-1] == 0:
+        return M.new_zeros(())
+    return M.diagonal().mean().clamp_min(torch.finfo(M.dtype).tiny ** 0.375)
+
+
+def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None, name: str = "matrix") -> DampedInverse:
     """Inverse of the damped symmetric matrix ``M + damping * mean(diag M) * I``, ``M`` ``[n, n]``.
 
     Where the Cholesky factorisation meets a non-positive pivot it is tried again with :data:`JITTERS` added to the
-    damping, and the jitter used is returned.
+    damping, and the jitter used is returned. Besides what is returned, at most one more matrix is allocated. The same
+    ``M`` gives the same bits.
+
+    Args:
+        jitter: what an earlier factorisation of the same matrix needed, if known: nothing is checked then, and the
+            host does not wait for the device.
 
     Raises:
         NotPositiveDefiniteError: no jitter was enough; the message names ``name``.
     """
-    L, jitter = cholesky_with_jitter(M, damping, name=name)
-    return DampedInverse(damp(M, damping + jitter), torch.cholesky_inverse(L), jitter)
+    if jitter is None:
+        L, jitter = cholesky_with_jitter(M, damping, name=name)
+        return DampedInverse(damp(M, damping + jitter), _inverse_(L), jitter)
+    damped = damp(M, damping + jitter)
+    return DampedInverse(damped, unchecked_inverse(damped), jitter)
+
+
+def unchecked_inverse(M: Tensor) -> Tensor:
+    """``M⁻¹`` of a matrix ``[n, n]`` known to be positive definite: nothing is checked, so the host need not wait."""
+    return _inverse_(torch.linalg.cholesky_ex(M).L)
+
+
+def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Diagonal ``[n]`` of the inverse of a symmetric ``M`` ``[n, n]``, and whether ``M`` is positive definite: bool.
+
+    The diagonal of ``(L Lᵀ)⁻¹`` is that of ``L⁻ᵀ L⁻¹``, the columns' squared norms of ``L⁻¹``: a third less work than
+    the inverse. The host does not wait for the device. Where the factorisation fails the diagonal means nothing.
+    """
+    L, good = _cholesky(M)
+    if not _blocked(L):
+        return torch.cholesky_inverse(L).diagonal().clone(), good
+    return torch.linalg.vector_norm(triangular_inverse_(L), dim=0).square_(), good
 
 
 def cholesky_with_jitter(M: Tensor, damping: float = 0.0, *, name: str = "matrix") -> tuple[Tensor, float]:
@@ -54,9 +90,8 @@ def cholesky_with_jitter(M: Tensor, damping: float = 0.0, *, name: str = "matrix
     if not math.isfinite(float(M.sum())):
         raise NotPositiveDefiniteError(f"{name} holds NaN or infinity")
     for jitter in JITTERS:
-        L, info = torch.linalg.cholesky_ex(damp(M, damping + jitter))
-        # A positive pivot that rounding made tiny can still overflow the factor: finite is part of success.
-        if int(info) == 0 and math.isfinite(float(L.sum())):
+        L, good = _cholesky(damp(M, damping + jitter))
+        if bool(good):
             return L, jitter
     raise NotPositiveDefiniteError(
         f"{name} is not positive definite, even with {damping + JITTERS[-1]:g} of its mean diagonal added: "
@@ -64,7 +99,16 @@ def cholesky_with_jitter(M: Tensor, damping: float = 0.0, *, name: str = "matrix
     )
 
 
-def _mean_diagonal(M: Tensor) -> Tensor:
-    if M.shape[-1] == 0:
-        return M.new_zeros(())
-    return M.diagonal().mean().clamp_min(torch.finfo(M.dtype).tiny ** 0.375)
+def _cholesky(M: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower factor of ``M`` and whether there is one, which the host need not wait for."""
+    L, info = torch.linalg.cholesky_ex(M)
+    # A positive pivot that rounding made tiny can still overflow the factor: finite is part of success.
+    return L, (info == 0) & L.sum().isfinite()
+
+
+def _inverse_(L: Tensor) -> Tensor:
+    return cholesky_inverse_(L) if _blocked(L) else torch.cholesky_inverse(L)
+
+
+def _blocked(L: Tensor) -> bool:
+    return L.is_cuda and L.dtype == torch.float32 and len(L) >= _BLOCKED_FROM

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ class Curvature:
     _inputs: dict[str, SymmetricAccumulator] = field(repr=False)  # input group -> Σ a aᵀ
     _gradients: dict[str, SymmetricAccumulator] = field(repr=False)  # name -> Σ g gᵀ
 
+    def sums(self, linear: PrunableLinear) -> list[SymmetricAccumulator]:
+        """``Σ a aᵀ`` and, where gradients were captured, ``Σ g gᵀ``, wherever they are kept."""
+        G = self._gradients.get(linear.name)
+        return [self._inputs[linear.input_group], *([] if G is None else [G])]
+
     def factors(self, linear: PrunableLinear) -> tuple[Tensor | None, Tensor]:
         """``G = (1/N) Σ g gᵀ`` ``[R, R]`` (None when gradients were not captured) and ``A = (1/N) Σ a aᵀ``.
 
@@ -59,6 +65,8 @@ def estimate_curvature(
     seed: int = 0,
     gradients: bool = True,
     checkpoint_activations: bool = False,
+    blocks_per_pass: int | None = None,
+    store: Callable[[SymmetricAccumulator], SymmetricAccumulator] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Curvature:
     """Accumulate ``A = (1/N) Σ a aᵀ`` and ``G = (1/N) Σ g gᵀ`` over the calibration data's N real tokens.
@@ -76,7 +84,10 @@ def estimate_curvature(
         gradients: without them only ``A`` and the loss are computed, by forward passes alone.
         checkpoint_activations: keep only each decoder block's input and run the block again in the backward pass: a
             third more work for a fraction of the memory.
-        progress: called with (batches done, batches in all) after every batch.
+        blocks_per_pass: decoder blocks whose factors are accumulated in one pass over the data, in as many passes as
+            that takes; all of them in one where left out. A pass goes back only as far as its first block.
+        store: where a block's sums go when its pass is over (to main memory, say); they stay where left out.
+        progress: called with (batches done, batches in all) after every batch, the batches of all passes counted.
 
     Raises:
         InputError: the calibration data hold no next token to predict, or a token the model does not know.
@@ -89,23 +100,36 @@ def estimate_curvature(
     tokens, targets = _count(model, calibration)
     batches = -(-calibration.input_ids.shape[0] // batch_size)
     device = model.get_input_embeddings().weight.device
-    sampler = torch.Generator(device).manual_seed(seed) if fisher == "sampled" else None
-    sums = _Accumulators(decoder, gradients)
+    per_pass = blocks_per_pass or len(decoder.blocks)
+    passes = range(0, len(decoder.blocks), per_pass)
+    inputs: dict[str, SymmetricAccumulator] = {}
+    gradient_sums: dict[str, SymmetricAccumulator] = {}
     total = 0.0
     again = _checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
-    with _frozen(model), evaluation_mode(model), sums.hooked(model), again, torch.set_grad_enabled(gradients):
-        for batch, (input_ids, mask) in enumerate(calibration.batches(batch_size, device), 1):
-            sums.mask, sums.recording = mask, True
-            logits = run_model(model, input_ids, mask).logits
-            loss, gradient = _cross_entropy(logits, input_ids, mask, sampler, with_gradient=gradients)
-            sums.recording = False  # a block that runs again for its activations must not count again
-            if gradient is not None:
-                logits.backward(gradient)
-            del logits, gradient
-            total += sums.check(loss, f"batch {batch} of {batches}")
-            if progress is not None:
-                progress(batch, batches)
-    return Curvature(total / targets, tokens, sums.inputs, sums.gradients)
+    with frozen(model), evaluation_mode(model), again, torch.set_grad_enabled(gradients):
+        for first in passes:
+            linears = [linear for linear in decoder.linears if first <= linear.depth < first + per_pass]
+            sums = _Accumulators(linears, gradients, device)
+            # Every pass draws the same labels.
+            sampler = torch.Generator(device).manual_seed(seed) if fisher == "sampled" else None
+            total = 0.0
+            start = model.get_input_embeddings() if first == 0 else decoder.blocks[first]
+            with sums.hooked(), starting_at(start) if gradients else contextlib.nullcontext():
+                for batch, (input_ids, mask) in enumerate(calibration.batches(batch_size, device), 1):
+                    sums.mask, sums.recording = mask, True
+                    logits = run_model(model, input_ids, mask).logits
+                    loss, gradient = _cross_entropy(logits, input_ids, mask, sampler, with_gradient=gradients)
+                    sums.recording = False  # a block that runs again for its activations must not count again
+                    if gradient is not None:
+                        logits.backward(gradient)
+                    del logits, gradient
+                    total += sums.check(loss, f"batch {batch} of {batches}")
+                    if progress is not None:
+                        progress(first // per_pass * batches + batch, len(passes) * batches)
+            for done, kept in ((inputs, sums.inputs), (gradient_sums, sums.gradients)):
+                done.update(kept if store is None else {name: store(value) for name, value in kept.items()})
+            del sums, kept
+    return Curvature(total / targets, tokens, inputs, gradient_sums)
 
 
 @torch.no_grad()
@@ -131,34 +155,31 @@ def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int)
 class _Accumulators:
     """Sums of outer products of every linear's inputs and output gradients, filled by hooks."""
 
-    def __init__(self, decoder: Decoder, gradients: bool) -> None:
+    def __init__(self, linears: list[PrunableLinear], gradients: bool, device: torch.device) -> None:
         self.mask: Tensor | None = None  # of the batch that is running
         self.recording = True
         self.inputs: dict[str, SymmetricAccumulator] = {}
         self.gradients: dict[str, SymmetricAccumulator] = {}
-        self._linears = decoder.linears
+        self._linears = linears
         self._reached: set[str] = set()
-        self._with_ones = {linear.input_group for linear in decoder.linears if linear.has_bias}
-        for linear in decoder.linears:
+        self._with_ones = {linear.input_group for linear in linears if linear.has_bias}
+        for linear in linears:
             weight = linear.module.get_parameter("weight")
             dtype = torch.promote_types(weight.dtype, torch.float32)
+            home = device if weight.device.type == "cpu" else weight.device  # weights may wait in main memory
             if linear.input_group == linear.name:
                 size = linear.columns + (linear.name in self._with_ones)
-                self.inputs[linear.name] = SymmetricAccumulator.zeros(size, dtype=dtype, device=weight.device)
+                self.inputs[linear.name] = SymmetricAccumulator.zeros(size, dtype=dtype, device=home)
             if gradients:
-                size = linear.rows
-                self.gradients[linear.name] = SymmetricAccumulator.zeros(size, dtype=dtype, device=weight.device)
+                self.gradients[linear.name] = SymmetricAccumulator.zeros(linear.rows, dtype=dtype, device=home)
 
     @contextlib.contextmanager
-    def hooked(self, model: PreTrainedModel) -> Iterator[None]:
-        """Hooks on the linears, and one that starts the gradient's flow at the embeddings, for a while."""
+    def hooked(self) -> Iterator[None]:
+        """Hooks on the linears for a while."""
         handles = [
             linear.module.register_forward_hook(lambda _, args, y, linear=linear: self._record(linear, args[0], y))
             for linear in self._linears
         ]
-        if self.gradients:
-            embeddings = model.get_input_embeddings()
-            handles.append(embeddings.register_forward_hook(lambda _, args, y: y.requires_grad_()))
         try:
             yield
         finally:
@@ -204,6 +225,23 @@ class _Accumulators:
 
 
 @contextlib.contextmanager
+def starting_at(start: nn.Module) -> Iterator[None]:
+    """Gradients flow from what embeddings return, or from the hidden states that a block is given, for a while."""
+
+    def require_gradient(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (args[0] if args else kwargs["hidden_states"]).requires_grad_()
+
+    if isinstance(start, nn.Embedding):
+        handle = start.register_forward_hook(lambda _, args, y: y.requires_grad_())
+    else:
+        handle = start.register_forward_pre_hook(require_gradient, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     """Blocks keep no activations but their inputs for a while; the backward pass computes the others again."""
     own = [block.__dict__.get("forward") for block in blocks]  # normally none: the class's
@@ -219,7 +257,7 @@ def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient for a while; afterwards each has its own flag back."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)

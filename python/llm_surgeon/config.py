@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_surgeon.errors import InputError
+from llm_surgeon.resources import parse_bytes
 
 METHODS = ("surgeon", "sparsegpt", "wanda", "magnitude", "l-obd", "k-obd")
 UPDATES = ("joint", "chunked", "independent", "none")
 FISHERS = ("empirical", "sampled")
+OFFLOADS = ("none", "cpu")
 
 # Methods whose costs estimate the loss itself and so can be compared between layers (design: one global
 # threshold). The others know nothing of the loss: a global threshold would remove whole layers, so each layer
@@ -105,6 +107,11 @@ class PruneConfig:
         lora_rank: rank of the low-rank corrections trained on every linear layer after each shot and absorbed before
             the next (the paper's section 3.6); 0: none.
         lora_steps, lora_learning_rate: AdamW steps of each correction, on 4096 tokens of the calibration data each.
+        offload: ``"cpu"`` keeps weights and factors in main memory and streams them through the GPU, block by block;
+            activations are computed again then.
+        curvature_layers: decoder blocks whose curvature is accumulated in one pass over the data (left out: all; with
+            ``offload`` as many as fit). What is accumulated then waits in main memory.
+        gpu_memory: cap on the GPU memory that PyTorch may take, ``"24GB"`` say.
         seed: seed of calibration windows and sampled labels.
     """
 
@@ -132,6 +139,9 @@ class PruneConfig:
     lora_rank: int = 0
     lora_steps: int = 32
     lora_learning_rate: float = 1e-4
+    offload: str = "none"
+    curvature_layers: int | None = None
+    gpu_memory: str | int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -139,6 +149,15 @@ class PruneConfig:
         require_choice("method", self.method, METHODS)
         require_choice("fisher", self.fisher, FISHERS)
         self._resolve_coupled(structure)
+        require_choice("offload", self.offload, OFFLOADS)
+        if self.offload != "none" and self.method in ("sparsegpt", "magnitude"):
+            raise InputError(f"offload {self.offload!r} is for methods with curvature, not {self.method!r}")
+        if self.offload != "none" and (self.lora_rank or structure.coupled):
+            raise InputError("lora_rank and groups need the whole model on one device: leave offload out")
+        if self.curvature_layers is not None and structure.coupled:
+            raise InputError("groups need all of their curvature on one device: leave curvature_layers out")
+        if self.gpu_memory is not None and parse_bytes(self.gpu_memory) <= 0:
+            raise InputError(f"gpu_memory must be greater than 0, not {self.gpu_memory!r}")
         if structure.kind == "rows-columns" and self.method not in STRUCTURED_METHODS:
             raise InputError(
                 f"method {self.method!r} has no definition for rows and columns: "
@@ -152,7 +171,7 @@ class PruneConfig:
         require_positive_int("max_correlated", self.max_correlated)
         require_positive_int("max_iterations", self.max_iterations)
         require_positive_int("samples", self.samples)
-        for name in ("seqlen", "batch_size"):
+        for name in ("seqlen", "batch_size", "curvature_layers"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
         for name in ("damp_g", "damp_a", "tolerance"):
@@ -171,6 +190,11 @@ class PruneConfig:
             raise InputError(f"checkpoint_activations must be true or false, not {self.checkpoint_activations!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed must be a whole number of at least 0, not {self.seed!r}")
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """``gpu_memory`` in bytes."""
+        return None if self.gpu_memory is None else parse_bytes(self.gpu_memory)
 
     @property
     def pattern(self) -> Structure:

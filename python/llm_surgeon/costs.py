@@ -19,7 +19,7 @@ def element_costs(
     ``surgeon``: ``½ W² / ([G⁻¹]_rr [A⁻¹]_cc)``; ``k-obd``: ``½ W² G_rr A_cc``; ``l-obd`` and ``wanda``: ``½ W² A_cc``;
     ``magnitude``: ``½ W²``.
     """
-    weight = linear.matrix()
+    weight = linear.matrix(device=None if factors is None else factors.device)
     g, a = _sensitivities(linear, method, curvature, factors, weight)
     return element_cost(weight, g, a)[:, : linear.columns]
 
@@ -32,12 +32,13 @@ def row_column_costs(
     ``surgeon``: ``½ (W A Wᵀ)_rr / [G⁻¹]_rr`` and ``½ (Wᵀ G W)_cc / [A⁻¹]_cc``; the others, which take all weights
     to be independent, sum their element costs.
     """
-    weight = linear.matrix()
+    weight = linear.matrix(device=None if factors is None else factors.device)
     if method == "surgeon":
         assert factors is not None
         g, a = factors.of(linear)
-        rows = row_cost(weight, a.damped, 1.0 / g.inverse.diagonal())
-        columns = column_cost(weight, g.damped, 1.0 / a.inverse.diagonal())
+        g_inv, a_inv = factors.inverse_diagonals(linear)
+        rows = row_cost(weight, a.damped, 1.0 / g_inv)
+        columns = column_cost(weight, g.damped, 1.0 / a_inv)
         return rows, columns[: linear.columns]
     cost = element_cost(weight, *_sensitivities(linear, method, curvature, factors, weight))
     return cost.sum(dim=1), cost.sum(dim=0)[: linear.columns]
@@ -56,11 +57,11 @@ def _sensitivities(
         return ones_g, ones_a
     if method == "surgeon":
         assert factors is not None
-        g, a = factors.of(linear)
-        return 1.0 / g.inverse.diagonal(), 1.0 / a.inverse.diagonal()
+        g_inv, a_inv = factors.inverse_diagonals(linear)
+        return 1.0 / g_inv, 1.0 / a_inv
     assert curvature is not None
     G, A = curvature.factors(linear)
     if method == "k-obd":
         assert G is not None
-        return G.diagonal(), A.diagonal()
-    return ones_g, A.diagonal()  # l-obd, wanda
+        return G.diagonal().to(weight.device), A.diagonal().to(weight.device)
+    return ones_g, A.diagonal().to(weight.device)  # l-obd, wanda

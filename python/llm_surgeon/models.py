@@ -52,10 +52,11 @@ class PrunableLinear:
     def has_bias(self) -> bool:
         return self._bias is not None
 
-    def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A new tensor ``[W | b]``, ``[R, C + 1]``, or ``W``, ``[R, C]``, without a bias."""
-        out = torch.empty(self._matrix_shape, dtype=dtype, device=self._weight.device)
-        out[:, : self.columns] = self._weight
+    def matrix(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+        """A new tensor ``[W | b]``, ``[R, C + 1]``, or ``W``, ``[R, C]``, without a bias, where the weights are."""
+        weight = self._weight if device is None else self._weight.to(device, non_blocking=True)
+        out = torch.empty(self._matrix_shape, dtype=dtype, device=weight.device)
+        out[:, : self.columns] = weight
         if self._bias is not None:
             out[:, -1] = self._bias
         return out
@@ -65,9 +66,10 @@ class PrunableLinear:
         if matrix.shape != self._matrix_shape:
             raise ValueError(f"the matrix of {self.name} is {self._matrix_shape}, not {tuple(matrix.shape)}")
         # Adding zero turns -0.0, whether given or made by rounding to a narrower dtype, into +0.0.
-        self._weight.copy_(matrix[:, : self.columns]).add_(0.0)
+        rounded = matrix.to(self._weight.dtype) + 0.0
+        self._weight.copy_(rounded[:, : self.columns])
         if self._bias is not None:
-            self._bias.copy_(matrix[:, -1]).add_(0.0)
+            self._bias.copy_(rounded[:, -1])
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:

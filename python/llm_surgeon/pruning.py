@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import Calibration, calibration_windows, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import Decoder, check_finite, find_decoder
+from llm_surgeon.plan import Plan, compute_device, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import LayerReport, PruneReport, collect_versions
-from llm_surgeon.resources import Estimate, estimate, peak_memory, require_disk, require_memory
+from llm_surgeon.resources import peak_memory, require_disk, require_memory
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.loop import GroupLoop
@@ -64,14 +66,16 @@ def prune(
     decoder = find_decoder(model)
     _check_model(decoder, config)
     begun, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    device = next(model.parameters()).device
+    device = compute_device(model, config)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    loop = (GroupLoop if config.pattern.coupled else ShotLoop)(model, decoder, windows, config, progress or Progress())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with _restored_on_failure(decoder):
-        loop.run()
-        loop.finish()
+    kind = GroupLoop if config.pattern.coupled else ShotLoop
+    with _memory_capped(config):
+        loop = kind(model, decoder, windows, config, progress or Progress())
+        with _restored_on_failure(decoder, wait=config.offload == "cpu") as saved:
+            loop.run(before_update=saved)
+            loop.finish()
     return PruneReport(
         config=dataclasses.asdict(config),
         versions=collect_versions(),
@@ -100,7 +104,8 @@ def prune_checkpoint(
 ) -> PruneReport:
     """Prune the checkpoint ``source`` (a folder or hub id) into the new folder ``out``.
 
-    Computes in float32 on ``device`` (a GPU where there is one) and writes safetensors in the checkpoint's own dtype
+    Computes on ``device`` (a GPU where there is one): the weights in the checkpoint's own dtype on a GPU and in float32
+    elsewhere, everything else in float32. Writes safetensors in the checkpoint's own dtype
     that load in plain ``AutoModelForCausalLM``, with tokenizer, config, a model card, ``surgeon_report.json`` and
     ``report.html``. ``out`` appears only when it is complete.
 
@@ -144,8 +149,14 @@ class CheckpointJob:
         self.source, self.out, self.overwrite = str(source), Path(out), overwrite
         check_output(self.out, self.source, overwrite)
         text = read_text(str(calibration), "calibration")
+        self.device = choose_device(device)
+        # What is offloaded never lies on the GPU as a whole. A CPU computes faster, and no less exactly, in float32.
+        home = torch.device("cpu") if config.offload == "cpu" else self.device
         self.model, self.tokenizer, self.dtype = load_model(
-            self.source, device=choose_device(device), trust_remote_code=trust_remote_code
+            self.source,
+            dtype=None if self.device.type == "cuda" else torch.float32,
+            device=home,
+            trust_remote_code=trust_remote_code,
         )
         self.config = dataclasses.replace(config, seqlen=choose_seqlen(config.seqlen, self.model))
         assert self.config.seqlen is not None
@@ -155,16 +166,21 @@ class CheckpointJob:
             tokenize(text, self.tokenizer), self.config.samples, self.config.seqlen, self.config.seed
         )
 
-    def plan(self) -> Estimate:
-        """Estimated memory, disk and time of the run."""
-        return estimate(self.model, self.decoder.linears, self.config, saved_dtype=self.dtype)
+    def plan(self) -> Plan:
+        """How the run would go: memory, disk and time."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return make_plan(self.model, self.decoder, self.config, saved_dtype=self.dtype)
 
     def run(self, progress: Progress | None = None) -> PruneReport:
         """Prune and write ``out``."""
         plan = self.plan()
-        require_memory(plan.additional_bytes, next(self.model.parameters()).device)
+        held = 0 if self.config.offload == "cpu" else plan.weights_bytes
+        require_memory(plan.memory_bytes - held, plan.device)
+        if plan.host_bytes:
+            require_memory(plan.host_bytes, "cpu")
         require_disk(self.out, plan.disk_bytes)
-        report = prune(self.model, self.calibration, config=self.config, progress=progress)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            report = prune(self.model, self.calibration, config=self.config, progress=progress)
         write_pruned(self.model, self.tokenizer, self.out, self.dtype, report, self.source, self.overwrite)
         return report
 
@@ -240,16 +256,48 @@ def _check_model(decoder: Decoder, config: PruneConfig) -> None:
 
 
 @contextmanager
-def _restored_on_failure(decoder: Decoder) -> Iterator[None]:
-    """Copies of the weights, kept in main memory, are put back if anything is raised."""
-    tensors = [p.data for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
-    originals = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+def _memory_capped(config: PruneConfig) -> Iterator[None]:
+    """PyTorch takes no more of the current GPU's memory than ``config.gpu_memory`` for a while."""
+    cap = config.gpu_memory_bytes
+    if cap is None or not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
     try:
         yield
-    except BaseException:
-        for tensor, original in zip(tensors, originals, strict=True):
-            tensor.copy_(original)
-        raise
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextmanager
+def _restored_on_failure(decoder: Decoder, *, wait: bool) -> Iterator[Callable[[], object]]:
+    """Copies of the weights, kept in main memory, are put back if anything is raised.
+
+    They are made while the first pass over the data runs: call what this yields before any weight is changed. With
+    ``wait`` they are made before anything else, for weights that are about to be moved.
+    """
+    parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
+    with ThreadPoolExecutor(1) as executor:
+        originals = executor.submit(_copies, [parameter.detach() for parameter in parameters])
+        if wait:
+            originals.result()
+        try:
+            yield originals.result
+        except BaseException:
+            for parameter, original in zip(parameters, originals.result(), strict=True):
+                parameter.data.copy_(original)
+            raise
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies in main memory, made on a stream of their own: what a GPU computes meanwhile does not wait for them."""
+    if not tensors[0].is_cuda:
+        return [tensor.to("cpu", copy=True) for tensor in tensors]
+    stream = torch.cuda.Stream(tensors[0].device)
+    stream.wait_stream(torch.cuda.default_stream(tensors[0].device))
+    with torch.cuda.stream(stream):
+        return [tensor.to("cpu", copy=True) for tensor in tensors]
 
 
 def _layer_reports(decoder: Decoder, selections: list[Selection]) -> list[LayerReport]:

@@ -21,6 +21,10 @@ class Selection:
     rows: Tensor | None = None  # bool [R], set for rows-columns
     columns: Tensor | None = None  # bool [C], set for rows-columns
 
+    def to(self, device: torch.device) -> Selection:
+        rows, columns = (None if mask is None else mask.to(device) for mask in (self.rows, self.columns))
+        return Selection(self.pruned.to(device), rows, columns)
+
     @classmethod
     def of_rows_columns(cls, rows: Tensor, columns: Tensor) -> Selection:
         return cls(rows[:, None] | columns[None, :], rows, columns)

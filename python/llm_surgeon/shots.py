@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm_surgeon.capture import Curvature, estimate_curvature, mean_loss
 from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
 from llm_surgeon.costs import element_costs, row_column_costs
 from llm_surgeon.data import Calibration
-from llm_surgeon.factors import DampedFactors
-from llm_surgeon.models import Decoder, PrunableLinear
+from llm_surgeon.factors import DampedFactors, predicted_increase
+from llm_surgeon.models import Decoder, PrunableLinear, to_list
+from llm_surgeon.offload import offloaded, store
+from llm_surgeon.plan import compute_device, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport, SolverTrace
-from llm_surgeon.resources import windows_per_pass
 from llm_surgeon.select import Selection, select_elements, select_rows_columns
 from llm_surgeon.sparsegpt import prune_sparsegpt
 from llm_surgeon.update import remove, remove_and_compensate
-from surgeon_kernels import objective
 
 T = TypeVar("T")
 
@@ -41,16 +41,31 @@ class ShotLoop:
     ) -> None:
         self.model, self.decoder, self.calibration = model, decoder, calibration
         self.config, self.progress = config, progress
-        self.batch_size = windows_per_pass(model, decoder.linears, config, *calibration.input_ids.shape)
-        self.selections = [_nothing(linear, config) for linear in decoder.linears]
+        self.device = compute_device(model, config)
+        # Where curvature and masks are kept between the passes and the layers' turns.
+        self.storage = torch.device("cpu") if config.offload == "cpu" else self.device
+        self.plan = make_plan(model, decoder, config)
+        self.batch_size = self.plan.batch_size
+        self.selections = [_nothing(linear, config, self.storage) for linear in decoder.linears]
         self.reports: list[ShotReport] = []
+        self._before_update: Callable[[], object] = lambda: None
 
-    def run(self) -> None:
+    def run(self, before_update: Callable[[], object] = lambda: None) -> None:
         """Run every shot; ``selections`` then holds what is pruned and ``reports`` what each shot did.
+
+        ``before_update`` is called whenever weights are about to be changed.
 
         Raises:
             NumericalError: NaN or infinity, or a factor that is not positive definite; the layer is named.
         """
+        self._before_update = before_update
+        with self._offloaded():
+            self._run()
+
+    def _offloaded(self) -> AbstractContextManager[None]:
+        return offloaded(self.model, self.decoder, self.device) if self.config.offload == "cpu" else nullcontext()
+
+    def _run(self) -> None:
         assert self.config.shots is not None
         self.progress.shots(self.config.shots)
         for index in range(1, self.config.shots + 1):
@@ -58,8 +73,8 @@ class ShotLoop:
             self._shot(index)
             if index > 1:
                 self._record_loss_after(self.reports[-2], self.reports[-1].loss_before)
-        self.progress.phase("measure loss")
-        self._record_loss_after(self.reports[-1], mean_loss(self.model, self.calibration, self.batch_size))
+        with self._phase("measure loss", self.reports[-1].seconds):
+            self._record_loss_after(self.reports[-1], mean_loss(self.model, self.calibration, self.batch_size))
 
     def finish(self) -> None:
         """What remains to be done to the model once every shot went well: nothing, where weights stay as zeros."""
@@ -76,16 +91,19 @@ class ShotLoop:
                 loss = mean_loss(self.model, self.calibration, self.batch_size)
             else:
                 curvature = self._estimate(index)
-                loss, factors = curvature.loss, DampedFactors(curvature, config)
+                loss = curvature.loss
+                factors = DampedFactors(curvature, config, self.decoder.linears, self.device)
         if config.method == "sparsegpt":
             with self._phase("update", seconds):
+                self._before_update()
                 masks = prune_sparsegpt(self.model, self.decoder, self.calibration, config, progress=self.progress.step)
             self.selections = [Selection(masks[linear.name]) for linear in self.decoder.linears]
         else:
             with self._phase("selection", seconds):
                 threshold = self._select(target, curvature, factors)
             with self._phase("update", seconds):
-                predicted, traces = self._update(curvature, factors)
+                self._before_update()
+                predicted, traces = self._update(factors)
         if config.lora_rank:
             with self._phase("correction", seconds):
                 from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
@@ -115,7 +133,9 @@ class ShotLoop:
             fisher=self.config.fisher,
             seed=self.config.seed + index,  # sampled labels are fresh in every shot
             gradients=self.config.method in GLOBAL_METHODS,
-            checkpoint_activations=self.config.checkpoint_activations,
+            checkpoint_activations=self.plan.checkpoint_activations,
+            blocks_per_pass=self.plan.blocks_per_pass,
+            store=store if self.plan.factors_bytes == 0 else None,
             progress=self.progress.step,
         )
 
@@ -127,37 +147,32 @@ class ShotLoop:
             self.selections, threshold = select_rows_columns(line_costs, self.selections, self.config, target)
         else:
             costs = self._each_linear(lambda linear: element_costs(linear, method, curvature, factors))
-            previous = [selection.pruned for selection in self.selections]
+            previous = [selection.pruned.to(self.device) for selection in self.selections]
             self.selections, threshold = select_elements(costs, previous, self.config, target)
+        self.selections = [selection.to(self.storage) for selection in self.selections]
         return threshold
 
-    def _update(
-        self, curvature: Curvature | None, factors: DampedFactors | None
-    ) -> tuple[float | None, list[SolverTrace]]:
+    def _update(self, factors: DampedFactors | None) -> tuple[float | None, list[SolverTrace]]:
         """Write every layer's new weights; the predicted increase of the loss (where G is known), solver traces."""
         selection_of = dict(zip((linear.name for linear in self.decoder.linears), self.selections, strict=True))
         traces: list[SolverTrace] = []
 
-        def update(linear: PrunableLinear) -> float:
-            selection, weight = selection_of[linear.name], linear.matrix()
-            if self.config.method != "surgeon":
+        def update(linear: PrunableLinear) -> Tensor | None:
+            weight, selection = linear.matrix(device=self.device), selection_of[linear.name].to(self.device)
+            pair = None if factors is None or self.config.method not in GLOBAL_METHODS else factors.of(linear)
+            if factors is None or pair is None or self.config.method != "surgeon":
                 new = remove(weight, selection)
             else:
-                assert factors is not None
-                new = remove_and_compensate(weight, selection, *factors.of(linear), self.config, linear.name)
+                new = remove_and_compensate(weight, selection, *pair, self.config, linear.name)
                 factors.note_jitter(linear, new.jitter)
             linear.write(new.weight)
             if new.objective:
                 traces.append(SolverTrace(linear.name, new.objective, new.gap))
-            if self.config.method not in GLOBAL_METHODS:
-                return 0.0
-            assert curvature is not None
-            G, A = curvature.factors(linear)
-            assert G is not None
-            return objective(new.delta, G, A)  # undamped: what the curvature itself says the loss will rise by
+            return None if pair is None else predicted_increase(new.delta, *pair)
 
-        increases = self._each_linear(update)
-        return (sum(increases) if self.config.method in GLOBAL_METHODS else None), traces
+        # Read back together: the host runs ahead of the device.
+        increases = [increase for increase in self._each_linear(update) if increase is not None]
+        return (sum(to_list(increases)) if increases else None), traces
 
     def _each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:
         results = []
@@ -176,7 +191,7 @@ class ShotLoop:
         seconds[name] = time.perf_counter() - begun
 
     def _sparsity(self) -> float:
-        removed = sum(int(selection.pruned.sum()) for selection in self.selections)
+        removed = sum(to_list([selection.pruned.sum() for selection in self.selections]))
         return removed / sum(selection.pruned.numel() for selection in self.selections)
 
     @staticmethod
@@ -185,9 +200,8 @@ class ShotLoop:
             report.measured_increase = loss - report.loss_before
 
 
-def _nothing(linear: PrunableLinear, config: PruneConfig) -> Selection:
+def _nothing(linear: PrunableLinear, config: PruneConfig, device: torch.device) -> Selection:
     """The empty selection a run starts from."""
-    device = next(linear.module.parameters()).device
     if not config.pattern.single_weights:
         return Selection.of_rows_columns(
             torch.zeros(linear.rows, dtype=torch.bool, device=device),

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import NumericalError
+from llm_surgeon.factors import DampedFactor
 from llm_surgeon.select import Selection
 from surgeon_kernels import (
-    DampedInverse,
     NotPositiveDefiniteError,
     chunked_update,
     independent_update,
@@ -42,7 +42,7 @@ def remove(weight: Tensor, selection: Selection) -> LayerUpdate:
 
 
 def remove_and_compensate(
-    weight: Tensor, selection: Selection, g: DampedInverse, a: DampedInverse, config: PruneConfig, name: str
+    weight: Tensor, selection: Selection, g: DampedFactor, a: DampedFactor, config: PruneConfig, name: str
 ) -> LayerUpdate:
     """Zero what is selected and move the surviving weights (and the bias) by ``config.update``.
 
@@ -99,7 +99,7 @@ def with_bias(selection: Selection, width: int) -> Tensor:
 
 
 def _rows_columns_delta(
-    weight: Tensor, selection: Selection, g: DampedInverse, a: DampedInverse, config: PruneConfig, name: str
+    weight: Tensor, selection: Selection, g: DampedFactor, a: DampedFactor, config: PruneConfig, name: str
 ) -> Tensor:
     assert selection.rows is not None and selection.columns is not None
     bias = selection.columns.new_zeros(weight.shape[1] - selection.columns.numel())

@@ -11,10 +11,11 @@ from llm_surgeon.factors import DampedFactors
 from llm_surgeon.models import PrunableLinear
 from llm_surgeon.select import Selection
 from llm_surgeon.update import remove, remove_and_compensate, with_bias
-from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, objective, spd_inverse
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, inverse_diagonal, objective
 from tests.kernels import dense
 
 R, C = 5, 8
+CPU = torch.device("cpu")
 
 
 def layer(bias: bool, dtype: torch.dtype = torch.float64):
@@ -43,7 +44,7 @@ def damped(M: torch.Tensor, damping: float) -> torch.Tensor:
 def test_compensation_reaches_the_dense_optimum_and_moves_the_bias(bias, update):
     linear, curvature = layer(bias)
     config = PruneConfig(structure="unstructured", update=update, tolerance=1e-12, max_iterations=200)
-    g, a = DampedFactors(curvature, config).of(linear)
+    g, a = DampedFactors(curvature, config, [linear], CPU).of(linear)
     weight = linear.matrix(torch.float64)
     selection = Selection(torch.rand(R, C) < 0.5)
     new = remove_and_compensate(weight, selection, g, a, config, linear.name)
@@ -61,7 +62,7 @@ def test_compensation_reaches_the_dense_optimum_and_moves_the_bias(bias, update)
 def test_rows_and_columns_reach_the_dense_optimum_and_a_removed_row_loses_its_bias(bias):
     linear, curvature = layer(bias)
     config = PruneConfig(structure="rows-columns", sparsity=0.3)
-    g, a = DampedFactors(curvature, config).of(linear)
+    g, a = DampedFactors(curvature, config, [linear], CPU).of(linear)
     rows, columns = torch.tensor([1, 0, 0, 1, 0]).bool(), torch.tensor([0, 1, 0, 0, 1, 0, 0, 0]).bool()
     selection = Selection.of_rows_columns(rows, columns)
     weight = linear.matrix(torch.float64)
@@ -79,7 +80,7 @@ def test_rows_and_columns_reach_the_dense_optimum_and_a_removed_row_loses_its_bi
 def test_independent_rows_and_columns_sum_the_single_updates():
     linear, curvature = layer(bias=True)
     config = PruneConfig(structure="rows-columns", sparsity=0.3, update="independent")
-    g, a = DampedFactors(curvature, config).of(linear)
+    g, a = DampedFactors(curvature, config, [linear], CPU).of(linear)
     weight = linear.matrix(torch.float64)
     rows, columns = torch.tensor([1, 0, 0, 1, 0]).bool(), torch.tensor([0, 1, 0, 0, 1, 0, 0, 0]).bool()
     new = remove_and_compensate(weight, Selection.of_rows_columns(rows, columns), g, a, config, linear.name)
@@ -104,7 +105,7 @@ def test_more_correlation_never_predicts_a_greater_loss():
         config = PruneConfig(
             structure="unstructured", update=update, max_correlated=6, tolerance=1e-10, max_iterations=200
         )
-        g, a = DampedFactors(curvature, config).of(linear)
+        g, a = DampedFactors(curvature, config, [linear], CPU).of(linear)
         new = remove_and_compensate(weight, selection, g, a, config, linear.name)
         values[update] = objective(new.delta, g.damped, a.damped)
     assert values["joint"] < values["chunked"] < values["none"]
@@ -124,7 +125,7 @@ def test_element_costs_follow_their_formulas(bias, method):
     linear, curvature = layer(bias, torch.float32)
     G, A = curvature.factors(linear)
     config = PruneConfig()
-    cost = element_costs(linear, method, curvature, DampedFactors(curvature, config))
+    cost = element_costs(linear, method, curvature, DampedFactors(curvature, config, [linear], CPU))
     g_inv = torch.linalg.inv(damped(G, 0.1).double()).diagonal()
     a_inv = torch.linalg.inv(damped(A, 0.01).double()).diagonal()
     sensitivity = {
@@ -142,7 +143,7 @@ def test_element_costs_follow_their_formulas(bias, method):
 def test_row_and_column_costs_are_dense_eq_7(bias):
     linear, curvature = layer(bias, torch.float32)
     config = PruneConfig(structure="rows-columns")
-    factors = DampedFactors(curvature, config)
+    factors = DampedFactors(curvature, config, [linear], CPU)
     g, a = factors.of(linear)
     rows, columns = row_column_costs(linear, "surgeon", curvature, factors)
     weight, G, A = linear.matrix().double(), g.damped.double(), a.damped.double()
@@ -172,17 +173,22 @@ def test_shared_inputs_are_inverted_once_and_jitter_is_noted(monkeypatch):
     linear, curvature = layer(False)
     twin = PrunableLinear("layers.0.twin", linear.module, 0, "twin", linear.name)
     curvature._gradients[twin.name] = curvature._gradients[linear.name]
-    calls = []
+    factorised = []
 
-    def counted(M, damping, *, name):
-        calls.append(name)
-        return spd_inverse(M, damping, name=name)
+    def counted(M):
+        factorised.append(M.shape[0])
+        return inverse_diagonal(M)
 
-    monkeypatch.setattr(module, "spd_inverse", counted)
-    factors = DampedFactors(curvature, PruneConfig())
-    factors.of(linear)
-    factors.of(twin)
-    assert calls == ["G of layers.0.proj", "A of layers.0.proj", "G of layers.0.twin"]
+    monkeypatch.setattr(module, "inverse_diagonal", counted)
+    factors = DampedFactors(curvature, PruneConfig(), [linear, twin], CPU)
+    (g, a), (twin_g, twin_a) = factors.of(linear), factors.of(twin)
+    assert factorised == [R, C, R]
+    assert a is twin_a and g is not twin_g
+    g_inv, a_inv = factors.inverse_diagonals(twin)
+    assert factorised == [R, C, R]
+    torch.testing.assert_close(g_inv, torch.linalg.inv(twin_g.damped).diagonal())
+    torch.testing.assert_close(a_inv, torch.linalg.inv(a.damped).diagonal())
+    torch.testing.assert_close(a.inverse, torch.linalg.inv(a.damped))
     factors.note_jitter(linear, 1e-3)
     factors.note_jitter(linear, 1e-4)
     factors.note_jitter(twin, 0.0)
@@ -193,4 +199,4 @@ def test_a_factor_that_is_not_positive_definite_names_the_layer():
     linear, curvature = layer(False)
     gram_accumulate_(curvature._gradients[linear.name], 10 * torch.eye(R, dtype=torch.float64), alpha=-1e3)
     with pytest.raises(NumericalError, match=r"G of layers\.0\.proj"):
-        DampedFactors(curvature, PruneConfig()).of(linear)
+        DampedFactors(curvature, PruneConfig(), [linear], CPU).of(linear)

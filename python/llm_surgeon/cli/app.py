@@ -29,7 +29,7 @@ from llm_surgeon.cli.options import (
 )
 from llm_surgeon.cli.pack import pack
 from llm_surgeon.cli.recover import recover
-from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, UPDATES, PruneConfig
+from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES, PruneConfig
 from llm_surgeon.demo import run_demo
 from llm_surgeon.errors import InputError, SurgeonError
 from llm_surgeon.evaluate import perplexity
@@ -121,6 +121,13 @@ def prune(
     ] = None,
     lora_steps: Annotated[int | None, _option("lora_steps", "Training steps of each correction.")] = None,
     lora_learning_rate: Annotated[float | None, _option("lora_learning_rate", "Their peak learning rate.")] = None,
+    offload: Annotated[
+        str | None, _option("offload", " | ".join(OFFLOADS) + ": stream weights and factors through main memory.")
+    ] = None,
+    curvature_layers: Annotated[
+        int | None, _option("curvature_layers", "Decoder blocks per curvature pass: all, or what fits when offloaded.")
+    ] = None,
+    gpu_memory: Annotated[str | None, _option("gpu_memory", "Cap on GPU memory, 24GB say.")] = None,
     seed: Annotated[int | None, _option("seed", "Seed of windows and sampled labels.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options; flags given here win.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace OUT.")] = None,

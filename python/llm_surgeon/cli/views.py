@@ -25,11 +25,17 @@ def print_plan(console: Console, job: CheckpointJob) -> None:
     for (kind, rows, columns), count in shapes.items():
         table.add_row(str(count), kind, f"{rows} × {columns}")
     console.print(table)
+    passes = "one pass over them" if plan.passes == 1 else f"{plan.passes} passes over them"
+    host = f" and {human_bytes(plan.host_bytes)} of main memory" if plan.host_bytes else ""
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.by_kind().items() if size)
     console.print(
         f"method {config.method}, structure {config.structure}, update {config.update}, {config.shots} shots: "
         f"would remove {round(config.sparsity * weights):,} of {weights:,} weights\n"
-        f"memory {human_bytes(plan.memory_bytes)}, disk {human_bytes(plan.disk_bytes)}, "
-        f"about {duration(plan.seconds)} on {next(job.model.parameters()).device}\n"
+        f"{plan.batch_size} windows of {config.seqlen} tokens at a time, {config.samples} in all, "
+        f"{passes} for the curvature of a shot\n"
+        f"memory {human_bytes(plan.memory_bytes)}{host}, disk {human_bytes(plan.disk_bytes)}, "
+        f"about {duration(plan.seconds)} on {plan.device}\n"
+        f"  {parts}\n"
         f"nothing was written to {job.out}",
         highlight=False,
     )

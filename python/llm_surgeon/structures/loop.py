@@ -77,6 +77,7 @@ class GroupLoop(ShotLoop):
             )
             self.selections = self._as_selections()
         with self._phase("update", seconds):
+            self._before_update()
             increases = [
                 self._update_dimension(dimension, removed, curvature) for dimension, removed in self._each_dimension()
             ]

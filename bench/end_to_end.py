@@ -1,0 +1,114 @@
+"""Time per phase and peak memory of whole runs on a model of Llama-2-7B's shape with random bfloat16 weights.
+
+    python bench/end_to_end.py --runs 2:4 2:4x5 unstructuredx5 rows-columns 2:4/sparsegpt --options '{}'
+
+A run is ``structure[xshots][/method]``, one shot where none are given. The model is made on the device and calibrated
+on random tokens. Rows are appended to results/end_to_end.csv: seconds of all shots by phase, the planned seconds and
+memory beside the true ones; the peak is that of torch's allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from environment import append_row, environment
+from llm_surgeon import PruneConfig, prune
+from llm_surgeon.checkpoint import save_checkpoint
+from llm_surgeon.models import find_decoder
+from llm_surgeon.plan import make_plan
+
+PHASES = ("curvature", "selection", "update", "measure loss")
+SPARSITY = {"rows-columns": 0.3, "unstructured": 0.5}
+
+
+def build(layers: int, seqlen: int, device: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=seqlen)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def parse(run: str, options: argparse.Namespace) -> PruneConfig:
+    match = re.fullmatch(r"(?P<structure>[^/]+?)(?:x(?P<shots>\d+))?(?:/(?P<method>.+))?", run)
+    if match is None:
+        raise SystemExit(f"{run!r} is no run")
+    structure = match["structure"]
+    return PruneConfig(
+        structure=structure,
+        sparsity=SPARSITY.get(structure),
+        shots=int(match["shots"] or 1),
+        method=match["method"] or "surgeon",
+        samples=options.samples,
+        seqlen=options.seqlen,
+        **json.loads(options.options),
+    )
+
+
+def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
+    config = parse(run, options)
+    model = build(options.layers, options.seqlen, options.device)
+    ids = torch.randint(model.config.vocab_size, (options.samples, options.seqlen))
+    plan = make_plan(model, find_decoder(model), config)
+    report = prune(model, ids, config=config)
+    seconds = {phase: sum(shot.seconds.get(phase, 0.0) for shot in report.shots) for phase in PHASES}
+    traces = [trace for shot in report.shots for trace in shot.solver]
+    gaps = [trace.gap for trace in traces if trace.gap is not None]
+    written = write(model) if options.write else None
+    return {
+        "model": "llama-2-7b shape",
+        "layers": options.layers,
+        "samples": options.samples,
+        "seqlen": options.seqlen,
+        "run": run,
+        "options": options.options,
+        "seconds": f"{report.seconds:.1f}",
+        **{phase: f"{value:.2f}" for phase, value in seconds.items()},
+        "write": "" if written is None else f"{written:.1f}",
+        "iterations": f"{sum(t.iterations for t in traces) / len(traces):.1f}" if traces else "",
+        "worst_gap": f"{max(gaps):.4f}" if gaps else "",
+        "sparsity": f"{report.sparsity:.4f}",
+        "peak_gb": f"{report.peak_memory_bytes / 1e9:.1f}",
+        "planned_gb": f"{plan.memory_bytes / 1e9:.1f}",
+        "planned_seconds": f"{plan.seconds:.0f}",
+    }
+
+
+def write(model: PreTrainedModel) -> float:
+    """Seconds to write the model as a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
+        save_checkpoint(model, tokenizer, Path(folder) / "model", dtype=torch.bfloat16, extra_files={})
+        return time.perf_counter() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", nargs="+", default=["2:4", "2:4x5", "unstructuredx5", "rows-columns"])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--options", default="{}", help="More fields of PruneConfig, as JSON.")
+    parser.add_argument("--write", action="store_true", help="Write the pruned model, too.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "end_to_end.csv")
+    options = parser.parse_args()
+    about = environment(options.device)
+    for run in options.runs:
+        row = {**measure(run, options), **about}
+        print(*row.values(), flush=True)
+        append_row(options.out, row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""How a run is laid out: windows per pass, blocks per pass, what lies where; and the memory, disk and time it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llm_surgeon.activations import measure_activations
+from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
+from llm_surgeon.models import Decoder
+from llm_surgeon.resources import available_memory, matmul_rate
+from surgeon_kernels import SymmetricAccumulator
+
+_FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed in
+# Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things.
+_CPU_TOKENS, _GPU_TOKENS = 4096, 8192
+# Rows of logits that the loss is computed of at once, in float32 (see llm_surgeon.capture), and copies of them.
+_LOGIT_ROWS, _LOGIT_COPIES = 1024, 2
+# Gradients of a block's widest layer that are alive at once in its backward pass.
+_BACKWARD_COPIES = 3
+# Blocks whose weights are on the device at once when they are streamed: the last, the present and the next one.
+_STREAMED_BLOCKS = 3
+# Share of the memory that is left free: what allocators waste between tensors, and libraries' own workspaces.
+_SLACK = 0.06
+# Shares of the rate of large matrix products that passes and the solver's products reach.
+_PASS_EFFICIENCY, _GRAM_EFFICIENCY = 0.58, 0.85
+_OTHER_FILES = 32 * 2**20  # tokenizer, configuration, reports
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run goes and what it needs, in bytes and seconds.
+
+    Attributes:
+        device: where everything is computed.
+        batch_size: windows per forward and backward pass.
+        blocks_per_pass: decoder blocks whose factors are accumulated together.
+        passes: how often a shot goes through the data for that.
+        checkpoint_activations: whether activations are computed again in the backward pass.
+        weights_bytes: the model's weights on the device; those of three blocks where they are streamed.
+        masks_bytes: what is pruned, a byte a weight.
+        factors_bytes: packed Kronecker factors that stay on the device: an A per input, a G per linear, float32.
+        curvature_bytes: one pass's activations, logits and their gradient; also its factors where these do not stay.
+        selection_bytes: factorisations of the largest layer, and the new masks.
+        update_bytes: the largest layer's factors, inverses and the solver's matrices.
+        snapshot_bytes: copies of the weights, to restore on failure, in main memory.
+        host_bytes: what is kept in main memory for a GPU: the snapshot and what is offloaded.
+        disk_bytes: the checkpoint that is written.
+        seconds: of all shots.
+    """
+
+    device: torch.device
+    batch_size: int
+    blocks_per_pass: int
+    passes: int
+    checkpoint_activations: bool
+    weights_bytes: int
+    masks_bytes: int
+    factors_bytes: int
+    curvature_bytes: int
+    selection_bytes: int
+    update_bytes: int
+    snapshot_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    seconds: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory on the device, the model included."""
+        return self.weights_bytes + self.additional_bytes
+
+    @property
+    def additional_bytes(self) -> int:
+        """Peak memory beyond the weights; the phases follow each other."""
+        phases = max(self.curvature_bytes, self.selection_bytes, self.update_bytes)
+        snapshot = self.snapshot_bytes if self.device.type == "cpu" else 0
+        return self.masks_bytes + self.factors_bytes + snapshot + phases
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes on the device by what they are for."""
+        return {
+            "weights": self.weights_bytes,
+            "masks": self.masks_bytes,
+            "copies to restore": self.snapshot_bytes if self.device.type == "cpu" else 0,
+            "factors": self.factors_bytes,
+            "curvature pass": self.curvature_bytes,
+            "or selection": self.selection_bytes,
+            "or update": self.update_bytes,
+        }
+
+
+def compute_device(model: nn.Module, config: PruneConfig) -> torch.device:
+    """Where a run computes: where the model is; with offloading the current GPU if there is one."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    if config.offload == "cpu" and device.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def make_plan(
+    model: nn.Module, decoder: Decoder, config: PruneConfig, *, saved_dtype: torch.dtype | None = None
+) -> Plan:
+    """Plan a run of ``config`` on a loaded model: two passes over a few tokens and a few timed matrix products.
+
+    Windows go through the model in batches of about 4096 tokens, on a GPU of up to 8192, as far as their activations
+    fit beside everything else; blocks are accumulated together as far as their factors fit once they are offloaded.
+
+    Args:
+        config: ``samples`` and ``seqlen`` must be those of the data.
+        saved_dtype: of the written checkpoint; the model's own where left out.
+
+    Raises:
+        InputError: not even one window and one block fit the memory.
+    """
+    return _Planner(model, decoder, config).plan(saved_dtype)
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, decoder: Decoder, config: PruneConfig) -> None:
+        assert config.seqlen is not None and config.shots is not None
+        self.config, self.seqlen, self.shots = config, config.seqlen, config.shots
+        self.model, self.decoder = model, decoder
+        self.device = compute_device(model, config)
+        self.gradients, self.factored = config.method in GLOBAL_METHODS, config.method != "magnitude"
+        self.offload = config.offload == "cpu"
+        self.hosted = self.factored and (self.offload or config.curvature_layers is not None)  # factors, between passes
+        self.checkpointed = self.gradients and (config.checkpoint_activations or self.offload)
+        self.sizes = [(linear.rows, linear.columns + linear.has_bias) for linear in decoder.linears]
+        self.weights = sum(linear.rows * linear.columns for linear in decoder.linears)
+        self.itemsize = next(model.parameters()).element_size()
+        self.factor_sizes = factor_sizes(decoder, config)
+        block_bytes = [_FLOAT * sum(map(SymmetricAccumulator.elements, sizes)) for sizes in self.factor_sizes]
+        self.factor_bytes = block_bytes
+        self.kept = measure_activations(model, decoder, self.seqlen) if self.gradients else None
+
+    def plan(self, saved_dtype: torch.dtype | None) -> Plan:
+        parameters = list(self.model.parameters())
+        blocks = [sum(p.nbytes for p in block.parameters()) for block in self.decoder.blocks]
+        weights = sum(parameter.nbytes for parameter in parameters)
+        if self.offload:
+            weights -= sum(blocks) - min(sum(blocks), _STREAMED_BLOCKS * max(blocks))
+        masks = 0 if self.offload else self.weights
+        factors = 0 if self.hosted else sum(self.factor_bytes)
+        batch_size, per_pass = self._layout(weights + masks + factors)
+        snapshot = self.itemsize * sum(R * C for R, C in self.sizes)
+        hosted = self.hosted * sum(self.factor_bytes) + self.offload * (sum(blocks) + self.weights)
+        return Plan(
+            device=self.device,
+            batch_size=batch_size,
+            blocks_per_pass=per_pass,
+            passes=-(-len(blocks) // per_pass) if self.factored else 1,
+            checkpoint_activations=self.checkpointed,
+            weights_bytes=weights,
+            masks_bytes=masks,
+            factors_bytes=factors,
+            curvature_bytes=self._curvature_bytes(batch_size, per_pass),
+            selection_bytes=self._selection_bytes(),
+            update_bytes=self._update_bytes(),
+            snapshot_bytes=snapshot,
+            host_bytes=snapshot + hosted if self.device.type == "cuda" else 0,
+            disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters) + _OTHER_FILES,
+            seconds=self._seconds(-(-len(blocks) // per_pass)),
+        )
+
+    def _layout(self, resident: int) -> tuple[int, int]:
+        """Windows per batch and blocks per pass: as configured, else what fits beside ``resident`` bytes."""
+        samples, blocks = self.config.samples, len(self.decoder.blocks)
+        wanted = self.config.batch_size or max(1, (_GPU_TOKENS if self._on_gpu else _CPU_TOKENS) // self.seqlen)
+        windows, per_pass = min(samples, wanted), min(blocks, self.config.curvature_layers or blocks)
+        if not self._on_gpu:
+            return windows, per_pass
+        free = (1 - _SLACK) * self._limit() - resident
+        # Fewer passes are worth more than larger batches, once a batch fills the GPU: half of the tokens do.
+        while self.config.batch_size is None and windows > 1 and self._curvature_bytes(windows, 1) > free / 2:
+            windows -= 1
+        while self.hosted and self.config.curvature_layers is None and per_pass > 1:
+            if self._curvature_bytes(windows, per_pass) <= free:
+                break
+            per_pass -= 1
+        return windows, per_pass
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _limit(self) -> int:
+        """Bytes that the run may have on the device, the model's included."""
+        held = sum(p.nbytes for p in self.model.parameters() if p.device == self.device)
+        available = available_memory(self.device) + held
+        cap = self.config.gpu_memory_bytes
+        return available if cap is None else min(cap, available)
+
+    def _curvature_bytes(self, windows: int, per_pass: int) -> int:
+        tokens = windows * self.seqlen
+        vocabulary, hidden = self.model.get_output_embeddings().weight.shape  # type: ignore[operator]
+        logits = 2 * vocabulary * self.itemsize * tokens + _LOGIT_COPIES * _FLOAT * vocabulary * min(
+            tokens, _LOGIT_ROWS
+        )
+        widest = max(max(R, C) for R, C in self.sizes)
+        if self.kept is None:  # forward only: the widest linear's input and output
+            kept = self.itemsize * (hidden + 2 * widest)
+        elif self.checkpointed:
+            kept = self.kept.inputs + self.kept.largest_block + _BACKWARD_COPIES * widest * self.itemsize
+        else:
+            kept = self.kept.everything + _BACKWARD_COPIES * widest * self.itemsize
+        factors = 0
+        if self.hosted:
+            starts = range(0, len(self.factor_bytes), per_pass)
+            factors = max(sum(self.factor_bytes[first : first + per_pass]) for first in starts)
+        return int(tokens * kept) + logits + factors
+
+    def _selection_bytes(self) -> int:
+        return self.weights + self._factor_workspace(2)
+
+    def _update_bytes(self) -> int:
+        if self.config.method != "surgeon":
+            return 2 * _FLOAT * max(R * C for R, C in self.sizes)
+        return self._factor_workspace(3) + 10 * _FLOAT * max(R * C for R, C in self.sizes)
+
+    def _factor_workspace(self, copies: int) -> int:
+        """``copies`` of the largest layer's factors, and a factorisation's own workspace."""
+        if not self.factored:
+            return 0
+        squares = [C**2 + self.gradients * R**2 for R, C in self.sizes]
+        return _FLOAT * (copies * max(squares) + max(max(R, C) for R, C in self.sizes) ** 2)
+
+    def _seconds(self, passes: int) -> float:
+        """Operations over measured rates, with P weights of the linears and the output embedding, N tokens::
+
+        shots * (passes * (2 P N forward, as much backward, and once more where activations are computed again)
+                 + N sum(n²) for the factors, the half that is computed
+                 + 5/3 sum(n³) for two factorisations and inverses + the solver's products)
+        + 2 P N for the final loss
+        """
+        config, tokens = self.config, self.config.samples * self.seqlen
+        P = self.weights + self.model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+        dtype = next(self.model.parameters()).dtype if self._on_gpu else torch.float32
+        half, single = matmul_rate(self.device, dtype), matmul_rate(self.device, torch.float32)
+        forward = 2 * P * tokens / (half * _PASS_EFFICIENCY)
+        n = [size for sizes in self.factor_sizes for size in sizes]
+        times = 1 if not self.gradients else 3 if self.checkpointed else 2
+        seconds = passes * times * forward * self.factored + tokens * sum(x**2 for x in n) / (half * _GRAM_EFFICIENCY)
+        if config.method == "surgeon":
+            seconds += 5 / 3 * sum(x**3 for x in n) / single
+            products = sum(2 * R * C * (R + C) for R, C in self.sizes)
+            if not config.pattern.single_weights:
+                seconds += 3 * products / single
+            elif config.update == "joint":
+                seconds += 2 * config.max_iterations * products / single
+        return self.shots * seconds + forward
+
+
+def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:
+    """Sizes of every block's factors: an A per shared input, as wide as its widest user with a bias, a G per linear."""
+    sizes: list[list[int]] = []
+    for depth in range(len(decoder.blocks)):
+        linears = [linear for linear in decoder.linears if linear.depth == depth and config.method != "magnitude"]
+        widths: dict[str, int] = {}
+        for linear in linears:
+            widths[linear.input_group] = max(linear.columns + linear.has_bias, widths.get(linear.input_group, 0))
+        sizes.append([*widths.values(), *(linear.rows for linear in linears if config.method in GLOBAL_METHODS)])
+    return sizes

@@ -1,0 +1,52 @@
+"""Products of float32 matrices on the bfloat16 tensor cores, to the accuracy of float32.
+
+Every number is split into three bfloat16 of 8 significant bits each, ``x = x₀ + x₁ + x₂`` up to ``2⁻²⁶ |x|``, and of
+the nine products of parts the six that matter are summed in float32, the smallest first::
+
+    A B ≈ A₂B₀ + A₁B₁ + A₀B₂ + A₁B₀ + A₀B₁ + A₀B₀
+
+(the scheme that BLAS libraries name BF16x6). Six bfloat16 products take less than half of the time of one in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from surgeon_kernels.triton_support import has_kernels
+
+_ORDER = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
+
+
+def split_reference(x: Tensor) -> Tensor:
+    """The three parts of ``x`` ``[m, n]``: bfloat16 ``[3, m, n]``."""
+    parts = []
+    for _ in range(3):
+        parts.append(x.bfloat16())
+        x = x - parts[-1].to(x.dtype)
+    return torch.stack(parts)
+
+
+def split(x: Tensor) -> Tensor:
+    """:func:`split_reference`, in one pass over a float32 matrix on a GPU."""
+    if not (x.is_cuda and x.dtype == torch.float32 and has_kernels()):
+        return split_reference(x)
+    from surgeon_kernels.split_matmul_triton import split_rows
+
+    if x.stride(0) == 1 and x.stride(1) != 1:  # the parts keep the order of a transposed matrix
+        return split_rows(x.T).transpose(1, 2)
+    return split_rows(x)
+
+
+def addmm_split_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """``out = beta out + alpha A B`` from the parts ``A`` ``[3, m, k]`` and ``B`` ``[3, k, n]``; ``out`` ``[m, n]``.
+
+    With ``beta = 0`` what ``out`` holds before is not read. Without a GPU the parts are multiplied in ``out``'s dtype.
+    """
+    for i, j in _ORDER:
+        if out.is_cuda:
+            torch.addmm(out, A[i], B[j], out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
+        else:
+            torch.addmm(out, A[i].to(out.dtype), B[j].to(out.dtype), beta=beta, alpha=alpha, out=out)
+        beta = 1.0
+    return out

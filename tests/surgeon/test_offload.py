@@ -1,0 +1,124 @@
+"""Weights and curvature in main memory: the same results, and everything back in its place."""
+
+import copy
+
+import pytest
+import torch
+
+from llm_surgeon import Calibration, InputError, PruneConfig, prune
+from llm_surgeon.activations import measure_activations
+from llm_surgeon.capture import estimate_curvature, mean_loss
+from llm_surgeon.models import find_decoder
+from llm_surgeon.offload import Prefetcher, offloaded, store
+from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
+
+TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streamed_blocks_give_the_same_curvature_and_loss(name):
+    model = build(name)
+    decoder, data = find_decoder(model), Calibration(TOKENS)
+    expected, loss = estimate_curvature(model, decoder, data, batch_size=2), mean_loss(model, data, 2)
+    with offloaded(model, decoder, CPU):
+        assert mean_loss(model, data, 2) == loss
+        found = estimate_curvature(
+            model, decoder, data, batch_size=2, checkpoint_activations=True, blocks_per_pass=1, store=store
+        )
+    assert found.loss == expected.loss
+    for linear in decoder.linears:
+        for ours, theirs in zip(found.factors(linear), expected.factors(linear), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_curvature_in_several_passes_is_the_same(blocks, fisher):
+    model = build("qwen2")
+    decoder, data = find_decoder(model), Calibration(TOKENS)
+    whole = estimate_curvature(model, decoder, data, batch_size=4, fisher=fisher, seed=3)
+    steps = []
+    parts = estimate_curvature(
+        model, decoder, data, batch_size=4, fisher=fisher, seed=3, blocks_per_pass=blocks,
+        progress=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    total = 2 * -(-2 // blocks)
+    assert steps == [(i, total) for i in range(1, total + 1)]
+    assert parts.loss == whole.loss
+    for linear in decoder.linears:
+        for ours, theirs in zip(parts.factors(linear), whole.factors(linear), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured", "rows-columns"])
+@pytest.mark.parametrize("options", [{"offload": "cpu"}, {"curvature_layers": 1}])
+def test_offloaded_runs_give_the_same_weights_and_report(structure, options):
+    models = build("llama"), build("llama")
+    reports = [
+        prune(model, TOKENS, structure=structure, shots=2, **extra)
+        for model, extra in zip(models, ({}, options), strict=True)
+    ]
+    for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(reports[1].shots, reports[0].shots, strict=True):
+        assert ours.predicted_increase == pytest.approx(theirs.predicted_increase, rel=1e-6)
+        assert ours.loss_before == theirs.loss_before
+    assert [layer.removed for layer in reports[0].layers] == [layer.removed for layer in reports[1].layers]
+
+
+def test_everything_is_back_in_its_place_even_after_a_failure():
+    model = build("gpt2")
+    decoder = find_decoder(model)
+    parameters, before = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyError), offloaded(model, decoder, CPU):
+        assert all("forward" in vars(block) for block in decoder.blocks)
+        raise KeyError
+    assert not any("forward" in vars(block) for block in decoder.blocks)
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_prefetcher_gives_what_is_asked_for_whatever_it_began():
+    prefetcher = Prefetcher(CPU)
+    x, y = torch.ones(2), torch.zeros(3)
+    prefetcher.start("x", [x])
+    (copied,) = prefetcher.take("x", [x])
+    assert torch.equal(copied, x) and copied.data_ptr() != x.data_ptr()
+    prefetcher.start("x", [x])
+    assert torch.equal(prefetcher.take("y", [y])[0], y)
+    assert torch.equal(prefetcher.take("x", [x])[0], x)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
+def test_methods_without_curvature_cannot_be_offloaded(method):
+    with pytest.raises(InputError, match="offload 'cpu' is for methods with curvature"):
+        PruneConfig(method=method, offload="cpu")
+    with pytest.raises(InputError, match="unknown offload 'disk'"):
+        PruneConfig(offload="disk")
+    with pytest.raises(InputError, match="'lots' is no amount of memory"):
+        PruneConfig(gpu_memory="lots")
+
+
+def test_kept_activations_are_those_that_autograd_saves():
+    model = build("llama")
+    decoder = find_decoder(model)
+    kept = measure_activations(model, decoder, 64)
+    length, saved = 64, {}
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    held = []
+
+    def pack(tensor):
+        held.append(tensor)
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.requires_grad_(False)
+    embedded = model.get_input_embeddings()(torch.arange(length)[None] % VOCABULARY).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+    true = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    assert logits.requires_grad
+    assert kept.everything * length == pytest.approx(true, rel=0.02)
+    assert kept.inputs == 2 * 32 * 4
+    assert kept.everything / 2 < kept.largest_block < kept.everything

@@ -1,0 +1,106 @@
+"""The plan of a run: its parts by hand, its layout by the memory there is, and its peak against the allocator's."""
+
+import pytest
+import torch
+
+import llm_surgeon.plan
+from llm_surgeon import PruneConfig
+from llm_surgeon.models import find_decoder
+from llm_surgeon.plan import factor_sizes, make_plan
+from tests.surgeon.tiny_models import build
+
+# Two blocks of a Llama of width 32: q 32x32, k and v 16x32, o 32x32, gate and up 48x32, down 32x48.
+BLOCK = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+SHARED_INPUTS = [32, 32, 32, 48]
+WEIGHTS = 2 * sum(R * C for R, C in BLOCK)
+FACTORS = 4 * (sum(n**2 for n in SHARED_INPUTS) + sum(R**2 for R, _ in BLOCK))  # bytes, of one block
+BLOCK_BYTES = 4 * (WEIGHTS // 2 + 2 * 32)  # with its two norms
+
+
+def plan_of(name="llama", device="cpu", memory=10**12, monkeypatch=None, **options):
+    model = build(name)
+    decoder = find_decoder(model)
+    config = PruneConfig(**{"samples": 8, "seqlen": 16, **options})
+    if monkeypatch is not None:
+        monkeypatch.setattr(llm_surgeon.plan, "matmul_rate", lambda device, dtype: 2.0)
+        monkeypatch.setattr(llm_surgeon.plan, "compute_device", lambda model, config: torch.device(device))
+        monkeypatch.setattr(llm_surgeon.plan, "available_memory", lambda device: memory)
+    return model, make_plan(model, decoder, config)
+
+
+def test_parts_of_a_plan_on_the_cpu(monkeypatch):
+    model, plan = plan_of(batch_size=2, monkeypatch=monkeypatch)
+    assert plan.weights_bytes == 4 * sum(p.numel() for p in model.parameters())
+    assert plan.masks_bytes == WEIGHTS and plan.snapshot_bytes == 4 * WEIGHTS
+    assert plan.factors_bytes == 2 * FACTORS
+    assert (plan.batch_size, plan.blocks_per_pass, plan.passes, plan.host_bytes) == (2, 2, 1, 0)
+    assert sum(plan.by_kind().values()) == plan.memory_bytes + sum(
+        sorted((plan.curvature_bytes, plan.selection_bytes, plan.update_bytes))[:2]
+    )
+
+
+def test_offloaded_parts_are_in_main_memory(monkeypatch):
+    model, plan = plan_of(offload="cpu", curvature_layers=1, device="cuda", monkeypatch=monkeypatch)
+    assert plan.factors_bytes == plan.masks_bytes == 0 and plan.checkpoint_activations
+    assert (plan.blocks_per_pass, plan.passes) == (1, 2)
+    everything = 4 * sum(p.numel() for p in model.parameters())
+    assert plan.weights_bytes == everything  # two blocks in all: both may be on the device at once
+    assert plan.host_bytes == 4 * WEIGHTS + 2 * FACTORS + 2 * BLOCK_BYTES + WEIGHTS
+    _, alone = plan_of(curvature_layers=1, device="cuda", monkeypatch=monkeypatch)
+    assert alone.factors_bytes == 0 and alone.masks_bytes == WEIGHTS
+    assert alone.host_bytes == 4 * WEIGHTS + 2 * FACTORS
+
+
+def test_as_many_windows_and_blocks_as_fit(monkeypatch):
+    def plan(memory, **options):
+        return plan_of(device="cuda", memory=memory, monkeypatch=monkeypatch, **options)[1]
+
+    roomy = plan(10**12, seqlen=2048)
+    assert roomy.batch_size == 8192 // 2048
+    assert plan(10**12, seqlen=2048, samples=3).batch_size == 3
+    assert plan(0, seqlen=2048).batch_size == 1
+    two = plan(10**12, seqlen=2048, batch_size=2)
+    fixed = two.weights_bytes + two.masks_bytes + two.factors_bytes
+    assert plan(int((fixed + 2.01 * two.curvature_bytes) / 0.94), seqlen=2048).batch_size == 2
+    assert plan(int((fixed + 1.99 * two.curvature_bytes) / 0.94), seqlen=2048).batch_size == 1
+    offloaded = plan(10**12, offload="cpu", batch_size=1)
+    assert offloaded.passes == 1
+    enough = int((offloaded.weights_bytes + offloaded.curvature_bytes) / 0.94) + 2
+    assert plan(enough, offload="cpu", batch_size=1).passes == 1
+    assert plan(enough - FACTORS // 2, offload="cpu", batch_size=1).passes == 2
+    assert plan(10**12, offload="cpu", batch_size=1, gpu_memory=enough - FACTORS // 2).passes == 2
+
+
+def test_factor_sizes_count_shared_inputs_once_and_biases():
+    decoder = find_decoder(build("opt"))
+    gradients = [32, 32, 32, 32, 64, 32]
+    assert factor_sizes(decoder, PruneConfig()) == 2 * [[33, 33, 33, 65, *gradients]]
+    assert factor_sizes(decoder, PruneConfig(method="l-obd")) == 2 * [[33, 33, 33, 65]]
+    assert factor_sizes(decoder, PruneConfig(method="magnitude")) == [[], []]
+
+
+def test_seconds_are_operations_over_rates(monkeypatch):
+    monkeypatch.setattr(llm_surgeon.plan, "_PASS_EFFICIENCY", 1.0)
+    monkeypatch.setattr(llm_surgeon.plan, "_GRAM_EFFICIENCY", 1.0)
+    tokens, P = 8 * 16, WEIGHTS + 64 * 32
+    forward = 2 * P * tokens
+    grams, cubes = 2 * FACTORS // 4, 2 * sum(n**3 for n in [*SHARED_INPUTS, *(R for R, _ in BLOCK)])
+    products = 2 * sum(2 * R * C * (R + C) for R, C in BLOCK)
+    _, plan = plan_of(shots=3, max_iterations=10, monkeypatch=monkeypatch)
+    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + 20 * products) + forward
+    assert plan.seconds == pytest.approx(operations / 2.0)
+    _, again = plan_of(shots=3, max_iterations=10, checkpoint_activations=True, monkeypatch=monkeypatch)
+    assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
+    _, magnitude = plan_of(method="magnitude", monkeypatch=monkeypatch)
+    assert magnitude.seconds == pytest.approx(forward / 2.0)
+
+
+def test_the_written_dtype_decides_the_disk():
+    model = build("llama")
+    decoder, config = find_decoder(model), PruneConfig(samples=4, seqlen=16)
+    written = [
+        make_plan(model, decoder, config, saved_dtype=dtype).disk_bytes
+        for dtype in (None, torch.float32, torch.bfloat16)
+    ]
+    parameters = sum(p.numel() for p in model.parameters())
+    assert written[0] == written[1] == written[2] + 2 * parameters
