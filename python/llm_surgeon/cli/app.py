@@ -37,7 +37,7 @@ from llm_surgeon.pruning import CheckpointJob, load_for_evaluation
 
 app = typer.Typer(
     name="surgeon",
-    help="Prune large language models with Kronecker-factored curvature.",
+    help="Prune large language models with Kronecker-factored curvature, and run what comes out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and turns errors into one line on stderr and an exit code."""
     transformers.utils.logging.disable_progress_bar()  # its bars would run through ours
     try:
-        app(args=arguments)
+        app(args=arguments, prog_name="surgeon")
     except InputError as error:
         _fail(error, 2)
     except SurgeonError as error:
@@ -157,6 +157,8 @@ def prune(
     if not quiet:
         console.print(report.summary(), highlight=False, soft_wrap=True)
         console.print(f"\nwritten to {out}: the model, surgeon_report.json, report.html", highlight=False)
+        if settings.structure == "2:4":
+            console.print(f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {out} OUT", highlight=False)
 
 
 @app.command("eval")

@@ -50,7 +50,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prefill and decode speed of MODEL, dense against packed: tokens per second, memory, bytes on disk."""
+    """Prefill and decode speed of a 2:4 MODEL, dense against packed: tokens per second, memory, bytes on disk."""
     place, number = choose_device(device), None if dtype is None else parse_dtype(dtype)
     causal_lm = _load(model if packed is None else str(packed), number, trust_remote_code)
     if packed is not None and not _is_packed(causal_lm):

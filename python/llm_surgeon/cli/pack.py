@@ -18,7 +18,7 @@ def pack(
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
-    """Pack a 2:4 MODEL into OUT: 9/16 of the bytes, the same values, faster on NVIDIA GPUs.
+    """Pack a 2:4 MODEL into OUT: the same values in 9/16 of the bytes, faster on NVIDIA GPUs.
 
     OUT loads with AutoModelForCausalLM after `import llm_surgeon`.
     """
