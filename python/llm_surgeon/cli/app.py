@@ -15,6 +15,7 @@ import transformers
 import typer
 import yaml
 
+from llm_surgeon.checkpoint import load_model
 from llm_surgeon.cli import views
 from llm_surgeon.cli.bench import bench_app
 from llm_surgeon.cli.options import (
@@ -33,7 +34,8 @@ from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES,
 from llm_surgeon.demo import run_demo
 from llm_surgeon.errors import InputError, SurgeonError
 from llm_surgeon.evaluate import perplexity
-from llm_surgeon.pruning import CheckpointJob, load_for_evaluation
+from llm_surgeon.pruning import CheckpointJob, choose_device, load_for_evaluation
+from llm_surgeon.zero_shot import parse_tasks, zero_shot
 
 app = typer.Typer(
     name="surgeon",
@@ -167,12 +169,24 @@ def evaluate(
     data: Annotated[str, typer.Option(help=f"{DATA_HELP}; its test part is used.")] = "wikitext2",
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per pass.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead: zero-shot accuracy on these of lm-eval's tasks (a,b,c); llm-pruner: its seven."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
     dtype: Dtype = "float32",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of MODEL: exp of the mean token loss over non-overlapping windows of the test text."""
+    """Perplexity of MODEL (exp of the mean token loss over non-overlapping windows of the test text), or accuracies."""
+    if tasks is not None:
+        names = parse_tasks(tasks)
+        causal_lm, tokenizer, _ = load_model(
+            model, parse_dtype(dtype), choose_device(device), trust_remote_code=trust_remote_code, packed=True
+        )
+        views.print_scores(console, zero_shot(causal_lm, tokenizer, names, limit=limit, batch_size=batch_size or 8))
+        return
     causal_lm, windows = load_for_evaluation(model, data, seqlen, device, trust_remote_code, parse_dtype(dtype))
     with progress_bars(quiet) as progress:
         progress.phase("perplexity")

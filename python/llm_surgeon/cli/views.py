@@ -12,6 +12,7 @@ from llm_surgeon.demo import DemoResult
 from llm_surgeon.pruning import CheckpointJob
 from llm_surgeon.report.text import duration
 from llm_surgeon.resources import human_bytes
+from llm_surgeon.zero_shot import TaskScore
 from surgeon_kernels import build_info
 
 
@@ -50,6 +51,16 @@ def print_demo(console: Console, results: list[DemoResult], out: Path) -> None:
         table.add_row(result.name, f"{result.perplexity:.2f}", above, f"{result.seconds:.1f}")
     console.print(table)
     console.print(f"the Surgeon model and its report.html are in {out}", highlight=False)
+
+
+def print_scores(console: Console, scores: list[TaskScore]) -> None:
+    """Zero-shot scores and their mean, in percent."""
+    table = Table("task", "metric", "score", "±", title="zero-shot")
+    for score in scores:
+        error = "" if score.stderr is None else f"{100 * score.stderr:.2f}"
+        table.add_row(score.task, score.metric, f"{100 * score.value:.2f}", error)
+    table.add_row("mean", "", f"{100 * sum(score.value for score in scores) / len(scores):.2f}", "", style="bold")
+    console.print(table)
 
 
 def print_info(console: Console) -> None:
