@@ -43,6 +43,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "surgeon chunked": {"method": "surgeon", "update": "chunked"},
     "surgeon joint": {"method": "surgeon", "update": "joint"},
 }
+# The default changed in one respect each; --methods names them.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"tolerance {value:g}": {"tolerance": value} for value in (0.05, 0.001)},
+    **{f"shots {value}": {"shots": value} for value in (10, 20)},
+    **{f"damp_g {value:g}": {"damp_g": value} for value in (0.01, 0.03, 0.3)},
+    **{f"damp_a {value:g}": {"damp_a": value} for value in (0.003, 0.03)},
+    **{f"schedule {value:g}": {"schedule": value} for value in (0.7, 1.5, 2.0)},
+    "sampled labels": {"fisher": "sampled"},
+}
+METHODS |= {f"surgeon joint, {name}": {"method": "surgeon", "update": "joint", **v} for name, v in VARIANTS.items()}
 # No definition for whole rows and columns.
 ELEMENTS_ONLY = ("wanda", "sparsegpt", "surgeon chunked")
 TRIAL_FIELDS = ("model", "structure", "method", "seed")
@@ -134,7 +144,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", type=Path, required=True)
     parser.add_argument("--data", required=True, help="text with train and test parts (.zip)")
     parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if "," not in m])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
     parser.add_argument("--jobs", type=int, default=1, help="prunings at once on each device")

@@ -1,25 +1,37 @@
-"""The exact joint update: all pruned weights compensated for at once, by preconditioned conjugate gradients."""
+"""The exact joint update: all pruned weights compensated for at once, by conjugate gradients with a certified gap."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from surgeon_kernels.spd_inverse import spd_inverse
+from surgeon_kernels.masked_cg import MaskedCG, Terms, product
+from surgeon_kernels.spd_inverse import NotPositiveDefiniteError
 
-# Iterations before the gap is estimated at all: enough to smooth the irregular single steps of CG.
+# Iterations between two looks at the progress, each of which waits for the device.
+_PERIOD = 4
+# The bound is taken for final, and the kept weights' turn comes, when it is estimated to rise by no more than this
+# part of the tolerance. The violation of the constraint decays later than the bound rises, and repairing it is dear.
+_BOUND_TOLERANCE = 0.1
+# With fewer weights kept than this fraction, the kept weights alone are the smaller and better conditioned problem.
+_DUAL_FROM = 0.3
+# Iterations before an estimate is made from a trace: enough to smooth the irregular single steps of CG.
 _FIRST_ESTIMATE = 8
+# Times that a part is begun anew from the residual in full precision.
+_REPLACEMENTS = 3
 
 
 class JointUpdate(NamedTuple):
     """What :func:`joint_update` returns."""
 
     delta: Tensor  # [R, C], -W on every pruned weight
-    objective: list[float]  # ½ tr(Δᵀ G Δ A) of the start and after each iteration: never increases
-    gap: float  # estimated (objective - optimum) / optimum at the end; inf if too few iterations to tell
-    jitter: float  # largest relative jitter the preconditioner's factorisations needed, normally 0.0
+    objective: list[float]  # ½ tr(Δᵀ G Δ A) of the first feasible Δ and after each iteration on the kept weights
+    bound: list[float]  # lower bound of the optimum before and after each iteration on the pruned weights; else [0.0]
+    gap: float  # (objective - optimum) / optimum at the end: certified where there is a bound, else estimated, or inf
 
 
 def joint_update(
@@ -27,67 +39,127 @@ def joint_update(
     pruned: Tensor,
     G: Tensor,
     A: Tensor,
+    G_inv: Tensor | None = None,
+    A_inv: Tensor | None = None,
     *,
-    start: Tensor | None = None,
+    second: tuple[Tensor, Tensor] | None = None,
     tolerance: float = 0.01,
-    max_iterations: int = 100,
-    name: str = "layer",
+    max_iterations: int = 200,
 ) -> JointUpdate:
     """Minimise ``½ tr(Δᵀ G Δ A)`` subject to ``Δ = -W`` on every pruned weight (eq. 8 with all K weights at once).
 
-    Conjugate gradients on the kept weights, whose operator is ``mask ∘ (G D A)``: every iterate is feasible and the
-    objective falls monotonically. The preconditioner is ``mask ∘ (Ĝ⁻¹ R Â⁻¹)`` with off-diagonals shrunk,
-    ``M̂ = ρ M + (1 - ρ) diag M``. ``ρ = √d`` with d the kept fraction: a pair of different weights is coupled in the
-    masked problem only when both are kept, with probability d given one of them, and in ``Ĝ ⊗ Â`` a pair that
-    differs in row and column is scaled by ρ².
+    Two problems in turn, both by :class:`~surgeon_kernels.masked_cg.MaskedCG`, whose iterations are one product with
+    two matrices each:
 
-    Iteration stops when the gap to the optimum, as :func:`estimated_gap` extrapolates it from the decreases so far,
-    is below ``tolerance``.
+    1. The dual, ``P ∘ (G⁻¹ Λ A⁻¹) = P ∘ W`` for multipliers ``Λ`` on the pruned positions ``P``. Its value
+       ``⟨Λ, W⟩ - ½ ⟨Λ, G⁻¹ Λ A⁻¹⟩`` is a lower bound of the optimum, rises with every iteration, and meets it with
+       ``Δ = -G⁻¹ Λ A⁻¹``. Large eigenvalues of ``G`` and ``A`` (outlier channels), which make the problem of the kept
+       weights ill-conditioned, are small ones here and do no harm.
+    2. That ``Δ`` is made feasible: it is set to ``-W`` on ``P``. What this costs lies along the large eigenvalues;
+       iterations on the kept weights, ``kept ∘ (G D A)`` being the operator, take it back first.
+
+    It stops when the objective is within ``tolerance`` of the lower bound. Where few weights are kept, and without
+    the inverses, there is the second part only, from ``Δ = 0`` on the kept weights, and the gap is an estimate from
+    the objective's trace (:func:`estimated_gap`). Products within the iterations are in TF32 on CUDA; after each part
+    value and residual are computed anew in full precision, and the part goes on from there if it is not finished.
 
     Args:
-        weight: ``[R, C]``; pruned: bool ``[R, C]``; G: damped ``[R, R]``; A: damped ``[C, C]``, of one dtype.
-        start: a first guess of ``Δ`` ``[R, C]`` (a chunked update); scaled by its own exact line search. Its values
-            at pruned weights are ignored.
+        weight: ``[R, C]``; pruned: bool ``[R, C]``; G: damped ``[R, R]``; A: damped ``[C, C]``; G_inv, A_inv: their
+            inverses. All of one dtype.
+        second: a second pair ``(G₂, A₂)`` for the curvature ``G ⊗ A + G₂ ⊗ A₂``, whose inverse is no product:
+            excludes the inverses.
         tolerance: relative gap to the optimum to stop at.
-        max_iterations: cap on iterations; 0 returns the scaled start.
-        name: the layer, for error messages.
+        max_iterations: cap on the iterations of both parts together; 0 only zeroes.
 
     Raises:
-        NotPositiveDefiniteError: a shrunk factor is not positive definite; the message names the layer.
+        NotPositiveDefiniteError: a factor's diagonal is not positive throughout: it was not damped.
     """
-    problem = _Problem(weight, pruned, G, A)
-    step, residual, objective = problem.begin(start)
-    density = 1.0 - float(pruned.double().mean()) if pruned.numel() else 1.0
-    G_hat, A_hat = (
-        spd_inverse(_shrink(M, density**0.5), name=f"{name}: shrunk {symbol}") for symbol, M in (("G", G), ("A", A))
-    )
-    trace, solved = [objective], False
-    direction, energy = torch.zeros_like(weight), 0.0
-    while len(trace) <= max_iterations and estimated_gap(trace) > tolerance:
-        z = problem.mask(G_hat.inverse @ residual @ A_hat.inverse)
-        previous, energy = energy, _dot(residual, z)
-        if energy <= 0.0:  # the residual has vanished: exactly, or to rounding
-            solved = energy == 0.0
+    if (G_inv is None) != (A_inv is None) or (second is not None and G_inv is not None):
+        raise ValueError("give both inverses or neither, and none beside a second pair")
+    terms = [(G, A)] if second is None else [(G, A), second]
+    if not all(bool((M.diagonal() > 0.0).all()) for pair in terms for M in pair):
+        raise NotPositiveDefiniteError("a curvature factor's diagonal is not positive throughout")
+    delta, bound = torch.where(pruned, -weight, 0.0), [0.0]
+    if G_inv is not None and A_inv is not None and _kept_fraction(pruned) >= _DUAL_FROM:
+        delta, bound = _solve_dual(weight, pruned, [(G_inv, A_inv)], tolerance, max_iterations)
+    gradient = product(terms, delta)
+    trace = [0.5 * _dot(delta, gradient)]
+    certified = bound[-1] > 0.0
+
+    def gap() -> float:
+        return max(trace[-1] / bound[-1] - 1.0, 0.0) if certified else estimated_gap(trace)
+
+    last_gap = gap()
+    for _ in range(_REPLACEMENTS):
+        left, begun = max_iterations + 2 - len(trace) - len(bound), trace[-1]
+        if left <= 0 or last_gap <= tolerance:
             break
-        direction = z + direction * (energy / previous) if previous else z
-        image = problem.apply(direction)
-        curvature = _dot(direction, image)
-        if curvature <= 0.0:
+        solver = MaskedCG(terms, ~pruned, gradient.neg_().masked_fill_(pruned, 0.0))
+        solved = _run(solver, trace, -1.0, left, lambda: gap() <= tolerance)
+        delta += solver.x
+        del solver
+        gradient = product(terms, delta)
+        last_gap, claimed = 0.0 if solved else gap(), trace[-1]
+        trace[-1] = 0.5 * _dot(delta, gradient)
+        last_gap = gap() if certified else last_gap + max(trace[-1] / claimed - 1.0, 0.0)
+        if not trace[-1] < begun:  # nothing more to be had in this precision
             break
-        length = energy / curvature
-        decrease = 0.5 * length * energy
-        if not trace[-1] - decrease >= 0.0:  # below what this dtype resolves (or NaN): the step is noise
+    return JointUpdate(delta, trace, bound, last_gap)
+
+
+def _solve_dual(
+    weight: Tensor, pruned: Tensor, inverse: Terms, tolerance: float, max_iterations: int
+) -> tuple[Tensor, list[float]]:
+    """The feasible ``Δ`` of the dual's solution, and the bound after 0, 1, 2, ... iterations."""
+    wanted = weight.masked_fill(~pruned, 0.0)
+    multipliers, full, bound = torch.zeros_like(weight), torch.zeros_like(weight), [0.0]
+    for _ in range(_REPLACEMENTS):
+        solver = MaskedCG(inverse, pruned, (wanted + full).masked_fill_(~pruned, 0.0))
+        left = max_iterations + 1 - len(bound)
+        _run(solver, bound, 1.0, left, lambda: still_to_rise(bound) <= _BOUND_TOLERANCE * tolerance)
+        multipliers += solver.x
+        del solver
+        full = product(inverse, multipliers).neg_()
+        claimed, bound[-1] = bound[-1], _dot(multipliers, wanted) + 0.5 * _dot(multipliers, full)
+        if bound[-1] >= (1.0 - _BOUND_TOLERANCE * tolerance) * claimed or len(bound) > max_iterations:
             break
-        step.add_(direction, alpha=length)
-        residual.sub_(image, alpha=length)
-        trace.append(trace[-1] - decrease)
-    delta = torch.where(pruned, -weight, step)
-    return JointUpdate(delta, trace, 0.0 if solved else estimated_gap(trace), max(G_hat.jitter, A_hat.jitter))
+    return torch.where(pruned, -weight, full), bound
+
+
+def _run(solver: MaskedCG, values: list[float], sign: float, iterations: int, enough: Callable[[], bool]) -> bool:
+    """Iterate and append the values until ``enough``; whether it ended because nothing changes any more."""
+    while iterations > 0 and not enough():
+        changes = solver.run(min(_PERIOD, iterations))
+        iterations -= len(changes)
+        for change in changes:
+            if change == 0.0:
+                return True
+            values.append(max(values[-1] + sign * change, 0.0))
+        if values[-1] == values[-2]:
+            return True
+    return False
 
 
 def objective(delta: Tensor, G: Tensor, A: Tensor) -> float:
     """The predicted increase of the mean loss ``½ tr(Δᵀ G Δ A)``, in nats per token, summed in float64."""
     return 0.5 * _dot(delta, G @ delta @ A)
+
+
+def still_to_rise(bound: list[float]) -> float:
+    """By what part of itself the dual's lower bound will still rise, extrapolated from its rises so far.
+
+    With ``s₀`` and ``s₁`` the rises over the last third of the iterations and the third before, these are taken to go
+    on as a geometric series: ``s₁ q / (1 - q)``, ``q = s₁ / s₀``. The dual is well-conditioned, its error falls so.
+    Infinite for the first iterations and while the rises grow.
+    """
+    n = len(bound) - 1
+    third = n // 3
+    if n < _FIRST_ESTIMATE:
+        return math.inf
+    last, before = bound[n] - bound[n - third], bound[n - third] - bound[n - 2 * third]
+    if last <= 0.0:
+        return 0.0
+    return last * last / (before - last) / bound[n] if last < before else math.inf
 
 
 def estimated_gap(trace: list[float]) -> float:
@@ -104,51 +176,19 @@ def estimated_gap(trace: list[float]) -> float:
         return 0.0
     n = len(trace) - 1
     if n < _FIRST_ESTIMATE:
-        return float("inf")
+        return math.inf
     before, last = trace[4 * n // 9] - trace[2 * n // 3], trace[2 * n // 3] - trace[n]
     if last <= 0.0:
         return 0.0
     if last >= before:
-        return float("inf")
-    ratio = last / before
-    to_come = last * ratio / (1.0 - ratio)
+        return math.inf
+    to_come = last * last / (before - last)
     optimum = trace[-1] - to_come
-    return to_come / optimum if optimum > 0.0 else float("inf")
+    return to_come / optimum if optimum > 0.0 else math.inf
 
 
-class _Problem:
-    """The quadratic problem restricted to kept weights."""
-
-    def __init__(self, weight: Tensor, pruned: Tensor, G: Tensor, A: Tensor) -> None:
-        self.weight, self.pruned, self.G, self.A = weight, pruned, G, A
-
-    def mask(self, X: Tensor) -> Tensor:
-        return X.masked_fill_(self.pruned, 0.0)
-
-    def apply(self, D: Tensor) -> Tensor:
-        return self.mask(self.G @ D @ self.A)
-
-    def begin(self, start: Tensor | None) -> tuple[Tensor, Tensor, float]:
-        """The first step on the kept weights, the residual there (minus the gradient) and the objective."""
-        zeroing = torch.where(self.pruned, -self.weight, torch.zeros_like(self.weight))
-        gradient = self.G @ zeroing @ self.A
-        value = 0.5 * _dot(zeroing, gradient)
-        residual = self.mask(-gradient)
-        if start is None:
-            return torch.zeros_like(residual), residual, value
-        step = self.mask(start.clone())
-        image = self.apply(step)
-        slope, curvature = _dot(step, residual), _dot(step, image)
-        if curvature <= 0.0:
-            return torch.zeros_like(residual), residual, value
-        scale = slope / curvature
-        return step * scale, residual - scale * image, max(value - 0.5 * scale * slope, 0.0)
-
-
-def _shrink(M: Tensor, rho: float) -> Tensor:
-    shrunk = rho * M
-    shrunk.diagonal().copy_(M.diagonal())
-    return shrunk
+def _kept_fraction(pruned: Tensor) -> float:
+    return 1.0 - float(pruned.double().mean()) if pruned.numel() else 1.0
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

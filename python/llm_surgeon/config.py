@@ -85,6 +85,8 @@ class PruneConfig:
         max_correlated: most pruned weights solved for together by the chunked update (the paper's m).
         shots: rounds of estimate, select, update. Left out: 5; for rows-columns 8 for every 10 % removed (the
             paper's settings), for groups 10; 1 for methods and importances that do not re-estimate.
+        schedule: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of the sparsity is reached: 1 is linear,
+            more prunes more in the early shots.
         damp_g, damp_a: damping, relative to the mean diagonal of G and A. ``damp_g`` left out: 0.1, or 0.01
             for rows-columns and groups.
         fisher: labels for the curvature: the data's own (``"empirical"``) or drawn from the model
@@ -121,11 +123,12 @@ class PruneConfig:
     update: str | None = None
     max_correlated: int = 2000
     shots: int | None = None
+    schedule: float = 1.0
     damp_g: float | None = None
     damp_a: float = 0.01
     fisher: str = "empirical"
     tolerance: float = 0.01
-    max_iterations: int = 100
+    max_iterations: int = 200
     min_kept: float = 0.02
     importance: str = "kronecker"
     allocation: str | None = None
@@ -174,7 +177,7 @@ class PruneConfig:
         for name in ("seqlen", "batch_size", "curvature_layers"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
-        for name in ("damp_g", "damp_a", "tolerance"):
+        for name in ("damp_g", "damp_a", "tolerance", "schedule"):
             require_number(name, getattr(self, name), 0.0, math.inf)
         require_number("lora_learning_rate", self.lora_learning_rate, 0.0, math.inf)
         require_positive_int("lora_steps", self.lora_steps)

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class ShotLoop:
-    """Prunes ``decoder`` in place along the linear schedule: after shot t of T, ``t / T`` of the sparsity is reached.
+    """Prunes ``decoder`` in place, a part of the sparsity in each shot (``schedule`` in :class:`PruneConfig`).
 
     Args:
         model: the causal LM that ``decoder`` is part of.
@@ -82,7 +82,7 @@ class ShotLoop:
     def _shot(self, index: int) -> None:
         config = self.config
         assert config.sparsity is not None and config.shots is not None
-        target = config.sparsity * index / config.shots
+        target = config.sparsity * (1.0 - (1.0 - index / config.shots) ** config.schedule)
         seconds: dict[str, float] = {}
         curvature, factors, threshold, predicted = None, None, None, None
         traces: list[SolverTrace] = []
@@ -167,7 +167,7 @@ class ShotLoop:
                 factors.note_jitter(linear, new.jitter)
             linear.write(new.weight)
             if new.objective:
-                traces.append(SolverTrace(linear.name, new.objective, new.gap))
+                traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
             return None if pair is None else predicted_increase(new.delta, *pair)
 
         # Read back together: the host runs ahead of the device.

@@ -20,9 +20,6 @@ from surgeon_kernels import (
     rows_columns_update,
 )
 
-# The joint solver starts from summed chunks of this many weights: small batched systems, cheap beside one iteration.
-_START_CORRELATED = 64
-
 
 @dataclass(frozen=True)
 class LayerUpdate:
@@ -30,7 +27,8 @@ class LayerUpdate:
 
     weight: Tensor  # [R, C'], exactly +0.0 where pruned
     delta: Tensor  # [R, C']
-    objective: list[float] = field(default_factory=list)  # joint solver only, damped objective per iteration
+    objective: list[float] = field(default_factory=list)  # joint solver only, like bound and gap: see JointUpdate
+    bound: list[float] = field(default_factory=list)
     gap: float | None = None  # None where the solver could not tell
     jitter: float = 0.0
 
@@ -57,6 +55,7 @@ def remove_and_compensate(
         return remove(weight, selection)
     pruned = with_bias(selection, weight.shape[1])
     trace: list[float] = []
+    bound: list[float] = []
     gap, jitter = None, 0.0
     try:
         if selection.rows is not None and selection.columns is not None:
@@ -66,27 +65,23 @@ def remove_and_compensate(
         elif config.update == "chunked":
             delta, jitter = chunked_update(weight, pruned, g.inverse, a.inverse, max_correlated=config.max_correlated)
         else:
-            start = chunked_update(
-                weight, pruned, g.inverse, a.inverse, max_correlated=_START_CORRELATED, sequential=False
-            )
             solved = joint_update(
                 weight,
                 pruned,
                 g.damped,
                 a.damped,
-                start=start.delta,
+                g.inverse,
+                a.inverse,
                 tolerance=config.tolerance,
                 max_iterations=config.max_iterations,
-                name=name,
             )
-            delta, trace = solved.delta, solved.objective
+            delta, trace, bound = solved.delta, solved.objective, solved.bound
             gap = solved.gap if math.isfinite(solved.gap) else None
-            jitter = max(start.jitter, solved.jitter)
     except NotPositiveDefiniteError as error:
         raise NumericalError(f"update of {name}: {error}") from error
     if not bool(torch.isfinite(delta).all()):
         raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
-    return LayerUpdate((weight + delta).masked_fill(pruned, 0.0), delta, trace, gap, jitter)
+    return LayerUpdate((weight + delta).masked_fill(pruned, 0.0), delta, trace, bound, gap, jitter)
 
 
 def with_bias(selection: Selection, width: int) -> Tensor:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from llm_surgeon.report.schema import PruneReport
+from llm_surgeon.report.schema import PruneReport, SolverTrace
 from llm_surgeon.report.text import percent
 
 # Okabe and Ito's blue and vermilion: told apart by every common kind of colour vision, and in grey.
@@ -112,15 +112,16 @@ def prediction_figure(report: PruneReport) -> Figure | None:
 
 @matplotlib.rc_context(_STYLE)
 def convergence_figure(report: PruneReport) -> Figure | None:
-    """Relative excess ``objective / final objective - 1`` by iteration, one line per layer of the last solved shot.
+    """Relative distance to the final objective by iteration, one line per layer of the last solved shot.
 
+    First that of the lower bound, below it, then that of the objective, above it.
     A layer that has stopped counts as 0 in the median, which is drawn for as long as it is positive.
     """
     shot = next((shot for shot in reversed(report.shots) if any(t.iterations for t in shot.solver)), None)
     if shot is None:
         return None
     # A layer with nothing to remove has an objective of 0 throughout: there is no ratio to draw.
-    curves = [np.array(t.objective) / t.objective[-1] - 1 for t in shot.solver if t.iterations and t.objective[-1] > 0]
+    curves = [_distances(trace) for trace in shot.solver if trace.iterations and trace.objective[-1] > 0]
     if not any((curve > 0).any() for curve in curves):
         return None
 
@@ -134,13 +135,18 @@ def convergence_figure(report: PruneReport) -> Figure | None:
         axes.plot(_positive(curve), color=BLUE, alpha=0.35, linewidth=0.8, label=label)
     axes.plot(_positive(np.median(padded, axis=0)), color=VERMILION, linewidth=2.2, label="median")
     axes.set(
-        title=f"Solver convergence in shot {shot.index}", xlabel="iteration", ylabel="objective above its final value"
+        title=f"Solver convergence in shot {shot.index}", xlabel="iteration", ylabel="distance to the final objective"
     )
     _percent_log_axis(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
     axes.legend()
     return figure
+
+
+def _distances(trace: SolverTrace) -> np.ndarray:
+    bound, objective = np.array(trace.bound[:-1]), np.array(trace.objective)
+    return np.concatenate([1 - bound / objective[-1], objective / objective[-1] - 1])
 
 
 @matplotlib.rc_context(_STYLE)

@@ -52,17 +52,19 @@ class SolverTrace:
 
     Attributes:
         layer: the layer's name.
-        objective: predicted loss increase (nats per token) after 0, 1, 2, ... iterations.
-        gap: estimated ``objective / optimum - 1`` at the end; ``None`` where no estimate was made.
+        objective: predicted loss increase (nats per token) after 0, 1, 2, ... iterations on the kept weights.
+        gap: bound or estimate of ``objective / optimum - 1`` at the end; ``None`` where there is none.
+        bound: lower bound of the objective after 0, 1, 2, ... iterations on the pruned weights, which come first.
     """
 
     layer: str
     objective: list[float]
     gap: float | None = None
+    bound: list[float] = field(default_factory=list)
 
     @property
     def iterations(self) -> int:
-        return max(0, len(self.objective) - 1)
+        return max(0, len(self.objective) - 1) + max(0, len(self.bound) - 1)
 
 
 @dataclass

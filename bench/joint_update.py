@@ -1,0 +1,149 @@
+"""The joint solver on a CUDA device: time of an iteration against its product and against plain PyTorch; whole solves.
+
+    python bench/joint_update.py           # every shape, appended to results/joint_update.csv
+    python bench/joint_update.py --tune    # launch configurations of the passes; nothing is recorded
+
+``product`` is the iteration's two TF32 matrix products alone, the floor; ``torch`` the same iteration in PyTorch calls.
+Factors have spectra that fall as k^-1 (A) and k^-0.5 (G), damped as by default, half of the weights go as 2:4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from environment import append_row, environment
+from surgeon_kernels import joint_update, nm_select, objective, spd_inverse
+from surgeon_kernels.masked_cg import MaskedCG, product, tf32
+
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
+# TF32 rate and bandwidth measured on an H200 (torch 2.11): 8192^3 products, copies.
+TF32, BANDWIDTH = 390e12, 4.2e12
+_BYTES = 41  # an iteration's passes, for each entry
+_ITERATIONS = 20
+
+
+def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """``(weight, pruned, G, A, G_inv, A_inv)``."""
+    torch.manual_seed(seed)
+    g, a = (
+        spd_inverse(_power_law(n, power), damping) for n, power, damping in ((rows, 0.5, 0.1), (columns, 1.0, 0.01))
+    )
+    weight = 0.02 * torch.randn(rows, columns, device="cuda")
+    pruned = nm_select(weight**2 / torch.outer(g.inverse.diagonal(), a.inverse.diagonal()), 2, 4)
+    return weight, pruned, g.damped, a.damped, g.inverse, a.inverse
+
+
+def _power_law(n: int, power: float) -> Tensor:
+    """Covariance of samples whose independent components have variances k^-power, mixed at random."""
+    x = torch.randn(n, n, device="cuda") / n**0.5
+    x = x * torch.arange(1, n + 1, device="cuda") ** (-power / 2)
+    return x @ x.T
+
+
+def milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
+    times = []
+    run()
+    for _ in range(repetitions):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def iteration_times(inputs: tuple[Tensor, ...], iterations: int = _ITERATIONS) -> dict[str, float]:
+    """Milliseconds of one iteration: with the kernels, in PyTorch calls, and of its product alone."""
+    weight, pruned, _, _, G_inv, A_inv = inputs
+    terms = [(G_inv, A_inv)]
+    fused, plain = (MaskedCG(terms, pruned, weight.masked_fill(~pruned, 0.0)) for _ in range(2))
+    plain._passes = None
+    image, half = torch.empty_like(weight), torch.empty_like(weight)
+
+    def products() -> None:
+        with tf32():
+            for _ in range(iterations):
+                product(terms, weight, out=image, half=half)
+
+    return {
+        "fused_ms": milliseconds(lambda: fused.run(iterations)) / iterations,
+        "torch_ms": milliseconds(lambda: plain.run(iterations)) / iterations,
+        "product_ms": milliseconds(products) / iterations,
+    }
+
+
+def measure(rows: int, columns: int) -> dict[str, object]:
+    inputs = problem(rows, columns)
+    times = iteration_times(inputs)
+    floor = 2 * rows * columns * (rows + columns) / TF32 + _BYTES * rows * columns / BANDWIDTH
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, begun = torch.cuda.memory_allocated(), time.perf_counter()
+    solved = joint_update(*inputs)
+    torch.cuda.synchronize()
+    seconds, peak = time.perf_counter() - begun, torch.cuda.max_memory_allocated() - before
+    weight, _, G, A, _, _ = inputs
+    true = objective(solved.delta, G, A)
+    return {
+        "rows": rows,
+        "columns": columns,
+        **{key: f"{value:.3f}" for key, value in times.items()},
+        "floor_ms": f"{1e3 * floor:.3f}",
+        "passes_tb_s": f"{_BYTES * rows * columns / (times['fused_ms'] - times['product_ms']) / 1e9:.2f}",
+        "solve_ms": f"{1e3 * seconds:.1f}",
+        "iterations_dual": len(solved.bound) - 1,
+        "iterations_kept": len(solved.objective) - 1,
+        "certified_gap": f"{solved.gap:.5f}",
+        "objective_error": f"{solved.objective[-1] / true - 1:.1e}",
+        "workspace_matrices": f"{peak / weight.nbytes:.1f}",
+        **environment("cuda"),
+    }
+
+
+def tune() -> None:
+    from surgeon_kernels import masked_cg_triton
+
+    for rows, columns in SHAPES[:2]:
+        inputs = problem(rows, columns)
+        weight, pruned, _, _, G_inv, A_inv = inputs
+        solver = MaskedCG([(G_inv, A_inv)], pruned, weight.masked_fill(~pruned, 0.0))
+        for block, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8)):
+            for resident in (2, 4, 8):
+                passes = masked_cg_triton.Passes(solver, resident=resident, block=block, warps=warps)
+
+                def run(passes: masked_cg_triton.Passes = passes, solver: MaskedCG = solver) -> None:
+                    passes.begin(_ITERATIONS, solver._energy)
+                    for k in range(_ITERATIONS):
+                        passes.finish(k)
+
+                ms = milliseconds(run) / _ITERATIONS
+                rate = _BYTES * rows * columns / ms / 1e9
+                print(
+                    f"{rows} x {columns} block {block} warps {warps} resident {resident}: {ms:.4f} ms {rate:.2f} TB/s"
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "joint_update.csv")
+    options = parser.parse_args()
+    if options.tune:
+        tune()
+        return
+    for rows, columns in SHAPES:
+        row = measure(rows, columns)
+        append_row(options.out, row)
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
