@@ -135,6 +135,8 @@ class PruneConfig:
     round_to: int = 1
     uniform: bool = False
     skip_layers: str = ""
+    reconstruct: str = "none"
+    damp_reconstruct: float = 0.01
     samples: int = 128
     seqlen: int | None = None
     batch_size: int | None = None

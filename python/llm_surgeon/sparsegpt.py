@@ -132,7 +132,7 @@ def prune_sparsegpt(
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model):
         batches = [
-            _record(model, decoder, input_ids, mask) for input_ids, mask in calibration.batches(batch_size, device)
+            record_batch(model, decoder, input_ids, mask) for input_ids, mask in calibration.batches(batch_size, device)
         ]
         for depth, block in enumerate(decoder.blocks):
             linears = [linear for linear in decoder.linears if linear.depth == depth]
@@ -157,7 +157,7 @@ def prune_sparsegpt(
 
 
 @dataclass
-class _Batch:
+class BlockBatch:
     """A calibration batch on its way through the blocks."""
 
     hidden: Tensor  # the next block's input  [batch, seqlen, hidden size]
@@ -168,13 +168,14 @@ class _Batch:
     def tokens(self) -> int:
         return self.hidden.shape[:-1].numel() if self.mask is None else int(self.mask.sum())
 
-    def run(self, block: nn.Module) -> Tensor:
-        args, kwargs = self.arguments[block]
+    def run(self, block: nn.Module, like: nn.Module | None = None) -> Tensor:
+        """Output of ``block``, or of another block with the arguments of ``like``."""
+        args, kwargs = self.arguments[like or block]
         output = block(self.hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
-def _record(model: PreTrainedModel, decoder: Decoder, input_ids: Tensor, mask: Tensor | None) -> _Batch:
+def record_batch(model: PreTrainedModel, decoder: Decoder, input_ids: Tensor, mask: Tensor | None) -> BlockBatch:
     """Run the model once and note each block's arguments: masks and rotary embeddings may differ."""
     inputs: list[Tensor] = []  # of the first block only
     arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -189,14 +190,14 @@ def _record(model: PreTrainedModel, decoder: Decoder, input_ids: Tensor, mask: T
         for block in decoder.blocks:
             hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
         run_model(model.base_model, input_ids, mask)  # not the model: its logits are large and not needed
-    return _Batch(inputs[0], mask, arguments)
+    return BlockBatch(inputs[0], mask, arguments)
 
 
 def _without_cache(value: Any) -> Any:
     return None if isinstance(value, Cache) else value
 
 
-def _hessians(block: nn.Module, linears: list[PrunableLinear], batches: list[_Batch]) -> dict[str, Tensor]:
+def _hessians(block: nn.Module, linears: list[PrunableLinear], batches: list[BlockBatch]) -> dict[str, Tensor]:
     """``H = mean(a aᵀ)`` of every input group of a block, over all tokens that are not padding."""
     readers = [linear for linear in linears if linear.name == linear.input_group]
     tokens = max(1, sum(batch.tokens for batch in batches))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients
 from llm_surgeon.structures.narrow import narrow
+from llm_surgeon.structures.reconstruct import reconstruct
 from llm_surgeon.structures.select import check_reachable, select_groups
 from surgeon_kernels import NotPositiveDefiniteError, damp, objective, rows_columns_update, spd_inverse
 
@@ -47,6 +49,7 @@ class GroupLoop(ShotLoop):
         self.removed = [
             torch.zeros(d.groups, d.parts, dtype=torch.bool, device=d.columns.device) for d in self.dimensions
         ]
+        self._dense = copy.deepcopy(decoder.blocks) if config.reconstruct != "none" else []
         self._generator = torch.Generator().manual_seed(config.seed)
 
     def finish(self) -> None:
@@ -81,6 +84,9 @@ class GroupLoop(ShotLoop):
             increases = [
                 self._update_dimension(dimension, removed, curvature) for dimension, removed in self._each_dimension()
             ]
+        if config.reconstruct.startswith("every") or (config.reconstruct.startswith("last") and index == config.shots):
+            with self._phase("reconstruction", seconds):
+                self._reconstruct()
         self.reports.append(
             ShotReport(
                 index=index,
@@ -92,6 +98,21 @@ class GroupLoop(ShotLoop):
                 seconds=seconds,
                 jitter=jitter,
             )
+        )
+
+    def _reconstruct(self) -> None:
+        linears = self.decoder.linears
+        if self.config.reconstruct.endswith("writers"):
+            linears = self._consumers.linears
+        reconstruct(
+            self.model,
+            Decoder(self.decoder.blocks, linears),
+            self._dense,
+            {dimension.kind for dimension in self.dimensions},
+            self.calibration,
+            damping=self.config.damp_reconstruct,
+            batch_size=self.batch_size,
+            progress=self.progress.step,
         )
 
     def _measure(self, index: int) -> tuple[float, Curvature | None, WeightGradients | None]:
@@ -132,6 +153,11 @@ class GroupLoop(ShotLoop):
         assert curvature is not None and config.damp_g is not None
         G, A = curvature.factors(consumer)
         assert G is not None
+        # What is gone cannot compensate, though its inputs may live on in other heads of its group.
+        gone = dimension.removed_columns(removed)
+        A[: len(gone), : len(gone)].masked_fill_(gone[:, None] | gone, 0.0)
+        A[len(gone) :, : len(gone)].masked_fill_(gone, 0.0)
+        A[: len(gone), len(gone) :].masked_fill_(gone[:, None], 0.0)
         try:
             a = spd_inverse(A, config.damp_a, name=f"A of {consumer.name}")
         except NotPositiveDefiniteError as error:
