@@ -23,6 +23,7 @@ import torch
 from environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
+from llm_surgeon.config import GRADIENT_IMPORTANCES
 from llm_surgeon.data import calibration_windows, evaluation_windows, read_text, tokenize
 
 SAMPLES, SEQLEN = 128, 1024
@@ -31,6 +32,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "unstructured 50%": {"structure": "unstructured", "sparsity": 0.5},
     "rows-columns 20%": {"structure": "rows-columns", "sparsity": 0.2},
     "rows-columns 30%": {"structure": "rows-columns", "sparsity": 0.3},
+    "groups 20%": {"structure": "groups", "sparsity": 0.2},
+    "groups 30%": {"structure": "groups", "sparsity": 0.3},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -42,6 +45,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "surgeon independent": {"method": "surgeon", "update": "independent"},
     "surgeon chunked": {"method": "surgeon", "update": "chunked"},
     "surgeon joint": {"method": "surgeon", "update": "joint"},
+    # Of coupled groups, by LLM-Pruner's importances: alike in every layer, as its default is, or over the whole model.
+    **{
+        f"{importance}{suffix}": {"importance": importance, "allocation": allocation}
+        for importance in (*GRADIENT_IMPORTANCES, "magnitude", "random")
+        for suffix, allocation in ((" local", "local"), (" global", "global"))
+    },
 }
 # The default changed in one respect each; --methods names them.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -53,6 +62,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sampled labels": {"fisher": "sampled"},
 }
 METHODS |= {f"surgeon joint, {name}": {"method": "surgeon", "update": "joint", **v} for name, v in VARIANTS.items()}
+IMPORTANCE_METHODS = tuple(name for name, options in METHODS.items() if "importance" in options)
+# What is defined for coupled groups.
+GROUP_METHODS = ("surgeon none", "surgeon joint", *IMPORTANCE_METHODS)
 # No definition for whole rows and columns.
 ELEMENTS_ONLY = ("wanda", "sparsegpt", "surgeon chunked")
 TRIAL_FIELDS = ("model", "structure", "method", "seed")
@@ -89,6 +101,8 @@ def plan(models: list[str], structures: list[str], methods: list[str], seeds: li
         for structure in structures:
             for method in methods:
                 if structure.startswith("rows") and method in ELEMENTS_ONLY:
+                    continue
+                if (method not in GROUP_METHODS) if structure.startswith("groups") else (method in IMPORTANCE_METHODS):
                     continue
                 chosen = seeds[:1] if method == "magnitude" else seeds
                 trials += [(model, structure, method, seed) for seed in chosen]

@@ -24,7 +24,7 @@ GLOBAL_METHODS = ("surgeon", "k-obd")
 # Methods that have a definition for whole rows and columns.
 STRUCTURED_METHODS = ("surgeon", "k-obd", "l-obd", "magnitude")
 # Structures that are removed from the model for good, and how their groups can be scored.
-COUPLED_STRUCTURES = ("groups",)
+COUPLED_STRUCTURES = ("groups", "layers")
 GRADIENT_IMPORTANCES = ("taylor1", "taylor2", "taylor-mix", "vector")
 IMPORTANCES = ("kronecker", *GRADIENT_IMPORTANCES, "magnitude", "random")
 ALLOCATIONS = ("global", "local")
@@ -76,7 +76,7 @@ class PruneConfig:
 
     Attributes:
         structure: ``"2:4"`` or any ``"N:M"``, ``"unstructured"``, ``"rows-columns"``; or ``"groups"``, neurons and
-            attention heads, which makes the model smaller.
+            attention heads, or ``"layers"``, whole decoder blocks, which make the model smaller.
         method: one of :data:`METHODS`.
         sparsity: fraction of the decoder's linear weights to remove, in (0, 1). Implied by N:M; otherwise 0.5
             (unstructured) or 0.3 (rows-columns, groups) when left out.
@@ -274,7 +274,9 @@ class PruneConfig:
     def _resolve_shots(self, structure: Structure) -> None:
         if self.shots is None:
             assert self.sparsity is not None
-            multi = {"rows-columns": max(1, round(80 * self.sparsity)), "groups": 10}.get(structure.kind, 5)
+            multi = {"rows-columns": max(1, round(80 * self.sparsity)), "groups": 10, "layers": 1}.get(
+                structure.kind, 5
+            )
             again = self.method in GLOBAL_METHODS and self.importance == "kronecker"
             self._set("shots", multi if again else 1)
         require_positive_int("shots", self.shots)

@@ -25,6 +25,7 @@ from llm_surgeon.report.schema import LayerReport, PruneReport, collect_versions
 from llm_surgeon.resources import peak_memory, require_disk, require_memory
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
+from llm_surgeon.structures.blocks import BlockLoop
 from llm_surgeon.structures.loop import GroupLoop
 
 
@@ -70,7 +71,8 @@ def prune(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    kind = GroupLoop if config.pattern.coupled else ShotLoop
+    loops: dict[str, type[ShotLoop]] = {"groups": GroupLoop, "layers": BlockLoop}
+    kind = loops.get(config.pattern.kind, ShotLoop)
     with _memory_capped(config):
         loop = kind(model, decoder, windows, config, progress or Progress())
         with _restored_on_failure(decoder, wait=config.offload == "cpu") as saved:

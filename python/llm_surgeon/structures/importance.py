@@ -75,14 +75,14 @@ def group_importance(
     if importance == "random":
         draw = torch.rand(dimension.groups, generator=generator).to(device)
         return DimensionCosts(draw, draw[:, None].expand(-1, dimension.parts))
-    columns = _line_importance(dimension.consumer, importance, gradients, dim=0)
+    columns = line_importance(dimension.consumer, importance, gradients, dim=0)
     groups = columns[dimension.columns].sum(dim=1)
     for kind, producer in dimension.producers.items():
-        groups += _line_importance(producer, importance, gradients, dim=1)[dimension.rows[kind]].sum(dim=1)
+        groups += line_importance(producer, importance, gradients, dim=1)[dimension.rows[kind]].sum(dim=1)
     return DimensionCosts(groups, groups[:, None].expand(-1, dimension.parts))
 
 
-def _line_importance(linear: PrunableLinear, importance: str, gradients: WeightGradients | None, dim: int) -> Tensor:
+def line_importance(linear: PrunableLinear, importance: str, gradients: WeightGradients | None, dim: int) -> Tensor:
     """Importance of the rows (``dim=1``) or columns (``dim=0``) of one linear's weight."""
     weight = linear.matrix()[:, : linear.columns]
     if importance == "magnitude":

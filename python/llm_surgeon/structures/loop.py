@@ -87,6 +87,11 @@ class GroupLoop(ShotLoop):
         if config.reconstruct.startswith("every") or (config.reconstruct.startswith("last") and index == config.shots):
             with self._phase("reconstruction", seconds):
                 self._reconstruct()
+        if config.lora_rank:
+            with self._phase("correction", seconds):
+                from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
+
+                correct(self.model, self.decoder, self.calibration, config, index, self.progress)
         self.reports.append(
             ShotReport(
                 index=index,
@@ -97,6 +102,7 @@ class GroupLoop(ShotLoop):
                 predicted_increase=sum(increases) if config.importance == "kronecker" else None,
                 seconds=seconds,
                 jitter=jitter,
+                correction_rank=index * config.lora_rank,
             )
         )
 
@@ -127,7 +133,7 @@ class GroupLoop(ShotLoop):
                 fisher=config.fisher,
                 seed=config.seed + index,
                 gradients=config.importance == "kronecker",
-                checkpoint_activations=config.checkpoint_activations,
+                checkpoint_activations=self.plan.checkpoint_activations,
                 progress=self.progress.step,
             )
         if config.importance in GRADIENT_IMPORTANCES:
@@ -193,8 +199,11 @@ class GroupLoop(ShotLoop):
 
     def _as_selections(self) -> list[Selection]:
         """What is gone, as rows and columns of every linear."""
-        rows = {x.name: torch.zeros_like(x.matrix()[:, 0], dtype=torch.bool) for x in self.decoder.linears}
-        columns = {x.name: torch.zeros_like(x.matrix()[0, : x.columns], dtype=torch.bool) for x in self.decoder.linears}
+        rows, columns = {}, {}
+        for linear in self.decoder.linears:
+            device = linear.module.get_parameter("weight").device
+            rows[linear.name] = torch.zeros(linear.rows, dtype=torch.bool, device=device)
+            columns[linear.name] = torch.zeros(linear.columns, dtype=torch.bool, device=device)
         for dimension, removed in zip(self.dimensions, self.removed, strict=True):
             columns[dimension.consumer.name] |= dimension.removed_columns(removed)
             for producer, mask in dimension.removed_rows(removed):

@@ -37,16 +37,15 @@ def narrow(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Dim
         UnsupportedModelError: no class builds the smaller model. NumericalError: it computes something else. The
             model is as it was then.
     """
-    before = _logits(model)
-    with _undone_on_failure(model):
+    before = probe_logits(model)
+    with undone_on_failure(model):
         cuts = _cuts(decoder, removed)
         for linear in decoder.linears:
             _cut(linear, *cuts[linear.name])
         _resize(model, decoder, removed)
-        after = _logits(model)
-        difference = float((after - before).abs().max() / before.abs().max())
-        if not difference <= _TOLERANCE.get(before.dtype, _LOOSE):
-            raise NumericalError(f"the smaller model's logits differ from the zeroed model's by {difference:.1g}")
+        after = probe_logits(model)
+        if not same_logits(after, before):
+            raise NumericalError("the smaller model's logits differ from the zeroed model's")
 
 
 def _cuts(decoder: Decoder, removed: Sequence[tuple[Dimension, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -137,7 +136,7 @@ def _become_pruned(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel) -> Tensor:
+def probe_logits(model: PreTrainedModel) -> Tensor:
     """Logits of a few tokens, those a probe reads."""
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(2 * TOKENS, device=embedding.device).view(2, -1) % embedding.shape[0]
@@ -145,20 +144,30 @@ def _logits(model: PreTrainedModel) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
+def same_logits(x: Tensor, y: Tensor) -> bool:
+    """Whether logits agree, up to the rounding of sums over fewer (zero) terms."""
+    difference = float((x - y).abs().max() / y.abs().max())
+    return difference <= _TOLERANCE.get(y.dtype, _LOOSE)
+
+
 @contextmanager
-def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
+def undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
     """Modules, configuration and class are as before if anything is raised (tensors are replaced, never written)."""
     cls, config = type(model), dict(vars(model.config))
-    states = [(module, dict(vars(module)), dict(module._parameters)) for module in model.modules()]
+    states = [
+        (module, dict(vars(module)), dict(module._parameters), dict(module._modules)) for module in model.modules()
+    ]
     try:
         yield
     except BaseException:
         model.__class__ = cls
         vars(model.config).clear()
         vars(model.config).update(config)
-        for module, attributes, parameters in states:
+        for module, attributes, parameters, children in states:
             vars(module).clear()
             vars(module).update(attributes)
             module._parameters.clear()
             module._parameters.update(parameters)
+            module._modules.clear()
+            module._modules.update(children)
         raise

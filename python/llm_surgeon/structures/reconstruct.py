@@ -115,14 +115,14 @@ class _BlockFit:
             a = inputs["a"]
             mask = None if batch.mask is None else batch.mask.to(a.device).view(a.shape[:-1])
             gram_accumulate_(moment, a, mask=mask, ones_column=ones)
-            a = a.reshape(-1, a.shape[-1]).to(dtype)
+            a = a.reshape(-1, a.shape[-1])
             for linear in readers:
                 lack = (self.targets[index][linear.kind] - outputs[linear.kind]).reshape(len(a), -1)
                 if linear in self._writers and self._adds:
                     lack = lack + self._lack_before(linear, index, outputs).view_as(lack)
                 if mask is not None:
                     lack = lack * mask.reshape(-1, 1)
-                cross[linear.name][:, : first.columns].addmm_(lack.to(dtype).T, a)
+                cross[linear.name][:, : first.columns] += _product(lack.to(a.dtype), a)
                 if ones:
                     cross[linear.name][:, -1] += lack.to(dtype).sum(dim=0)
         self._solve(readers, moment.full().div_(tokens), cross, tokens, damping)
@@ -143,10 +143,9 @@ class _BlockFit:
             size = linear.columns + linear.has_bias
             weight = linear.matrix(moment.dtype)
             zero_rows = (weight == 0.0).all(dim=1, keepdim=True)
-            # Inputs that no longer count, whether they are zero (neurons) or not (heads whose keys and values others use).
-            gone = (
-                (weight == 0.0).all(dim=0) if linear in self._writers else torch.zeros_like(weight[0], dtype=torch.bool)
-            )
+            # Inputs that no longer count, be they zero (neurons) or not (heads whose keys and values others use).
+            writes = linear in self._writers
+            gone = (weight == 0.0).all(dim=0) if writes else torch.zeros_like(weight[0], dtype=torch.bool)
             own = moment[:size, :size].masked_fill(gone[:, None] | gone, 0.0)
             try:
                 inverse = spd_inverse(own, damping, name=f"inputs of {linear.name}").inverse
@@ -154,6 +153,14 @@ class _BlockFit:
                 raise NumericalError(str(error)) from error
             delta = cross[linear.name][:, :size].div(tokens).masked_fill(gone, 0.0) @ inverse
             linear.write(weight + delta.masked_fill(zero_rows | gone, 0.0))
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``xᵀ y``, summed in float32 at least."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x.T, y, out_dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype).T @ y.to(dtype)
 
 
 def _note(found: dict[str, Tensor], kind: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

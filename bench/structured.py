@@ -1,0 +1,110 @@
+"""Time to prune coupled groups from a model of Llama-2-7B's shape (random weights), speed and memory either side.
+
+    python bench/structured.py --shots 1 10
+
+Calibration is random tokens: times and sizes are those of a trained model, losses mean nothing. Decode steps are
+replays of one CUDA graph. One row before pruning and one after each run are appended to results/structured.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from environment import append_row, environment
+from llm_surgeon import PruneConfig, prune
+from llm_surgeon.packed.speed import measure_speed
+
+
+def build(options: argparse.Namespace) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+    if options.tiny:
+        sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 128}
+    config = LlamaConfig(num_hidden_layers=options.layers, max_position_embeddings=4096, **sizes)
+    with torch.device(options.device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def speed(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds, bytes, parameters and multiply-accumulates per token (attention scores left out)."""
+    row: dict[str, Any] = {}
+    for batch, prompt, new in ((1, options.prompt, 64), (8, options.prompt, 64)):
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        found = measure_speed(model, batch_size=batch, prompt=prompt, new_tokens=new)
+        row[f"prefill_ms_b{batch}"] = f"{1000 * found.prefill_seconds:.2f}"
+        row[f"decode_ms_per_step_b{batch}"] = f"{1000 * found.decode_seconds / new:.3f}"
+        row[f"peak_gb_b{batch}"] = f"{found.peak_bytes / 1e9:.2f}"
+        row["weights_gb"] = f"{found.weight_bytes / 1e9:.3f}"
+    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    row["macs_per_token"] = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shots", type=int, nargs="+", default=[1])
+    parser.add_argument("--sparsity", type=float, default=0.3)
+    parser.add_argument("--round-to", type=int, default=128)
+    parser.add_argument("--reconstruct", nargs="+", choices=("yes", "no"), default=["yes"])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead: to try this script")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "structured.csv")
+    options = parser.parse_args()
+    about = {**environment(options.device), "model": "llama-2-7b shape", "layers": options.layers}
+    model = build(options)
+    before = speed(model, options)
+    empty = dict.fromkeys(
+        ("sparsity", "shots", "reconstruct", "round_to", "prune_seconds", "phases", "prune_peak_gb"), ""
+    )
+    append_row(options.out, {**about, "state": "dense", **empty, **before})
+    print("dense", before, flush=True)
+    runs = [(shots, chosen) for shots in options.shots for chosen in options.reconstruct]
+    for index, (shots, chosen) in enumerate(runs):
+        if index:
+            del model
+            gc.collect()
+            model = build(options)
+        config = PruneConfig(
+            structure="groups",
+            sparsity=options.sparsity,
+            shots=shots,
+            round_to=options.round_to,
+            reconstruct="last" if chosen == "yes" else "none",
+        )
+        ids = torch.randint(model.config.vocab_size, (options.samples, options.seqlen))
+        begun = time.perf_counter()
+        report = prune(model, ids, config=config)
+        seconds = time.perf_counter() - begun
+        phases: dict[str, float] = {}
+        for shot in report.shots:
+            for phase, taken in shot.seconds.items():
+                phases[phase] = phases.get(phase, 0.0) + taken
+        run = {
+            "sparsity": f"{report.sparsity:.4f}",
+            "shots": shots,
+            "reconstruct": chosen,
+            "round_to": options.round_to,
+            "prune_seconds": f"{seconds:.1f}",
+            "phases": " ".join(f"{phase}={taken:.1f}" for phase, taken in phases.items()),
+            "prune_peak_gb": f"{report.peak_memory_bytes / 1e9:.1f}",
+        }
+        after = speed(model, options)
+        append_row(options.out, {**about, "state": "pruned", **run, **after})
+        print("pruned", run, after, flush=True)
+
+
+if __name__ == "__main__":
+    main()

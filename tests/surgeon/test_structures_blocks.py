@@ -1,0 +1,90 @@
+"""Whole decoder blocks: chosen by measured loss, removed for good."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llm_surgeon import InputError, NumericalError, prune
+from llm_surgeon.capture import mean_loss
+from llm_surgeon.config import IMPORTANCES
+from llm_surgeon.data import Calibration
+from llm_surgeon.models import find_decoder
+from llm_surgeon.structures.blocks import remove_blocks, skipped
+from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
+
+TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_writers_skipping_and_removal_agree(name, tmp_path):
+    model, zeroed = build(name, torch.float64), build(name, torch.float64)
+    writers = [x for x in find_decoder(zeroed).linears if x.depth == 0]
+    for linear in (x for x in writers if x.kind.rpartition(".")[2] in OUT):
+        linear.write(torch.zeros_like(linear.matrix()))
+    decoder = find_decoder(model)
+    with skipped(decoder.blocks, [0]):
+        torch.testing.assert_close(logits(model), logits(zeroed), rtol=0.0, atol=1e-8)
+    remove_blocks(model, decoder, [0])
+    torch.testing.assert_close(logits(model), logits(zeroed), rtol=0.0, atol=1e-8)
+    assert model.config.num_hidden_layers == 1 and len(find_decoder(model).blocks) == 1
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0.0, atol=1e-5 if name == "gemma" else 1e-8)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(TOKENS, **options), loaded.generate(TOKENS, use_cache=False, **options))
+
+
+OUT = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "dense_4h_to_h")
+
+
+def test_the_block_with_the_smallest_measured_rise_goes():
+    model = build("llama")
+    decoder, data = find_decoder(model), Calibration(TOKENS)
+    losses = []
+    for depth in range(2):
+        with skipped(decoder.blocks, [depth]):
+            losses.append(mean_loss(model, data, 6))
+    kept = decoder.blocks[losses.index(max(losses))]
+    report = prune(model, TOKENS, structure="layers", sparsity=0.5)
+    assert list(model.model.layers) == [kept]
+    assert report.sparsity == 0.5 and sorted(layer.sparsity for layer in report.layers) == [0.0] * 7 + [1.0] * 7
+    shot = report.shots[0]
+    assert shot.measured_increase == pytest.approx(min(losses) - shot.loss_before, abs=1e-6)
+    assert shot.predicted_increase == pytest.approx(shot.measured_increase, abs=1e-6)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_every_importance_removes_the_blocks_that_are_not_skipped(importance):
+    model = build("llama")
+    last = model.model.layers[1]
+    prune(model, TOKENS, structure="layers", sparsity=0.3, importance=importance, skip_layers="1")
+    assert list(model.model.layers) == [last] and last.self_attn.layer_idx == 0
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sparsity": 0.9}, "one of 2 blocks must stay"),
+        ({"sparsity": 0.5, "skip_layers": "0-1"}, "while blocks 0-1 stay"),
+        ({"sparsity": 0.5, "skip_layers": "5"}, "names block 5"),
+    ],
+)
+def test_what_cannot_be_met_is_refused(options, words):
+    model = build("llama")
+    with pytest.raises(InputError, match=words):
+        prune(model, TOKENS, structure="layers", **options)
+    assert len(model.model.layers) == 2
+
+
+def test_a_failed_removal_leaves_the_model_as_it_was(monkeypatch):
+    model = build("llama")
+    before = logits(model)
+    monkeypatch.setattr("llm_surgeon.structures.blocks.same_logits", lambda x, y: False)
+    with pytest.raises(NumericalError):
+        prune(model, TOKENS, structure="layers", sparsity=0.5)
+    assert torch.equal(logits(model), before) and model.config.num_hidden_layers == 2
