@@ -101,9 +101,10 @@ def main() -> None:
             "phases": " ".join(f"{phase}={taken:.1f}" for phase, taken in phases.items()),
             "prune_peak_gb": f"{report.peak_memory_bytes / 1e9:.1f}",
         }
+        print("removed", run, flush=True)
         after = speed(model, options)
         append_row(options.out, {**about, "state": "pruned", **run, **after})
-        print("pruned", run, after, flush=True)
+        print("pruned", after, flush=True)
 
 
 if __name__ == "__main__":
