@@ -235,7 +235,7 @@ def test_every_importance_prunes_alike_without_moving_what_stays(importance):
 def test_a_failure_at_the_end_restores_the_model(monkeypatch):
     model = build("llama")
     state = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr("llm_surgeon.structures.narrow._become_pruned", lambda model: 1 / 0)
+    monkeypatch.setattr("llm_surgeon.structures.narrow.become_pruned", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prune(model, TOKENS, structure="groups", sparsity=0.3, shots=2)
     assert type(model).__name__ == "LlamaForCausalLM"

@@ -1,4 +1,4 @@
-"""``surgeon prune | recover | eval | pack | bench | demo | info``.
+"""``surgeon prune | recover | eval | pack | compact | bench | demo | info``.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or input.
 """
@@ -18,6 +18,7 @@ import yaml
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.cli import views
 from llm_surgeon.cli.bench import bench_app
+from llm_surgeon.cli.compact import compact
 from llm_surgeon.cli.options import (
     DATA_HELP,
     Device,
@@ -196,6 +197,7 @@ def evaluate(
 
 app.command()(recover)
 app.command()(pack)
+app.command()(compact)
 app.add_typer(bench_app, name="bench")
 
 

@@ -2,7 +2,8 @@
 
 ``PrunedLlamaForCausalLM`` (any ``Pruned<class of transformers>``) is the stock class with every block built from its
 own configuration, ``config.per_layer_config[i]``. Where a block's class cannot say its sizes in a configuration,
-``config.pruned_modules`` holds the shapes of its linears and the sizes its modules are told.
+``config.pruned_modules`` holds the shapes of its linears and the sizes its modules are told. Linears that have lost
+their zero rows and columns are a :class:`CompactLinear`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,39 @@ import copy
 import inspect
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 _PREFIX = "Pruned"
+
+
+class CompactLinear(nn.Module):
+    """``y = W a + b`` for a ``W`` ``[out, in]`` with zero rows and columns: gathers inputs and scatters outputs.
+
+    ``weight`` is ``[rows, columns]``, the part that is left, at ``row_index`` and ``column_index``.
+    """
+
+    row_index: torch.Tensor
+    column_index: torch.Tensor
+
+    def __init__(self, rows: int, columns: int, out_features: int, in_features: int, bias: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.bias = nn.Parameter(torch.empty(rows)) if bias else None
+        self.register_buffer("row_index", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("column_index", torch.zeros(columns, dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, columns = self.weight.shape
+        if columns < self.in_features:
+            x = x.index_select(-1, self.column_index)
+        y = nn.functional.linear(x, self.weight, self.bias)
+        if rows == self.out_features:
+            return y
+        return y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.row_index, y)
 
 
 class _PrunedMixin:
@@ -39,19 +68,27 @@ class _PrunedMixin:
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        own: Any = self.config  # type: ignore[attr-defined]
         for module in self.modules():  # type: ignore[attr-defined]
-            if hasattr(module, "config") and module.config is not self.config:  # type: ignore[attr-defined]
-                chosen = {key: value for key, value in vars(self.config).items() if key.startswith("_attn")}  # type: ignore[attr-defined]
-                module.config.__dict__.update(chosen)
+            if hasattr(module, "config") and module.config is not own:
+                module.config.__dict__.update(
+                    {key: value for key, value in vars(own).items() if key.startswith("_attn")}
+                )
 
 
 def resize_block(block: nn.Module, changes: dict[str, Any]) -> None:
-    """Give linears the shapes ``[rows, columns]``, and modules the attributes, that ``changes`` names."""
+    """Give linears the shapes ``[rows, columns]``, and modules the attributes, that ``changes`` names.
+
+    ``[rows, columns, out, in]`` makes a :class:`CompactLinear`.
+    """
     for path, value in changes.items():
         if isinstance(value, list):
-            rows, columns = value
+            rows, columns, *full = value
             old = block.get_submodule(path)
             conv, bias = isinstance(old, Conv1D), old.bias is not None
+            if full:
+                block.set_submodule(path, CompactLinear(rows, columns, full[0], full[1], bias))
+                continue
             block.set_submodule(path, Conv1D(rows, columns) if conv else nn.Linear(columns, rows, bias=bias))
         else:
             module, _, attribute = path.rpartition(".")

@@ -115,15 +115,16 @@ def _resize(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Di
         config.per_layer_config = dict(enumerate(changes))
         config.allow_global_per_layer_attribute_access = True  # the configurations' own checks read the dense sizes
     if not alike or any(modules):
-        first = decoder.linears[0]
-        config.pruned_blocks = first.name.removesuffix(f".{first.depth}.{first.kind}")
         config.pruned_modules = {str(depth): change for depth, change in enumerate(modules) if change}
-        _become_pruned(model)
+        become_pruned(model, decoder)
 
 
-def _become_pruned(model: PreTrainedModel) -> None:
+def become_pruned(model: PreTrainedModel, decoder: Decoder) -> None:
     """Change the model's class to the one that rebuilds its blocks, and its saved form accordingly."""
-    cls = type(model)
+    cls, first = type(model), decoder.linears[0]
+    model.config.pruned_blocks = first.name.removesuffix(f".{first.depth}.{first.kind}")
+    if not hasattr(model.config, "pruned_modules"):
+        model.config.pruned_modules = {}
     if hasattr(cls, "is_pruned"):
         return
     try:

@@ -1,0 +1,31 @@
+"""``surgeon compact``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_surgeon.cli.options import Overwrite, Quiet, TrustRemoteCode, console
+from llm_surgeon.report.text import percent
+from llm_surgeon.structures.compact import compact_checkpoint
+
+
+def compact(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model with zero rows and columns.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take zero rows and columns (--structure rows-columns) out of MODEL's matrices: smaller and faster."""
+    found = compact_checkpoint(model, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    if not quiet:
+        console.print(
+            f"{found.after:,} of {found.before:,} weights left ({percent(found.after / found.before)}): "
+            f"{found.neurons:,} neurons removed, {found.linears} linears gather or scatter\n"
+            f"written to {out}; load it with trust_remote_code=True, or with this package",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,152 @@
+"""Take zero rows and columns out of a model's matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
+from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
+from llm_surgeon.models import Decoder, PrunableLinear, find_decoder
+from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.discover import find_dimensions
+from llm_surgeon.structures.modeling_pruned import resize_block
+from llm_surgeon.structures.narrow import become_pruned, narrow, probe_logits, same_logits, undone_on_failure
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """Weights of the decoder's linears (multiply-accumulates per token): all, and those that are left.
+
+    Attributes:
+        neurons: taken out of the model altogether; linears: those that gather inputs or scatter outputs.
+    """
+
+    before: int
+    after: int
+    neurons: int
+    linears: int
+
+
+def compact_checkpoint(
+    source: str | Path, out: str | Path, *, overwrite: bool = False, trust_remote_code: bool = False
+) -> Compacted:
+    """Compact the checkpoint ``source`` into the new folder ``out``, in its own dtype.
+
+    Raises:
+        InputError: nothing in the model is zero by whole rows or columns, or ``source`` or ``out`` is at fault.
+    """
+    check_output(out, source, overwrite)
+    model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
+    found = compact(model)
+    if found.before == found.after:
+        raise InputError(f"model {str(source)!r} has no zero rows or columns: prune it with structure rows-columns")
+    save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files={}, overwrite=overwrite)
+    return found
+
+
+def compact(model: PreTrainedModel) -> Compacted:
+    """Remove zero rows and columns of the decoder's linears, in place.
+
+    Neurons that nothing reads, or that are always zero, go altogether. Other linears compute with what is left of
+    their matrices, gathering inputs and scattering outputs, where that saves a twentieth of their weights at least.
+
+    Raises:
+        NumericalError: the compact model computes something else; the model is as it was.
+    """
+    before = probe_logits(model)
+    decoder = find_decoder(model)
+    total = _weights(decoder)
+    with undone_on_failure(model):
+        neurons = _fold(model, decoder)
+        left, linears = 0, 0
+        for linear in decoder.linears:
+            rows, columns = _alive(linear)
+            kept = int(rows.sum()) * int(columns.sum())
+            if kept <= 0.95 * linear.rows * linear.columns:
+                _replace(model, decoder, linear, rows, columns)
+                linears += 1
+            else:
+                kept = linear.rows * linear.columns
+            left += kept
+        if linears:
+            become_pruned(model, decoder)
+        if not same_logits(probe_logits(model), before):
+            raise NumericalError("the compact model's logits differ from the model's")
+    return Compacted(total, left, neurons, linears)
+
+
+def _weights(decoder: Decoder) -> int:
+    return sum(linear.rows * linear.columns for linear in decoder.linears)
+
+
+def _alive(linear: PrunableLinear) -> tuple[Tensor, Tensor]:
+    """Rows, biases included, and columns that are not zero throughout; one of each at least."""
+    matrix = linear.matrix() != 0.0
+    rows, columns = matrix.any(dim=1), matrix[:, : linear.columns].any(dim=0)
+    rows[0] |= ~rows.any()
+    columns[0] |= ~columns.any()
+    return rows, columns
+
+
+def _fold(model: PreTrainedModel, decoder: Decoder) -> int:
+    """Remove neurons whose column or whose producers' row is zero; how many went."""
+    try:
+        dimensions = [dimension for dimension in find_dimensions(model, decoder) if not dimension.is_heads]
+    except UnsupportedModelError:
+        return 0  # gathering and scattering needs no structure
+    before = probe_logits(model)
+    originals = [(linear, linear.matrix(torch.float64)) for linear in decoder.linears]
+    for unread_only in (False, True):
+        removed = [(dimension, _dead(dimension, unread_only)) for dimension in dimensions]
+        for dimension, parts in removed:
+            _zero(dimension.consumer, columns=dimension.removed_columns(parts))
+            for producer, rows in dimension.removed_rows(parts):
+                _zero(producer, rows=rows)
+        # A zero row means a zero neuron under most activations, but not under all.
+        if same_logits(probe_logits(model), before):
+            break
+        for linear, matrix in originals:
+            linear.write(matrix)
+    narrow(model, decoder, removed)
+    return sum(int(parts.sum()) for _, parts in removed)
+
+
+def _dead(dimension: Dimension, unread_only: bool) -> Tensor:
+    dead = ~_alive(dimension.consumer)[1][dimension.columns[:, 0]]
+    if not unread_only:
+        for kind, producer in dimension.producers.items():
+            dead |= ~_alive(producer)[0][dimension.rows[kind]].any(dim=1)
+    dead[0] &= ~dead.all()
+    return dead[:, None]
+
+
+def _zero(linear: PrunableLinear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    matrix = linear.matrix(torch.float64)
+    if rows is not None:
+        matrix[rows] = 0.0
+    if columns is not None:
+        matrix[:, : linear.columns][:, columns] = 0.0
+    linear.write(matrix)
+
+
+def _replace(model: PreTrainedModel, decoder: Decoder, linear: PrunableLinear, rows: Tensor, columns: Tensor) -> None:
+    """Put a linear over the rows and columns that are alive in the place of ``linear``."""
+    sizes = [int(rows.sum()), int(columns.sum()), linear.rows, linear.columns]
+    block, old = decoder.blocks[linear.depth], linear.module.get_parameter("weight")
+    matrix = linear.matrix(old.dtype)
+    resize_block(block, {linear.kind: sizes})
+    new = block.get_submodule(linear.kind).to(old.device, old.dtype)
+    with torch.no_grad():
+        new.get_parameter("weight").copy_(matrix[:, : linear.columns][rows][:, columns])
+        if linear.has_bias:
+            new.get_parameter("bias").copy_(matrix[rows, -1])
+    new.get_buffer("row_index").copy_(rows.nonzero()[:, 0])
+    new.get_buffer("column_index").copy_(columns.nonzero()[:, 0])
+    modules = dict(getattr(model.config, "pruned_modules", {}))
+    modules[str(linear.depth)] = {**modules.get(str(linear.depth), {}), linear.kind: sizes}
+    model.config.pruned_modules = modules
