@@ -59,7 +59,7 @@ class GroupLoop(ShotLoop):
     def _shot(self, index: int) -> None:
         config = self.config
         assert config.sparsity is not None and config.shots is not None
-        share = config.sparsity * index / config.shots
+        share = config.sparsity * (1.0 - (1.0 - index / config.shots) ** config.schedule)
         seconds: dict[str, float] = {}
         jitter: dict[str, float] = {}
         with self._phase("curvature", seconds):
