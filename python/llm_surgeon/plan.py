@@ -16,8 +16,8 @@ from surgeon_kernels import SymmetricAccumulator
 _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed in
 # Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things.
 _CPU_TOKENS, _GPU_TOKENS = 4096, 8192
-# Rows of logits that the loss is computed of at once, in float32 (see llm_surgeon.capture), and copies of them.
-_LOGIT_ROWS, _LOGIT_COPIES = 1024, 2
+# Rows of logits that the loss is computed of at once, in float32 (see llm_surgeon.capture).
+_LOGIT_ROWS = 1024
 # Gradients of a block's widest layer that are alive at once in its backward pass.
 _BACKWARD_COPIES = 3
 # Blocks whose weights are on the device at once when they are streamed: the last, the present and the next one.
@@ -126,7 +126,8 @@ class _Planner:
         self.device = compute_device(model, config)
         self.gradients, self.factored = config.method in GLOBAL_METHODS, config.method != "magnitude"
         self.offload = config.offload == "cpu"
-        self.hosted = self.factored and (self.offload or config.curvature_layers is not None)  # factors, between passes
+        # Factors that lie in main memory between the passes over the data and the layers' turns: not the GPU's.
+        self.hosted = self.factored and self._on_gpu and (self.offload or config.curvature_layers is not None)
         self.checkpointed = self.gradients and (config.checkpoint_activations or self.offload)
         self.sizes = [(linear.rows, linear.columns + linear.has_bias) for linear in decoder.linears]
         self.weights = sum(linear.rows * linear.columns for linear in decoder.linears)
@@ -141,8 +142,8 @@ class _Planner:
         blocks = [sum(p.nbytes for p in block.parameters()) for block in self.decoder.blocks]
         weights = sum(parameter.nbytes for parameter in parameters)
         if self.offload:
-            weights -= sum(blocks) - min(sum(blocks), _STREAMED_BLOCKS * max(blocks))
-        masks = 0 if self.offload else self.weights
+            weights += min(sum(blocks), _STREAMED_BLOCKS * max(blocks)) - sum(blocks) * self._on_gpu
+        masks = 0 if self.offload and self._on_gpu else self.weights
         factors = 0 if self.hosted else sum(self.factor_bytes)
         batch_size, per_pass = self._layout(weights + masks + factors)
         snapshot = self.itemsize * sum(R * C for R, C in self.sizes)
@@ -196,16 +197,16 @@ class _Planner:
     def _curvature_bytes(self, windows: int, per_pass: int) -> int:
         tokens = windows * self.seqlen
         vocabulary, hidden = self.model.get_output_embeddings().weight.shape  # type: ignore[operator]
-        logits = 2 * vocabulary * self.itemsize * tokens + _LOGIT_COPIES * _FLOAT * vocabulary * min(
-            tokens, _LOGIT_ROWS
-        )
+        # The loss is computed before the backward pass begins: the larger of the two counts.
+        rows = min(tokens, _LOGIT_ROWS)
+        loss = _FLOAT * vocabulary * rows * (1 if self.itemsize >= _FLOAT else 2)
         widest = max(max(R, C) for R, C in self.sizes)
         if self.kept is None:  # forward only: the widest linear's input and output
-            kept = self.itemsize * (hidden + 2 * widest)
-        elif self.checkpointed:
-            kept = self.kept.inputs + self.kept.largest_block + _BACKWARD_COPIES * widest * self.itemsize
+            kept, backward = self.itemsize * (hidden + 2 * widest), 0
         else:
-            kept = self.kept.everything + _BACKWARD_COPIES * widest * self.itemsize
+            kept = self.kept.inputs + self.kept.largest_block if self.checkpointed else self.kept.everything
+            backward = _BACKWARD_COPIES * widest * self.itemsize * tokens
+        logits = (1 + self.gradients) * vocabulary * self.itemsize * tokens + max(loss, backward)
         factors = 0
         if self.hosted:
             starts = range(0, len(self.factor_bytes), per_pass)

@@ -122,30 +122,40 @@ def _take_cheapest(
     costs: Sequence[tuple[Tensor, Tensor]], previous: Sequence[Selection], min_kept: float, sparsity: float
 ) -> tuple[list[Selection], float | None]:
     layers = [_Lines(cost, before, min_kept) for cost, before in zip(costs, previous, strict=True)]
-    scores = torch.cat([layer.scores for layer in layers])
-    owner = torch.repeat_interleave(torch.arange(len(layers)), torch.tensor([len(x.scores) for x in layers]))
-    is_row = torch.cat([torch.arange(len(x.scores)) < x.R for x in layers])
-    order = scores.argsort(stable=True)
-    order = order[: int(torch.isfinite(scores).sum())]
-    R, C, r0, c0 = (torch.tensor([getattr(x, key) for x in layers]) for key in ("R", "C", "r0", "c0"))
-    target = math.ceil(sparsity * int((R * C).sum()) - 1e-6)
-
-    def removed(count: int) -> int:
-        """Weights gone when the ``count`` cheapest lines go."""
-        taken = order[:count]
-        r = r0 + torch.bincount(owner[taken][is_row[taken]], minlength=len(layers))
-        c = c0 + torch.bincount(owner[taken][~is_row[taken]], minlength=len(layers))
-        return int((r * C + c * R - r * c).sum())
-
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if removed(middle) >= target else (middle + 1, high)
+    lengths = [len(layer.scores) for layer in layers]
+    scores = torch.cat([layer.scores.to(layers[0].scores.device) for layer in layers])
+    R, C, r0, c0 = (torch.tensor([getattr(x, key) for x in layers], device=scores.device) for key in _COUNTS)
+    scores, order = scores.sort(stable=True)
+    sizes = R + C
+    owner = torch.arange(len(layers), device=scores.device).repeat_interleave(sizes)[order]
+    is_row = order - (sizes.cumsum(0) - sizes)[owner] < R[owner]  # a layer's rows stand before its columns
+    rows_before, columns_before = _earlier(is_row, owner, len(layers)), _earlier(~is_row, owner, len(layers))
+    # What a line removes when all cheaper ones have gone: a row what its columns have left of it, a column likewise.
+    removed = torch.where(is_row, C[owner] - c0[owner] - columns_before, R[owner] - r0[owner] - rows_before)
+    total = (r0 * C + c0 * R - r0 * c0).sum() + removed.cumsum(0)
+    candidates = torch.isfinite(scores).sum()
+    missing = math.ceil(sparsity * sum(x.R * x.C for x in layers) - 1e-6)
+    count = int(torch.minimum((total < missing).sum() + 1, candidates))
+    if missing <= sum(x.r0 * x.C + x.c0 * x.R - x.r0 * x.c0 for x in layers):
+        count = 0
     taken = torch.zeros_like(scores, dtype=torch.bool)
-    taken[order[:low]] = True
-    parts = taken.split([len(x.scores) for x in layers])
-    selections = [layer.with_removed(part) for layer, part in zip(layers, parts, strict=True)]
-    return selections, float(scores[order[low - 1]]) if low else None
+    taken[order[:count]] = True
+    selections = [layer.with_removed(part) for layer, part in zip(layers, taken.split(lengths), strict=True)]
+    return selections, float(scores[count - 1]) if count else None
+
+
+def _earlier(flag: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """For every item the number of earlier ones of the same owner whose ``flag`` is set."""
+    grouped = owner.argsort(stable=True)
+    counts = flag[grouped].cumsum(0)
+    counts -= flag[grouped].long()
+    sizes = torch.bincount(owner, minlength=owners)
+    starts = (sizes.cumsum(0) - sizes).clamp_max(max(len(counts) - 1, 0))
+    counts -= counts[starts][owner[grouped]]
+    return torch.empty_like(counts).scatter_(0, grouped, counts)
+
+
+_COUNTS = ("R", "C", "r0", "c0")
 
 
 class _Lines:
@@ -158,7 +168,7 @@ class _Lines:
         self.r0, self.c0 = int(before.rows.sum()), int(before.columns.sum())
         rows = _candidates(cost[0] / max(1, self.C - self.c0), before.rows, min_kept)
         columns = _candidates(cost[1] / max(1, self.R - self.r0), before.columns, min_kept)
-        self.scores = torch.cat([rows, columns]).cpu()
+        self.scores = torch.cat([rows, columns])
 
     def with_removed(self, taken: Tensor) -> Selection:
         taken = taken.to(self.before.pruned.device)
@@ -168,7 +178,7 @@ class _Lines:
 
 def _candidates(score: Tensor, gone: Tensor, min_kept: float) -> Tensor:
     """Scores with what is gone already, and the most expensive that must stay, made infinite."""
-    score = score.masked_fill(gone, -math.inf)
+    gone = gone.to(score.device)
+    order = score.masked_fill(gone, -math.inf).argsort(stable=True)
     kept = max(1, math.floor(min_kept * score.numel()))
-    score = score.masked_fill(~k_smallest([score], score.numel() - kept)[1][0], math.inf)
-    return score.masked_fill(gone, math.inf)
+    return score.index_fill(0, order[score.numel() - kept :], math.inf).masked_fill_(gone, math.inf)

@@ -135,7 +135,7 @@ class ShotLoop:
             gradients=self.config.method in GLOBAL_METHODS,
             checkpoint_activations=self.plan.checkpoint_activations,
             blocks_per_pass=self.plan.blocks_per_pass,
-            store=store if self.plan.factors_bytes == 0 else None,
+            store=store if self.config.offload == "cpu" or self.config.curvature_layers is not None else None,
             progress=self.progress.step,
         )
 

@@ -1,10 +1,13 @@
 """The plan of a run: its parts by hand, its layout by the memory there is, and its peak against the allocator's."""
 
+import itertools
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import llm_surgeon.plan
-from llm_surgeon import PruneConfig
+from llm_surgeon import PruneConfig, prune
 from llm_surgeon.models import find_decoder
 from llm_surgeon.plan import factor_sizes, make_plan
 from tests.surgeon.tiny_models import build
@@ -104,3 +107,23 @@ def test_the_written_dtype_decides_the_disk():
     ]
     parameters = sum(p.numel() for p in model.parameters())
     assert written[0] == written[1] == written[2] + 2 * parameters
+
+
+def peak_bytes(work):
+    """The most bytes that ``work`` has allocated at once, by torch's own account."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True, "curvature_layers": 1, "batch_size": 2}])
+def test_the_plan_is_within_a_tenth_of_the_peak(options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=3, **sizes))
+    config = PruneConfig(structure="rows-columns", shots=1, samples=4, seqlen=256, **options)
+    plan = make_plan(model, find_decoder(model), config)
+    ids = torch.randint(0, 256, (4, 256))
+    peak = plan.weights_bytes + peak_bytes(lambda: prune(model, ids, config=config))
+    assert plan.memory_bytes == pytest.approx(peak, rel=0.1)
