@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from llm_surgeon import prune_checkpoint
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import find_decoder
 from llm_surgeon.recovery.config import RecoverConfig
@@ -193,3 +194,19 @@ def test_an_interrupted_recovery_goes_on_where_it_was(folders, monkeypatch):
     resumed = recover_checkpoint(source, out, **options, resume=True)
     assert math.isclose(resumed.loss_after, whole.loss_after, rel_tol=1e-5)
     assert not list(out.parent.glob(".out*"))
+
+
+def test_a_model_made_smaller_is_recovered_with_its_code(folders):
+    """Coupled groups give layers of different widths; the code that loads them goes along."""
+    source, out, data = folders
+    save_folder(source, build("llama"))
+    small = out.with_name("small")
+    prune_checkpoint(
+        source, small, structure="groups", sparsity=0.3, shots=1, calibration=data, samples=8, seqlen=16, device="cpu"
+    )
+    options = {"data": data, "device": "cpu", "seqlen": 16, "learning_rate": 1e-2, **OPTIONS}
+    report = recover_checkpoint(small, out, teacher=source, trust_remote_code=True, **options)
+    assert report.loss_after < report.loss_before
+    before, after = (AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) for path in (small, out))
+    assert [p.shape for p in after.parameters()] == [p.shape for p in before.parameters()]
+    assert sum(p.numel() for p in after.parameters()) < sum(p.numel() for p in build("llama").parameters())
