@@ -42,6 +42,12 @@ GPT2 = [
     ("mlp.c_fc", "mlp.c_fc", (64, 32), True),
     ("mlp.c_proj", "mlp.c_proj", (32, 64), True),
 ]
+PHI3 = [
+    ("self_attn.qkv_proj", "self_attn.qkv_proj", (64, 32), False),
+    ("self_attn.o_proj", "self_attn.o_proj", (32, 32), False),
+    ("mlp.gate_up_proj", "mlp.gate_up_proj", (96, 32), False),
+    ("mlp.down_proj", "mlp.down_proj", (32, 48), False),
+]
 EXPECTED = {
     "llama": ("model.layers", LLAMA),
     "mistral": ("model.layers", LLAMA),
@@ -50,6 +56,7 @@ EXPECTED = {
     "gemma": ("model.layers", LLAMA),
     "opt": ("model.decoder.layers", OPT),
     "gpt_neox": ("gpt_neox.layers", GPT_NEOX),
+    "phi3": ("model.layers", PHI3),
     "gpt2": ("transformer.h", GPT2),
 }
 
