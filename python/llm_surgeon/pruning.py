@@ -27,6 +27,7 @@ from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.blocks import BlockLoop
 from llm_surgeon.structures.loop import GroupLoop
+from llm_surgeon.structures.size import model_size
 
 
 def prune(
@@ -71,6 +72,7 @@ def prune(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = {"before": model_size(model, windows.input_ids)} if config.pattern.coupled else {}
     loops: dict[str, type[ShotLoop]] = {"groups": GroupLoop, "layers": BlockLoop}
     kind = loops.get(config.pattern.kind, ShotLoop)
     with _memory_capped(config):
@@ -78,6 +80,8 @@ def prune(
         with _restored_on_failure(decoder, wait=config.offload == "cpu") as saved:
             loop.run(before_update=saved)
             loop.finish()
+    if sizes:
+        sizes["after"] = model_size(model, windows.input_ids)
     return PruneReport(
         config=dataclasses.asdict(config),
         versions=collect_versions(),
@@ -89,6 +93,8 @@ def prune(
         peak_memory_bytes=peak_memory(device),
         layers=_layer_reports(decoder, loop.selections),
         shots=loop.reports,
+        sizes=sizes,
+        custom_code=hasattr(model, "is_pruned"),
     )
 
 

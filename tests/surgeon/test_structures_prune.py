@@ -11,6 +11,7 @@ from llm_surgeon.checkpoint import load_model
 from llm_surgeon.config import IMPORTANCES
 from llm_surgeon.data import Calibration
 from llm_surgeon.models import find_decoder
+from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.importance import group_importance, weight_gradients
@@ -39,6 +40,8 @@ def test_every_architecture_shrinks_by_what_the_report_says(name):
     report = prune(model, TOKENS, structure="groups", sparsity=0.3, shots=2)
     after = sum(x.rows * x.columns for x in find_decoder(model).linears)
     assert report.weights == before and report.removed == before - after
+    assert report.sizes["before"]["macs"] - report.sizes["after"]["macs"] == report.removed
+    assert report.sizes["after"]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     largest = max(layer.rows + layer.columns for layer in report.layers) * 3
     assert 0.3 * before <= report.removed <= 0.3 * before + largest
     assert [shot.sparsity >= shot.target_sparsity - 1e-9 for shot in report.shots] == [True, True]
@@ -257,6 +260,10 @@ def test_checkpoints_of_uneven_models_load_with_the_code_that_came_with_us_only(
     options = {"structure": "groups", "sparsity": 0.3, "shots": 1, "samples": 4, "seqlen": 16}
     out = tmp_path / "out"
     report = prune_checkpoint(tmp_path / "dense", out, calibration=str(tmp_path / "text.txt"), **options)
+    assert "trust_remote_code=True" in (out / "README.md").read_text()
+    assert "Size and speed" in (out / "report.html").read_text()
+    assert PruneReport.from_json((out / "surgeon_report.json").read_text()).sizes == report.sizes
+    assert "MACs" in report.summary()
     model, _, _ = load_model(out)  # no trust_remote_code: the file is our own, byte for byte
     assert type(model).__name__ == "PrunedLlamaForCausalLM"
     weights = sum(x.rows * x.columns for x in find_decoder(model).linears)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from llm_surgeon.errors import InputError, NumericalError
-from llm_surgeon.report.text import duration, memory, percent, plural, signed
+from llm_surgeon.report.text import duration, memory, percent, plural, signed, size_table
 
 SCHEMA_VERSION = 1
 
@@ -111,6 +111,9 @@ class PruneReport:
         seconds, peak_memory_bytes: of the whole run; 0 bytes where the peak is not known.
         layers, shots: in execution order.
         perplexity: optional entries "dense" and "pruned".
+        sizes: of structures that leave the model, entries "before" and "after", each with "parameters", "macs" (of all
+            linears for one token), "bytes" of weights and "seconds" of a forward pass over one calibration sequence.
+        custom_code: the model needs the code that its checkpoint carries.
     """
 
     config: dict[str, Any]
@@ -124,6 +127,8 @@ class PruneReport:
     layers: list[LayerReport]
     shots: list[ShotReport]
     perplexity: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, dict[str, float]] = field(default_factory=dict)
+    custom_code: bool = False
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -189,6 +194,8 @@ class PruneReport:
         for shot in self.shots:
             predicted, measured = signed(shot.predicted_increase), signed(shot.measured_increase)
             lines.append(f"{shot.index:>4}  {percent(shot.sparsity):>8}  {predicted:>9}  {measured:>9}")
+        if self.sizes:
+            lines += [" ".join(f"{cell:>12}" for cell in row) for row in size_table(self.sizes)]
         if self.perplexity:
             lines.append("Perplexity: " + ", ".join(f"{value:.2f} {key}" for key, value in self.perplexity.items()))
         return "\n".join(lines)

@@ -42,3 +42,16 @@ def memory(size: int) -> str:
 def plural(count: int, noun: str) -> str:
     """``(5, "shot")`` -> ``"5 shots"``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def size_table(sizes: dict[str, dict[str, float]]) -> list[list[str]]:
+    """Parameters, multiply-accumulates per token, memory and latency: before, after, their ratio; under a head line."""
+    names = {"parameters": "parameters", "macs": "MACs", "bytes": "memory", "seconds": "latency"}
+    rows = [["", "before", "after", "ratio"]]
+    for key, name in names.items():
+        values = [sizes[state][key] for state in ("before", "after")]
+        shown = {"bytes": lambda x: memory(int(x)), "seconds": lambda x: f"{1000 * x:.1f} ms"}.get(
+            key, lambda x: compact(int(x))
+        )
+        rows.append([name, *map(shown, values), f"{values[1] / values[0]:.2f}"])
+    return rows
