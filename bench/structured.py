@@ -82,7 +82,7 @@ def main() -> None:
             sparsity=options.sparsity,
             shots=shots,
             round_to=options.round_to,
-            reconstruct="last" if chosen == "yes" else "none",
+            reconstruct=chosen == "yes",
         )
         ids = torch.randint(model.config.vocab_size, (options.samples, options.seqlen))
         begun = time.perf_counter()

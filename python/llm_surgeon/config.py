@@ -84,7 +84,7 @@ class PruneConfig:
             ``"independent"`` or ``"none"``. Rows and columns have one exact closed form, named ``"joint"``.
         max_correlated: most pruned weights solved for together by the chunked update (the paper's m).
         shots: rounds of estimate, select, update. Left out: 5; for rows-columns 8 for every 10 % removed (the
-            paper's settings), for groups 10; 1 for methods and importances that do not re-estimate.
+            paper's settings); 1 for methods and importances that do not re-estimate.
         schedule: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of the sparsity is reached: 1 is linear,
             more prunes more in the early shots.
         damp_g, damp_a: damping, relative to the mean diagonal of G and A. ``damp_g`` left out: 0.1, or 0.01
@@ -101,6 +101,8 @@ class PruneConfig:
         round_to: widths that groups leave are multiples of this.
         uniform: groups leave the same widths in every block, so that stock model classes load the result.
         skip_layers: decoder blocks that lose no groups: ``"0-3,30,31"``.
+        reconstruct: after the last shot fit every linear, by least squares with ``damp_a``, to what the dense model
+            computes on the calibration data. Left out: where groups are compensated for (``update="joint"``).
         samples, seqlen: calibration windows and their length in tokens (``seqlen`` left out: 2048 or the
             model's own limit, whichever is shorter).
         batch_size: windows per forward and backward pass (left out: about 4096 tokens, or by a GPU's free memory).
@@ -135,8 +137,7 @@ class PruneConfig:
     round_to: int = 1
     uniform: bool = False
     skip_layers: str = ""
-    reconstruct: str = "none"
-    damp_reconstruct: float = 0.01
+    reconstruct: bool | None = None
     samples: int = 128
     seqlen: int | None = None
     batch_size: int | None = None
@@ -248,6 +249,11 @@ class PruneConfig:
         require_choice("update", self.update, UPDATES)
         if self.method != "surgeon" and self.update != "none":
             raise InputError(f"update {self.update!r} needs method 'surgeon', not {self.method!r}")
+        fits = structure.kind == "groups" and self.update == "joint"
+        if self.reconstruct is None:
+            self._set("reconstruct", fits)
+        if not isinstance(self.reconstruct, bool) or (self.reconstruct and structure.kind != "groups"):
+            raise InputError(f"reconstruct must be true or false, and true for groups only, not {self.reconstruct!r}")
         if structure.kind == "rows-columns" and self.update == "chunked":
             raise InputError("update 'chunked' has no meaning for rows-columns: 'joint' is their exact closed form")
         if structure.coupled and self.update not in ("joint", "none"):
@@ -274,9 +280,7 @@ class PruneConfig:
     def _resolve_shots(self, structure: Structure) -> None:
         if self.shots is None:
             assert self.sparsity is not None
-            multi = {"rows-columns": max(1, round(80 * self.sparsity)), "groups": 10, "layers": 1}.get(
-                structure.kind, 5
-            )
+            multi = {"rows-columns": max(1, round(80 * self.sparsity)), "layers": 1}.get(structure.kind, 5)
             again = self.method in GLOBAL_METHODS and self.importance == "kronecker"
             self._set("shots", multi if again else 1)
         require_positive_int("shots", self.shots)

@@ -89,8 +89,7 @@ def prune(
         int | None,
         _option(
             "shots",
-            "Rounds of estimate, select, update: 5, for groups 10, for rows-columns 8 per 10 % removed, "
-            "1 without curvature.",
+            "Rounds of estimate, select, update: 5, for rows-columns 8 per 10 % removed, 1 without curvature.",
         ),
     ] = None,
     damp_g: Annotated[
@@ -110,6 +109,10 @@ def prune(
         bool | None, typer.Option("--uniform", help="Groups: the same widths in every block, for stock classes.")
     ] = None,
     skip_layers: Annotated[str | None, typer.Option(help="Groups: blocks left alone, 0-3,30,31.")] = None,
+    reconstruct: Annotated[
+        bool | None,
+        typer.Option(help="Groups: at the end, fit all linears to the dense model's activations (default: yes)."),
+    ] = None,
     calibration: Annotated[str | None, typer.Option(help=f"{DATA_HELP} (default: wikitext2).")] = None,
     samples: Annotated[int | None, _option("samples", "Calibration windows.")] = None,
     seqlen: Annotated[int | None, _option("seqlen", "Tokens per window: 2048 or the model's limit.")] = None,

@@ -49,7 +49,7 @@ class GroupLoop(ShotLoop):
         self.removed = [
             torch.zeros(d.groups, d.parts, dtype=torch.bool, device=d.columns.device) for d in self.dimensions
         ]
-        self._dense = copy.deepcopy(decoder.blocks) if config.reconstruct != "none" else []
+        self._dense = copy.deepcopy(decoder.blocks) if config.reconstruct else []
         self._generator = torch.Generator().manual_seed(config.seed)
 
     def finish(self) -> None:
@@ -84,7 +84,7 @@ class GroupLoop(ShotLoop):
             increases = [
                 self._update_dimension(dimension, removed, curvature) for dimension, removed in self._each_dimension()
             ]
-        if config.reconstruct.startswith("every") or (config.reconstruct.startswith("last") and index == config.shots):
+        if config.reconstruct and index == config.shots:
             with self._phase("reconstruction", seconds):
                 self._reconstruct()
         if config.lora_rank:
@@ -107,16 +107,13 @@ class GroupLoop(ShotLoop):
         )
 
     def _reconstruct(self) -> None:
-        linears = self.decoder.linears
-        if self.config.reconstruct.endswith("writers"):
-            linears = self._consumers.linears
         reconstruct(
             self.model,
-            Decoder(self.decoder.blocks, linears),
+            self.decoder,
             self._dense,
             {dimension.kind for dimension in self.dimensions},
             self.calibration,
-            damping=self.config.damp_reconstruct,
+            damping=self.config.damp_a,
             batch_size=self.batch_size,
             progress=self.progress.step,
         )
