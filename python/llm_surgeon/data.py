@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_surgeon.errors import InputError
 from llm_surgeon.text import read_text as read_text
@@ -114,6 +114,16 @@ def evaluation_windows(ids: Tensor, seqlen: int) -> Tensor:
     _require_length(ids, seqlen)
     count = len(ids) // seqlen
     return ids[: count * seqlen].view(count, seqlen)
+
+
+def choose_seqlen(wanted: int | None, model: nn.Module) -> int:
+    """Tokens in a window: ``wanted``, or else 2048 or the model's own limit; :class:`InputError` if it takes fewer."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if wanted is None:
+        return min(2048, longest or 2048)
+    if longest is not None and wanted > longest:
+        raise InputError(f"seqlen {wanted} is longer than the {longest} positions of the model")
+    return wanted
 
 
 def require_windows(ids: Any, name: str) -> None:

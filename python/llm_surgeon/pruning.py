@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.data import Calibration, calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import Decoder, check_finite, find_decoder
 from llm_surgeon.plan import Plan, compute_device, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import LayerReport, PruneReport, collect_versions
-from llm_surgeon.resources import peak_memory, require_disk, require_memory
+from llm_surgeon.resources import choose_device, peak_memory, require_disk, require_memory
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.blocks import BlockLoop
@@ -233,24 +233,6 @@ def load_for_evaluation(
         source, dtype, choose_device(device), trust_remote_code=trust_remote_code, packed=True
     )
     return model, evaluation_windows(tokenize(text, tokenizer), choose_seqlen(seqlen, model))
-
-
-def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {error}".splitlines()[0]) from error
-
-
-def choose_seqlen(wanted: int | None, model: nn.Module) -> int:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if wanted is None:
-        return min(2048, longest or 2048)
-    if longest is not None and wanted > longest:
-        raise InputError(f"seqlen {wanted} is longer than the {longest} positions of the model")
-    return wanted
 
 
 def _check_model(decoder: Decoder, config: PruneConfig) -> None:

@@ -33,6 +33,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32, second
     return max(products, 1) * 2 * size**3 / elapsed
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device called ``name``; without a name a GPU where there is one. :class:`InputError` if it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {error}".splitlines()[0]) from error
+
+
 def available_memory(device: torch.device | str) -> int:
     """Bytes free on a GPU (those cached by PyTorch included), or in main memory for any other device."""
     device = torch.device(device)

@@ -35,7 +35,8 @@ from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES,
 from llm_surgeon.demo import run_demo
 from llm_surgeon.errors import InputError, SurgeonError
 from llm_surgeon.evaluate import perplexity
-from llm_surgeon.pruning import CheckpointJob, choose_device, load_for_evaluation
+from llm_surgeon.pruning import CheckpointJob, load_for_evaluation
+from llm_surgeon.resources import choose_device
 from llm_surgeon.zero_shot import parse_tasks, zero_shot
 
 app = typer.Typer(

@@ -18,10 +18,9 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.packed import pack_model, unpack_model
 from llm_surgeon.packed.checkpoint import model_bytes
 from llm_surgeon.packed.speed import Speed, measure_speed
-from llm_surgeon.pruning import choose_device
 from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.report.text import MISSING
-from llm_surgeon.resources import human_bytes
+from llm_surgeon.resources import choose_device, human_bytes
 
 bench_app = typer.Typer(help="Measure the speed of a model.", no_args_is_help=True)
 

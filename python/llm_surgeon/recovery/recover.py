@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from llm_surgeon.capture import mean_loss
 from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
-from llm_surgeon.data import Calibration, calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import check_finite, evaluation_mode, find_decoder
 from llm_surgeon.progress import Progress
-from llm_surgeon.pruning import choose_device, choose_seqlen
 from llm_surgeon.recovery.config import RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
 from llm_surgeon.report.schema import collect_versions
+from llm_surgeon.resources import choose_device
 
 # Of the text: at least a window, at most so many.
 _HELD_OUT_FRACTION = 0.02
