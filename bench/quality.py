@@ -67,6 +67,7 @@ IMPORTANCE_METHODS = tuple(name for name, options in METHODS.items() if "importa
 GROUP_METHODS = ("surgeon none", "surgeon joint", *IMPORTANCE_METHODS)
 # No definition for whole rows and columns.
 ELEMENTS_ONLY = ("wanda", "sparsegpt", "surgeon chunked")
+_TOKENS: dict[tuple[str, str, str], torch.Tensor] = {}
 TRIAL_FIELDS = ("model", "structure", "method", "seed")
 
 
@@ -74,10 +75,10 @@ def run(trial: dict[str, Any], model_path: str, data: str, device: str) -> dict[
     """Prune once and evaluate: the trial with its figures, as strings."""
     torch.set_num_threads(1)
     model, tokenizer, _ = load_model(model_path, device=torch.device(device))
-    windows = evaluation_windows(tokenize(read_text(data, "evaluation"), tokenizer), SEQLEN)
+    windows = evaluation_windows(_tokens(model_path, data, "evaluation", tokenizer), SEQLEN)
     begun, shots, sparsity, iterations = time.perf_counter(), 0, 0.0, [0]
     if trial["method"] != "dense":
-        tokens = tokenize(read_text(data, "calibration"), tokenizer)
+        tokens = _tokens(model_path, data, "calibration", tokenizer)
         config = PruneConfig(**METHODS[trial["method"]], **STRUCTURES[trial["structure"]], seed=trial["seed"])
         report = prune(model, calibration_windows(tokens, SAMPLES, SEQLEN, trial["seed"]), config=config)
         shots, sparsity = len(report.shots), report.sparsity
@@ -92,6 +93,14 @@ def run(trial: dict[str, Any], model_path: str, data: str, device: str) -> dict[
         "seconds": f"{seconds:.1f}",
         **environment(device),
     }
+
+
+def _tokens(model_path: str, data: str, part: Any, tokenizer: Any) -> torch.Tensor:
+    """The text's ids; a process tokenizes each text once."""
+    key = (model_path, data, part)
+    if key not in _TOKENS:
+        _TOKENS[key] = tokenize(read_text(data, part), tokenizer)
+    return _TOKENS[key]
 
 
 def plan(models: list[str], structures: list[str], methods: list[str], seeds: list[int]) -> list[dict[str, Any]]:
