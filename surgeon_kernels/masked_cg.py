@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from surgeon_kernels.split_matmul import mm
 from surgeon_kernels.triton_support import has_kernels
 
 Terms = Sequence[tuple[Tensor, Tensor]]  # symmetric (L_i [R, R], M_i [C, C]) of the operator Σ_i L_i X M_i
@@ -78,8 +79,8 @@ class MaskedCG:
 def product(terms: Terms, X: Tensor, *, out: Tensor | None = None, half: Tensor | None = None) -> Tensor:
     """``Σ_i L_i X M_i``; ``out`` and ``half`` are room of the shape of ``X``."""
     (L, M), *others = terms
-    half = torch.mm(L, X, out=half)
-    out = torch.mm(half, M, out=out)
+    half = mm(L, X, out=half)
+    out = mm(half, M, out=out)
     for L, M in others:
         out.addmm_(torch.mm(L, X, out=half), M)
     return out

@@ -16,6 +16,27 @@ from torch import Tensor
 from surgeon_kernels.triton_support import has_kernels
 
 _ORDER = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
+# Sides from which on a product is split: the six products of a smaller one are mostly launches.
+SPLIT_FROM = 1024
+
+
+def mm(A: Tensor, B: Tensor, *, out: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """``alpha A B`` as ``torch.mm`` computes it, of large float32 matrices on CUDA devices by split products.
+
+    With ``torch.set_float32_matmul_precision`` at anything but ``"highest"`` it is ``torch.mm`` throughout.
+    """
+    out = A.new_empty(A.shape[0], B.shape[1]) if out is None else out
+    if not _fits(A, B):
+        return torch.addmm(out, A, B, beta=0, alpha=alpha, out=out)
+    parts = split(B)
+    same = A.data_ptr() == B.data_ptr() and A.shape == B.T.shape and A.stride() == B.T.stride()
+    return addmm_split_(out, parts.transpose(1, 2) if same else split(A), parts, alpha=alpha)
+
+
+def _fits(A: Tensor, B: Tensor) -> bool:
+    """The dispatch rule, see :func:`mm`."""
+    large = min(*A.shape, B.shape[1]) >= SPLIT_FROM
+    return large and A.is_cuda and A.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
 def split_reference(x: Tensor) -> Tensor:

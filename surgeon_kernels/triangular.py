@@ -9,14 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgeon_kernels.split_matmul import addmm_split_, split
+from surgeon_kernels.split_matmul import SPLIT_FROM, mm
 
 # Diagonal blocks that the library inverts.
 _BASE = 64
 # Side of the blocks that products are taken in: bounds the workspace and fills a GPU.
 _PANEL = 2048
-# Sides from which on a product is split: the six products of a smaller one are mostly launches.
-_SPLIT_FROM = 1024
 
 
 def cholesky_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> Tensor:
@@ -30,8 +28,7 @@ def cholesky_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> T
     for j in range(0, n, panel):
         for i in range(j, n, panel):
             left, right = X[i:, i : i + panel], X[i:, j : j + panel]
-            block = X.new_empty(left.shape[1], right.shape[1])
-            _product_(block, left.T, right)
+            block = mm(left.T, right)
             if i == j:
                 block = block.tril() + block.tril(-1).T
             X[i : i + panel, j : j + panel] = block
@@ -53,7 +50,7 @@ def triangular_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) ->
     size = base
     while size < n:
         pairs, end = n // (2 * size), n - n % (2 * size)
-        if size < _SPLIT_FROM and pairs:
+        if size < SPLIT_FROM and pairs:
             X11, L21, X22 = (_blocks(L, size, pairs, i, j, step=2) for i, j in ((0, 0), (1, 0), (1, 1)))
             L21.copy_(torch.bmm(X22, torch.bmm(L21, X11)).neg_())
         else:
@@ -77,16 +74,6 @@ def _merge_(M: Tensor, size: int, panel: int) -> None:
     X11, L21, X22 = M[:size, :size], M[size:, :size], M[size:, size:]
     T = torch.empty_like(L21)
     for j in range(0, size, panel):
-        _product_(T[:, j : j + panel], L21[:, j:], X11[j:, j : j + panel])
+        mm(L21[:, j:], X11[j:, j : j + panel], out=T[:, j : j + panel])
     for i in range(0, len(L21), panel):
-        _product_(L21[i : i + panel], X22[i : i + panel, : i + panel], T[: i + panel], alpha=-1)
-
-
-def _product_(out: Tensor, A: Tensor, B: Tensor, alpha: float = 1.0) -> None:
-    """``out = alpha A B``."""
-    if A.is_cuda and A.dtype == torch.float32 and min(*out.shape, A.shape[1]) >= _SPLIT_FROM:
-        parts = split(B)
-        same = A.data_ptr() == B.data_ptr() and A.shape == B.T.shape and A.stride() == B.T.stride()
-        addmm_split_(out, parts.transpose(1, 2) if same else split(A), parts, alpha=alpha)
-    else:
-        torch.addmm(out, A, B, beta=0, alpha=alpha, out=out)
+        mm(X22[i : i + panel, : i + panel], T[: i + panel], out=L21[i : i + panel], alpha=-1)

@@ -20,6 +20,7 @@ from surgeon_kernels import (
     spd_inverse,
     unchecked_inverse,
 )
+from surgeon_kernels.split_matmul import mm
 
 _Key = tuple[str, str, bool]  # "G" or "A", name of the linear or of the input group, with the bias's column
 
@@ -138,8 +139,8 @@ class DampedFactors:
 
 def predicted_increase(delta: Tensor, g: DampedFactor, a: DampedFactor) -> Tensor:
     """``½ tr(Δᵀ G Δ A)`` with the factors as they were before damping, nats per token: float64, on the device."""
-    product = (delta @ a.damped).addcmul_(delta, a.shift, value=-1)
-    product = (g.damped @ product).addcmul_(product, g.shift, value=-1)
+    product = mm(delta, a.damped).addcmul_(delta, a.shift, value=-1)
+    product = mm(g.damped, product).addcmul_(product, g.shift, value=-1)
     return 0.5 * (delta * product).sum(dtype=torch.float64)
 
 

@@ -18,6 +18,8 @@ _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 8192
 # Rows of logits that the loss is computed of at once, in float32 (see llm_surgeon.capture).
 _LOGIT_ROWS = 1024
+# Matrices of a layer's shape that the joint solver holds, and PyTorch while it adds them up.
+_SOLVER_MATRICES = 16
 # Gradients of a block's widest layer that are alive at once in its backward pass.
 _BACKWARD_COPIES = 3
 # Blocks whose weights are on the device at once when they are streamed: the last, the present and the next one.
@@ -217,9 +219,12 @@ class _Planner:
         return self.weights + self._factor_workspace(2)
 
     def _update_bytes(self) -> int:
+        largest = max(R * C for R, C in self.sizes)
         if self.config.method != "surgeon":
-            return 2 * _FLOAT * max(R * C for R, C in self.sizes)
-        return self._factor_workspace(3) + 10 * _FLOAT * max(R * C for R, C in self.sizes)
+            return 4 * _FLOAT * largest
+        # The factors of a layer, their inverses where weights go singly, and the solver's matrices.
+        single = self.config.pattern.single_weights
+        return self._factor_workspace(1 + single) + _FLOAT * largest * (_SOLVER_MATRICES if single else 6)
 
     def _factor_workspace(self, copies: int) -> int:
         """``copies`` of the largest layer's factors, and a factorisation's own workspace."""

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from surgeon_kernels import inverse_diagonal, spd_inverse, triangular, unchecked_inverse
-from surgeon_kernels.split_matmul import addmm_split_, split, split_reference
+from surgeon_kernels import inverse_diagonal, spd_inverse, split_matmul, triangular, unchecked_inverse
+from surgeon_kernels.split_matmul import addmm_split_, mm, split, split_reference
 
 from .dense import factor, relative_error, with_condition
 
@@ -10,7 +10,7 @@ from .dense import factor, relative_error, with_condition
 @pytest.fixture(autouse=True, params=[8, 1024])
 def large_from(request, monkeypatch):
     """Blocks are merged in batches below this size and pair by pair from it on."""
-    monkeypatch.setattr(triangular, "_SPLIT_FROM", request.param)
+    monkeypatch.setattr(triangular, "SPLIT_FROM", request.param)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 31, 33, 64, 65, 100])
@@ -67,12 +67,20 @@ def test_products_of_parts_are_as_exact_as_float32(beta):
     assert relative_error(out, expected) < 2 * relative_error(beta * before + 0.25 * (A @ B), expected) + 1e-7
 
 
+@pytest.mark.parametrize("fits", [False, True])
+def test_products_by_either_way(fits, monkeypatch):
+    monkeypatch.setattr(split_matmul, "_fits", lambda A, B: fits)
+    A, B = torch.randn(7, 5, dtype=torch.float64).float(), torch.randn(5, 9)
+    expected = A.double() @ B.double()
+    assert relative_error(mm(A, B), expected) < 1e-6
+    out = torch.full((7, 9), float("nan"))
+    assert mm(A, B, out=out, alpha=-2.0) is out
+    assert relative_error(out, -2 * expected) < 1e-6
+    assert relative_error(mm(A.T, A), A.double().T @ A.double()) < 1e-6
+
+
 def test_split_products_in_an_inverse(monkeypatch):
-    monkeypatch.setattr(
-        triangular,
-        "_product_",
-        lambda out, A, B, alpha=1.0: addmm_split_(out, split(A), split(B), alpha=alpha),
-    )
+    monkeypatch.setattr(split_matmul, "_fits", lambda A, B: True)
     M = factor(64, "outlier", 0)
     inverse = triangular.cholesky_inverse_(torch.linalg.cholesky(M.float()), base=4, panel=16)
     assert relative_error(inverse, torch.linalg.inv(M)) < 1e-4

@@ -1,0 +1,54 @@
+"""Offloaded runs on a GPU: the same model, less memory, and what the plan said."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llm_surgeon import PruneConfig, prune
+from llm_surgeon.models import find_decoder
+from llm_surgeon.plan import make_plan
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
+TOKENS = torch.randint(0, 512, (8, 512), generator=torch.Generator().manual_seed(0))
+
+
+def build(device):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=512, num_hidden_layers=4, max_position_embeddings=512, **SIZES)
+    return LlamaForCausalLM(config).bfloat16().to(device)
+
+
+@pytest.mark.parametrize("home", ["cuda", "cpu"])
+def test_an_offloaded_run_gives_nearly_the_same_model_in_less_memory(home):
+    resident, offloaded = build("cuda"), build(home)
+    expected = prune(resident, TOKENS, structure="rows-columns", shots=2)
+    torch.cuda.empty_cache()
+    found = prune(offloaded, TOKENS, structure="rows-columns", shots=2, offload="cpu", curvature_layers=1)
+    assert all(parameter.device.type == home for parameter in offloaded.parameters())
+    assert found.sparsity == pytest.approx(expected.sparsity, abs=1e-6)
+    for ours, theirs in zip(found.shots, expected.shots, strict=True):
+        assert ours.predicted_increase == pytest.approx(theirs.predicted_increase, rel=0.02)
+        assert ours.loss_before == pytest.approx(theirs.loss_before, rel=2e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"checkpoint_activations": True}])
+@pytest.mark.parametrize("structure", ["rows-columns", "2:4"])
+def test_the_plan_is_within_a_tenth_of_the_peak(structure, options):
+    model = build("cuda")
+    prune(copy.deepcopy(model), TOKENS[:1], structure=structure, shots=1)  # libraries allocate their workspaces
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated() - sum(parameter.nbytes for parameter in model.parameters())
+    config = PruneConfig(structure=structure, shots=1, samples=8, seqlen=512, **options)
+    plan = make_plan(model, find_decoder(model), config)
+    peak = prune(model, TOKENS, config=config).peak_memory_bytes - before
+    assert plan.memory_bytes == pytest.approx(peak, rel=0.1)
+
+
+def test_a_cap_on_memory_holds_and_is_lifted():
+    report = prune(build("cuda"), TOKENS, structure="rows-columns", shots=1, offload="cpu", gpu_memory="1.5GB")
+    assert report.peak_memory_bytes <= 1.5e9
+    assert torch.zeros(2 * 10**9, dtype=torch.uint8, device="cuda").numel() == 2 * 10**9
