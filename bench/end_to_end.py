@@ -26,9 +26,20 @@ from llm_surgeon import PruneConfig, prune
 from llm_surgeon.checkpoint import save_checkpoint
 from llm_surgeon.models import find_decoder
 from llm_surgeon.plan import make_plan
+from llm_surgeon.progress import Progress
 
 PHASES = ("curvature", "selection", "update", "measure loss")
 SPARSITY = {"rows-columns": 0.3, "unstructured": 0.5}
+
+
+class Phases(Progress):
+    """Prints when each phase begins: what is left of a run that was stopped."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def phase(self, name: str) -> None:
+        print(f"{time.perf_counter() - self.begun:.1f} s: {name}", flush=True)
 
 
 def build(layers: int, seqlen: int, device: str) -> PreTrainedModel:
@@ -59,7 +70,7 @@ def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
     model = build(options.layers, options.seqlen, options.device)
     ids = torch.randint(model.config.vocab_size, (options.samples, options.seqlen))
     plan = make_plan(model, find_decoder(model), config)
-    report = prune(model, ids, config=config)
+    report = prune(model, ids, config=config, progress=Phases())
     seconds = {phase: sum(shot.seconds.get(phase, 0.0) for shot in report.shots) for phase in PHASES}
     traces = [trace for shot in report.shots for trace in shot.solver]
     gaps = [trace.gap for trace in traces if trace.gap is not None]

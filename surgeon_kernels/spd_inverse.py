@@ -61,11 +61,18 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
     Raises:
         NotPositiveDefiniteError: no jitter was enough; the message names ``name``.
     """
-    if jitter is None:
-        L, jitter = cholesky_with_jitter(M, damping, name=name)
-        return DampedInverse(damp(M, damping + jitter), _inverse_(L), jitter)
-    damped = damp(M, damping + jitter)
-    return DampedInverse(damped, unchecked_inverse(damped), jitter)
+    if jitter is not None:
+        damped = damp(M, damping + jitter)
+        return DampedInverse(damped, unchecked_inverse(damped), jitter)
+    if _blocked(M):
+        damped = damp(M, damping)
+        L, good = _cholesky(damped)
+        inverse = _inverse_(L)
+        if bool(good):  # asked once the device has its work; nearly every matrix needs no jitter
+            return DampedInverse(damped, inverse, 0.0)
+        del damped, L, inverse
+    L, jitter = cholesky_with_jitter(M, damping, name=name)
+    return DampedInverse(damp(M, damping + jitter), _inverse_(L), jitter)
 
 
 def unchecked_inverse(M: Tensor) -> Tensor:
@@ -80,8 +87,6 @@ def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
     the inverse. The host does not wait for the device. Where the factorisation fails the diagonal means nothing.
     """
     L, good = _cholesky(M)
-    if not _blocked(L):
-        return torch.cholesky_inverse(L).diagonal().clone(), good
     return torch.linalg.vector_norm(triangular_inverse_(L), dim=0).square_(), good
 
 
@@ -110,5 +115,5 @@ def _inverse_(L: Tensor) -> Tensor:
     return cholesky_inverse_(L) if _blocked(L) else torch.cholesky_inverse(L)
 
 
-def _blocked(L: Tensor) -> bool:
-    return L.is_cuda and L.dtype == torch.float32 and len(L) >= _BLOCKED_FROM
+def _blocked(M: Tensor) -> bool:
+    return M.is_cuda and M.dtype == torch.float32 and len(M) >= _BLOCKED_FROM

@@ -67,7 +67,8 @@ class _Kept:
             torch.enable_grad(),
             saved_tensors_hooks(self._pack, lambda tensor: tensor),
         ):
-            self._held.append(run_model(model, ids, None).logits)
+            run_model(model, ids, None)
+        self._held.clear()
 
     def total(self) -> int:
         return sum(size for size, _ in self._bytes.values())

@@ -127,8 +127,10 @@ def estimate_curvature(
                     if progress is not None:
                         progress(first // per_pass * batches + batch, len(passes) * batches)
             for done, kept in ((inputs, sums.inputs), (gradient_sums, sums.gradients)):
-                done.update(kept if store is None else {name: store(value) for name, value in kept.items()})
-            del sums, kept
+                for name in list(kept):
+                    value = kept.pop(name)  # nothing else holds it: what is stored elsewhere is freed here
+                    done[name] = value if store is None else store(value)
+                    del value
     return Curvature(total / targets, tokens, inputs, gradient_sums)
 
 

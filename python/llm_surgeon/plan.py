@@ -25,7 +25,7 @@ _BACKWARD_COPIES = 3
 # Blocks whose weights are on the device at once when they are streamed: the last, the present and the next one.
 _STREAMED_BLOCKS = 3
 # Share of the memory that is left free: what allocators waste between tensors, and libraries' own workspaces.
-_SLACK = 0.06
+_SLACK = 0.08
 # Shares of the rate of large matrix products that passes and the solver's products reach.
 _PASS_EFFICIENCY, _GRAM_EFFICIENCY = 0.58, 0.85
 _OTHER_FILES = 32 * 2**20  # tokenizer, configuration, reports
@@ -183,6 +183,8 @@ class _Planner:
             if self._curvature_bytes(windows, per_pass) <= free:
                 break
             per_pass -= 1
+        if self.config.curvature_layers is None:
+            per_pass = -(-blocks // -(-blocks // per_pass))  # as few passes, of equal size
         return windows, per_pass
 
     @property

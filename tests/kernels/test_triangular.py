@@ -98,6 +98,7 @@ def test_diagonal_of_the_inverse(kind):
 def test_what_is_not_positive_definite_is_told_without_an_exception():
     assert not bool(inverse_diagonal(-torch.eye(3))[1])
     assert not bool(inverse_diagonal(torch.full((3, 3), float("nan")))[1])
+    assert not bool(inverse_diagonal(torch.ones(4, 4))[1])
     diagonal, good = inverse_diagonal(torch.zeros(0, 0))
     assert diagonal.shape == (0,) and bool(good)
 
