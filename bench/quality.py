@@ -60,6 +60,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"damp_a {value:g}": {"damp_a": value} for value in (0.003, 0.03)},
     **{f"schedule {value:g}": {"schedule": value} for value in (0.7, 1.5, 2.0)},
     "sampled labels": {"fisher": "sampled"},
+    **{f"exchanges {value}": {"exchanges": value} for value in (1, 2, 4)},
+    "exchanges 4, shots 10": {"exchanges": 4, "shots": 10},
+    "exchanges 4, schedule 1.5": {"exchanges": 4, "schedule": 1.5},
+    "exchanges 4, damp_g 0.03": {"exchanges": 4, "damp_g": 0.03},
+    "exchanges 4, damp_g 0.3": {"exchanges": 4, "damp_g": 0.3},
+    "exchanges 4, damp_a 0.03": {"exchanges": 4, "damp_a": 0.03},
 }
 METHODS |= {f"surgeon joint, {name}": {"method": "surgeon", "update": "joint", **v} for name, v in VARIANTS.items()}
 IMPORTANCE_METHODS = tuple(name for name, options in METHODS.items() if "importance" in options)

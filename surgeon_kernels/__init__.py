@@ -9,7 +9,7 @@ to ``W``. Costs and objectives are increases of the mean loss, in nats per token
 
 from surgeon_kernels.build_info import build_info
 from surgeon_kernels.chunked_update import ChunkedUpdate, chunked_update, independent_update
-from surgeon_kernels.costs import column_block_cost, column_cost, element_cost, row_cost
+from surgeon_kernels.costs import column_block_cost, column_cost, element_cost, exchange_cost, row_cost
 from surgeon_kernels.gram import gram_accumulate_
 from surgeon_kernels.joint_update import JointUpdate, joint_update, objective
 from surgeon_kernels.nm_select import nm_group_cost, nm_select
@@ -43,6 +43,7 @@ __all__ = [
     "column_cost",
     "damp",
     "element_cost",
+    "exchange_cost",
     "gram_accumulate_",
     "independent_update",
     "inverse_diagonal",

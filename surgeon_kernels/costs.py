@@ -46,3 +46,22 @@ def column_block_cost(weight: Tensor, G: Tensor, A_inv: Tensor, blocks: Tensor) 
     rows, columns = blocks[:, :, None], blocks[:, None, :]
     solved = torch.linalg.solve(A_inv[rows, columns], moment[rows, columns])  # [n, size, size]
     return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(dim=1)
+
+
+def exchange_cost(
+    weight: Tensor, pruned: Tensor, gradient: Tensor, G: Tensor, A: Tensor, g_inv: Tensor, a_inv: Tensor
+) -> Tensor:
+    """What keeping or pruning each weight is worth around a joint optimum, ``[R, C]``::
+
+        kept weights: ½ Ŵ² κ      pruned weights: ½ (G Δ A)² / κ      κ² = G_rr A_cc / ([G⁻¹]_rr [A⁻¹]_cc)
+
+    The objective rises by the one when a kept weight goes and falls by the other when a pruned weight comes back, the
+    kept weights compensating again, if ``κ`` is its curvature there: which lies between ``1 / ([G⁻¹]_rr [A⁻¹]_cc)``,
+    with all others free, and ``G_rr A_cc``, with none. ``κ`` is taken to be their geometric mean.
+
+    Args:
+        weight: ``Ŵ = W + Δ`` ``[R, C]``; pruned: bool ``[R, C]``; gradient: ``G Δ A`` ``[R, C]``; G, A: damped;
+            g_inv, a_inv: diagonals of their inverses, ``[R]`` and ``[C]``.
+    """
+    curvature = torch.outer((G.diagonal() / g_inv).sqrt(), (A.diagonal() / a_inv).sqrt())
+    return torch.where(pruned, 0.5 * gradient**2 / curvature, 0.5 * weight**2 * curvature)

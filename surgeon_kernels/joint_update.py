@@ -31,6 +31,7 @@ class JointUpdate(NamedTuple):
     delta: Tensor  # [R, C], -W on every pruned weight
     objective: list[float]  # ½ tr(Δᵀ G Δ A) of the first feasible Δ and after each iteration on the kept weights
     bound: list[float]  # lower bound of the optimum before and after each iteration on the pruned weights; else [0.0]
+    gradient: Tensor  # G Δ A [R, C], of the objective: at the optimum 0 on the kept weights
     gap: float  # (objective - optimum) / optimum at the end: certified where there is a bound, else estimated, or inf
 
 
@@ -95,6 +96,7 @@ def joint_update(
         if left <= 0 or last_gap <= tolerance:
             break
         solver = MaskedCG(terms, ~pruned, gradient.neg_().masked_fill_(pruned, 0.0))
+        del gradient
         solved = _run(solver, trace, -1.0, left, lambda: gap() <= tolerance)
         delta += solver.x
         del solver
@@ -104,7 +106,7 @@ def joint_update(
         last_gap = gap() if certified else last_gap + max(trace[-1] / claimed - 1.0, 0.0)
         if not trace[-1] < begun:  # nothing more to be had in this precision
             break
-    return JointUpdate(delta, trace, bound, last_gap)
+    return JointUpdate(delta, trace, bound, gradient, last_gap)
 
 
 def _solve_dual(

@@ -85,6 +85,8 @@ class PruneConfig:
         max_correlated: most pruned weights solved for together by the chunked update (the paper's m).
         shots: rounds of estimate, select, update. Left out: 5; for rows-columns 8 for every 10 % removed (the
             paper's settings); 1 for methods and importances that do not re-estimate.
+        exchanges: rounds, after a joint update, of exchanging kept and pruned weights of a layer where that lowers
+            its objective; each solves anew.
         schedule: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of the sparsity is reached: 1 is linear,
             more prunes more in the early shots.
         damp_g, damp_a: damping, relative to the mean diagonal of G and A. ``damp_g`` left out: 0.1, or 0.01
@@ -125,6 +127,7 @@ class PruneConfig:
     update: str | None = None
     max_correlated: int = 2000
     shots: int | None = None
+    exchanges: int = 0
     schedule: float = 1.0
     damp_g: float | None = None
     damp_a: float = 0.01
@@ -177,6 +180,8 @@ class PruneConfig:
         require_positive_int("max_correlated", self.max_correlated)
         require_positive_int("max_iterations", self.max_iterations)
         require_positive_int("samples", self.samples)
+        if self.exchanges != 0:
+            require_positive_int("exchanges", self.exchanges)
         for name in ("seqlen", "batch_size", "curvature_layers"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))

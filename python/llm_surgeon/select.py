@@ -59,6 +59,17 @@ def select_elements(
     return [Selection(mask) for mask in masks], _finite(threshold)
 
 
+def reselect(pruned: Tensor, cost: Tensor, config: PruneConfig) -> Tensor:
+    """As many weights of one layer as ``pruned`` marks, chosen anew by ``cost``: bool ``[R, C]``.
+
+    N:M stays within the groups that are pruned already.
+    """
+    if config.pattern.kind == "n:m":
+        n, m = config.pattern.n, config.pattern.m
+        return _within(nm_select(cost, n, m), pruned.unflatten(1, (-1, m)).any(dim=2), m)
+    return k_smallest([cost], int(pruned.sum()))[1][0]
+
+
 def _finite(threshold: float | None) -> float | None:
     """``None`` for the infinite threshold of a shot that chooses nothing new."""
     return threshold if threshold is not None and math.isfinite(threshold) else None

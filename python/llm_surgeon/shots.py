@@ -165,6 +165,7 @@ class ShotLoop:
             else:
                 new = remove_and_compensate(weight, selection, *pair, self.config, linear.name)
                 factors.note_jitter(linear, new.jitter)
+            selection_of[linear.name] = new.selection.to(self.storage)
             linear.write(new.weight)
             if new.objective:
                 traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
@@ -172,6 +173,7 @@ class ShotLoop:
 
         # Read back together: the host runs ahead of the device.
         increases = [increase for increase in self._each_linear(update) if increase is not None]
+        self.selections = list(selection_of.values())
         return (sum(to_list(increases)) if increases else None), traces
 
     def _each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:

@@ -11,14 +11,20 @@ from torch import Tensor
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.factors import DampedFactor
-from llm_surgeon.select import Selection
+from llm_surgeon.select import Selection, reselect
 from surgeon_kernels import (
+    JointUpdate,
     NotPositiveDefiniteError,
     chunked_update,
+    exchange_cost,
     independent_update,
     joint_update,
     rows_columns_update,
 )
+
+# A pruned weight takes a kept one's place if its return saves so many times what the other's removal costs: both are
+# estimates for one weight at a time, and many go at once.
+_ADVANTAGE = 2.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class LayerUpdate:
 
     weight: Tensor  # [R, C'], exactly +0.0 where pruned
     delta: Tensor  # [R, C']
+    selection: Selection  # what is pruned, exchanges included
     objective: list[float] = field(default_factory=list)  # joint solver only, like bound and gap: see JointUpdate
     bound: list[float] = field(default_factory=list)
     gap: float | None = None  # None where the solver could not tell
@@ -36,7 +43,7 @@ class LayerUpdate:
 def remove(weight: Tensor, selection: Selection) -> LayerUpdate:
     """Zero what is selected and leave the rest as it is."""
     pruned = with_bias(selection, weight.shape[1])
-    return LayerUpdate(weight.masked_fill(pruned, 0.0), torch.where(pruned, -weight, torch.zeros_like(weight)))
+    return LayerUpdate(weight.masked_fill(pruned, 0.0), torch.where(pruned, -weight, 0.0), selection)
 
 
 def remove_and_compensate(
@@ -65,23 +72,56 @@ def remove_and_compensate(
         elif config.update == "chunked":
             delta, jitter = chunked_update(weight, pruned, g.inverse, a.inverse, max_correlated=config.max_correlated)
         else:
-            solved = joint_update(
-                weight,
-                pruned,
-                g.damped,
-                a.damped,
-                g.inverse,
-                a.inverse,
-                tolerance=config.tolerance,
-                max_iterations=config.max_iterations,
-            )
+            solved, selection = _solve(weight, selection, g, a, config)
+            pruned = with_bias(selection, weight.shape[1])
             delta, trace, bound = solved.delta, solved.objective, solved.bound
             gap = solved.gap if math.isfinite(solved.gap) else None
     except NotPositiveDefiniteError as error:
         raise NumericalError(f"update of {name}: {error}") from error
     if not bool(torch.isfinite(delta).all()):
         raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
-    return LayerUpdate((weight + delta).masked_fill(pruned, 0.0), delta, trace, bound, gap, jitter)
+    return LayerUpdate((weight + delta).masked_fill(pruned, 0.0), delta, selection, trace, bound, gap, jitter)
+
+
+def _solve(
+    weight: Tensor, selection: Selection, g: DampedFactor, a: DampedFactor, config: PruneConfig
+) -> tuple[JointUpdate, Selection]:
+    """The joint update, after ``config.exchanges`` rounds of a better selection found from the last one's solution."""
+
+    def solve(pruned: Tensor) -> JointUpdate:
+        return joint_update(
+            weight,
+            pruned,
+            g.damped,
+            a.damped,
+            g.inverse,
+            a.inverse,
+            tolerance=config.tolerance,
+            max_iterations=config.max_iterations,
+        )
+
+    pruned = with_bias(selection, weight.shape[1])
+    best, advantage, columns = solve(pruned), _ADVANTAGE, selection.pruned.shape[1]
+    for _ in range(config.exchanges):
+        cost = exchange_cost(
+            weight + best.delta,
+            pruned,
+            best.gradient,
+            g.damped,
+            a.damped,
+            g.inverse.diagonal(),
+            a.inverse.diagonal(),
+        )[:, :columns]
+        changed = Selection(reselect(selection.pruned, torch.where(selection.pruned, cost / advantage, cost), config))
+        if torch.equal(changed.pruned, selection.pruned):
+            break
+        changed_pruned = with_bias(changed, weight.shape[1])
+        solved = solve(changed_pruned)
+        if solved.objective[-1] < best.objective[-1]:
+            best, selection, pruned = solved, changed, changed_pruned
+        else:
+            advantage *= 2.0
+    return best, selection
 
 
 def with_bias(selection: Selection, width: int) -> Tensor:
