@@ -1,5 +1,7 @@
 """Costs and updates of single layers, with and without bias, against dense float64 mathematics."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from llm_surgeon.factors import DampedFactors
 from llm_surgeon.models import PrunableLinear
 from llm_surgeon.select import Selection
 from llm_surgeon.update import remove, remove_and_compensate, with_bias
-from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, inverse_diagonal, objective
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, inverse_diagonal, k_smallest, nm_select, objective
 from tests.kernels import dense
 
 R, C = 5, 8
@@ -109,6 +111,31 @@ def test_more_correlation_never_predicts_a_greater_loss():
         new = remove_and_compensate(weight, selection, g, a, config, linear.name)
         values[update] = objective(new.delta, g.damped, a.damped)
     assert values["joint"] < values["chunked"] < values["none"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_exchanges_lower_the_objective_at_the_same_count_and_pattern(structure, bias):
+    linear, curvature = layer(bias)
+    config = PruneConfig(structure=structure, tolerance=1e-9)
+    g, a = DampedFactors(curvature, config, [linear], CPU).of(linear)
+    weight = linear.matrix(torch.float64)
+    # The worst choice: there is something to gain.
+    cost = -weight[:, :C].abs()
+    selection = Selection(nm_select(cost, 2, 4) if structure == "2:4" else k_smallest([cost], 20)[1][0])
+    before = selection.pruned.clone()
+    plain = remove_and_compensate(weight, selection, g, a, config, linear.name)
+    better = remove_and_compensate(weight, selection, g, a, dataclasses.replace(config, exchanges=6), linear.name)
+    assert torch.equal(plain.selection.pruned, before) and torch.equal(selection.pruned, before)
+    chosen = better.selection.pruned
+    assert int(chosen.sum()) == int(before.sum())
+    if structure == "2:4":
+        assert bool((chosen.unflatten(1, (-1, 4)).sum(dim=2) == 2).all())
+    assert better.objective[-1] < 0.8 * plain.objective[-1]
+    G, A = curvature.factors(linear)
+    best = dense.optimum(weight, with_bias(better.selection, C + bias), damped(G, 0.1), damped(A, 0.01))
+    assert better.objective[-1] == pytest.approx(best, rel=1e-6)
+    assert bool((better.weight[:, :C][chosen] == 0.0).all())
 
 
 def test_remove_only_zeroes():

@@ -93,6 +93,12 @@ def prune(
             "Rounds of estimate, select, update: 5, for rows-columns 8 per 10 % removed, 1 without curvature.",
         ),
     ] = None,
+    schedule: Annotated[
+        float | None, _option("schedule", "1: every shot removes as much; more: the early ones more.")
+    ] = None,
+    exchanges: Annotated[
+        int | None, _option("exchanges", "Rounds of exchanging kept and pruned weights after a joint update.")
+    ] = None,
     damp_g: Annotated[
         float | None, _option("damp_g", "Damping of G, relative to its mean diagonal: 0.1, structured 0.01.")
     ] = None,
