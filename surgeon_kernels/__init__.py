@@ -12,6 +12,8 @@ from surgeon_kernels.chunked_update import ChunkedUpdate, chunked_update, indepe
 from surgeon_kernels.costs import column_block_cost, column_cost, element_cost, exchange_cost, row_cost
 from surgeon_kernels.gram import gram_accumulate_
 from surgeon_kernels.joint_update import JointUpdate, joint_update, objective
+from surgeon_kernels.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
+from surgeon_kernels.linear_2_4_tune import tune_2_4
 from surgeon_kernels.nm_select import nm_group_cost, nm_select
 from surgeon_kernels.pack_2_4 import Packed24, check_packed_2_4, is_2_4, pack_2_4, unpack_2_4
 from surgeon_kernels.rows_columns_update import rows_columns_update
@@ -32,6 +34,7 @@ __all__ = [
     "ChunkedUpdate",
     "DampedInverse",
     "JointUpdate",
+    "Linear24Weight",
     "NotPositiveDefiniteError",
     "Packed24",
     "SymmetricAccumulator",
@@ -50,14 +53,17 @@ __all__ = [
     "is_2_4",
     "joint_update",
     "k_smallest",
+    "linear_2_4",
     "mean_diagonal",
     "nm_group_cost",
     "nm_select",
     "objective",
     "pack_2_4",
+    "prepare_2_4",
     "row_cost",
     "rows_columns_update",
     "spd_inverse",
+    "tune_2_4",
     "unchecked_inverse",
     "unpack_2_4",
 ]

@@ -1,0 +1,163 @@
+"""Linear layers with a 2:4 weight, ``y = act(x Wᵀ + b)``, that read 9/16 of the dense weight's bytes.
+
+On CUDA a kernel takes W as the sparse operand of the tensor cores, from the layout of
+:mod:`surgeon_kernels.linear_2_4_layout`. Few tokens: ``mma.sp``, bound by the time to read W. Many tokens, on Hopper:
+sparse ``wgmma``. Sums are fp32, added in an order that depends on the sizes and the device only: the same inputs give
+the same bits. Everywhere else the reference multiplies by the unpacked weight.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from surgeon_kernels import extension
+from surgeon_kernels.linear_2_4_layout import fragments, from_fragments
+from surgeon_kernels.pack_2_4 import Packed24, unpack_2_4
+
+# In the order of surgeon::Activation in csrc/linear_2_4.h.
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+_APPLY: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+
+class Linear24Weight(NamedTuple):
+    """A 2:4 weight ``[rows, columns]`` in the kernels' layout; made by :func:`prepare_2_4` and not written afterwards.
+
+    ``dense`` is the unpacked weight where the caller chose to keep it, ``kernel`` whether the CUDA kernel runs.
+    """
+
+    fragments: Tensor
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    kernel: bool
+    dense: Tensor | None = None
+
+    def packed(self) -> Packed24:
+        """The weight back in the library-independent form, bit for bit."""
+        return from_fragments(self.fragments, self.rows, self.columns, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.fragments.nbytes + (0 if self.dense is None else self.dense.nbytes)
+
+
+def prepare_2_4(packed: Packed24, *, keep_dense: bool = False) -> Linear24Weight:
+    """Rearrange a packed weight for :func:`linear_2_4`, on its device; the first CUDA call may build the kernels.
+
+    Args:
+        packed: bfloat16 or float16 ``[R, C]``, ``C`` divisible by 8.
+        keep_dense: keep the dense weight as well (16/9 of the packed one) and multiply by it wherever the CUDA kernel
+            does not run, instead of unpacking at every call.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: ``C`` is not divisible by 8.
+    """
+    if packed.values.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"2:4 kernels take bfloat16 and float16, not {packed.values.dtype}")
+    if packed.columns % 8:
+        raise ValueError(f"2:4 kernels take widths divisible by 8, not {packed.columns}")
+    kernel = packed.values.is_cuda and _kernel_ready()
+    dense = unpack_2_4(packed) if keep_dense else None
+    data = fragments(packed)
+    if data.is_cuda:
+        # A kernel may start reading its weight while the one before it in the stream still runs.
+        torch.cuda.current_stream(data.device).synchronize()
+    return Linear24Weight(data, packed.rows, packed.columns, packed.values.dtype, kernel, dense)
+
+
+def linear_2_4(
+    x: Tensor, weight: Linear24Weight | Packed24, bias: Tensor | None = None, *, activation: str = "none"
+) -> Tensor:
+    """``y = act(x Wᵀ + b)``.
+
+    Args:
+        x: ``[..., C]``, any leading shape, in the weight's dtype and on its device.
+        weight: a prepared weight, or a packed one, which is unpacked at every call.
+        bias: ``[R]`` in the same dtype, or None.
+        activation: one of `ACTIVATIONS`, applied in fp32 before rounding.
+
+    Returns:
+        ``[..., R]``. Gradients flow to ``x`` and ``bias``; the weight is a constant.
+
+    Raises:
+        ValueError: sizes or devices do not fit, or the activation is unknown.
+        TypeError: dtypes differ.
+    """
+    _check(x, weight, bias, activation)
+    if isinstance(weight, Packed24):
+        return _APPLY[activation](_linear_2_4_reference(x, weight, bias))
+    if not weight.kernel:
+        dense = weight.packed() if weight.dense is None else weight.dense
+        y = functional.linear(x, dense, bias) if isinstance(dense, Tensor) else _linear_2_4_reference(x, dense, bias)
+        return _APPLY[activation](y)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _APPLY[activation](_Linear24.apply(x, weight, bias))
+    return _kernel(x, weight, bias, activation)
+
+
+def _linear_2_4_reference(x: Tensor, packed: Packed24, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, unpack_2_4(packed), bias)
+
+
+def _kernel(x: Tensor, weight: Linear24Weight, bias: Tensor | None, activation: str = "none") -> Tensor:
+    op = torch.ops.surgeon_kernels.linear_2_4
+    return op(x, weight.fragments, bias, weight.rows, ACTIVATIONS.index(activation))
+
+
+class _Linear24(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Linear24Weight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return _kernel(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (dy,) = gradients
+        dx = dy @ unpack_2_4(ctx.weight.packed()) if ctx.needs_input_grad[0] else None
+        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, db
+
+
+@functools.cache
+def _kernel_ready() -> bool:
+    """Whether the CUDA op is registered; gives it its fake kernel, which torch.compile traces."""
+    if not extension.available():
+        return False
+
+    @torch.library.register_fake("surgeon_kernels::linear_2_4")
+    def _(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation: int) -> Tensor:
+        return x.new_empty(*x.shape[:-1], rows)
+
+    return True
+
+
+def _check(x: Tensor, weight: Linear24Weight | Packed24, bias: Tensor | None, activation: str) -> None:
+    dtype, device = (
+        (weight.values.dtype, weight.values.device)
+        if isinstance(weight, Packed24)
+        else (weight.dtype, weight.fragments.device)
+    )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    if x.dim() == 0 or x.shape[-1] != weight.columns:
+        raise ValueError(f"x must be [..., {weight.columns}], not {list(x.shape)}")
+    if bias is not None and bias.shape != (weight.rows,):
+        raise ValueError(f"bias must be [{weight.rows}], not {list(bias.shape)}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} as the weight is, not {tensor.dtype}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the weight on {device}")

@@ -1,0 +1,119 @@
+"""The 2:4 linear's layout and reference, on the CPU."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from surgeon_kernels.linear_2_4 import ACTIVATIONS, linear_2_4, prepare_2_4
+from surgeon_kernels.linear_2_4_layout import UNIT_BYTES, fragments, from_fragments
+from surgeon_kernels.pack_2_4 import Packed24, pack_2_4, unpack_2_4
+
+
+def weight_2_4(rows, columns, dtype=torch.bfloat16, device="cpu", seed=0):
+    generator = torch.Generator(device).manual_seed(seed)
+    groups = torch.randn(rows, columns // 4, 4, device=device, generator=generator)
+    kept = torch.rand(rows, columns // 4, 4, device=device, generator=generator).topk(2, dim=2).indices
+    return torch.zeros_like(groups).scatter(2, kept, groups.gather(2, kept)).view(rows, columns).to(dtype)
+
+
+def sparse_tile(registers, metadata, selector):
+    """The 16 x 32 operand that ``mma.sp.m16n8k32`` reads from a warp, by the fragment layouts of the PTX ISA.
+
+    ``registers`` [lane 32][register 4][2] are values, ``metadata`` [lane 32] words, ``selector`` says which two lanes
+    of every four hold the positions.
+    """
+    tile = torch.zeros(16, 32, dtype=registers.dtype)
+    for row in range(16):
+        for group in range(8):
+            lane, half = 4 * (row % 8), row // 8
+            word = int(metadata[lane + 2 * selector + group // 4]) >> (16 * half + 4 * (group % 4))
+            assert word & 3 < word >> 2 & 3, "equal or descending positions are undefined"
+            for k in range(2):
+                value = registers[lane + group % 4, 2 * (group // 4) + half, k]
+                tile[row, 4 * group + (word >> 2 * k & 3)] = value
+    return tile
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 128), (40, 136), (7, 8), (33, 384)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_warp_reads_the_weight_from_its_fragments(rows, columns, dtype):
+    weight = weight_2_4(rows, columns, dtype)
+    data = fragments(pack_2_4(weight))
+    blocks, units = -(-rows // 16), -(-columns // 128)
+    assert data.shape == (blocks, units, UNIT_BYTES) and data.is_contiguous()
+    read = torch.zeros(blocks * 16, units * 128, dtype=dtype)
+    for block in range(blocks):
+        for unit in range(units):
+            registers = data[block, unit, :2048].view(dtype).view(4, 32, 4, 2)
+            metadata = data[block, unit, 2048:].view(torch.int32).view(32, 2).long() & 0xFFFFFFFF
+            for tile in range(4):
+                r, c = 16 * block, 128 * unit + 32 * tile
+                read[r : r + 16, c : c + 32] = sparse_tile(registers[tile], metadata[:, tile // 2], tile % 2)
+    assert torch.equal(read[:rows, :columns], weight)
+    assert not read[rows:].any() and not read[:, columns:].any()
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 128), (40, 136), (7, 8), (0, 16)])
+def test_fragments_come_back_bit_for_bit(rows, columns):
+    packed = pack_2_4(weight_2_4(rows, columns))
+    back = from_fragments(fragments(packed), rows, columns, torch.bfloat16)
+    assert torch.equal(back.values.view(torch.int16), packed.values.view(torch.int16))
+    assert torch.equal(back.indices, packed.indices)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_reference_is_the_dense_linear(activation, keep_dense):
+    weight, bias = weight_2_4(24, 40), torch.randn(24).bfloat16()
+    x = torch.randn(3, 5, 40).bfloat16()
+    dense = functional.linear(x.double(), weight.double(), bias.double())
+    apply = {
+        "none": dense,
+        "relu": dense.clamp(min=0),
+        "gelu": dense * torch.special.ndtr(dense),
+        "gelu_tanh": functional.gelu(dense, approximate="tanh"),
+        "silu": dense * dense.sigmoid(),
+    }
+    prepared = prepare_2_4(pack_2_4(weight), keep_dense=keep_dense)
+    assert (prepared.dense is not None) == keep_dense
+    assert prepared.nbytes == 2 * 1 * UNIT_BYTES + keep_dense * weight.nbytes
+    for operand in (prepared, pack_2_4(weight)):
+        torch.testing.assert_close(
+            linear_2_4(x, operand, bias, activation=activation).double(), apply[activation], atol=0.05, rtol=0.02
+        )
+
+
+def test_gradients_reach_x_and_bias():
+    weight = weight_2_4(8, 16)
+    x, bias = torch.randn(4, 16).bfloat16().requires_grad_(), torch.zeros(8).bfloat16().requires_grad_()
+    linear_2_4(x, prepare_2_4(pack_2_4(weight)), bias).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(4, 16), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(bias.grad, torch.full((8,), 4.0).bfloat16())
+
+
+def test_compiles_in_one_graph():
+    weight, x = prepare_2_4(pack_2_4(weight_2_4(8, 16))), torch.randn(4, 16).bfloat16()
+    compiled = torch.compile(lambda x: linear_2_4(x, weight), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), linear_2_4(x, weight))
+
+
+def test_what_does_not_fit_is_refused():
+    packed = pack_2_4(weight_2_4(8, 16))
+    prepared, x = prepare_2_4(packed), torch.randn(4, 16).bfloat16()
+    with pytest.raises(ValueError, match=r"x must be \[..., 16\]"):
+        linear_2_4(x[:, :8], prepared)
+    with pytest.raises(TypeError, match=r"x must be torch\.bfloat16"):
+        linear_2_4(x.half(), prepared)
+    with pytest.raises(ValueError, match=r"bias must be \[8\]"):
+        linear_2_4(x, prepared, torch.zeros(16).bfloat16())
+    with pytest.raises(ValueError, match="activation must be one of"):
+        linear_2_4(x, prepared, activation="tanh")
+    with pytest.raises(TypeError, match="bfloat16 and float16"):
+        prepare_2_4(Packed24(packed.values.float(), packed.indices))
+    with pytest.raises(ValueError, match="divisible by 8"):
+        prepare_2_4(pack_2_4(weight_2_4(8, 12)))
+
+
+def test_packed_weight_comes_back_from_a_prepared_one():
+    packed = pack_2_4(weight_2_4(40, 24))
+    assert torch.equal(unpack_2_4(prepare_2_4(packed).packed()), unpack_2_4(packed))

@@ -1,0 +1,209 @@
+"""The 2:4 linear's CUDA kernels."""
+
+import threading
+
+import pytest
+import torch
+from torch.nn import functional
+
+from surgeon_kernels import extension
+from surgeon_kernels.linear_2_4 import ACTIVATIONS, linear_2_4, prepare_2_4
+from surgeon_kernels.linear_2_4_tune import tune_2_4
+from surgeon_kernels.pack_2_4 import pack_2_4
+from tests.kernels.test_linear_2_4 import weight_2_4
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+RAGGED = [*range(1, 18), 23, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 130, 255, 257, 300, 511, 700, 1025]
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_extension():
+    if not extension.available():
+        pytest.skip("the CUDA extension cannot be built here")
+
+
+def relative(y, exact):
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+def problem(rows, columns, dtype=torch.bfloat16, seed=0):
+    weight = weight_2_4(rows, columns, dtype, "cuda", seed)
+    return weight, prepare_2_4(pack_2_4(weight)), torch.randn(rows, device="cuda").to(dtype)
+
+
+def assert_right(x, weight, prepared, bias=None):
+    # Memory that the allocator hands out again holds NaN: an element that is not written shows.
+    torch.full((*x.shape[:-1], weight.shape[0]), float("nan"), device="cuda", dtype=x.dtype)
+    y = linear_2_4(x, prepared, bias)
+    assert y.shape == (*x.shape[:-1], weight.shape[0]) and y.dtype == x.dtype
+    exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torchs = relative(functional.linear(x, weight, bias), exact)
+    assert relative(y, exact) <= 2 * torchs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, columns", [(512, 1024), (336, 1160), (40, 72), (1000, 4096)])
+def test_ragged_tokens(rows, columns, dtype):
+    weight, prepared, bias = problem(rows, columns, dtype)
+    assert prepared.kernel
+    for tokens in RAGGED:
+        x = torch.randn(tokens, columns, device="cuda").to(dtype)
+        assert_right(x, weight, prepared, bias if tokens % 2 else None)
+
+
+@pytest.mark.parametrize("rows, columns", [(4096, 4096), (4096, 11008), (12288, 4096), (22016, 4096)])
+def test_shapes_of_a_large_model(rows, columns):
+    weight, prepared, _ = problem(rows, columns)
+    for tokens in (1, 2, 7, 16, 24, 64, 96, 128, 200, 512, 2048):
+        assert_right(torch.randn(tokens, columns, device="cuda").bfloat16(), weight, prepared)
+
+
+@pytest.mark.parametrize("tokens", [3, 48, 300])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_fused_activation(tokens, activation):
+    weight, prepared, bias = problem(512, 1024)
+    x = torch.randn(tokens, 1024, device="cuda").bfloat16() / 16
+    dense = functional.linear(x.double(), weight.double(), bias.double())
+    exact = _apply(activation, dense)
+    assert relative(linear_2_4(x, prepared, bias, activation=activation), exact) < 5e-3
+
+
+def _apply(activation, y):
+    return {
+        "none": lambda: y,
+        "relu": y.relu,
+        "gelu": lambda: functional.gelu(y),
+        "gelu_tanh": lambda: functional.gelu(y, approximate="tanh"),
+        "silu": lambda: functional.silu(y),
+    }[activation]()
+
+
+def test_leading_shapes_strides_and_nothing():
+    weight, prepared, bias = problem(512, 1024)
+    for x in (
+        torch.randn(2, 3, 1024, device="cuda").bfloat16(),
+        torch.randn(1024, device="cuda").bfloat16(),
+        torch.randn(4, 7, 1024, device="cuda").bfloat16()[:, -1:],
+        torch.randn(1024, 5, device="cuda").bfloat16().T,
+        torch.randn(1 + 3 * 1024, device="cuda").bfloat16()[1:].view(3, 1024),  # not aligned to 16 bytes
+    ):
+        assert_right(x, weight, prepared, bias)
+    assert linear_2_4(torch.empty(0, 1024, device="cuda").bfloat16(), prepared).shape == (0, 512)
+
+
+def test_same_inputs_give_the_same_bits():
+    _, prepared, bias = problem(4096, 4096)
+    for tokens in (1, 16, 64, 200, 1024):
+        x = torch.randn(tokens, 4096, device="cuda").bfloat16()
+        first = linear_2_4(x, prepared, bias)
+        assert all(torch.equal(linear_2_4(x, prepared, bias), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 300, 1024])
+def test_captured_in_a_cuda_graph(tokens):
+    _, prepared, bias = problem(1024, 1024)
+    x = torch.randn(tokens, 1024, device="cuda").bfloat16()
+    hidden = linear_2_4(linear_2_4(x, prepared, bias) / 32, prepared, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear_2_4(linear_2_4(x, prepared, bias) / 32, prepared, bias)
+    graph.replay()
+    assert torch.equal(y, hidden)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, linear_2_4(linear_2_4(x, prepared, bias) / 32, prepared, bias))
+
+
+def test_a_chain_of_dependent_calls_reads_what_the_last_wrote():
+    """A kernel may start while the one before it still runs: x must be the finished one."""
+    prepared = prepare_2_4(pack_2_4(weight_2_4(2048, 2048, device="cuda") / 32))
+    for tokens in (1, 16, 64, 256):
+        hidden = expected = torch.randn(tokens, 2048, device="cuda").bfloat16()
+        for _ in range(50):
+            expected = linear_2_4(expected, prepared)
+            torch.cuda.synchronize()
+        for _ in range(50):
+            hidden = linear_2_4(hidden, prepared)
+        assert torch.equal(hidden, expected)
+
+
+def test_two_threads_two_streams():
+    problems = [problem(1024, 2048, seed=seed) for seed in range(2)]
+    inputs = [torch.randn(tokens, 2048, device="cuda").bfloat16() for tokens in (1, 9, 40, 128, 400)]
+    expected = [[linear_2_4(x, prepared, bias) for x in inputs] for _, prepared, bias in problems]
+    torch.cuda.synchronize()
+    failures = []
+
+    def work(index):
+        _, prepared, bias = problems[index]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                for x, right in zip(inputs, expected[index], strict=True):
+                    if not torch.equal(linear_2_4(x, prepared, bias), right):
+                        failures.append((index, x.shape[0]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_registered_op_passes_opcheck():
+    _, prepared, bias = problem(512, 1024)
+    for tokens in (1, 200):
+        x = torch.randn(tokens, 1024, device="cuda").bfloat16()
+        arguments = (x, prepared.fragments, bias, prepared.rows, 0)
+        torch.library.opcheck(torch.ops.surgeon_kernels.linear_2_4.default, arguments)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiles_without_graph_breaks(mode):
+    _, prepared, bias = problem(512, 1024)
+    compiled = torch.compile(lambda x: linear_2_4(x, prepared, bias).relu(), fullgraph=True, mode=mode)
+    x = torch.randn(4, 1024, device="cuda").bfloat16()
+    for _ in range(3):
+        assert torch.equal(compiled(x), linear_2_4(x, prepared, bias).relu())
+
+
+def test_gradients_are_those_of_the_dense_linear():
+    weight, prepared, bias = problem(256, 512)
+    x = torch.randn(20, 512, device="cuda").bfloat16().requires_grad_()
+    bias.requires_grad_()
+    dy = torch.randn(20, 256, device="cuda").bfloat16()
+    ours = torch.autograd.grad(linear_2_4(x, prepared, bias), (x, bias), dy)
+    dense = torch.autograd.grad(functional.linear(x, weight, bias), (x, bias), dy)
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_tuning_keeps_a_choice_that_is_right():
+    weight, prepared, bias = problem(768, 1536)
+    chosen = tune_2_4(prepared, (1, 64, 512))
+    assert list(chosen) == [1, 64, 512]
+    ops = torch.ops.surgeon_kernels
+    for tokens, choice in chosen.items():
+        x = torch.randn(tokens, 1536, device="cuda").bfloat16()
+        assert torch.equal(linear_2_4(x, prepared), ops.linear_2_4_run(x, prepared.fragments, 768, choice))
+        assert_right(x, weight, prepared, bias)
+
+
+def test_every_kernel_is_right_wherever_it_runs():
+    weight, prepared, _ = problem(336, 1160)
+    for tokens in (1, 13, 70, 200):
+        x = torch.randn(tokens, 1160, device="cuda").bfloat16()
+        exact = functional.linear(x.double(), weight.double())
+        torchs = relative(functional.linear(x, weight), exact)
+        ran = 0
+        for choice in range(torch.ops.surgeon_kernels.linear_2_4_choices()):
+            y = torch.ops.surgeon_kernels.linear_2_4_run(x, prepared.fragments, 336, choice)
+            if y is not None:
+                assert relative(y, exact) <= 2 * torchs, choice
+                ran += 1
+        assert ran >= 5
