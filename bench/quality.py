@@ -59,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"damp_g {value:g}": {"damp_g": value} for value in (0.01, 0.03, 0.3)},
     **{f"damp_a {value:g}": {"damp_a": value} for value in (0.003, 0.03)},
     **{f"schedule {value:g}": {"schedule": value} for value in (0.7, 1.5, 2.0)},
+    "kron_rank 2": {"kron_rank": 2},
     "sampled labels": {"fisher": "sampled"},
     **{f"exchanges {value}": {"exchanges": value} for value in (1, 2, 4)},
     "exchanges 4, shots 10": {"exchanges": 4, "shots": 10},

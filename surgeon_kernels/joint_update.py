@@ -73,13 +73,15 @@ def joint_update(
         max_iterations: cap on the iterations of both parts together; 0 only zeroes.
 
     Raises:
-        NotPositiveDefiniteError: a factor's diagonal is not positive throughout: it was not damped.
+        NotPositiveDefiniteError: the curvature's diagonal is not positive throughout: it was not damped.
     """
     if (G_inv is None) != (A_inv is None) or (second is not None and G_inv is not None):
         raise ValueError("give both inverses or neither, and none beside a second pair")
     terms = [(G, A)] if second is None else [(G, A), second]
-    if not all(bool((M.diagonal() > 0.0).all()) for pair in terms for M in pair):
-        raise NotPositiveDefiniteError("a curvature factor's diagonal is not positive throughout")
+    diagonal = torch.stack([L.diagonal() for L, _ in terms]).T @ torch.stack([M.diagonal() for _, M in terms])
+    if not bool((diagonal > 0.0).all()):
+        raise NotPositiveDefiniteError("the curvature's diagonal is not positive throughout")
+    del diagonal
     delta, bound = torch.where(pruned, -weight, 0.0), [0.0]
     if G_inv is not None and A_inv is not None and _kept_fraction(pruned) >= _DUAL_FROM:
         delta, bound = _solve_dual(weight, pruned, [(G_inv, A_inv)], tolerance, max_iterations)

@@ -85,6 +85,8 @@ class PruneConfig:
         max_correlated: most pruned weights solved for together by the chunked update (the paper's m).
         shots: rounds of estimate, select, update. Left out: 5; for rows-columns 8 for every 10 % removed (the
             paper's settings); 1 for methods and importances that do not re-estimate.
+        kron_rank: Kronecker products that the curvature of a layer is the sum of, 1 or 2. Two take four more passes a
+            shot, three times the memory for factors, and update "joint"; for studies of small models.
         exchanges: rounds, after a joint update, of exchanging kept and pruned weights of a layer where that lowers
             its objective; each solves anew.
         schedule: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of the sparsity is reached: 1 is linear,
@@ -127,6 +129,7 @@ class PruneConfig:
     update: str | None = None
     max_correlated: int = 2000
     shots: int | None = None
+    kron_rank: int = 1
     exchanges: int = 0
     schedule: float = 1.0
     damp_g: float | None = None
@@ -180,6 +183,7 @@ class PruneConfig:
         require_positive_int("max_correlated", self.max_correlated)
         require_positive_int("max_iterations", self.max_iterations)
         require_positive_int("samples", self.samples)
+        self._check_kron_rank(structure)
         if self.exchanges != 0:
             require_positive_int("exchanges", self.exchanges)
         for name in ("seqlen", "batch_size", "curvature_layers"):
@@ -234,6 +238,16 @@ class PruneConfig:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_kron_rank(self, structure: Structure) -> None:
+        if self.kron_rank not in (1, 2):
+            raise InputError(f"kron_rank must be 1 or 2, not {self.kron_rank!r}")
+        if self.kron_rank == 2 and not (
+            self.method == "surgeon" and self.update == "joint" and structure.single_weights
+        ):
+            raise InputError("kron_rank 2 needs method 'surgeon', update 'joint' and a structure of single weights")
+        if self.kron_rank == 2 and (self.checkpoint_activations or self.offload != "none" or self.exchanges):
+            raise InputError("kron_rank 2 goes with neither checkpoint_activations nor offload nor exchanges")
 
     def _resolve_sparsity(self, structure: Structure) -> None:
         implied = structure.sparsity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
 from llm_surgeon.costs import element_costs, row_column_costs
 from llm_surgeon.data import Calibration
 from llm_surgeon.factors import DampedFactors, predicted_increase
+from llm_surgeon.kron2 import PairedCurvature, compensate_by_pairs, paired_costs
 from llm_surgeon.models import Decoder, PrunableLinear, to_list
 from llm_surgeon.offload import offloaded, store
 from llm_surgeon.plan import compute_device, make_plan
@@ -49,6 +51,7 @@ class ShotLoop:
         self.selections = [_nothing(linear, config, self.storage) for linear in decoder.linears]
         self.reports: list[ShotReport] = []
         self._before_update: Callable[[], object] = lambda: None
+        self._paired: PairedCurvature | None = None  # of the shot that is running, with kron_rank 2
 
     def run(self, before_update: Callable[[], object] = lambda: None) -> None:
         """Run every shot; ``selections`` then holds what is pruned and ``reports`` what each shot did.
@@ -93,6 +96,10 @@ class ShotLoop:
                 curvature = self._estimate(index)
                 loss = curvature.loss
                 factors = DampedFactors(curvature, config, self.decoder.linears, self.device)
+                if config.kron_rank == 2:
+                    self._paired = PairedCurvature(
+                        self.decoder, config, curvature, functools.partial(self._estimate, index)
+                    )
         if config.method == "sparsegpt":
             with self._phase("update", seconds):
                 self._before_update()
@@ -146,7 +153,14 @@ class ShotLoop:
             line_costs = self._each_linear(lambda linear: row_column_costs(linear, method, curvature, factors))
             self.selections, threshold = select_rows_columns(line_costs, self.selections, self.config, target)
         else:
-            costs = self._each_linear(lambda linear: element_costs(linear, method, curvature, factors))
+            paired = self._paired
+            costs = self._each_linear(
+                lambda linear: (
+                    element_costs(linear, method, curvature, factors)
+                    if paired is None
+                    else paired_costs(linear, paired.of(linear))
+                )
+            )
             previous = [selection.pruned.to(self.device) for selection in self.selections]
             self.selections, threshold = select_elements(costs, previous, self.config, target)
         self.selections = [selection.to(self.storage) for selection in self.selections]
@@ -163,7 +177,10 @@ class ShotLoop:
             if factors is None or pair is None or self.config.method != "surgeon":
                 new = remove(weight, selection)
             else:
-                new = remove_and_compensate(weight, selection, *pair, self.config, linear.name)
+                if self._paired is None:
+                    new = remove_and_compensate(weight, selection, *pair, self.config, linear.name)
+                else:
+                    new = compensate_by_pairs(weight, selection, self._paired.of(linear), self.config)
                 factors.note_jitter(linear, new.jitter)
             selection_of[linear.name] = new.selection.to(self.storage)
             linear.write(new.weight)

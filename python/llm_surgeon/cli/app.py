@@ -96,6 +96,9 @@ def prune(
     schedule: Annotated[
         float | None, _option("schedule", "1: every shot removes as much; more: the early ones more.")
     ] = None,
+    kron_rank: Annotated[
+        int | None, _option("kron_rank", "Kronecker products whose sum the curvature is, 1 or 2.")
+    ] = None,
     exchanges: Annotated[
         int | None, _option("exchanges", "Rounds of exchanging kept and pruned weights after a joint update.")
     ] = None,
