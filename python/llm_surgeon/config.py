@@ -24,7 +24,7 @@ GLOBAL_METHODS = ("surgeon", "k-obd")
 # Methods that have a definition for whole rows and columns.
 STRUCTURED_METHODS = ("surgeon", "k-obd", "l-obd", "magnitude")
 # Structures that are removed from the model for good, and how their groups can be scored.
-COUPLED_STRUCTURES = ("groups", "layers")
+COUPLED_STRUCTURES = ("groups", "width", "layers")
 GRADIENT_IMPORTANCES = ("taylor1", "taylor2", "taylor-mix", "vector")
 IMPORTANCES = ("kronecker", *GRADIENT_IMPORTANCES, "magnitude", "random")
 ALLOCATIONS = ("global", "local")
@@ -76,7 +76,8 @@ class PruneConfig:
 
     Attributes:
         structure: ``"2:4"`` or any ``"N:M"``, ``"unstructured"``, ``"rows-columns"``; or ``"groups"``, neurons and
-            attention heads, or ``"layers"``, whole decoder blocks, which make the model smaller.
+            attention heads, ``"width"``, channels of the residual stream, or ``"layers"``, whole decoder
+            blocks, which make the model smaller.
         method: one of :data:`METHODS`.
         sparsity: fraction of the decoder's linear weights to remove, in (0, 1). Implied by N:M; otherwise 0.5
             (unstructured) or 0.3 (rows-columns, groups) when left out.

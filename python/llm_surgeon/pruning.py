@@ -28,6 +28,7 @@ from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.blocks import BlockLoop
 from llm_surgeon.structures.loop import GroupLoop
 from llm_surgeon.structures.size import model_size
+from llm_surgeon.structures.width import WidthLoop
 
 
 def prune(
@@ -73,7 +74,7 @@ def prune(
         torch.cuda.reset_peak_memory_stats(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {"before": model_size(model, windows.input_ids)} if config.pattern.coupled else {}
-    loops: dict[str, type[ShotLoop]] = {"groups": GroupLoop, "layers": BlockLoop}
+    loops: dict[str, type[ShotLoop]] = {"groups": GroupLoop, "layers": BlockLoop, "width": WidthLoop}
     kind = loops.get(config.pattern.kind, ShotLoop)
     with _memory_capped(config):
         loop = kind(model, decoder, windows, config, progress or Progress())

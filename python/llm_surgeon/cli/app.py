@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def prune(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
-    structure: Annotated[str | None, _option("structure", "2:4, any N:M, unstructured, rows-columns, groups.")] = None,
+    structure: Annotated[
+        str | None, _option("structure", "2:4, any N:M, unstructured, rows-columns, groups, width, layers.")
+    ] = None,
     method: Annotated[str | None, _option("method", " | ".join(METHODS))] = None,
     sparsity: Annotated[
         float | None, _option("sparsity", "Fraction to remove: implied by N:M, 0.5 unstructured, else 0.3.")

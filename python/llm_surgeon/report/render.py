@@ -26,6 +26,7 @@ STRUCTURES = {
     "unstructured": "single weights, anywhere in a matrix",
     "rows-columns": "whole rows and columns of the weight matrices",
     "groups": "neurons and attention heads, taken out of the model",
+    "width": "channels of the residual stream, taken out of the model",
     "layers": "whole decoder blocks, taken out of the model",
 }
 

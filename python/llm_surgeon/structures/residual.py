@@ -1,0 +1,223 @@
+"""The residual width of a model: every parameter that has it, and its removal for good."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
+from llm_surgeon.models import Decoder, PrunableLinear
+from llm_surgeon.structures import modeling_pruned
+from llm_surgeon.structures.narrow import become_pruned, probe_logits, same_logits, undone_on_failure
+from llm_surgeon.structures.probe import Dependencies, StubbedBlock, capture_inputs
+from llm_surgeon.structures.rebuild import build_block, weight_shape
+
+# Norms compute in float32 in models of any dtype, and here over other numbers of channels.
+_ROUNDING = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """Who reads and writes the residual stream, ``width`` channels wide.
+
+    Attributes:
+        readers, writers: the decoder's linears whose columns, or rows, are channels.
+        embeddings: modules that start the stream, a channel a column; norms: modules with one number a channel.
+        final_norm: the norm before the output head; tied: the head is the token embedding.
+    """
+
+    width: int
+    readers: list[PrunableLinear]
+    writers: list[PrunableLinear]
+    embeddings: list[nn.Embedding]
+    norms: list[nn.Module]
+    final_norm: nn.Module
+    head: nn.Linear
+    tied: bool
+
+
+def find_residual(model: PreTrainedModel, decoder: Decoder) -> Residual:
+    """Find every parameter with the residual width.
+
+    Raises:
+        UnsupportedModelError: a parameter of that width is none of a reader, writer, embedding, norm or the head; the
+            message names it.
+        InputError: the embeddings are tied, and layer norms would need them centred.
+    """
+    width = model.get_input_embeddings().weight.shape[1]
+    head = model.get_output_embeddings()
+    readers, writers = _ends(model, decoder)
+    explained = {id(linear.module) for linear in decoder.linears} | {id(head)}
+    embeddings, norms = [], []
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if id(module) in explained or not any(width in parameter.shape for parameter in own.values()):
+            continue
+        if isinstance(module, nn.Embedding) and module.embedding_dim == width:
+            embeddings.append(module)
+        elif all(parameter.shape == (width,) for parameter in own.values()):
+            norms.append(module)
+        else:
+            raise UnsupportedModelError(
+                f"{name} has the residual width in a way that is not understood: keep the width"
+            )
+    outside = [norm for norm in norms if not any(norm in set(block.modules()) for block in decoder.blocks)]
+    if not outside:
+        raise UnsupportedModelError(f"{type(model).__name__} has no norm before its output head: keep the width")
+    tied = head.weight is model.get_input_embeddings().weight
+    if tied and any(isinstance(norm, nn.LayerNorm) for norm in norms):
+        raise InputError(
+            f"the output head of {type(model).__name__} is tied to the token embedding, and layer norms need that "
+            "centred: its width cannot be changed"
+        )
+    return Residual(width, readers, writers, embeddings, norms, outside[-1], head, tied)
+
+
+def _ends(model: PreTrainedModel, decoder: Decoder) -> tuple[list[PrunableLinear], list[PrunableLinear]]:
+    known: dict[Any, Dependencies] = {}
+    readers, writers = [], []
+    for depth, block in enumerate(decoder.blocks):
+        linears = [linear for linear in decoder.linears if linear.depth == depth]
+        signature = (type(block), *((x.kind, x.rows, x.columns) for x in linears))
+        if signature not in known:
+            hidden, inputs = capture_inputs(model, block)
+            known[signature] = Dependencies(StubbedBlock(block, linears, inputs), linears, hidden)
+        found = known[signature]
+        readers += [linear for linear in linears if bool(found.residual_columns[linear.kind].all())]
+        writers += [linear for linear in linears if bool(found.residual_rows[linear.kind].all())]
+    return readers, writers
+
+
+def kept_width(residual: Residual, sparsity: float, round_to: int, heads: int, least: float) -> int:
+    """The largest width that removes ``sparsity`` of the linears' weights: a multiple of ``round_to`` and ``heads``.
+
+    Raises:
+        InputError: there is none.
+    """
+    step = math.lcm(round_to, heads)
+    width = int(residual.width * (1 - sparsity) + 1e-9) // step * step
+    if width < max(1, math.ceil(least * residual.width)):
+        raise InputError(
+            f"sparsity {sparsity:g} cannot be met: a width below {residual.width} must be a multiple of {step} "
+            f"({heads} heads, round_to {round_to}) and at least {least:g} of it"
+        )
+    return width
+
+
+@torch.no_grad()
+def zero_channels(residual: Residual, removed: Tensor) -> None:
+    """Take channels, bool ``[width]``, out of the stream; what is left is centred where norms subtract the mean.
+
+    A layer norm does not see a constant added to the channels it reads, so making the mean of those that are left zero
+    changes nothing for a norm over them alone; and with zeros for the others the mean over all is theirs too.
+    """
+    centred = any(isinstance(norm, nn.LayerNorm) for norm in residual.norms)
+    kept = ~removed
+    for embedding in residual.embeddings:
+        embedding.weight[:, removed] = 0.0
+        if centred:
+            embedding.weight[:, kept] -= embedding.weight[:, kept].mean(dim=1, keepdim=True)
+    for writer in residual.writers:
+        matrix = writer.matrix(torch.promote_types(writer.module.get_parameter("weight").dtype, torch.float32))
+        matrix[removed] = 0.0
+        if centred:
+            matrix[kept] -= matrix[kept].mean(dim=0, keepdim=True)
+        writer.write(matrix)
+
+
+@torch.no_grad()
+def remove_channels(model: PreTrainedModel, decoder: Decoder, residual: Residual, removed: Tensor) -> None:
+    """Remove channels that are zero, for good.
+
+    A norm over d' of d channels divides by the root of the mean of fewer squares: the stream is scaled by
+    ``√(d'/d)`` where it is written, and the norms' weights by ``√(d/d')``, so that the two models agree.
+
+    Raises:
+        NumericalError: the narrower model computes something else. UnsupportedModelError: no class builds it. The model
+            is as it was.
+    """
+    before = probe_logits(model)
+    kept, scale = ~removed, math.sqrt(int((~removed).sum()) / residual.width)
+    with undone_on_failure(model):
+        for embedding in residual.embeddings:
+            weight = nn.Parameter((embedding.weight[:, kept] * scale).contiguous(), embedding.weight.requires_grad)
+            if residual.tied and embedding.weight is residual.head.weight:
+                residual.head.weight, residual.head.in_features = weight, weight.shape[1]
+            embedding.weight, embedding.embedding_dim = weight, weight.shape[1]
+        if not residual.tied:
+            head = residual.head
+            head.weight = nn.Parameter(head.weight[:, kept].contiguous(), head.weight.requires_grad)
+            head.in_features = head.weight.shape[1]
+        for norm in residual.norms:
+            # A tied head has been scaled with the embedding.
+            factor = 1 / scale**2 if residual.tied and norm is residual.final_norm else 1 / scale
+            for name, parameter in list(norm.named_parameters(recurse=False)):
+                part = parameter[kept] * (factor if name == "weight" else factor * scale)
+                setattr(norm, name, nn.Parameter(part, parameter.requires_grad))
+            if isinstance(norm, nn.LayerNorm):
+                norm.normalized_shape = (int(kept.sum()),)
+        for linear in {x.name: x for x in (*residual.readers, *residual.writers)}.values():
+            _slice(linear, kept, linear in residual.readers, linear in residual.writers, scale)
+        _resize(model, decoder, residual.width, int(kept.sum()))
+        if not same_logits(probe_logits(model), before, _ROUNDING):
+            raise NumericalError("the narrower model's logits differ from the zeroed model's: keep its width")
+
+
+def _slice(linear: PrunableLinear, kept: Tensor, reads: bool, writes: bool, scale: float) -> None:
+    module = linear.module
+    matrix = linear.matrix(module.get_parameter("weight").dtype)
+    if writes:
+        matrix = matrix[kept] * scale
+    if linear.has_bias:
+        module.bias = nn.Parameter(matrix[:, -1].contiguous(), module.get_parameter("bias").requires_grad)
+        matrix = matrix[:, :-1]
+    if reads:
+        matrix = matrix[:, kept]
+    conv = isinstance(module, Conv1D)
+    module.weight = nn.Parameter(
+        (matrix.T if conv else matrix).contiguous(), module.get_parameter("weight").requires_grad
+    )
+    for attribute, size in zip(("nf", "nx") if conv else ("out_features", "in_features"), matrix.shape, strict=True):
+        setattr(module, attribute, size)
+
+
+def _resize(model: PreTrainedModel, decoder: Decoder, old: int, new: int) -> None:
+    """Tell the configuration the width; what it cannot say of a block goes to ``pruned_modules``."""
+    config: Any = model.config
+    if getattr(config, "head_dim", None) is None and hasattr(config, "num_attention_heads"):
+        config.head_dim = old // config.num_attention_heads
+    for attribute in ("hidden_size", "word_embed_proj_dim"):  # transformers' own names, aliases resolved
+        if getattr(config, attribute, None) == old:
+            setattr(config, attribute, new)
+    modules: dict[str, dict[str, Any]] = {}
+    for depth, block in enumerate(decoder.blocks):
+        built = build_block(block, config.per_layer_config[depth], depth)
+        if built is None:
+            raise UnsupportedModelError(f"{type(block).__name__} cannot be built with a width of {new}")
+        changes: dict[str, Any] = {}
+        for linear in (linear for linear in decoder.linears if linear.depth == depth):
+            if weight_shape(built.get_submodule(linear.kind)) != (linear.rows, linear.columns):
+                changes[linear.kind] = [linear.rows, linear.columns]
+        for path, module in built.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm)):
+                continue
+            own = vars(block.get_submodule(path))
+            for key, value in vars(module).items():
+                if type(value) in (int, float) and own.get(key, value) != value and own[key] != old:
+                    changes[f"{path}.{key}" if path else key] = own[key]
+        if changes:
+            modules[str(depth)] = changes
+    if modules:
+        config.pruned_modules = modules
+        become_pruned(model, decoder)
+        for number, change in modules.items():
+            modeling_pruned.resize_block(
+                decoder.blocks[int(number)],
+                {path: value for path, value in change.items() if not isinstance(value, list)},
+            )

@@ -1,0 +1,223 @@
+"""The shot loop for the residual width: channels leave embeddings, norms, head, and every reader and writer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llm_surgeon.config import GRADIENT_IMPORTANCES, PruneConfig
+from llm_surgeon.data import Calibration
+from llm_surgeon.errors import NumericalError
+from llm_surgeon.models import Decoder, evaluation_mode, run_model
+from llm_surgeon.progress import Progress
+from llm_surgeon.report.schema import ShotReport
+from llm_surgeon.select import Selection
+from llm_surgeon.shots import ShotLoop
+from llm_surgeon.structures.importance import line_importance, weight_gradients
+from llm_surgeon.structures.residual import find_residual, kept_width, remove_channels, zero_channels
+from surgeon_kernels import NotPositiveDefiniteError, damp, gram_accumulate_, rows_columns_update, spd_inverse
+
+
+class WidthLoop(ShotLoop):
+    """Removes channels of the residual stream, the same everywhere.
+
+    What a channel costs at a norm's output x, all who read it compensating, is ``½ E[(∂L/∂x_c)²] / [A⁻¹]_cc`` with
+    ``A = E[x xᵀ]``: the column costs of all readers together, as ``Wᵀ g`` summed over them is the gradient there. Its
+    cost is the sum over all norms. The readers' other columns (not a head's tied to the embedding) compensate.
+    """
+
+    def __init__(
+        self, model: nn.Module, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
+    ) -> None:
+        self.residual = find_residual(model, decoder)
+        super().__init__(model, decoder, calibration, config, progress)
+        heads = getattr(model.config, "num_attention_heads", 1)
+        assert config.sparsity is not None
+        self._goal = kept_width(self.residual, config.sparsity, config.round_to, heads, config.min_kept)
+        self.removed = torch.zeros(self.residual.width, dtype=torch.bool, device=self.device)
+
+        outside = [self.residual.head.weight, *(embedding.weight for embedding in self.residual.embeddings)]
+        self._outside = {parameter: parameter.detach().clone() for parameter in outside}
+        self._generator = torch.Generator().manual_seed(config.seed)
+
+    def run(self, before_update: Callable[[], object] = lambda: None) -> None:
+        with self._outside_restored_on_failure():
+            super().run(before_update)
+
+    def finish(self) -> None:
+        """Take the channels out of the model."""
+        with self._outside_restored_on_failure():
+            remove_channels(self.model, self.decoder, self.residual, self.removed)
+
+    @contextmanager
+    def _outside_restored_on_failure(self) -> Iterator[None]:
+        """The embeddings and the head have their weights again if anything is raised."""
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for parameter, original in self._outside.items():
+                    parameter.copy_(original)
+            raise
+
+    def _shot(self, index: int) -> None:
+        config = self.config
+        assert config.sparsity is not None and config.shots is not None
+        share = 1.0 - (1.0 - index / config.shots) ** config.schedule
+        goal = round(share * (self.residual.width - self._goal))
+        seconds: dict[str, float] = {}
+        with self._phase("curvature", seconds):
+            moments = self._measure()
+        with self._phase("selection", seconds):
+            costs = self._costs(moments).masked_fill(self.removed, -torch.inf)
+            chosen = costs.argsort(stable=True)[:goal]
+            predicted = float(costs[chosen].clamp_min(0.0).sum())
+            self.removed[chosen] = True
+            self.selections = [
+                Selection.of_rows_columns(*(self._mask(size, linear in ends) for size, ends in pairs))
+                for linear in self.decoder.linears
+                for pairs in [((linear.rows, self.residual.writers), (linear.columns, self.residual.readers))]
+            ]
+        with self._phase("update", seconds):
+            self._before_update()
+            self._update_readers(moments)
+            zero_channels(self.residual, self.removed)
+        self.reports.append(
+            ShotReport(
+                index=index,
+                target_sparsity=config.sparsity * share,
+                sparsity=self._sparsity(),
+                loss_before=moments.loss,
+                predicted_increase=predicted if config.importance == "kronecker" else None,
+                seconds=seconds,
+            )
+        )
+
+    def _mask(self, size: int, whole: bool) -> Tensor:
+        return self.removed if whole else torch.zeros(size, dtype=torch.bool, device=self.removed.device)
+
+    def _measure(self) -> _Moments:
+        """Second moments of every norm's output, with a constant 1 appended, and of the loss's gradient there."""
+        found = _Moments(self.residual.width, self.residual.norms, self.removed.device)
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self.model.requires_grad_(False)
+        total, targets = 0.0, 0
+        try:
+            with evaluation_mode(self.model), found.hooked(self.model, self.residual.readers), torch.enable_grad():
+                batches = -(-len(self.calibration.input_ids) // self.batch_size)
+                for done, (ids, mask) in enumerate(self.calibration.batches(self.batch_size, self.device), 1):
+                    logits = run_model(self.model, ids, mask).logits[:, :-1].flatten(0, 1).float()
+                    real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] & mask[:, :-1]
+                    labels = ids[:, 1:].masked_fill(~real, -100).flatten()
+                    loss = functional.cross_entropy(logits, labels, reduction="sum")
+                    loss.backward()
+                    total, targets = total + float(loss.detach()), targets + int(real.sum())
+                    self.progress.step(done, batches)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        found.loss, found.tokens = total / targets, targets
+        return found
+
+    def _costs(self, moments: _Moments) -> Tensor:
+        importance, residual = self.config.importance, self.residual
+        if importance == "kronecker":
+            costs = torch.zeros(residual.width, device=self.removed.device)
+            for norm in residual.norms:
+                inverse = self._factor(moments, norm)[1].diagonal()[: residual.width]
+                costs += 0.5 * moments.gradients[norm] / moments.tokens / inverse
+            return costs
+        if importance == "random":
+            return torch.rand(residual.width, generator=self._generator).to(self.removed.device)
+        gradients = None
+        if importance in GRADIENT_IMPORTANCES:
+            weights = [linear.module.get_parameter("weight") for linear in self.decoder.linears]
+            gradients = weight_gradients(self.model, weights, self.calibration, self.progress.step)
+        parts = [line_importance(linear, importance, gradients, dim=0) for linear in residual.readers]
+        parts += [line_importance(linear, importance, gradients, dim=1) for linear in residual.writers]
+        return torch.stack(parts).sum(dim=0)
+
+    def _factor(self, moments: _Moments, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """Damped ``A`` of a norm's output, channels that are gone left out, and its inverse."""
+        A = moments.outputs[norm] / moments.tokens
+        gone = functional.pad(self.removed, (0, 1))
+        try:
+            found = spd_inverse(A.masked_fill(gone[:, None] | gone, 0.0), self.config.damp_a, name="A of a norm")
+        except NotPositiveDefiniteError as error:
+            raise NumericalError(str(error)) from error
+        return found.damped, found.inverse
+
+    def _update_readers(self, moments: _Moments) -> None:
+        """Remove the channels' columns from every reader; the others compensate."""
+        compensate = self.config.update == "joint"
+        for linear in self.residual.readers:
+            weight = linear.matrix()
+            norm = moments.norm_of.get(linear.name)
+            if compensate and norm is not None:
+                A = damp(moments.outputs[norm] / moments.tokens, self.config.damp_a)
+                weight = weight + self._delta(weight, A, linear.name)
+            weight[:, : linear.columns][:, self.removed] = 0.0
+            linear.write(weight)
+        if not self.residual.tied:
+            head = self.residual.head.weight
+            weight = head.detach().float()
+            if compensate:
+                A = damp(moments.outputs[self.residual.final_norm] / moments.tokens, self.config.damp_a)
+                weight = weight + self._delta(weight, A, "the output head")
+            with torch.no_grad():
+                head.copy_(weight.masked_fill(self.removed, 0.0))
+
+    def _delta(self, weight: Tensor, A: Tensor, name: str) -> Tensor:
+        size = weight.shape[1]
+        columns = functional.pad(self.removed, (0, size - self.residual.width))
+        no_rows = torch.zeros_like(weight[:, 0], dtype=torch.bool)
+        try:
+            return rows_columns_update(weight, A[:size, :size], A[:size, :size], no_rows, columns, name=name)
+        except NotPositiveDefiniteError as error:
+            raise NumericalError(f"update of {name}: {error}") from error
+
+
+class _Moments:
+    """Sums over tokens at the norms' outputs, filled by hooks.
+
+    Attributes:
+        outputs: norm -> ``Σ [x, 1] [x, 1]ᵀ``; gradients: norm -> ``Σ (∂L/∂x)²``; norm_of: reader -> the norm it reads.
+    """
+
+    def __init__(self, width: int, norms: list[nn.Module], device: torch.device) -> None:
+        self.loss, self.tokens = 0.0, 0
+        self.outputs = {norm: torch.zeros(width + 1, width + 1, device=device) for norm in norms}
+        self.gradients = {norm: torch.zeros(width, device=device) for norm in norms}
+        self.norm_of: dict[str, nn.Module] = {}
+        self._norms = norms
+        self._seen: dict[int, nn.Module] = {}  # address of a norm's output -> norm
+
+    @contextmanager
+    def hooked(self, model: Any, readers: list[Any]) -> Iterator[None]:
+        with ExitStack() as hooks:
+            embeddings = model.get_input_embeddings()
+            hooks.enter_context(embeddings.register_forward_hook(lambda _, args, y: y.requires_grad_()))
+            for norm in self._norms:
+                hooks.enter_context(norm.register_forward_hook(self._note_norm))
+            for reader in readers:
+                hooks.enter_context(reader.module.register_forward_pre_hook(partial(self._note_reader, reader.name)))
+            yield
+
+    def _note_norm(self, norm: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:
+        gram_accumulate_(self.outputs[norm], x.detach().reshape(-1, x.shape[-1]).float(), ones_column=True)
+        x.register_hook(partial(self._note_gradient, norm))
+        self._seen[x.data_ptr()] = norm
+
+    def _note_gradient(self, norm: nn.Module, g: Tensor) -> None:
+        self.gradients[norm] += g.reshape(-1, g.shape[-1]).float().square().sum(dim=0)
+
+    def _note_reader(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        norm = self._seen.get(args[0].data_ptr())
+        if norm is not None:
+            self.norm_of.setdefault(name, norm)
