@@ -39,7 +39,14 @@ class Phases(Progress):
         self.begun = time.perf_counter()
 
     def phase(self, name: str) -> None:
-        print(f"{time.perf_counter() - self.begun:.1f} s: {name}", flush=True)
+        self._print(name)
+
+    def step(self, done: int, total: int, what: str = "") -> None:
+        if done > 0 and 8 * done // total > 8 * (done - 1) // total:
+            self._print(f"{done} of {total}")
+
+    def _print(self, what: str) -> None:
+        print(f"{time.perf_counter() - self.begun:.1f} s: {what}", flush=True)
 
 
 def build(layers: int, seqlen: int, device: str) -> PreTrainedModel:

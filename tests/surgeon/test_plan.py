@@ -83,14 +83,14 @@ def test_factor_sizes_count_shared_inputs_once_and_biases():
 
 
 def test_seconds_are_operations_over_rates(monkeypatch):
-    monkeypatch.setattr(llm_surgeon.plan, "_PASS_EFFICIENCY", 1.0)
-    monkeypatch.setattr(llm_surgeon.plan, "_GRAM_EFFICIENCY", 1.0)
+    for name in ("_PASS_EFFICIENCY", "_GRAM_EFFICIENCY", "_FACTORISATION_EFFICIENCY"):
+        monkeypatch.setattr(llm_surgeon.plan, name, 1.0)
     tokens, P = 8 * 16, WEIGHTS + 64 * 32
     forward = 2 * P * tokens
     grams, cubes = 2 * FACTORS // 4, 2 * sum(n**3 for n in [*SHARED_INPUTS, *(R for R, _ in BLOCK)])
     products = 2 * sum(2 * R * C * (R + C) for R, C in BLOCK)
     _, plan = plan_of(shots=3, max_iterations=10, monkeypatch=monkeypatch)
-    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + 20 * products) + forward
+    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + 10 * products) + forward
     assert plan.seconds == pytest.approx(operations / 2.0)
     _, again = plan_of(shots=3, max_iterations=10, checkpoint_activations=True, monkeypatch=monkeypatch)
     assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
