@@ -72,9 +72,9 @@ def parse(run: str, options: argparse.Namespace) -> PruneConfig:
     )
 
 
-def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(run: str, layers: int, options: argparse.Namespace) -> dict[str, Any]:
     config = parse(run, options)
-    model = build(options.layers, options.seqlen, options.device)
+    model = build(layers, options.seqlen, options.device)
     ids = torch.randint(model.config.vocab_size, (options.samples, options.seqlen))
     plan = make_plan(model, find_decoder(model), config)
     report = prune(model, ids, config=config, progress=Phases())
@@ -84,7 +84,7 @@ def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
     written = write(model) if options.write else None
     return {
         "model": "llama-2-7b shape",
-        "layers": options.layers,
+        "layers": layers,
         "samples": options.samples,
         "seqlen": options.seqlen,
         "run": run,
@@ -113,7 +113,7 @@ def write(model: PreTrainedModel) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", nargs="+", default=["2:4", "2:4x5", "unstructuredx5", "rows-columns"])
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, nargs="+", default=[32], help="Decoder blocks: of all runs, or of each.")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--options", default="{}", help="More fields of PruneConfig, as JSON.")
@@ -122,8 +122,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "end_to_end.csv")
     options = parser.parse_args()
     about = environment(options.device)
-    for run in options.runs:
-        row = {**measure(run, options), **about}
+    layers = options.layers * len(options.runs) if len(options.layers) == 1 else options.layers
+    for run, depth in zip(options.runs, layers, strict=True):
+        row = {**measure(run, depth, options), **about}
         print(*row.values(), flush=True)
         append_row(options.out, row)
 
