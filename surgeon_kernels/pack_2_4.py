@@ -64,12 +64,13 @@ def pack_2_4(weight: Tensor) -> Packed24:
     R, C = weight.shape
     values = weight.new_empty(R, C // 2)
     indices = weight.new_empty(R, -(-C // 8), dtype=torch.uint8)
-    nibble_of = _nibble_of_pattern(weight.device)
+    nibble_of, positions_of = _tables(weight.device)
     step = max(1, _SLAB // max(C, 1))
     for start in range(0, R, step):
         rows = slice(start, start + step)
         groups = weight[rows].unflatten(1, (C // 4, 4))  # [r, C / 4, 4]
-        nibbles = nibble_of[_pattern(groups)]
+        patterns = _pattern(groups)
+        nibbles = _look_up(nibble_of, patterns)
         wrong = nibbles == _INVALID
         if wrong.any():
             r, g = wrong.nonzero()[0].tolist()
@@ -77,8 +78,8 @@ def pack_2_4(weight: Tensor) -> Packed24:
                 f"the weight is not 2:4: row {start + r} has {int((groups[r, g] != 0).sum())} nonzeros "
                 f"in columns {4 * g} to {4 * g + 3}"
             )
-        kept = _bits(groups).masked_fill(groups == 0, 0).gather(2, _positions(nibbles))
-        _bits(values)[rows] = kept.flatten(1)
+        kept = _bits(groups).gather(2, _look_up(positions_of, patterns)).flatten(1)
+        _bits(values)[rows] = kept.masked_fill_(kept.view(weight.dtype) == 0, 0)
         if C % 8:
             nibbles = functional.pad(nibbles, (0, 1))
         indices[rows] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
@@ -105,10 +106,10 @@ def is_2_4(weight: Tensor) -> bool:
     """Whether ``weight`` can be packed: a matrix with at most two nonzeros in every four consecutive columns."""
     if weight.dim() != 2 or weight.shape[1] % 4 or weight.dtype not in _DTYPES:
         return False
-    valid = _nibble_of_pattern(weight.device) != _INVALID
+    valid = _tables(weight.device)[0] != _INVALID
     step = max(1, _SLAB // max(weight.shape[1], 1))
     groups = weight.unflatten(1, (weight.shape[1] // 4, 4))
-    return all(bool(valid[_pattern(part)].all()) for part in groups.split(step))
+    return all(bool(_look_up(valid, _pattern(part)).all()) for part in groups.split(step))
 
 
 def check_packed_2_4(packed: Packed24) -> None:
@@ -133,20 +134,21 @@ def check_packed_2_4(packed: Packed24) -> None:
         )
 
 
-def _nibble_of_pattern(device: torch.device) -> Tensor:
-    """The nibble of each of the 16 patterns of nonzeros in a group."""
-    nibbles = []
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each of the 16 patterns of nonzeros in a group: its nibble, and its two kept positions as int64."""
+    nibbles, positions = [], []
     for pattern in range(16):
         nonzero = [p for p in range(4) if pattern >> p & 1]
         padding = [p for p in range(4) if p not in nonzero]
         first, second = sorted((nonzero + padding)[:2])
         nibbles.append(first + 4 * second if len(nonzero) <= 2 else _INVALID)
-    return torch.tensor(nibbles, dtype=torch.uint8, device=device)
+        positions.append((first, second))
+    return torch.tensor(nibbles, dtype=torch.uint8, device=device), torch.tensor(positions, device=device)
 
 
 def _pattern(groups: Tensor) -> Tensor:
-    """An integer per group whose bit ``p`` tells whether position ``p`` is nonzero."""
-    nonzero = (groups != 0).int()
+    """A number per group whose bit ``p`` tells whether position ``p`` is nonzero."""
+    nonzero = (groups != 0).view(torch.uint8)
     return nonzero[..., 0] | nonzero[..., 1] << 1 | nonzero[..., 2] << 2 | nonzero[..., 3] << 3
 
 
@@ -160,7 +162,13 @@ def _nibbles(indices: Tensor) -> Tensor:
 
 
 def _positions(nibbles: Tensor) -> Tensor:
+    """int64 ``[..., 2]``; by arithmetic, as a table would have to be copied to the device at every call."""
     return torch.stack((nibbles & 3, nibbles >> 2), dim=2).long()
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]``, for indices of any integer dtype; much faster on a CPU."""
+    return table.index_select(0, index.flatten().int()).view(*index.shape, *table.shape[1:])
 
 
 def _check_weight(weight: Tensor) -> None:

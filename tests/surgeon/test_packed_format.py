@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from llm_surgeon import InputError
 from llm_surgeon.packed import Surgeon24Config, pack_model
 from surgeon_kernels import Packed24, unpack_2_4
-from tests.surgeon.packed_models import build_2_4
+from tests.surgeon.packed_models import build_2_4, logits
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -115,3 +115,16 @@ def test_a_dense_model_is_not_packed_while_it_loads(folder, tmp_path):
     build_2_4("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=Surgeon24Config([LAYER]))
+
+
+def test_shards(tmp_path):
+    model = build_2_4("llama")
+    expected = logits(model)
+    pack_model(model)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-8])
+    with pytest.raises(InputError, match=f"{shards[-1].name}' is damaged or cut short"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

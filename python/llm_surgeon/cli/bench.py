@@ -44,6 +44,7 @@ def generate(
     cuda_graph: Annotated[
         bool | None, typer.Option("--cuda-graph/--eager", help="Decode by one CUDA graph (default: on a GPU).")
     ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Decode through torch.compile.")] = False,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the figures to this file.")] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -75,6 +76,7 @@ def generate(
                 new_tokens=new_tokens,
                 repeats=repeats,
                 cuda_graph=cuda_graph,
+                compiled=compiled,
             )
             rows.append((name, disk, speed))
     rows.sort(key=lambda row: row[0])

@@ -84,7 +84,7 @@ def to_torch_sparse(model: PreTrainedModel) -> list[str]:
     linears: dict[str, nn.Module] = dict(packed_linears(model))
     linears |= {name: module for name, module in _dense_linears(model) if is_2_4(matrix_of(module))}
     for name, module in linears.items():
-        stored = module.values if isinstance(module, PackedLinear) else matrix_of(module)
+        stored = module.packed.values if isinstance(module, PackedLinear) else matrix_of(module)
         if not stored.is_cuda or stored.dtype not in (torch.float16, torch.bfloat16):
             raise InputError(
                 f"torch's 2:4 class needs float16 or bfloat16 on a CUDA device: {name} is {stored.dtype} "

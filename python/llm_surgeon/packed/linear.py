@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,22 +13,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from surgeon_kernels import Packed24, pack_2_4, unpack_2_4
+from surgeon_kernels.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
+from surgeon_kernels.linear_2_4_tune import tune_2_4
 
 _logger = logging.getLogger(__name__)
+# Numbers of tokens of the decoding steps; for prefill the kernels' own estimates serve.
+_TUNED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+_tuned: set[tuple[int, int, torch.dtype, torch.device]] = set()
 
 
 class PackedLinear(nn.Module):
     """``y = x Wᵀ + b``, ``W`` ``[R, C]`` 2:4: ``values`` ``[R, C / 2]``, uint8 ``indices`` ``[R, ceil(C / 8)]``.
 
-    The packed weight is frozen; gradients flow to ``x`` and ``b``. On CUDA the kernels of
-    :func:`surgeon_kernels.linear_2_4` read it. Elsewhere the first pass unpacks a dense weight and keeps it beside the
-    packed one, which a warning says once per process.
+    The packed weight is frozen; gradients flow to ``x`` and ``b``. Where :func:`surgeon_kernels.linear_2_4` has a
+    kernel (CUDA, bfloat16 and float16), ``values`` and ``indices`` give way to ``fragments``, the same bits in the
+    kernel's order; state dicts hold the former all the same, in main memory. Of several kernels the fastest is found
+    by measurement, once per size and process, unless ``SURGEON_TUNE=0`` is set (the same choice in every process then).
+    Elsewhere the first pass unpacks a dense weight and keeps it beside the packed one, which a warning says once.
     """
 
-    values: Tensor
-    indices: Tensor
+    values: nn.Parameter | None
+    indices: Tensor | None
+    fragments: Tensor | None
     bias: nn.Parameter | None
     replaces: type[nn.Module] = nn.Linear  # or transformers' Conv1D: the class that its dense twin has
+    streamed = False  # its tensors come to the device for each pass only: no dense weight is kept there
 
     def __init__(
         self,
@@ -44,50 +54,98 @@ class PackedLinear(nn.Module):
         R, C = out_features, in_features
         self.values = nn.Parameter(torch.empty(R, C // 2, device=device, dtype=dtype), requires_grad=False)
         self.register_buffer("indices", torch.empty(R, -(-C // 8), dtype=torch.uint8, device=device))
+        # A buffer, so that torch.compile and CUDA graphs know its address to be constant.
+        self.register_buffer("fragments", None, persistent=False)
         self.bias = nn.Parameter(torch.empty(R, device=device, dtype=dtype)) if bias else None
-        self._dense: Tensor | None = None
+        self.kept_dense: Tensor | None = None  # where there is no kernel
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: nn.Parameter | None = None) -> PackedLinear:
         """Pack ``weight`` ``[R, C]``; raises what :func:`~surgeon_kernels.pack_2_4` raises."""
         packed = pack_2_4(weight.detach())
-        module = cls(packed.columns, packed.rows, bias=False, device="meta")
-        module.values = nn.Parameter(packed.values, requires_grad=False)
-        module.indices = packed.indices
+        module = cls(packed.columns, packed.rows, bias=False, device="meta", dtype=weight.dtype)
+        module._set_packed(packed)
         module.bias = bias
+        module.prepare()
         return module
 
     @property
     def packed(self) -> Packed24:
-        return Packed24(self.values, self.indices)
+        """The packed weight; made anew where the kernel's fragments are kept instead."""
+        if self.values is None or self.indices is None:
+            assert self.fragments is not None
+            return self._kernel_weight(self.fragments).packed()
+        return Packed24(self.values.detach(), self.indices)
 
     @property
     def weight(self) -> Tensor:
         """``W`` ``[R, C]``, dense, unpacked anew: for code that looks at the weight of a linear layer."""
-        return unpack_2_4(Packed24(self.values.detach(), self.indices))
+        return unpack_2_4(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._dense is None and not self.values.is_cuda and not torch.compiler.is_compiling():
-            _say_unpacked(self.values.device.type)
-            self._dense = self.weight
-        if self._dense is not None:
-            return functional.linear(x, self._dense, self.bias)
-        return functional.linear(x, self.weight, self.bias)
+        if (fragments := self.fragments) is not None:
+            return linear_2_4(x, self._kernel_weight(fragments), self.bias)
+        if self.kept_dense is None and not self.streamed and not torch.compiler.is_compiling():
+            assert self.values is not None
+            _say_unpacked(self.values.device.type, str(self.values.dtype).removeprefix("torch."))
+            self.kept_dense = self.weight
+        return functional.linear(x, self.weight if self.kept_dense is None else self.kept_dense, self.bias)
+
+    def prepare(self) -> None:
+        """Rearrange the weight for the kernel where there is one for its device, dtype and shape."""
+        packed = self.packed
+        if _may_have_kernel(packed) and (prepared := prepare_2_4(packed)).kernel:
+            _tune_once(prepared)
+            self._dtype = packed.values.dtype
+            self.values = self.indices = None
+            self.fragments = prepared.fragments
+
+    def _kernel_weight(self, fragments: Tensor) -> Linear24Weight:
+        return Linear24Weight(fragments, self.out_features, self.in_features, self._dtype, True)
+
+    def _set_packed(self, packed: Packed24) -> None:
+        self.values = nn.Parameter(packed.values, requires_grad=False)
+        self.indices = packed.indices
+        self.fragments = self.kept_dense = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        self._dense = None  # made anew from what fn gives: another device, another dtype
-        return super()._apply(fn, recurse)
+        self._set_packed(self.packed)  # fn may change the device or the dtype
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.fragments is not None:
+            values, indices = self.packed
+            destination[f"{prefix}values"], destination[f"{prefix}indices"] = values.cpu(), indices.cpu()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._dense = None
+        self._set_packed(self.packed)
         super()._load_from_state_dict(*args, **kwargs)
+        self.prepare()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def _may_have_kernel(packed: Packed24) -> bool:
+    values = packed.values
+    return values.is_cuda and values.dtype in (torch.bfloat16, torch.float16) and packed.columns % 8 == 0
+
+
+def _tune_once(weight: Linear24Weight) -> None:
+    """Measure which kernel is fastest for a weight of this size, the first time that one is met: about 0.3 s."""
+    size = (weight.rows, weight.columns, weight.dtype, weight.fragments.device)
+    if size not in _tuned and os.environ.get("SURGEON_TUNE") != "0":
+        _tuned.add(size)
+        tune_2_4(weight, _TUNED_TOKENS)
+
+
 @functools.cache
-def _say_unpacked(device: str) -> None:
+def _say_unpacked(device: str, dtype: str) -> None:
     _logger.warning(
-        f"2:4 weights are unpacked to dense on {device}: only on CUDA are packed ones smaller in memory and faster"
+        f"2:4 weights are unpacked to dense for {dtype} on {device}: packed ones are smaller in memory and faster "
+        "only in bfloat16 and float16 on CUDA, with the CUDA extension (see surgeon info)"
     )

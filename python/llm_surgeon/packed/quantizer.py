@@ -43,17 +43,22 @@ class Surgeon24Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, module in packed_linears(model):
+            assert module.values is not None
             module.values.requires_grad_(False)
-            if module.values.is_meta:  # left on disk
+            if module.values.is_meta:  # in main memory or on disk, to be fetched for each pass
+                module.streamed = True
                 continue
             try:
                 check_packed_2_4(module.packed)
             except (TypeError, ValueError) as error:
                 raise InputError(f"the packed weight of {name} is damaged: {error}") from error
+            module.prepare()
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """``model.dequantize()``: the dense model, in its own dtype unless told otherwise."""
         unpack_model(model)
-        return model if dtype is None else nn.Module.to(model, dtype)
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> bool:
         return True

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from llm_surgeon.errors import InputError
-from llm_surgeon.packed.checkpoint import model_bytes
+from llm_surgeon.packed.linear import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Speed:
         prefill_seconds: the prompts' forward pass, up to the first new token.
         decode_seconds: of ``new_tokens`` greedy steps with a static cache of ``prompt + new_tokens`` positions.
         cuda_graph: decode steps were replays of one CUDA graph.
-        weight_bytes: the model's parameters and buffers in memory.
+        compiled: decode steps went through torch.compile.
+        weight_bytes: the model's parameters and buffers in memory, dense weights kept beside packed ones included.
         peak_bytes: most memory allocated on the GPU at once (0 elsewhere).
     """
 
@@ -34,6 +35,7 @@ class Speed:
     prefill_seconds: float
     decode_seconds: float
     cuda_graph: bool
+    compiled: bool
     weight_bytes: int
     peak_bytes: int
 
@@ -57,6 +59,7 @@ def measure_speed(
     new_tokens: int = 64,
     repeats: int = 3,
     cuda_graph: bool | None = None,
+    compiled: bool = False,
 ) -> Speed:
     """Time ``model`` on random prompts; the first, untimed run of each part compiles and tunes what is to be.
 
@@ -64,11 +67,12 @@ def measure_speed(
         model: on one device, in evaluation mode.
         repeats: timed runs; the medians are returned.
         cuda_graph: capture the decode step; left out, on a GPU.
+        compiled: compile the decode step with torch.compile.
 
     Raises:
         InputError: the model has too few positions, or sits on several devices.
     """
-    devices = {tensor.device for tensor in model.state_dict().values()}
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
         raise InputError(f"the speed of a model on one device can be measured, not on {sorted(map(str, devices))}")
     (device,) = devices
@@ -86,7 +90,7 @@ def measure_speed(
         model(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
     prefill_seconds = _median_seconds(prefill, repeats, device)
-    decoder = GreedyDecoder(model, ids, new_tokens, cuda_graph)
+    decoder = GreedyDecoder(model, ids, new_tokens, cuda_graph=cuda_graph, compiled=compiled)
     decode_seconds = _median_seconds(decoder.run, repeats, device, before=decoder.restart)
     return Speed(
         batch_size,
@@ -95,7 +99,8 @@ def measure_speed(
         prefill_seconds,
         decode_seconds,
         cuda_graph,
-        model_bytes(model),
+        compiled,
+        _resident_bytes(model),
         torch.cuda.max_memory_allocated(device) if on_gpu else 0,
     )
 
@@ -106,8 +111,17 @@ class GreedyDecoder:
     :meth:`restart` runs the prompt, :meth:`run` the steps; ``tokens`` ``[batch, 1 + new_tokens]`` is what came out.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, cuda_graph: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        new_tokens: int,
+        *,
+        cuda_graph: bool = False,
+        compiled: bool = False,
+    ) -> None:
         self._model, self._ids, self._steps = model, ids, new_tokens
+        self._forward = torch.compile(model, dynamic=False) if compiled else model
         self._cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + new_tokens)
         self._token = ids[:, -1:].clone()
         self.tokens = ids.new_zeros(ids.shape[0], 1 + new_tokens)
@@ -131,7 +145,7 @@ class GreedyDecoder:
             self.tokens[:, position : position + 1] = self._token
 
     def _step(self) -> None:
-        output = self._model(input_ids=self._token, past_key_values=self._cache, use_cache=True)
+        output = self._forward(input_ids=self._token, past_key_values=self._cache, use_cache=True)
         self._token.copy_(output.logits[:, -1:].argmax(-1))
 
     def _capture(self) -> None:
@@ -159,6 +173,13 @@ def _median_seconds(
         _wait(device)
         seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds[1:])
+
+
+def _resident_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters and buffers, shared ones once, and of dense weights kept beside packed ones."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    kept = (module.kept_dense for module in model.modules() if isinstance(module, PackedLinear))
+    return sum(t.nbytes for t in tensors.values()) + sum(t.nbytes for t in kept if t is not None)
 
 
 def _wait(device: torch.device) -> None:
