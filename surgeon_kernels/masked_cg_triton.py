@@ -20,9 +20,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from surgeon_kernels.masked_cg import MaskedCG
 
-_WARPS = 8
-# Entries of a row that a program takes at once, and programs a multiprocessor holds at a time.
-_BLOCK, _RESIDENT = 2048, 4
+# Entries of a row that a program takes at once, its warps, and programs a multiprocessor holds at a time: best or
+# within 2 % of it at 4096 x 4096 and 11008 x 4096 on an H200 (`bench/joint_update.py --tune`).
+_BLOCK, _WARPS, _RESIDENT = 1024, 8, 4
 
 
 @triton.jit
