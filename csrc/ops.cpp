@@ -9,6 +9,17 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cost_threshold.h"
 #include "linear_2_4.h"
 #include "nm_select.h"
 
@@ -74,14 +85,128 @@ void linear_2_4_pin(const Tensor& x, const Tensor& weight, int64_t rows, int64_t
   surgeon::linear_2_4_pin(Linear24(x, weight, std::nullopt, rows, 0).call, static_cast<int>(choice));
 }
 
-Tensor nm_select(const Tensor& cost, int64_t n, int64_t m) {
-  TORCH_CHECK(cost.is_contiguous() && cost.scalar_type() == at::kFloat, "nm_select: cost must be contiguous float32");
-  TORCH_CHECK(m > 0 && cost.numel() % m == 0, "nm_select: the number of costs is not divisible by ", m);
-  const c10::cuda::CUDAGuard guard(cost.device());
-  Tensor pruned = at::empty_like(cost, cost.options().dtype(at::kBool));
-  C10_CUDA_CHECK(surgeon::nm_select(cost.const_data_ptr<float>(), pruned.mutable_data_ptr<bool>(), cost.numel() / m,
-                                    static_cast<int>(n), static_cast<int>(m), c10::cuda::getCurrentCUDAStream()));
-  return pruned;
+// Calls `function` with a null pointer of the kernels' type for the weight's dtype.
+template <typename F>
+auto with_type(const Tensor& weight, F function) {
+  switch (weight.scalar_type()) {
+    case at::kFloat:
+      return function(static_cast<float*>(nullptr));
+    case at::kHalf:
+      return function(static_cast<__half*>(nullptr));
+    case at::kBFloat16:
+      return function(static_cast<__nv_bfloat16*>(nullptr));
+    default:
+      TORCH_CHECK(false, "weights must be float32, float16 or bfloat16, not ", weight.scalar_type());
+  }
+}
+
+surgeon::CostMatrix cost_matrix(const Tensor& weight, const Tensor& g, const Tensor& a) {
+  TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.numel() == 0), "weights must be [R, C], rows dense");
+  for (const auto& [factor, size] : {std::pair(g, weight.size(0)), std::pair(a, weight.size(1))}) {
+    TORCH_CHECK(factor.scalar_type() == at::kFloat && factor.is_contiguous() && factor.numel() == size &&
+                    factor.device() == weight.device(),
+                "factors of costs must be contiguous float32 vectors on the weight's device, as long as its sides");
+  }
+  return {weight.const_data_ptr(), g.const_data_ptr<float>(), a.const_data_ptr<float>(), weight.size(0),
+          weight.size(1),          weight.stride(0)};
+}
+
+template <typename T>
+surgeon::NmProblem<T> nm_problem(const Tensor& weight, const std::optional<Tensor>& g, const std::optional<Tensor>& a,
+                                 int64_t n, int64_t m, const Tensor& invalid) {
+  TORCH_CHECK(0 < n && n < m && m <= surgeon::kLargestGroup && weight.size(1) % m == 0, "no N:M pattern of the weights");
+  TORCH_CHECK(g.has_value() == a.has_value(), "both factors or none");
+  surgeon::CostMatrix matrix{weight.const_data_ptr(), nullptr, nullptr, weight.size(0), weight.size(1), weight.stride(0)};
+  if (g.has_value()) matrix = cost_matrix(weight, *g, *a);
+  return {static_cast<const T*>(matrix.weight), matrix.g, matrix.a, matrix.rows, matrix.columns, matrix.row_stride,
+          static_cast<int>(n), static_cast<int>(m), nullptr, INFINITY, true, invalid.mutable_data_ptr<bool>()};
+}
+
+std::tuple<Tensor, Tensor> nm_select(const Tensor& weight, const std::optional<Tensor>& g, const std::optional<Tensor>& a,
+                                     int64_t n, int64_t m, const std::optional<Tensor>& previous, double threshold,
+                                     bool ties) {
+  const c10::cuda::CUDAGuard guard(weight.device());
+  TORCH_CHECK(!previous || (previous->is_contiguous() && previous->sizes() == weight.sizes() &&
+                            previous->scalar_type() == at::kBool && previous->device() == weight.device()),
+              "previous must be a contiguous bool tensor of the weight's shape, on its device");
+  const Tensor pruned = at::empty(weight.sizes(), weight.options().dtype(at::kBool));
+  const Tensor invalid = at::zeros({}, pruned.options());
+  C10_CUDA_CHECK(with_type(weight, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    auto problem = nm_problem<T>(weight, g, a, n, m, invalid);
+    if (previous) problem.previous = previous->const_data_ptr<bool>();
+    problem.threshold = static_cast<float>(threshold);
+    problem.ties = ties;
+    return surgeon::nm_mask(problem, pruned.mutable_data_ptr<bool>(), c10::cuda::getCurrentCUDAStream());
+  }));
+  return {pruned, invalid};
+}
+
+std::tuple<Tensor, Tensor> nm_group_cost(const Tensor& weight, const std::optional<Tensor>& g,
+                                         const std::optional<Tensor>& a, int64_t n, int64_t m) {
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const Tensor cost = at::empty({weight.size(0), weight.size(1) / m}, weight.options().dtype(at::kFloat));
+  const Tensor invalid = at::zeros({}, weight.options().dtype(at::kBool));
+  C10_CUDA_CHECK(with_type(weight, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return surgeon::nm_group_cost(nm_problem<T>(weight, g, a, n, m, invalid), cost.mutable_data_ptr<float>(),
+                                  c10::cuda::getCurrentCUDAStream());
+  }));
+  return {cost, invalid};
+}
+
+std::tuple<Tensor, Tensor> nm_prune(const Tensor& weight, const Tensor& g, const Tensor& a, int64_t n, int64_t m) {
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const Tensor pruned = at::empty(weight.sizes(), weight.options());
+  const Tensor invalid = at::zeros({}, weight.options().dtype(at::kBool));
+  C10_CUDA_CHECK(with_type(weight, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return surgeon::nm_prune(nm_problem<T>(weight, g, a, n, m, invalid), static_cast<T*>(pruned.mutable_data_ptr()),
+                             c10::cuda::getCurrentCUDAStream());
+  }));
+  return {pruned, invalid};
+}
+
+Tensor cost_histogram(const std::vector<Tensor>& weights, const std::vector<Tensor>& g, const std::vector<Tensor>& a,
+                      int64_t n, int64_t m, int64_t low, int64_t shift, int64_t bins, int64_t row_step) {
+  TORCH_CHECK(!weights.empty() && g.size() == weights.size() && a.size() == weights.size(), "no weights, or no factors");
+  TORCH_CHECK(low >= 0 && bins >= 1 && bins <= 8192 && shift >= 0 && (bins << shift) <= (int64_t{1} << 31) && row_step >= 1,
+              "no such bins");
+  const Tensor& first = weights.front();
+  const c10::cuda::CUDAGuard guard(first.device());
+  const int count = static_cast<int>(weights.size());
+  return with_type(first, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    surgeon::CostHistogram histogram{static_cast<int>(n),    static_cast<int>(m), static_cast<int>(low),
+                                     static_cast<int>(shift), static_cast<int>(bins), static_cast<int>(row_step), true};
+    std::vector<surgeon::CostMatrix> matrices;
+    for (int i = 0; i < count; ++i) {
+      TORCH_CHECK(weights[i].scalar_type() == first.scalar_type() && weights[i].device() == first.device(),
+                  "weights must share a dtype and a device");
+      matrices.push_back(cost_matrix(weights[i], g[i], a[i]));
+      histogram.aligned = histogram.aligned && surgeon::aligned_costs<T>(matrices.back(), histogram.m);
+    }
+    TORCH_CHECK(histogram.aligned || m == 1, "groups of costs must be aligned");
+    const int64_t tiles = surgeon::lay_out<T>(matrices.data(), count, histogram);
+    const auto bytes = static_cast<int64_t>(matrices.size() * sizeof(surgeon::CostMatrix));
+    const Tensor table = at::from_blob(matrices.data(), {bytes}, at::kByte).to(first.device());
+    Tensor counts = at::zeros({count, bins + 2}, first.options().dtype(at::kLong));
+    C10_CUDA_CHECK(surgeon::cost_histogram<T>(static_cast<const surgeon::CostMatrix*>(table.const_data_ptr()), count,
+                                              tiles, histogram, counts.mutable_data_ptr<int64_t>(),
+                                              c10::cuda::getCurrentCUDAStream()));
+    return counts;
+  });
+}
+
+Tensor cost_mask(const Tensor& weight, const Tensor& g, const Tensor& a, double threshold, bool ties) {
+  const c10::cuda::CUDAGuard guard(weight.device());
+  Tensor selected = at::empty(weight.sizes(), weight.options().dtype(at::kBool));
+  C10_CUDA_CHECK(with_type(weight, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return surgeon::cost_mask<T>(cost_matrix(weight, g, a), static_cast<float>(threshold), ties,
+                                 selected.mutable_data_ptr<bool>(), c10::cuda::getCurrentCUDAStream());
+  }));
+  return selected;
 }
 
 }  // namespace
@@ -91,7 +216,13 @@ TORCH_LIBRARY_FRAGMENT(surgeon_kernels, m) {
   m.def("linear_2_4_choices() -> int", [] { return static_cast<int64_t>(surgeon::linear_2_4_choices()); });
   m.def("linear_2_4_run(Tensor x, Tensor weight, int rows, int choice) -> Tensor?");
   m.def("linear_2_4_pin(Tensor x, Tensor weight, int rows, int choice) -> ()");
-  m.def("nm_select(Tensor cost, int n, int m) -> Tensor");
+  m.def("nm_select(Tensor weight, Tensor? g, Tensor? a, int n, int m, Tensor? previous, float threshold, bool ties)"
+        " -> (Tensor pruned, Tensor invalid)");
+  m.def("nm_group_cost(Tensor weight, Tensor? g, Tensor? a, int n, int m) -> (Tensor cost, Tensor invalid)");
+  m.def("nm_prune(Tensor weight, Tensor g, Tensor a, int n, int m) -> (Tensor weight, Tensor invalid)");
+  m.def("cost_histogram(Tensor[] weights, Tensor[] g, Tensor[] a, int n, int m, int low, int shift, int bins,"
+        " int row_step) -> Tensor");
+  m.def("cost_mask(Tensor weight, Tensor g, Tensor a, float threshold, bool ties) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(surgeon_kernels, CUDA, m) {
@@ -99,6 +230,10 @@ TORCH_LIBRARY_IMPL(surgeon_kernels, CUDA, m) {
   m.impl("linear_2_4_run", &linear_2_4_run);
   m.impl("linear_2_4_pin", &linear_2_4_pin);
   m.impl("nm_select", &nm_select);
+  m.impl("nm_group_cost", &nm_group_cost);
+  m.impl("nm_prune", &nm_prune);
+  m.impl("cost_histogram", &cost_histogram);
+  m.impl("cost_mask", &cost_mask);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -9,13 +9,15 @@ to ``W``. Costs and objectives are increases of the mean loss, in nats per token
 
 from surgeon_kernels.build_info import build_info
 from surgeon_kernels.chunked_update import ChunkedUpdate, chunked_update, independent_update
-from surgeon_kernels.costs import column_block_cost, column_cost, element_cost, exchange_cost, row_cost
+from surgeon_kernels.cost_threshold import k_cheapest
+from surgeon_kernels.costs import WeightCosts, column_block_cost, column_cost, element_cost, exchange_cost, row_cost
 from surgeon_kernels.gram import gram_accumulate_
 from surgeon_kernels.joint_update import JointUpdate, joint_update, objective
 from surgeon_kernels.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_tune import tune_2_4
-from surgeon_kernels.nm_select import nm_group_cost, nm_select
+from surgeon_kernels.nm_select import nm_group_cost, nm_prune, nm_select
 from surgeon_kernels.pack_2_4 import Packed24, check_packed_2_4, is_2_4, pack_2_4, unpack_2_4
+from surgeon_kernels.quadratic_form import quadratic_form
 from surgeon_kernels.rows_columns_update import rows_columns_update
 from surgeon_kernels.spd_inverse import (
     DampedInverse,
@@ -38,6 +40,7 @@ __all__ = [
     "NotPositiveDefiniteError",
     "Packed24",
     "SymmetricAccumulator",
+    "WeightCosts",
     "build_info",
     "check_packed_2_4",
     "cholesky_with_jitter",
@@ -52,14 +55,17 @@ __all__ = [
     "inverse_diagonal",
     "is_2_4",
     "joint_update",
+    "k_cheapest",
     "k_smallest",
     "linear_2_4",
     "mean_diagonal",
     "nm_group_cost",
+    "nm_prune",
     "nm_select",
     "objective",
     "pack_2_4",
     "prepare_2_4",
+    "quadratic_form",
     "row_cost",
     "rows_columns_update",
     "spd_inverse",

@@ -6,8 +6,29 @@ With the curvature ``F ≈ G ⊗ A`` and every weight, row or column treated on 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from surgeon_kernels.quadratic_form import quadratic_form
+
+
+class WeightCosts(NamedTuple):
+    """The costs ``½ W_rc² g_r a_c`` of one layer's weights, computed in float32 where they are needed, never stored.
+
+    Attributes:
+        weight: ``[R, C]``, any floating dtype.
+        g: ``[R]``, a: ``[C]``, not negative, see :func:`element_cost`.
+    """
+
+    weight: Tensor
+    g: Tensor
+    a: Tensor
+
+    def dense(self) -> Tensor:
+        """All costs, float32 ``[R, C]``."""
+        return element_cost(self.weight.float(), self.g.float(), self.a.float())
 
 
 def element_cost(weight: Tensor, g: Tensor, a: Tensor) -> Tensor:
@@ -19,17 +40,24 @@ def element_cost(weight: Tensor, g: Tensor, a: Tensor) -> Tensor:
             ``diag(G)`` when they will not (optimal brain damage).
         a: ``[C]``: ``1 / diag(A⁻¹)`` or ``diag(A)`` likewise.
     """
-    return 0.5 * weight.square() * g[:, None] * a[None, :]
+    # In the order in which the CUDA kernels multiply: they give the same bits.
+    return weight.square() * (0.5 * g)[:, None] * a[None, :]
 
 
 def row_cost(weight: Tensor, A: Tensor, g: Tensor) -> Tensor:
-    """Cost of removing whole rows: ``½ (W A Wᵀ)_rr g_r``, ``[R]``, with ``g = 1 / diag(G⁻¹)`` ``[R]``."""
-    return 0.5 * ((weight @ A) * weight).sum(dim=1) * g
+    """Cost of removing whole rows: ``½ (W A Wᵀ)_rr g_r``, ``[R]``, with ``g = 1 / diag(G⁻¹)`` ``[R]``.
+
+    On CUDA devices large float32 operands are multiplied in TF32, see :func:`~surgeon_kernels.quadratic_form`.
+    """
+    return 0.5 * quadratic_form(weight, A) * g
 
 
 def column_cost(weight: Tensor, G: Tensor, a: Tensor) -> Tensor:
-    """Cost of removing whole columns: ``½ (Wᵀ G W)_cc a_c``, ``[C]``, with ``a = 1 / diag(A⁻¹)`` ``[C]``."""
-    return 0.5 * ((G @ weight) * weight).sum(dim=0) * a
+    """Cost of removing whole columns: ``½ (Wᵀ G W)_cc a_c``, ``[C]``, with ``a = 1 / diag(A⁻¹)`` ``[C]``.
+
+    On CUDA devices large float32 operands are multiplied in TF32, see :func:`~surgeon_kernels.quadratic_form`.
+    """
+    return 0.5 * quadratic_form(weight.T, G) * a
 
 
 def column_block_cost(weight: Tensor, G: Tensor, A_inv: Tensor, blocks: Tensor) -> Tensor:

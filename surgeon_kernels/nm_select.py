@@ -2,45 +2,164 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
 from surgeon_kernels import extension
+from surgeon_kernels.costs import WeightCosts
+
+# As csrc/nm_select.h has it: the most columns of a group that a kernel ranks.
+_LARGEST_GROUP = 1024
+# Of weights; costs that are given are float32.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def nm_select(cost: Tensor, n: int, m: int) -> Tensor:
+def nm_select(
+    cost: Tensor | WeightCosts,
+    n: int,
+    m: int,
+    *,
+    previous: Tensor | None = None,
+    threshold: float = math.inf,
+    ties: bool = True,
+) -> Tensor:
     """The ``m - n`` cheapest weights of every ``m`` consecutive columns.
+
+    On CUDA devices one kernel reads the weights (or float32 costs) once and writes the mask: costs are not stored.
+    Widths that are no multiple of 16 bytes and patterns other than n:4, n:8 and n:16 take a slower kernel.
 
     Args:
         cost: ``[R, C]``, ``C`` divisible by ``m``. Of equal costs the lower column index is pruned first.
+        previous: bool ``[R, C]``, True where a weight is pruned already: it stays pruned, before all others of its
+            group, and costs nothing.
+        threshold: leave groups alone that cost more (see :func:`nm_group_cost`) and hold no ``previous`` weight.
+        ties: whether groups that cost exactly ``threshold`` are pruned.
 
     Returns:
-        bool ``[R, C]``, True where the weight is pruned: exactly ``m - n`` in every group.
+        bool ``[R, C]``, True where the weight is pruned: exactly ``m - n`` in every group, or none.
 
     Raises:
-        ValueError: ``n:m`` is no pattern, ``C`` is not divisible by ``m``, or a cost is NaN.
+        ValueError: ``n:m`` is no pattern, ``C`` is not divisible by ``m``, or a cost is NaN or has a negative factor.
     """
-    groups = _groups(cost, n, m)
-    if groups.isnan().any():
-        raise ValueError("cost holds NaN")
-    if cost.is_cuda and cost.dtype == torch.float32 and extension.available():
-        return torch.ops.surgeon_kernels.nm_select(cost.contiguous(), n, m)
-    return _nm_select_reference(groups, n, m).view(cost.shape)
+    _check(cost, n, m)
+    if _fits_kernel(cost, m):
+        weight, g, a = _operands(cost)
+        before = None if previous is None else previous.contiguous()
+        pruned, invalid = torch.ops.surgeon_kernels.nm_select(weight, g, a, n, m, before, threshold, ties)
+        _require_valid(invalid)
+        return pruned
+    pruned, total = _reference(checked_costs(cost), n, m, previous)
+    chosen = ~((total > threshold) if ties else (total >= threshold))  # true for inf - inf
+    if previous is not None:
+        chosen |= previous.unflatten(1, pruned.shape[1:]).any(dim=-1)
+    return (pruned & chosen[:, :, None]).flatten(1)
 
 
-def _nm_select_reference(groups: Tensor, n: int, m: int) -> Tensor:
-    cheapest = groups.argsort(dim=-1, stable=True)[..., : m - n]
-    return groups.new_zeros(groups.shape, dtype=torch.bool).scatter_(-1, cheapest, True)
+def nm_group_cost(cost: Tensor | WeightCosts, n: int, m: int) -> Tensor:
+    """What pruning a group costs: the sum of its ``m - n`` cheapest costs, ``[R, C / m]``; see :func:`nm_select`."""
+    _check(cost, n, m)
+    if _fits_kernel(cost, m):
+        total, invalid = torch.ops.surgeon_kernels.nm_group_cost(*_operands(cost), n, m)
+        _require_valid(invalid)
+        return total
+    return _reference(checked_costs(cost), n, m, None)[1]
 
 
-def nm_group_cost(cost: Tensor, pruned: Tensor, n: int, m: int) -> Tensor:
-    """Sum of the pruned weights' costs in every group of ``m`` columns: ``[R, C / m]`` from ``[R, C]``."""
-    return _groups(cost.masked_fill(~pruned, 0.0), n, m).sum(dim=-1)
+def nm_prune(cost: WeightCosts, n: int, m: int) -> Tensor:
+    """The weight, zero where :func:`nm_select` would prune it."""
+    _check(cost, n, m)
+    if _fits_kernel(cost, m):
+        weight, g, a = _operands(cost)
+        pruned_weight, invalid = torch.ops.surgeon_kernels.nm_prune(weight, g, a, n, m)
+        _require_valid(invalid)
+        return pruned_weight
+    return cost.weight.masked_fill(nm_select(cost, n, m), 0.0)
 
 
-def _groups(x: Tensor, n: int, m: int) -> Tensor:
+def _reference(cost: Tensor, n: int, m: int, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weights to prune in every group, bool ``[R, C / m, m]``, and what that costs, ``[R, C / m]``."""
+    groups = cost.unflatten(1, (cost.shape[1] // m, m))
+    gone = torch.zeros_like(groups, dtype=torch.bool) if previous is None else previous.unflatten(1, groups.shape[1:])
+    order = groups.masked_fill(gone, -math.inf).argsort(dim=-1, stable=True)
+    pruned = torch.zeros_like(gone).scatter_(-1, order[..., : m - n], True)
+    total = groups.new_zeros(groups.shape[:2])
+    for column in (groups.masked_fill(~pruned | gone, 0.0)).unbind(dim=-1):  # in the order of the kernel's sums
+        total += column
+    return pruned, total
+
+
+def checked_costs(cost: Tensor | WeightCosts) -> Tensor:
+    """All costs, or a ValueError where one is NaN or has a negative factor."""
+    dense = cost.dense() if isinstance(cost, WeightCosts) else cost
+    if dense.isnan().any() or (isinstance(cost, WeightCosts) and ((cost.g < 0).any() or (cost.a < 0).any())):
+        raise ValueError("a cost is NaN or negative")
+    return dense
+
+
+def _check(cost: Tensor | WeightCosts, n: int, m: int) -> None:
+    shape = cost.weight.shape if isinstance(cost, WeightCosts) else cost.shape
     if not 0 < n < m:
         raise ValueError(f"N:M needs 0 < N < M, not {n}:{m}")
-    if x.dim() != 2 or x.shape[1] % m:
-        raise ValueError(f"{n}:{m} needs a matrix whose width is divisible by {m}, not {list(x.shape)}")
-    return x.unflatten(1, (x.shape[1] // m, m))  # [R, C / m, m]
+    if len(shape) != 2 or shape[1] % m:
+        raise ValueError(f"{n}:{m} needs a matrix whose width is divisible by {m}, not {list(shape)}")
+
+
+def _fits_kernel(cost: Tensor | WeightCosts, m: int) -> bool:
+    """The dispatch rule: float32 costs, or weights of at most 32 bits, on a CUDA device; groups of at most 1024."""
+    weight = cost.weight if isinstance(cost, WeightCosts) else cost
+    dtypes = KERNEL_DTYPES if isinstance(cost, WeightCosts) else (torch.float32,)
+    return weight.is_cuda and weight.dtype in dtypes and m <= _LARGEST_GROUP and _kernels_ready()
+
+
+def _operands(cost: Tensor | WeightCosts) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(cost, WeightCosts):
+        return kernel_operands(cost)
+    return dense_rows(cost), None, None
+
+
+def kernel_operands(cost: WeightCosts) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, ``g`` and ``a`` as the CUDA ops take them; a weight whose columns are not adjacent is copied."""
+    return dense_rows(cost.weight), cost.g.float().contiguous(), cost.a.float().contiguous()
+
+
+def dense_rows(weight: Tensor) -> Tensor:
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def _require_valid(invalid: Tensor) -> None:
+    if invalid:
+        raise ValueError("a cost is NaN or negative")
+
+
+@functools.cache
+def _kernels_ready() -> bool:
+    """Whether the CUDA ops are registered; gives them their fake kernels, which torch.compile traces."""
+    if not extension.available():
+        return False
+
+    @torch.library.register_fake("surgeon_kernels::nm_select")
+    def _(
+        weight: Tensor,
+        g: Tensor | None,
+        a: Tensor | None,
+        n: int,
+        m: int,
+        previous: Tensor | None,
+        threshold: float,
+        ties: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return weight.new_empty(weight.shape, dtype=torch.bool), weight.new_empty((), dtype=torch.bool)
+
+    @torch.library.register_fake("surgeon_kernels::nm_group_cost")
+    def _(weight: Tensor, g: Tensor | None, a: Tensor | None, n: int, m: int) -> tuple[Tensor, Tensor]:
+        shape = (weight.shape[0], weight.shape[1] // m)
+        return weight.new_empty(shape, dtype=torch.float32), weight.new_empty((), dtype=torch.bool)
+
+    @torch.library.register_fake("surgeon_kernels::nm_prune")
+    def _(weight: Tensor, g: Tensor, a: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+        return weight.new_empty(weight.shape), weight.new_empty((), dtype=torch.bool)
+
+    return True

@@ -8,20 +8,19 @@ from torch import Tensor
 from llm_surgeon.capture import Curvature
 from llm_surgeon.factors import DampedFactors
 from llm_surgeon.models import PrunableLinear
-from surgeon_kernels import column_cost, element_cost, row_cost
+from surgeon_kernels import WeightCosts, column_cost, element_cost, row_cost
 
 
 def element_costs(
     linear: PrunableLinear, method: str, curvature: Curvature | None, factors: DampedFactors | None
-) -> Tensor:
-    """Cost of removing each weight of ``linear`` on its own, ``[R, C]`` (no bias column).
+) -> WeightCosts:
+    """Cost of removing each weight of ``linear`` on its own, ``[R, C]`` (no bias column), not yet computed.
 
     ``surgeon``: ``½ W² / ([G⁻¹]_rr [A⁻¹]_cc)``; ``k-obd``: ``½ W² G_rr A_cc``; ``l-obd`` and ``wanda``: ``½ W² A_cc``;
     ``magnitude``: ``½ W²``.
     """
-    weight = linear.matrix(device=None if factors is None else factors.device)
-    g, a = _sensitivities(linear, method, curvature, factors, weight)
-    return element_cost(weight, g, a)[:, : linear.columns]
+    g, a = _sensitivities(linear, method, curvature, factors)
+    return WeightCosts(linear.weight, g, a[: linear.columns])
 
 
 def row_column_costs(
@@ -40,28 +39,26 @@ def row_column_costs(
         rows = row_cost(weight, a.damped, 1.0 / g_inv)
         columns = column_cost(weight, g.damped, 1.0 / a_inv)
         return rows, columns[: linear.columns]
-    cost = element_cost(weight, *_sensitivities(linear, method, curvature, factors, weight))
+    cost = element_cost(weight, *_sensitivities(linear, method, curvature, factors))
     return cost.sum(dim=1), cost.sum(dim=0)[: linear.columns]
 
 
 def _sensitivities(
-    linear: PrunableLinear,
-    method: str,
-    curvature: Curvature | None,
-    factors: DampedFactors | None,
-    weight: Tensor,
+    linear: PrunableLinear, method: str, curvature: Curvature | None, factors: DampedFactors | None
 ) -> tuple[Tensor, Tensor]:
     """The vectors ``g`` ``[R]`` and ``a`` ``[C']`` of ``½ W² g aᵀ``."""
-    ones_g, ones_a = torch.ones_like(weight[:, 0]), torch.ones_like(weight[0])
-    if method == "magnitude":
-        return ones_g, ones_a
     if method == "surgeon":
         assert factors is not None
         g_inv, a_inv = factors.inverse_diagonals(linear)
         return 1.0 / g_inv, 1.0 / a_inv
+    device = linear.weight.device if factors is None else factors.device
+    ones = torch.ones(max(linear.rows, linear.columns + 1), device=device)
+    ones_g, ones_a = ones[: linear.rows], ones[: linear.columns + linear.has_bias]
+    if method == "magnitude":
+        return ones_g, ones_a
     assert curvature is not None
     G, A = curvature.factors(linear)
     if method == "k-obd":
         assert G is not None
-        return G.diagonal().to(weight.device), A.diagonal().to(weight.device)
-    return ones_g, A.diagonal().to(weight.device)  # l-obd, wanda
+        return G.diagonal().to(device, copy=True), A.diagonal().to(device, copy=True)  # no views of the factors
+    return ones_g, A.diagonal().to(device, copy=True)  # l-obd, wanda

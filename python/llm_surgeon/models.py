@@ -41,20 +41,26 @@ class PrunableLinear:
     @property
     def rows(self) -> int:
         """Output features R."""
-        return self._weight.shape[0]
+        return self.weight.shape[0]
 
     @property
     def columns(self) -> int:
         """Input features C, the bias not counted."""
-        return self._weight.shape[1]
+        return self.weight.shape[1]
 
     @property
     def has_bias(self) -> bool:
         return self._bias is not None
 
+    @property
+    def weight(self) -> Tensor:
+        """``W`` as an ``[R, C]`` view of the module's storage."""
+        weight = self.module.get_parameter("weight").detach()
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
     def matrix(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
         """A new tensor ``[W | b]``, ``[R, C + 1]``, or ``W``, ``[R, C]``, without a bias, where the weights are."""
-        weight = self._weight if device is None else self._weight.to(device, non_blocking=True)
+        weight = self.weight if device is None else self.weight.to(device, non_blocking=True)
         out = torch.empty(self._matrix_shape, dtype=dtype, device=weight.device)
         out[:, : self.columns] = weight
         if self._bias is not None:
@@ -66,20 +72,14 @@ class PrunableLinear:
         if matrix.shape != self._matrix_shape:
             raise ValueError(f"the matrix of {self.name} is {self._matrix_shape}, not {tuple(matrix.shape)}")
         # Adding zero turns -0.0, whether given or made by rounding to a narrower dtype, into +0.0.
-        rounded = matrix.to(self._weight.dtype) + 0.0
-        self._weight.copy_(rounded[:, : self.columns])
+        rounded = matrix.to(self.weight.dtype) + 0.0
+        self.weight.copy_(rounded[:, : self.columns])
         if self._bias is not None:
             self._bias.copy_(rounded[:, -1])
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:
         return self.rows, self.columns + self.has_bias
-
-    @property
-    def _weight(self) -> Tensor:
-        """``W`` as an ``[R, C]`` view of the module's storage."""
-        weight = self.module.get_parameter("weight").detach()
-        return weight.T if isinstance(self.module, Conv1D) else weight
 
     @property
     def _bias(self) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
-from surgeon_kernels import k_smallest, nm_group_cost, nm_select
+from surgeon_kernels import WeightCosts, k_cheapest, k_smallest, nm_select
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Selection:
 
 
 def select_elements(
-    costs: Sequence[Tensor], previous: Sequence[Tensor], config: PruneConfig, sparsity: float
+    costs: Sequence[WeightCosts], previous: Sequence[Tensor], config: PruneConfig, sparsity: float
 ) -> tuple[list[Selection], float | None]:
     """Choose single weights so that ``sparsity`` of all of them is pruned, earlier choices included.
 
@@ -40,22 +40,13 @@ def select_elements(
     Wanda compares within a row, the others within a layer.
 
     Args:
-        costs: ``[R, C]`` per layer; previous: bool ``[R, C]`` per layer, pruned already (they stay pruned).
+        costs: one per layer, ``[R, C]``; previous: bool ``[R, C]`` per layer, pruned already and zero (they stay so).
         sparsity: fraction to have pruned after this shot.
 
     Returns:
         One :class:`Selection` per layer and the global threshold (``None`` where there is none).
     """
-    costs = [cost.masked_fill(gone, -math.inf) for cost, gone in zip(costs, previous, strict=True)]
-    if config.pattern.kind == "n:m":
-        masks, threshold = _select_groups(costs, previous, config, sparsity)
-    elif config.method == "wanda":
-        masks, threshold = [_cheapest_in_rows(cost, sparsity) for cost in costs], None
-    elif config.method in GLOBAL_METHODS:
-        exempt = [_protect(cost, config.min_kept) for cost in costs]
-        threshold, masks = k_smallest(exempt, round(sparsity * sum(cost.numel() for cost in costs)))
-    else:
-        masks, threshold = [k_smallest([cost], round(sparsity * cost.numel()))[1][0] for cost in costs], None
+    masks, threshold = _select_masks(costs, previous, config, sparsity)
     return [Selection(mask) for mask in masks], _finite(threshold)
 
 
@@ -66,8 +57,30 @@ def reselect(pruned: Tensor, cost: Tensor, config: PruneConfig) -> Tensor:
     """
     if config.pattern.kind == "n:m":
         n, m = config.pattern.n, config.pattern.m
-        return _within(nm_select(cost, n, m), pruned.unflatten(1, (-1, m)).any(dim=2), m)
+        groups = pruned.unflatten(1, (-1, m)).any(dim=2)
+        return nm_select(cost, n, m) & groups.repeat_interleave(m, dim=1)
     return k_smallest([cost], int(pruned.sum()))[1][0]
+
+
+def _select_masks(
+    costs: Sequence[WeightCosts], previous: Sequence[Tensor], config: PruneConfig, sparsity: float
+) -> tuple[list[Tensor], float | None]:
+    sizes = [cost.weight.numel() for cost in costs]
+    limits, pattern, fraction = sizes, None, sparsity
+    if config.pattern.kind == "n:m":
+        assert config.sparsity is not None
+        pattern, fraction = (config.pattern.n, config.pattern.m), sparsity / config.sparsity
+        limits = sizes = [size // config.pattern.m for size in sizes]
+    elif config.method == "wanda":
+        return [_cheapest_in_rows(c, gone, sparsity) for c, gone in zip(costs, previous, strict=True)], None
+    else:
+        limits = [size - math.floor(config.min_kept * size) for size in sizes]
+    if config.method in GLOBAL_METHODS:
+        count = round(fraction * sum(sizes))
+        threshold, masks = k_cheapest(costs, count, pattern=pattern, previous=previous, at_most=limits)
+        return masks, threshold
+    layers = zip(costs, previous, sizes, strict=True)
+    return [k_cheapest([c], round(fraction * n), pattern=pattern, previous=[p])[1][0] for c, p, n in layers], None
 
 
 def _finite(threshold: float | None) -> float | None:
@@ -75,39 +88,14 @@ def _finite(threshold: float | None) -> float | None:
     return threshold if threshold is not None and math.isfinite(threshold) else None
 
 
-def _select_groups(
-    costs: Sequence[Tensor], previous: Sequence[Tensor], config: PruneConfig, sparsity: float
-) -> tuple[list[Tensor], float | None]:
-    n, m = config.pattern.n, config.pattern.m
-    assert config.sparsity is not None
-    patterns = [nm_select(cost, n, m) for cost in costs]
-    # A group pruned in an earlier shot has weights of cost -inf in it, so it comes first again.
-    groups = [nm_group_cost(cost, pattern, n, m) for cost, pattern in zip(costs, patterns, strict=True)]
-    fraction = sparsity / config.sparsity
-    if config.method in GLOBAL_METHODS:
-        threshold, chosen = k_smallest(groups, round(fraction * sum(group.numel() for group in groups)))
-        return [_within(p, c, m) for p, c in zip(patterns, chosen, strict=True)], threshold
-    chosen = [k_smallest([group], round(fraction * group.numel()))[1][0] for group in groups]
-    return [_within(p, c, m) for p, c in zip(patterns, chosen, strict=True)], None
-
-
-def _within(pattern: Tensor, groups: Tensor, m: int) -> Tensor:
-    return pattern & groups.repeat_interleave(m, dim=1)
-
-
-def _cheapest_in_rows(cost: Tensor, sparsity: float) -> Tensor:
+def _cheapest_in_rows(costs: WeightCosts, previous: Tensor, sparsity: float) -> Tensor:
     """The cheapest of each row; rows take turns at rounding so that the layer's total is exact."""
+    cost = costs.dense().masked_fill(previous, -math.inf)
     R, C = cost.shape
     total = round(sparsity * R * C)
     counts = total // R + (torch.arange(R, device=cost.device) < total % R).long()  # [R]
     rank = cost.argsort(dim=1, stable=True).argsort(dim=1)
     return rank < counts[:, None]
-
-
-def _protect(cost: Tensor, min_kept: float) -> Tensor:
-    """Costs with the most expensive ``floor(min_kept * n)`` made infinite: never chosen."""
-    kept = math.floor(min_kept * cost.numel())
-    return cost.masked_fill(~k_smallest([cost], cost.numel() - kept)[1][0], math.inf)
 
 
 def select_rows_columns(

@@ -152,7 +152,7 @@ def test_element_costs_follow_their_formulas(bias, method):
     linear, curvature = layer(bias, torch.float32)
     G, A = curvature.factors(linear)
     config = PruneConfig()
-    cost = element_costs(linear, method, curvature, DampedFactors(curvature, config, [linear], CPU))
+    cost = element_costs(linear, method, curvature, DampedFactors(curvature, config, [linear], CPU)).dense()
     g_inv = torch.linalg.inv(damped(G, 0.1).double()).diagonal()
     a_inv = torch.linalg.inv(damped(A, 0.01).double()).diagonal()
     sensitivity = {

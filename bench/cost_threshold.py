@@ -1,0 +1,128 @@
+"""The exact global threshold over every weight of a model, against ``torch.kthvalue`` on stored costs.
+
+    python bench/cost_threshold.py            # appended to results/cost_threshold.csv
+
+The model is of Llama-2-7B's shape: 224 matrices, 6.5 billion weights, of random values and diagonals that differ from
+layer to layer. ``torch.kthvalue`` gets float32 costs already computed: all of them, or half as many until it succeeds;
+its time is scaled to the number of costs. Rows say what was selected (weights or 2:4 groups), what was asked for (the
+threshold alone, or the masks too), the median time, and the memory allocated beyond weights and masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from environment import append_row, environment
+from surgeon_kernels import WeightCosts, k_cheapest
+from surgeon_kernels.cost_threshold import _kth, _size
+from timing import copy_bandwidth
+
+BLOCK = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+
+
+def model(blocks: int, dtype: torch.dtype) -> list[WeightCosts]:
+    """Layers whose typical costs differ by orders of magnitude, as those of real models do."""
+    layers = []
+    for R, C in BLOCK * blocks:
+        scale = 10 ** float(torch.randn(()))
+        g, a = (torch.randn(n, device="cuda").mul_(0.7).exp_() for n in (R, C))
+        layers.append(WeightCosts((0.02 * torch.randn(R, C, device="cuda")).to(dtype), g * scale, a))
+    return layers
+
+
+def wall_ms(call: Callable[[], object], repetitions: int = 5) -> float:
+    """Median wall time of calls that end on the host."""
+    times = []
+    for _ in range(repetitions + 1):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begun))
+    return sorted(times[1:])[repetitions // 2]
+
+
+def extra_bytes(call: Callable[[], object]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def kthvalue(total: int, seconds: float) -> tuple[int, float]:
+    """The most costs, of ``total`` and its halves, that torch.kthvalue can do (in ``seconds``); its milliseconds."""
+    trial = torch.rand(1 << 26, device="cuda")
+    rate = wall_ms(partial(torch.kthvalue, trial, len(trial) // 2), 1) / len(trial)
+    while rate * total > 1e3 * seconds:
+        total //= 2
+    while True:
+        try:
+            costs = torch.rand(total, device="cuda").square_()
+            begun = time.perf_counter()
+            torch.kthvalue(costs, total // 2)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"torch.kthvalue of {total} costs: {str(error).splitlines()[0]}", flush=True)
+            total //= 2
+        else:
+            return total, 1e3 * (time.perf_counter() - begun)
+
+
+def measure(layers: list[WeightCosts], pattern: tuple[int, int] | None, copy: float) -> list[dict[str, Any]]:
+    sizes = [_size(cost, pattern) for cost in layers]
+    k, read = sum(sizes) // 2, sum(cost.weight.nbytes for cost in layers)
+    masks = sum(cost.weight.numel() for cost in layers)
+    rows = []
+    for what, call, output in (
+        ("threshold", lambda: _kth(layers, k, sizes, pattern), 0),
+        ("masks", lambda: k_cheapest(layers, k, pattern=pattern), masks),
+    ):
+        ms = wall_ms(call)
+        rows.append(
+            {
+                "of": "weights" if pattern is None else "groups {}:{}".format(*pattern),
+                "result": what,
+                "costs": sum(sizes),
+                "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
+                "ms": f"{ms:.2f}",
+                "one_read_ms": f"{1e3 * read / copy:.2f}",
+                "extra_mb": f"{(extra_bytes(call) - output) / 1e6:.0f}",
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=60.0, help="longest that torch.kthvalue may take")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cost_threshold.csv")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    copy, about = copy_bandwidth(), environment("cuda")
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        layers = model(options.blocks, dtype)
+        for pattern in (None, (2, 4)):
+            for row in measure(layers, pattern, copy):
+                print(*row.values(), flush=True)
+                rows.append(row)
+        del layers
+    torch.cuda.empty_cache()
+    size, ms = kthvalue(sum(R * C for R, C in BLOCK) * options.blocks, options.seconds)
+    for row in rows:
+        scaled = ms * row["costs"] / size
+        row |= {"kthvalue_costs": size, "kthvalue_ms": f"{ms:.1f}", "speedup": f"{scaled / float(row['ms']):.0f}"}
+        print(*row.values(), flush=True)
+        append_row(options.out, {**row, **about})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Cost and N:M selection in one kernel, in percent of the bandwidth of a copy measured in the same run.
+
+    python bench/nm_select.py            # appended to results/nm_select.csv
+
+Bytes are those that must move: the weight once, and the output (mask 1 byte a weight, group cost 4 a group, pruned
+weight as wide as the weight). Times are medians of CUDA graph replays over weights that do not fit in L2. PyTorch is
+the reference on the same device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from environment import append_row, environment
+from surgeon_kernels import WeightCosts, nm_select
+from surgeon_kernels.nm_select import _reference
+from timing import copy_bandwidth, eager_ms, graph_ms
+
+_ROTATED_BYTES = 512 << 20
+SHAPES = [(4096, 4096), (4096, 11008), (8192, 28672)]
+PATTERNS = [(2, 4), (1, 4), (4, 8), (8, 16)]
+OUTPUTS = {"mask": "nm_select", "group cost": "nm_group_cost", "pruned weight": "nm_prune"}
+SLOW = [((4096, 11008), (3, 5)), ((4096, 11008), (2, 4))]  # by the general kernel: any M, rows not aligned
+
+
+def problems(shape: tuple[int, int], dtype: torch.dtype, aligned: bool = True) -> list[WeightCosts]:
+    count = max(2, -(-_ROTATED_BYTES // (shape[0] * shape[1] * dtype.itemsize)))
+    g, a = torch.rand(shape[0], device="cuda"), torch.rand(shape[1], device="cuda")
+    width = shape[1] + (not aligned)  # with a bias column at the end, say
+    weights = [torch.randn(shape[0], width, device="cuda").to(dtype)[:, : shape[1]] for _ in range(count)]
+    return [WeightCosts(weight, g, a) for weight in weights]
+
+
+def measure(
+    shape: tuple[int, int], dtype: torch.dtype, pattern: tuple[int, int], output: str, aligned: bool, copy: float
+) -> dict[str, Any]:
+    n, m = pattern
+    shape = (shape[0], shape[1] // m * m)
+    costs = problems(shape, dtype, aligned)
+    nm_select(costs[0], n, m)  # builds and registers the ops
+    extra = (None, float("inf"), True) if output == "mask" else ()
+    op = getattr(torch.ops.surgeon_kernels, OUTPUTS[output])
+    ms = graph_ms([partial(op, *cost, n, m, *extra) for cost in costs])
+    weights = shape[0] * shape[1]
+    written = {"mask": weights, "group cost": 4 * weights // m, "pruned weight": weights * dtype.itemsize}[output]
+    moved = weights * dtype.itemsize + written
+    reference = math.nan
+    if output == "mask" and weights < 1 << 26:
+        reference = eager_ms([lambda: _reference(costs[0].dense(), n, m, None)], 3)
+    return {
+        "output": output,
+        "rows": shape[0],
+        "columns": shape[1],
+        "dtype": str(dtype).removeprefix("torch."),
+        "pattern": f"{n}:{m}",
+        "aligned": aligned,
+        "ms": f"{ms:.4f}",
+        "gb_per_s": f"{moved / ms / 1e6:.0f}",
+        "copy_gb_per_s": f"{copy / 1e9:.0f}",
+        "percent_of_copy": f"{100 * moved / ms * 1e3 / copy:.1f}",
+        "torch_ms": f"{reference:.3f}",
+        "speedup": f"{reference / ms:.0f}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "nm_select.csv")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    copy = copy_bandwidth()
+    about = environment("cuda")
+    cases: list[tuple[Any, ...]] = [
+        (shape, dtype, (2, 4), output, True)
+        for shape, dtype, output in itertools.product(SHAPES, (torch.bfloat16, torch.float32), OUTPUTS)
+    ]
+    cases += [
+        (SHAPES[-1], dtype, pattern, "mask", True)
+        for dtype, pattern in itertools.product((torch.bfloat16, torch.float32), PATTERNS[1:])
+    ]
+    cases += [(shape, torch.bfloat16, pattern, "mask", False) for shape, pattern in SLOW]
+    for case in cases:
+        row = {**measure(*case, copy), **about}
+        print(*list(row.values())[:12], flush=True)
+        append_row(options.out, row)
+
+
+if __name__ == "__main__":
+    main()

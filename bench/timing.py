@@ -1,0 +1,42 @@
+"""Device times of calls: medians over CUDA events."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def graph_ms(calls: Sequence[Callable[[], object]], repetitions: int = 9) -> float:
+    """Milliseconds of one call, the calls replayed one after the other from a CUDA graph."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    return eager_ms([graph.replay], repetitions) / len(calls)
+
+
+def eager_ms(calls: Sequence[Callable[[], object]], repetitions: int = 9) -> float:
+    """Milliseconds of one call, the calls made one after the other, their host time included where it shows."""
+    events = []
+    for _ in range(repetitions):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / len(calls)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a copy on the device, read and written."""
+    source = torch.empty(1 << 30, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / graph_ms([lambda: target.copy_(source)]) * 1e3

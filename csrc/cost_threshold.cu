@@ -1,0 +1,214 @@
+#include "cost_threshold.h"
+
+#include <algorithm>
+
+#include "element_cost.cuh"
+
+namespace surgeon {
+namespace {
+
+template <typename T, int M>
+constexpr int kLane = std::max<int>(M, 16 / sizeof(T));  // weights of a lane, where rows are aligned
+
+// A persistent block takes a run of tiles, kWarps units each, and adds its counts to the output when it comes to
+// another matrix. Counting in shared memory costs as much as reading, unless few costs fall into the bins.
+template <typename T, int E, int M>
+__global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1) histogram_kernel(const CostMatrix* __restrict__ matrices, int count,
+                                                             int64_t tiles, CostHistogram h, int64_t* counts) {
+  constexpr int kRows = kUnroll<T, E>;
+  extern __shared__ unsigned histogram[];  // below, bins, invalid
+  const unsigned width = static_cast<unsigned>(h.bins) << h.shift;
+  unsigned bins;  // address of the first bin; opaque, or the compiler would compute it anew for every count
+  asm volatile("mov.u32 %0, %1;" : "=r"(bins) : "r"(static_cast<unsigned>(__cvta_generic_to_shared(histogram + 1))));
+  const int drop = h.m - h.n, size = h.bins + 2;
+  int64_t tile = tiles * blockIdx.x / gridDim.x;
+  const int64_t end = tiles * (blockIdx.x + 1) / gridDim.x;
+  int current = 0;
+  while (current + 1 < count && matrices[current + 1].first_tile <= tile) ++current;
+  for (int i = threadIdx.x; i < size; i += kThreads) histogram[i] = 0;
+  __syncthreads();
+  while (tile < end) {
+    const CostMatrix matrix = matrices[current];
+    const int64_t stop = current + 1 < count ? min(end, matrices[current + 1].first_tile) : end;
+    unsigned below = 0;
+    float check = 0.0f;  // NaN if any cost is
+    const auto add = [&](float cost) {
+      const unsigned offset = static_cast<unsigned>(__float_as_int(cost) - h.low);
+      below += offset >> 31;
+      if (offset < width) asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(bins + (offset >> h.shift) * 4) : "memory");
+    };
+    for (; tile < stop; ++tile) {
+      const unsigned index = static_cast<unsigned>(tile - matrix.first_tile) * kWarps + threadIdx.x / 32;
+      const Unit unit(index, matrix.rows, matrix.columns, E);
+      if (unit.rows <= 0) continue;
+      const T* from = static_cast<const T*>(matrix.weight) + unit.row * matrix.row_stride + unit.column;
+      const float* g = matrix.g + unit.row * h.row_step;
+      float a[E];
+#pragma unroll
+      for (int e = 0; e < E; ++e) a[e] = cost_factor(matrix.a + unit.column + e);
+      for (int row = 0; row < unit.rows; row += kRows) {
+        Packet<T, E> weights[kRows];
+        float half_g[kRows];
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+          if (row + u < unit.rows) {
+            weights[u].load(from + u * matrix.row_stride);
+            half_g[u] = 0.5f * cost_factor(g + u * h.row_step);
+          }
+        }
+        from += kRows * matrix.row_stride;
+        g += kRows * h.row_step;
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+          if (row + u >= unit.rows) break;
+#pragma unroll
+          for (int group = 0; group < E; group += M) {
+            float cost[M];
+#pragma unroll
+            for (int i = 0; i < M; ++i) {
+              cost[i] = element_cost(as_float(weights[u].at(group + i)), half_g[u], a[group + i]);
+              check += cost[i];
+            }
+            if constexpr (M == 1) {
+              add(cost[0]);
+            } else {
+              bool pruned[M];
+              mark_cheapest(cost, drop, pruned);
+              float total = 0.0f;
+#pragma unroll
+              for (int i = 0; i < M; ++i) total = __fadd_rn(total, pruned[i] ? cost[i] : 0.0f);
+              add(total);
+            }
+          }
+        }
+      }
+    }
+    below = __reduce_add_sync(0xffffffff, below);
+    if (threadIdx.x % 32 == 0) atomicAdd(&histogram[0], below);
+    if (isnan(check)) atomicAdd(&histogram[size - 1], 1u);
+    __syncthreads();
+    for (int i = threadIdx.x; i < size; i += kThreads) {
+      if (histogram[i] != 0) {
+        auto* to = reinterpret_cast<unsigned long long*>(counts + static_cast<int64_t>(current) * size + i);
+        atomicAdd(to, static_cast<unsigned long long>(histogram[i]));
+        histogram[i] = 0;
+      }
+    }
+    __syncthreads();
+    while (current + 1 < count && matrices[current + 1].first_tile <= tile) ++current;
+  }
+}
+
+template <typename T, int E>
+__global__ void __launch_bounds__(kThreads)
+    mask_kernel(CostMatrix matrix, float threshold, bool ties, bool* __restrict__ selected) {
+  constexpr int kRows = kUnroll<T, E>;
+  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, matrix.rows, matrix.columns, E);
+  if (unit.rows <= 0) return;
+  float a[E];
+#pragma unroll
+  for (int e = 0; e < E; ++e) a[e] = cost_factor(matrix.a + unit.column + e);
+  for (int row = 0; row < unit.rows; row += kRows) {
+    const T* from = static_cast<const T*>(matrix.weight) + (unit.row + row) * matrix.row_stride + unit.column;
+    Packet<T, E> weights[kRows];
+    float half_g[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if (row + u < unit.rows) {
+        weights[u].load(from + u * matrix.row_stride);
+        half_g[u] = 0.5f * cost_factor(matrix.g + unit.row + row + u);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      if (row + u >= unit.rows) break;
+      alignas(16) bool result[E];
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        const float cost = element_cost(as_float(weights[u].at(e)), half_g[u], a[e]);
+        result[e] = cost < threshold || (ties && cost == threshold);
+      }
+      store<E>(selected + (unit.row + row + u) * matrix.columns + unit.column, result);
+    }
+  }
+}
+
+template <typename T, int E, int M>
+cudaError_t launch_histogram(const CostMatrix* matrices, int count, int64_t tiles, const CostHistogram& h,
+                             int64_t* counts, cudaStream_t stream) {
+  const size_t shared = (h.bins + 2) * sizeof(unsigned);
+  int device, processors, resident;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const auto kernel = histogram_kernel<T, E, M>;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared);
+  if (error != cudaSuccess) return error;
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(tiles, int64_t{processors} * std::max(1, resident)));
+  kernel<<<blocks, kThreads, shared, stream>>>(matrices, count, tiles, h, counts);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+template <typename T>
+bool aligned_costs(const CostMatrix& matrix, int m) {
+  const int64_t lane = std::max<int64_t>(m, 16 / sizeof(T));
+  return (m == 1 || m == 4 || m == 8 || m == 16) && matrix.columns % lane == 0 &&
+         matrix.row_stride * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(matrix.weight) % 16 == 0;
+}
+
+template <typename T>
+int64_t lay_out(CostMatrix* matrices, int count, const CostHistogram& h) {
+  const int64_t lane = h.aligned ? std::max<int64_t>(h.m, 16 / sizeof(T)) : 1;
+  int64_t tiles = 0;
+  for (int i = 0; i < count; ++i) {
+    CostMatrix& matrix = matrices[i];
+    matrix.rows = ceil_div(matrix.rows, h.row_step);
+    matrix.row_stride *= h.row_step;
+    matrix.first_tile = tiles;
+    tiles += ceil_div(ceil_div(matrix.columns, 32 * lane) * ceil_div(matrix.rows, kUnitRows), kWarps);
+  }
+  return tiles;
+}
+
+template <typename T>
+cudaError_t cost_histogram(const CostMatrix* matrices, int count, int64_t tiles, const CostHistogram& h,
+                           int64_t* counts, cudaStream_t stream) {
+  if (tiles == 0) return cudaSuccess;
+  if (!h.aligned) return launch_histogram<T, 1, 1>(matrices, count, tiles, h, counts, stream);
+  switch (h.m) {
+    case 4:
+      return launch_histogram<T, kLane<T, 4>, 4>(matrices, count, tiles, h, counts, stream);
+    case 8:
+      return launch_histogram<T, kLane<T, 8>, 8>(matrices, count, tiles, h, counts, stream);
+    case 16:
+      return launch_histogram<T, kLane<T, 16>, 16>(matrices, count, tiles, h, counts, stream);
+    default:
+      return launch_histogram<T, kLane<T, 1>, 1>(matrices, count, tiles, h, counts, stream);
+  }
+}
+
+template <typename T>
+cudaError_t cost_mask(const CostMatrix& matrix, float threshold, bool ties, bool* selected, cudaStream_t stream) {
+  const bool aligned = aligned_costs<T>(matrix, 1);
+  const int64_t lane = aligned ? kLane<T, 1> : 1;
+  const int64_t units = ceil_div(matrix.columns, 32 * lane) * ceil_div(matrix.rows, kUnitRows);
+  if (units == 0) return cudaSuccess;
+  const auto kernel = aligned ? mask_kernel<T, kLane<T, 1>> : mask_kernel<T, 1>;
+  kernel<<<static_cast<unsigned>(ceil_div(units, kWarps)), kThreads, 0, stream>>>(matrix, threshold, ties, selected);
+  return cudaGetLastError();
+}
+
+#define INSTANTIATE(T)                                                                                              \
+  template bool aligned_costs<T>(const CostMatrix&, int);                                                           \
+  template int64_t lay_out<T>(CostMatrix*, int, const CostHistogram&);                                          \
+  template cudaError_t cost_histogram<T>(const CostMatrix*, int, int64_t, const CostHistogram&, int64_t*, cudaStream_t); \
+  template cudaError_t cost_mask<T>(const CostMatrix&, float, bool, bool*, cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(__half)
+INSTANTIATE(__nv_bfloat16)
+#undef INSTANTIATE
+
+}  // namespace surgeon

@@ -1,0 +1,109 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+
+namespace surgeon {
+
+// Reads of a matrix by warps: a unit is a strip of 32 E columns, E for each lane, by kUnitRows rows.
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kUnitRows = 32;
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ inline float as_float(float x) { return x; }
+__device__ inline float as_float(__half x) { return __half2float(x); }
+__device__ inline float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// E weights of one row: loads of 16 bytes, for which the address must be aligned, or of a single weight.
+template <typename T, int E>
+struct Packet {
+  static constexpr int kLoads = E * sizeof(T) / 16;
+  static_assert(kLoads * 16 == E * sizeof(T));
+  uint4 raw[kLoads];
+
+  __device__ void load(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) raw[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+  }
+  __device__ T at(int i) const { return reinterpret_cast<const T*>(raw)[i]; }
+};
+
+template <typename T>
+struct Packet<T, 1> {
+  T raw;
+
+  __device__ void load(const T* from) { raw = __ldcs(from); }
+  __device__ T at(int) const { return raw; }
+};
+
+// Rows whose loads are in flight together: 64 bytes a lane hide the memory's latency.
+template <typename T, int E>
+constexpr int kUnroll = E * sizeof(T) <= 16 ? 4 : E * sizeof(T) <= 32 ? 2 : 1;
+
+// N bytes of registers to an address aligned to N (to 16 where N is larger), past the caches.
+template <int N>
+__device__ inline void store(void* to, const void* from) {
+  if constexpr (N >= 16) {
+#pragma unroll
+    for (int i = 0; i < N / 16; ++i) __stcs(static_cast<uint4*>(to) + i, static_cast<const uint4*>(from)[i]);
+  } else if constexpr (N == 8) {
+    __stcs(static_cast<uint2*>(to), *static_cast<const uint2*>(from));
+  } else if constexpr (N == 4) {
+    __stcs(static_cast<unsigned*>(to), *static_cast<const unsigned*>(from));
+  } else {
+    static_assert(N == 1);
+    *static_cast<char*>(to) = *static_cast<const char*>(from);
+  }
+}
+
+// Unit `index` of a matrix: the first row, the number of rows, and this lane's first column; no rows past the last
+// column.
+struct Unit {
+  int64_t column, row;
+  int rows;
+
+  __device__ Unit(unsigned index, int64_t matrix_rows, int64_t columns, int lane_columns) {
+    const unsigned strips = static_cast<unsigned>(ceil_div(columns, 32 * lane_columns));
+    column = (static_cast<int64_t>(index % strips) * 32 + threadIdx.x % 32) * lane_columns;
+    row = static_cast<int64_t>(index / strips) * kUnitRows;
+    const int64_t left = column < columns ? matrix_rows - row : 0;
+    rows = left < kUnitRows ? static_cast<int>(left) : kUnitRows;
+  }
+};
+
+// A factor g or a of a cost. Negative ones are errors: they become NaN, and with them the costs. -0 becomes +0.
+__device__ inline float cost_factor(const float* from) {
+  const float x = __ldg(from);
+  return x >= 0.0f ? fabsf(x) : NAN;
+}
+
+// w² (½ g) a, every product rounded on its own: bit for bit what the PyTorch reference computes.
+__device__ inline float element_cost(float w, float half_g, float a) {
+  return __fmul_rn(__fmul_rn(__fmul_rn(w, w), half_g), a);
+}
+
+// Marks the `drop` cheapest of M costs, the lower index first among equals.
+template <int M>
+__device__ inline void mark_cheapest(const float (&cost)[M], int drop, bool (&pruned)[M]) {
+  int rank[M];
+#pragma unroll
+  for (int i = 0; i < M; ++i) rank[i] = 0;
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+#pragma unroll
+    for (int j = i + 1; j < M; ++j) {
+      const bool in_order = cost[i] <= cost[j];
+      rank[j] += in_order;
+      rank[i] += !in_order;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < M; ++i) pruned[i] = rank[i] < drop;
+}
+
+}  // namespace surgeon
