@@ -21,7 +21,7 @@ import torch
 
 from environment import append_row, environment
 from surgeon_kernels import WeightCosts, k_cheapest
-from surgeon_kernels.cost_threshold import _kth, _size
+from surgeon_kernels.cost_threshold import kth_cost, number_of_costs
 from timing import copy_bandwidth
 
 BLOCK = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
@@ -76,12 +76,12 @@ def kthvalue(total: int, seconds: float) -> tuple[int, float]:
 
 
 def measure(layers: list[WeightCosts], pattern: tuple[int, int] | None, copy: float) -> list[dict[str, Any]]:
-    sizes = [_size(cost, pattern) for cost in layers]
+    sizes = [number_of_costs(cost, pattern) for cost in layers]
     k, read = sum(sizes) // 2, sum(cost.weight.nbytes for cost in layers)
     masks = sum(cost.weight.numel() for cost in layers)
     rows = []
     for what, call, output in (
-        ("threshold", lambda: _kth(layers, k, sizes, pattern), 0),
+        ("threshold", lambda: kth_cost(layers, k, sizes, pattern), 0),
         ("masks", lambda: k_cheapest(layers, k, pattern=pattern), masks),
     ):
         ms = wall_ms(call)

@@ -1,14 +1,13 @@
-"""Exact-k selection by the costs ``½ W² g aᵀ`` of many layers at once, without ever storing the costs.
+"""The k-th smallest of the costs ``½ W² g aᵀ`` of many layers, without ever storing the costs.
 
-The threshold is found by a radix select on the bits of the float32 costs, which order them as their values do. Every
-pass computes the costs anew from the weights and two vectors, and counts them in bins; the next pass looks into one
-bin. Counts are int64, per layer, and added up over layers and devices on the host.
+A radix select on the bits of the float32 costs, which order them as their values do. Every pass computes the costs anew
+from the weights and two vectors, and counts them in bins; the next pass looks into one bin. Counts are int64, per
+layer, and added up over layers on their device and over devices on the host.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from surgeon_kernels import extension
 from surgeon_kernels.costs import WeightCosts
-from surgeon_kernels.nm_select import KERNEL_DTYPES, checked_costs, kernel_operands, nm_group_cost, nm_select
+from surgeon_kernels.nm_select import KERNEL_DTYPES, checked_costs, kernel_operands, nm_group_cost
+
+Pattern = tuple[int, int]  # (n, m)
 
 _BIN_BITS = 11
 _BINS = 1 << _BIN_BITS
@@ -25,7 +26,6 @@ _BINS = 1 << _BIN_BITS
 _SAMPLED_FROM = 1 << 26
 _SAMPLE_STEP = 64
 _SAMPLE_SLACK = 0.01  # of all costs, in rank: what the sample may be wrong by
-_TIES_AT_ONCE = 1 << 24
 
 
 class _Window(NamedTuple):
@@ -45,69 +45,8 @@ class _Batch(NamedTuple):
 _EVERYTHING = _Window(0, 31 - _BIN_BITS)  # costs are not negative
 
 
-def k_cheapest(
-    costs: Sequence[WeightCosts],
-    k: int,
-    *,
-    pattern: tuple[int, int] | None = None,
-    previous: Sequence[Tensor] | None = None,
-    at_most: Sequence[int] | None = None,
-) -> tuple[float, list[Tensor]]:
-    """Select the ``k`` cheapest weights, or N:M groups, of all layers: exactly ``k``, ties included.
-
-    Of equal costs those of ``previous`` come first, then the first in the order of the layers and row by row within
-    one. Costs are float32, computed where ``g`` and ``a`` are: a weight that lies elsewhere is copied there while it
-    is read. CUDA kernels run where they can, see :func:`~surgeon_kernels.nm_select`; 2:4 of six billion bfloat16
-    weights reads them twice for the threshold and once for the masks.
-
-    Args:
-        costs: one per layer, on any devices.
-        k: how many weights (or groups, with a ``pattern``) to select in all, ``previous`` ones included.
-        pattern: ``(n, m)``: select whole groups of ``m`` columns by what pruning them to ``n`` costs
-            (:func:`~surgeon_kernels.nm_group_cost`), and prune their cheapest ``m - n`` weights.
-        previous: bool ``[R, C]`` per layer: weights that are pruned, and zero, already: they stay selected. With a
-            ``pattern``, what an earlier call returned.
-        at_most: the most that may be selected of each layer.
-
-    Returns:
-        The threshold, the highest cost selected where no layer is at its limit (-inf for ``k = 0``), and one bool
-        mask ``[R, C]`` per layer, where its weight is: True where a weight is (to be) pruned.
-
-    Raises:
-        ValueError: ``k`` is out of range or smaller than what is pruned already; a cost is NaN or negative.
-    """
-    sizes = [_size(cost, pattern) for cost in costs]
-    limits = sizes if at_most is None else [min(pair) for pair in zip(sizes, at_most, strict=True)]
-    if not 0 <= k <= sum(limits):
-        raise ValueError(f"cannot select {k} of {sum(limits)} costs")
-    if k > 0:
-        key, below, up_to = _kth(costs, k, limits, pattern)
-        threshold = float(torch.tensor(key, dtype=torch.int32).view(torch.float32))
-    else:
-        threshold, below, up_to = -math.inf, [0] * len(costs), [0] * len(costs)
-    first = [0] * len(costs)  # of each layer's costs at the threshold, those that are pruned already
-    if previous is not None and threshold <= 0.0:
-        first = [_count(mask, pattern) for mask in previous]
-    left = k - sum(map(min, below, limits)) - sum(first)
-    if left < 0:
-        raise ValueError(f"cannot select {k} costs where more are pruned already")
-    masks = []
-    for layer, cost in enumerate(costs):
-        before = None if previous is None else previous[layer]
-        if below[layer] > limits[layer]:
-            alone = None if before is None else [before]
-            masks.append(k_cheapest([cost], limits[layer], pattern=pattern, previous=alone)[1][0])
-            continue
-        room = min(up_to[layer], limits[layer]) - below[layer] - first[layer]
-        more = max(0, min(left, room))
-        left -= more
-        rest = up_to[layer] - below[layer] - first[layer] - more
-        masks.append(_select(cost, threshold, pattern, before, more, rest).to(cost.weight.device))
-    return threshold, masks
-
-
-def _kth(
-    costs: Sequence[WeightCosts], k: int, limits: Sequence[int], pattern: tuple[int, int] | None
+def kth_cost(
+    costs: Sequence[WeightCosts], k: int, limits: Sequence[int], pattern: Pattern | None
 ) -> tuple[int, list[int], list[int]]:
     """The bits of the k-th smallest cost, and how many costs of every layer are below it, and up to it."""
     batches = _batches(costs, pattern)
@@ -132,7 +71,7 @@ def _guess(
     batches: Sequence[_Batch],
     k: int,
     limits: Sequence[int],
-    pattern: tuple[int, int] | None,
+    pattern: Pattern | None,
 ) -> _Window:
     """A window that holds the k-th smallest cost, in all likelihood, from every 64th row."""
     rows = [len(range(0, cost.weight.shape[0], _SAMPLE_STEP)) for cost in costs]
@@ -150,7 +89,7 @@ def _pass(
     costs: Sequence[WeightCosts],
     batches: Sequence[_Batch],
     limits: Sequence[int],
-    pattern: tuple[int, int] | None,
+    pattern: Pattern | None,
     window: _Window,
     step: int = 1,
 ) -> tuple[list[Tensor], Tensor]:
@@ -163,7 +102,7 @@ def _pass(
     counts, total = [], torch.zeros(_BINS + 2, dtype=torch.int64)
     for batch in batches:
         if batch.operands is None:
-            found = _histogram(_gathered(costs[batch.layers[0]]), pattern, window, step)
+            found = _histogram(costs[batch.layers[0]].gathered(), pattern, window, step)
         else:
             found = _kernel(batch.operands, pattern, window, step)
         counts.append(found[:, :-1].cumsum(1))
@@ -175,14 +114,14 @@ def _pass(
     return counts, total[:-1]
 
 
-def _histogram(cost: WeightCosts, pattern: tuple[int, int] | None, window: _Window, step: int) -> Tensor:
+def _histogram(cost: WeightCosts, pattern: Pattern | None, window: _Window, step: int) -> Tensor:
     """Costs below the window, in each of its bins, and invalid ones: int64 ``[1, bins + 2]``."""
-    if _fits_kernel(cost, pattern):
+    if fits_kernel(cost, pattern):
         return _kernel([[operand] for operand in kernel_operands(cost)], pattern, window, step)
     return _histogram_reference(_dense(cost, pattern, step), window)[None]
 
 
-def _kernel(operands: Sequence[list[Tensor]], pattern: tuple[int, int] | None, window: _Window, step: int) -> Tensor:
+def _kernel(operands: Sequence[list[Tensor]], pattern: Pattern | None, window: _Window, step: int) -> Tensor:
     """:func:`_histogram` of several layers, of their weights, ``g`` and ``a``: int64 ``[layers, bins + 2]``."""
     return torch.ops.surgeon_kernels.cost_histogram(*operands, *(pattern or (0, 1)), *window, _BINS, step)
 
@@ -194,84 +133,21 @@ def _histogram_reference(cost: Tensor, window: _Window) -> Tensor:
     return torch.cat([(offset < 0).sum()[None], inside, inside.new_zeros(1)])
 
 
-def _dense(cost: WeightCosts, pattern: tuple[int, int] | None, step: int) -> Tensor:
+def _dense(cost: WeightCosts, pattern: Pattern | None, step: int) -> Tensor:
     """The costs of every ``step``-th row, or of its groups."""
     rows = WeightCosts(cost.weight[::step], cost.g[::step], cost.a)
     return nm_group_cost(rows, *pattern) if pattern else checked_costs(rows)
 
 
-def _select(
-    cost: WeightCosts,
-    threshold: float,
-    pattern: tuple[int, int] | None,
-    previous: Tensor | None,
-    ties: int,
-    others: int,
-) -> Tensor:
-    """What costs less than ``threshold``, what is pruned already, and the first ``ties`` of all that cost as much.
-
-    Args:
-        others: how many cost as much and are not to be selected.
-    """
-    cost = _gathered(cost)
-    previous = None if previous is None else previous.to(cost.weight.device)
-    mask = _up_to(cost, threshold, pattern, previous, ties=others == 0)
-    if ties == 0 or others == 0:
-        return mask
-    R, C = cost.weight.shape
-    rows = max(1, _TIES_AT_ONCE // C)
-    for start in range(0, R, rows):
-        part = slice(start, start + rows)
-        slab = WeightCosts(cost.weight[part], cost.g[part], cost.a)
-        before = None if previous is None else previous[part]
-        equal = _up_to(slab, threshold, pattern, before, ties=True) & ~mask[part]
-        whole = equal.unflatten(1, (C // pattern[1], pattern[1])).any(dim=-1) if pattern else equal
-        first = whole.flatten().nonzero()[:ties, 0]
-        chosen = torch.zeros(whole.numel(), dtype=torch.bool, device=mask.device).index_fill_(0, first, True)
-        chosen = chosen.view(whole.shape)
-        mask[part] |= equal & (chosen.repeat_interleave(pattern[1], dim=1) if pattern else chosen)
-        ties -= first.numel()
-        if ties == 0:
-            break
-    return mask
-
-
-def _up_to(
-    cost: WeightCosts, threshold: float, pattern: tuple[int, int] | None, previous: Tensor | None, *, ties: bool
-) -> Tensor:
-    """What costs less than ``threshold``, or as much where ``ties``, or is pruned already."""
-    if pattern is not None:
-        return nm_select(cost, *pattern, previous=previous, threshold=threshold, ties=ties)
-    if _fits_kernel(cost, None):
-        mask = torch.ops.surgeon_kernels.cost_mask(*kernel_operands(cost), threshold, ties)
-    else:
-        dense = checked_costs(cost)
-        mask = dense <= threshold if ties else dense < threshold
-    # What is pruned already costs nothing, so that it is in the mask unless the threshold is zero.
-    return mask | previous if previous is not None and threshold <= 0.0 else mask
-
-
-def _count(mask: Tensor, pattern: tuple[int, int] | None) -> int:
-    """Weights in a mask, or groups with a weight in it."""
-    return int(
-        mask.unflatten(1, (mask.shape[1] // pattern[1], pattern[1])).any(dim=-1).sum() if pattern else mask.sum()
-    )
-
-
-def _size(cost: WeightCosts, pattern: tuple[int, int] | None) -> int:
+def number_of_costs(cost: WeightCosts, pattern: Pattern | None) -> int:
     return cost.weight.numel() // (pattern[1] if pattern else 1)
 
 
-def _gathered(cost: WeightCosts) -> WeightCosts:
-    """With the weight where its factors are."""
-    return WeightCosts(cost.weight.to(cost.g.device, non_blocking=True), cost.g, cost.a)
-
-
-def _batches(costs: Sequence[WeightCosts], pattern: tuple[int, int] | None) -> list[_Batch]:
+def _batches(costs: Sequence[WeightCosts], pattern: Pattern | None) -> list[_Batch]:
     """Layers of one device and dtype together; those that take the reference, or are copied, on their own."""
     layers: dict[object, list[int]] = {}
     for layer, cost in enumerate(costs):
-        alone = cost.weight.device != cost.g.device or not _fits_kernel(cost, pattern)
+        alone = cost.weight.device != cost.g.device or not fits_kernel(cost, pattern)
         layers.setdefault(layer if alone else (cost.weight.device, cost.weight.dtype), []).append(layer)
     return [
         _Batch(batch, None if key == batch[0] else _columns([kernel_operands(costs[i]) for i in batch]))
@@ -283,7 +159,7 @@ def _columns(rows: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def _fits_kernel(cost: WeightCosts, pattern: tuple[int, int] | None) -> bool:
+def fits_kernel(cost: WeightCosts, pattern: Pattern | None) -> bool:
     """The dispatch rule: weights of at most 32 bits on a CUDA device; of groups, 4, 8 or 16 columns, rows aligned."""
     weight = cost.weight
     if not (weight.is_cuda and weight.dtype in KERNEL_DTYPES and _kernels_ready()):

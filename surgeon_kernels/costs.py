@@ -19,16 +19,20 @@ class WeightCosts(NamedTuple):
 
     Attributes:
         weight: ``[R, C]``, any floating dtype.
-        g: ``[R]``, a: ``[C]``, not negative, see :func:`element_cost`.
+        g: ``[R]``, a: ``[C]``, not negative, see :func:`element_cost`; on the device that computes.
     """
 
     weight: Tensor
     g: Tensor
     a: Tensor
 
+    def gathered(self) -> WeightCosts:
+        """With the weight, which may lie elsewhere, where its factors are."""
+        return WeightCosts(self.weight.to(self.g.device, non_blocking=True), self.g, self.a)
+
     def dense(self) -> Tensor:
         """All costs, float32 ``[R, C]``."""
-        return element_cost(self.weight.float(), self.g.float(), self.a.float())
+        return element_cost(self.gathered().weight.float(), self.g.float(), self.a.float())
 
 
 def element_cost(weight: Tensor, g: Tensor, a: Tensor) -> Tensor:

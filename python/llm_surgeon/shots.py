@@ -158,10 +158,10 @@ class ShotLoop:
                 lambda linear: (
                     element_costs(linear, method, curvature, factors)
                     if paired is None
-                    else paired_costs(linear, paired.of(linear))
+                    else WeightCosts(paired_costs(linear, paired.of(linear)))
                 )
             )
-            previous = [selection.pruned.to(self.device) for selection in self.selections]
+            previous = [selection.pruned for selection in self.selections]
             self.selections, threshold = select_elements(costs, previous, self.config, target)
         self.selections = [selection.to(self.storage) for selection in self.selections]
         return threshold
