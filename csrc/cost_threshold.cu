@@ -66,18 +66,15 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1) histogr
             float cost[M];
 #pragma unroll
             for (int i = 0; i < M; ++i) {
-              cost[i] = element_cost(as_float(weights[u].at(group + i)), half_g[u], a[group + i]);
+              cost[i] = element_cost(weights[u].at(group + i), half_g[u], a[group + i]);
               check += cost[i];
             }
             if constexpr (M == 1) {
               add(cost[0]);
             } else {
-              bool pruned[M];
-              mark_cheapest(cost, drop, pruned);
-              float total = 0.0f;
-#pragma unroll
-              for (int i = 0; i < M; ++i) total = __fadd_rn(total, pruned[i] ? cost[i] : 0.0f);
-              add(total);
+              unsigned marks[M / 4];
+              mark_cheapest(cost, drop, marks);
+              add(marked_sum(cost, marks));
             }
           }
         }
@@ -125,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
       alignas(16) bool result[E];
 #pragma unroll
       for (int e = 0; e < E; ++e) {
-        const float cost = element_cost(as_float(weights[u].at(e)), half_g[u], a[e]);
+        const float cost = element_cost(weights[u].at(e), half_g[u], a[e]);
         result[e] = cost < threshold || (ties && cost == threshold);
       }
       store<E>(selected + (unit.row + row + u) * matrix.columns + unit.column, result);

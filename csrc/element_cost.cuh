@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 namespace surgeon {
 
@@ -30,7 +31,14 @@ struct Packet {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) raw[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
   }
-  __device__ T at(int i) const { return reinterpret_cast<const T*>(raw)[i]; }
+  __device__ unsigned word(int i) const { return reinterpret_cast<const unsigned*>(raw)[i]; }
+  __device__ float at(int i) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one instruction each, where the compiler's way takes two
+      return __uint_as_float(i % 2 ? word(i / 2) & 0xffff0000u : word(i / 2) << 16);
+    } else {
+      return as_float(reinterpret_cast<const T*>(raw)[i]);
+    }
+  }
 };
 
 template <typename T>
@@ -38,7 +46,7 @@ struct Packet<T, 1> {
   T raw;
 
   __device__ void load(const T* from) { raw = __ldcs(from); }
-  __device__ T at(int) const { return raw; }
+  __device__ float at(int) const { return as_float(raw); }
 };
 
 // Rows whose loads are in flight together: 64 bytes a lane hide the memory's latency.
@@ -87,23 +95,39 @@ __device__ inline float element_cost(float w, float half_g, float a) {
   return __fmul_rn(__fmul_rn(__fmul_rn(w, w), half_g), a);
 }
 
-// Marks the `drop` cheapest of M costs, the lower index first among equals.
+// Marks the `drop` cheapest of M costs, the lower index first among equals: bit 7 of byte i % 4 of marks[i / 4].
+// A byte each counts the costs that go before cost i; sums of 128 - drop and more set its highest bit.
 template <int M>
-__device__ inline void mark_cheapest(const float (&cost)[M], int drop, bool (&pruned)[M]) {
-  int rank[M];
+__device__ inline void mark_cheapest(const float (&cost)[M], int drop, unsigned (&marks)[M / 4]) {
 #pragma unroll
-  for (int i = 0; i < M; ++i) rank[i] = 0;
+  for (int word = 0; word < M / 4; ++word) marks[word] = 0x01010101u * (0x80u - drop);
 #pragma unroll
   for (int i = 0; i < M; ++i) {
 #pragma unroll
     for (int j = i + 1; j < M; ++j) {
       const bool in_order = cost[i] <= cost[j];
-      rank[j] += in_order;
-      rank[i] += !in_order;
+      const unsigned one_i = 1u << 8 * (i % 4), one_j = 1u << 8 * (j % 4);
+      if (i / 4 == j / 4) {
+        marks[i / 4] += in_order ? one_j : one_i;
+      } else {
+        if (in_order) marks[j / 4] += one_j;
+        if (!in_order) marks[i / 4] += one_i;
+      }
     }
   }
 #pragma unroll
-  for (int i = 0; i < M; ++i) pruned[i] = rank[i] < drop;
+  for (int word = 0; word < M / 4; ++word) marks[word] = ~marks[word] & 0x80808080u;
+}
+
+__device__ inline bool marked(const unsigned* marks, int i) { return marks[i / 4] & 0x80u << 8 * (i % 4); }
+
+// The sum of the marked costs, in their order.
+template <int M>
+__device__ inline float marked_sum(const float (&cost)[M], const unsigned (&marks)[M / 4]) {
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < M; ++i) total = __fadd_rn(total, marked(marks, i) ? cost[i] : 0.0f);
+  return total;
 }
 
 }  // namespace surgeon

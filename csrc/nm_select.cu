@@ -25,13 +25,12 @@ __device__ bool chosen(const NmProblem<T>& p, float total, bool before) {
   return before || !(p.ties ? total > p.threshold : total >= p.threshold);  // true for inf - inf
 }
 
-// Aligned rows: a lane holds whole groups, reads 16 bytes at a time and ranks the costs in registers.
-template <typename T, int M, Output kOutput>
+// Aligned rows: a lane holds whole groups, reads 16 bytes at a time and ranks the costs in registers. Arithmetic, not
+// memory, is the limit for 16-bit weights: kLimited says whether there is a threshold or a mask of earlier choices.
+template <typename T, int M, Output kOutput, bool kLimited>
 __global__ void __launch_bounds__(kThreads) aligned_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
-  constexpr int kVector = 16 / sizeof(T);
-  constexpr int E = M > kVector ? M : kVector;
-  constexpr int kRows = kUnroll<T, E>, kGroups = E / M;
-  constexpr int kOutputs = kOutput == Output::kGroupCost ? kGroups : E;
+  constexpr int kVector = 16 / sizeof(T), E = M > kVector ? M : kVector, kGroups = E / M, kRows = kUnroll<T, E>;
+  constexpr int kBytes = kOutput == Output::kMask ? E : kOutput == Output::kWeight ? E * sizeof(T) : 4 * kGroups;
   const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, p.rows, p.columns, E);
   const int drop = p.m - p.n;
   if (unit.rows <= 0) return;
@@ -53,52 +52,56 @@ __global__ void __launch_bounds__(kThreads) aligned_kernel(NmProblem<T> p, typen
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       if (row + u >= unit.rows) break;
-      const int64_t r = unit.row + row + u;
-      alignas(16) typename OutputType<T, kOutput>::type result[kOutputs];
+      const int64_t at = (unit.row + row + u) * p.columns + unit.column;
+      alignas(16) unsigned result[kBytes / 4];
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        float cost[M], total = 0.0f;
-        bool pruned[M], before = false;
+        float cost[M];
+        unsigned marks[M / 4];
+        bool before = false;
 #pragma unroll
         for (int i = 0; i < M; ++i) {
-          cost[i] = element_cost(as_float(weights[u].at(group * M + i)), half_g[u], a[group * M + i]);
+          cost[i] = element_cost(weights[u].at(group * M + i), half_g[u], a[group * M + i]);
           check += cost[i];
         }
-        if (p.previous != nullptr) {
-          const bool* flags = p.previous + r * p.columns + unit.column + group * M;
+        if (kLimited && p.previous != nullptr) {
 #pragma unroll
-          for (int i = 0; i < M; i += 4) {
-            const uchar4 gone = __ldcs(reinterpret_cast<const uchar4*>(flags + i));
-            before |= gone.x || gone.y || gone.z || gone.w;
-            if (gone.x) cost[i] = -INFINITY;
-            if (gone.y) cost[i + 1] = -INFINITY;
-            if (gone.z) cost[i + 2] = -INFINITY;
-            if (gone.w) cost[i + 3] = -INFINITY;
+          for (int word = 0; word < M / 4; ++word) {
+            const unsigned gone = __ldcs(reinterpret_cast<const unsigned*>(p.previous + at + group * M) + word);
+            before |= gone != 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (gone & 0xffu << 8 * i) cost[4 * word + i] = -1.0f;  // before all others, and recognisable
+            }
           }
         }
-        mark_cheapest(cost, drop, pruned);
+        mark_cheapest(cost, drop, marks);
+        if constexpr (kLimited) {
 #pragma unroll
-        for (int i = 0; i < M; ++i) total = __fadd_rn(total, pruned[i] ? fmaxf(cost[i], 0.0f) : 0.0f);
+          for (int i = 0; i < M; ++i) cost[i] = cost[i] == -1.0f ? 0.0f : cost[i];
+          const bool taken = chosen(p, marked_sum(cost, marks), before);
+#pragma unroll
+          for (int word = 0; word < M / 4; ++word) marks[word] = taken ? marks[word] : 0;
+        }
         if constexpr (kOutput == Output::kGroupCost) {
-          result[group] = total;
-        } else {
-          const bool taken = chosen(p, total, before);
+          result[group] = __float_as_uint(marked_sum(cost, marks));
+        } else if constexpr (kOutput == Output::kMask) {
 #pragma unroll
-          for (int i = 0; i < M; ++i) {
-            if constexpr (kOutput == Output::kMask) {
-              result[group * M + i] = taken && pruned[i];
-            } else {
-              const T weight = weights[u].at(group * M + i);
-              result[group * M + i] = taken && pruned[i] ? T{} : weight;
+          for (int word = 0; word < M / 4; ++word) result[group * (M / 4) + word] = marks[word] >> 7;
+        } else {
+          constexpr int kWords = M * sizeof(T) / 4;
+#pragma unroll
+          for (int i = 0; i < kWords; ++i) {
+            const unsigned word = weights[u].word(group * kWords + i);
+            if constexpr (sizeof(T) == 4) {
+              result[group * kWords + i] = marked(marks, i) ? 0 : word;
+            } else {  // bit 7 of each weight's byte, spread over 16 bits
+              result[group * kWords + i] = word & ~__byte_perm(marks[i / 2], 0, i % 2 ? 0xbbaa : 0x9988);
             }
           }
         }
       }
-      if constexpr (kOutput == Output::kGroupCost) {
-        store<sizeof(float) * kOutputs>(out + r * (p.columns / M) + unit.column / M, result);
-      } else {
-        store<sizeof(result)>(out + r * p.columns + unit.column, result);
-      }
+      store<kBytes>(out + (kOutput == Output::kGroupCost ? at / M : at), result);
     }
   }
   if (isnan(check)) *p.invalid = true;
@@ -166,7 +169,14 @@ template <typename T, int M, Output kOutput>
 void launch_aligned(const NmProblem<T>& p, typename OutputType<T, kOutput>::type* out, cudaStream_t stream) {
   constexpr int64_t kColumns = 32 * (M * sizeof(T) > 16 ? M : 16 / sizeof(T));
   const int64_t units = ceil_div(p.columns, kColumns) * ceil_div(p.rows, kUnitRows);
-  aligned_kernel<T, M, kOutput><<<static_cast<unsigned>(ceil_div(units, kWarps)), kThreads, 0, stream>>>(p, out);
+  const unsigned blocks = static_cast<unsigned>(ceil_div(units, kWarps));
+  if constexpr (kOutput == Output::kMask) {
+    if (p.previous != nullptr || !p.ties || p.threshold != INFINITY) {
+      aligned_kernel<T, M, kOutput, true><<<blocks, kThreads, 0, stream>>>(p, out);
+      return;
+    }
+  }
+  aligned_kernel<T, M, kOutput, false><<<blocks, kThreads, 0, stream>>>(p, out);
 }
 
 template <typename T>
