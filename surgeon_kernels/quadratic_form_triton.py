@@ -33,8 +33,8 @@ _BAND = 8
 
 @triton.jit
 def rounded(x):
-    """To the nearest TF32 number, once the tensor cores cut off the last 13 bits; merely cut, all are too small."""
-    return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    """To the nearest TF32 number. Left to the tensor cores, which cut off the last 13 bits, all would be too small."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 # Sizes are not specialised: every model would compile its own kernels.
@@ -107,7 +107,9 @@ def _addressable(matrix: Tensor) -> Tensor:
 def _rounded(S: Tensor) -> Tensor:
     """As :func:`rounded`, in an addressable copy: this operand goes from memory to the tensor cores untouched."""
     out = _aligned_like(S)
-    torch.add(S.view(torch.int32), 0x1000, out=out.view(torch.int32))
+    bits = out.view(torch.int32)
+    torch.add(S.view(torch.int32), 0x1000, out=bits)
+    bits.bitwise_and_(-0x2000)
     return out
 
 

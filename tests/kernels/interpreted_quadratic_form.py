@@ -14,8 +14,7 @@ def main() -> None:
         for config in (Config(16, 32, 16, 4, 2), Config(32, 16, 16, 4, 2)):
             for view in (x, x.T.contiguous().T, torch.cat([x, x[:, :1]], dim=1)[:, :-1]):
                 q = launch(view, S, config)
-                # Only tensor cores cut off what rounding leaves behind.
-                torch.testing.assert_close(q.double(), expected, rtol=1e-3, atol=0.0)
+                torch.testing.assert_close(q.double(), expected, rtol=5e-4, atol=0.0)  # TF32
     print("agrees")
 
 

@@ -1,0 +1,50 @@
+"""Selection of a model's weights on a CUDA device: kernels and references choose the same, weight for weight."""
+
+import importlib
+
+import pytest
+import torch
+
+from llm_surgeon.capture import estimate_curvature
+from llm_surgeon.config import PruneConfig
+from llm_surgeon.costs import element_costs
+from llm_surgeon.data import Calibration
+from llm_surgeon.factors import DampedFactors
+from llm_surgeon.models import find_decoder
+from llm_surgeon.select import select_elements
+from surgeon_kernels import extension
+from tests.surgeon.tiny_models import VOCABULARY, build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize("method", ["surgeon", "k-obd", "magnitude"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_choose_what_the_references_choose(name, structure, method, dtype, monkeypatch):
+    assert extension.available(), extension.obstacle()
+    model = build(name, dtype).cuda()
+    decoder = find_decoder(model)
+    windows = Calibration.of(torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0)))
+    config = PruneConfig(structure=structure, method=method, sparsity=0.5)
+    curvature = estimate_curvature(model, decoder, windows, batch_size=3)
+    factors = DampedFactors(curvature, config, decoder.linears, CUDA)
+    previous = [torch.zeros(x.rows, x.columns, dtype=torch.bool, device=CUDA) for x in decoder.linears]
+    for sparsity in (0.2, 0.35, 0.5):
+        costs = [element_costs(linear, method, curvature, factors) for linear in decoder.linears]
+        chosen, threshold = select_elements(costs, previous, config, sparsity)
+        with monkeypatch.context() as patch:
+            for module in ("nm_select", "cost_threshold"):
+                patch.setattr(importlib.import_module(f"surgeon_kernels.{module}"), "_kernels_ready", lambda: False)
+            expected, other = select_elements(costs, previous, config, sparsity)
+        assert threshold == other
+        previous = [selection.pruned for selection in chosen]
+        assert all(torch.equal(a, b.pruned) for a, b in zip(previous, expected, strict=True))
+        assert sum(int(mask.sum()) for mask in previous) > 0
+        for linear, mask in zip(decoder.linears, previous, strict=True):
+            linear.weight[mask] = 0.0
