@@ -25,6 +25,7 @@ from llm_surgeon.report.schema import ShotReport, SolverTrace
 from llm_surgeon.select import Selection, select_elements, select_rows_columns
 from llm_surgeon.sparsegpt import prune_sparsegpt
 from llm_surgeon.update import remove, remove_and_compensate
+from surgeon_kernels import WeightCosts
 
 T = TypeVar("T")
 
