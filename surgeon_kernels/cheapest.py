@@ -99,7 +99,7 @@ def _select(
     rows = max(1, _TIES_AT_ONCE // C)
     for start in range(0, R, rows):
         part = slice(start, start + rows)
-        slab = WeightCosts(cost.weight[part], cost.g[part], cost.a)
+        slab = cost.rows(part)
         before = None if previous is None else previous[part]
         equal = _up_to(slab, threshold, pattern, before, ties=True) & ~mask[part]
         whole = equal.unflatten(1, (C // pattern[1], pattern[1])).any(dim=-1) if pattern else equal

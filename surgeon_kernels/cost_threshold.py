@@ -130,12 +130,12 @@ def _histogram_reference(cost: Tensor, window: _Window) -> Tensor:
     offset = cost.abs().view(torch.int32).flatten() - window.low
     bins = offset[offset >= 0] >> window.shift
     inside = torch.bincount(bins[bins < _BINS], minlength=_BINS)
-    return torch.cat([(offset < 0).sum()[None], inside, inside.new_zeros(1)])
+    return torch.cat([(offset < 0).sum()[None], inside, (cost < 0).sum()[None]])
 
 
 def _dense(cost: WeightCosts, pattern: Pattern | None, step: int) -> Tensor:
     """The costs of every ``step``-th row, or of its groups."""
-    rows = WeightCosts(cost.weight[::step], cost.g[::step], cost.a)
+    rows = cost.rows(slice(None, None, step))
     return nm_group_cost(rows, *pattern) if pattern else checked_costs(rows)
 
 
@@ -147,7 +147,7 @@ def _batches(costs: Sequence[WeightCosts], pattern: Pattern | None) -> list[_Bat
     """Layers of one device and dtype together; those that take the reference, or are copied, on their own."""
     layers: dict[object, list[int]] = {}
     for layer, cost in enumerate(costs):
-        alone = cost.weight.device != cost.g.device or not fits_kernel(cost, pattern)
+        alone = cost.weight.device != cost.device or not fits_kernel(cost, pattern)
         layers.setdefault(layer if alone else (cost.weight.device, cost.weight.dtype), []).append(layer)
     return [
         _Batch(batch, None if key == batch[0] else _columns([kernel_operands(costs[i]) for i in batch]))
@@ -162,7 +162,7 @@ def _columns(rows: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
 def fits_kernel(cost: WeightCosts, pattern: Pattern | None) -> bool:
     """The dispatch rule: weights of at most 32 bits on a CUDA device; of groups, 4, 8 or 16 columns, rows aligned."""
     weight = cost.weight
-    if not (weight.is_cuda and weight.dtype in KERNEL_DTYPES and _kernels_ready()):
+    if cost.g is None or not (weight.is_cuda and weight.dtype in KERNEL_DTYPES and _kernels_ready()):
         return False
     if pattern is None:
         return True

@@ -18,20 +18,30 @@ class WeightCosts(NamedTuple):
     """The costs ``½ W_rc² g_r a_c`` of one layer's weights, computed in float32 where they are needed, never stored.
 
     Attributes:
-        weight: ``[R, C]``, any floating dtype.
+        weight: ``[R, C]``, any floating dtype; without ``g`` and ``a``, the costs themselves, not negative.
         g: ``[R]``, a: ``[C]``, not negative, see :func:`element_cost`; on the device that computes.
     """
 
     weight: Tensor
-    g: Tensor
-    a: Tensor
+    g: Tensor | None = None
+    a: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the costs are computed."""
+        return self.weight.device if self.g is None else self.g.device
 
     def gathered(self) -> WeightCosts:
         """With the weight, which may lie elsewhere, where its factors are."""
-        return WeightCosts(self.weight.to(self.g.device, non_blocking=True), self.g, self.a)
+        return WeightCosts(self.weight.to(self.device, non_blocking=True), self.g, self.a)
+
+    def rows(self, part: slice) -> WeightCosts:
+        return WeightCosts(self.weight[part], None if self.g is None else self.g[part], self.a)
 
     def dense(self) -> Tensor:
         """All costs, float32 ``[R, C]``."""
+        if self.g is None or self.a is None:
+            return self.weight.float()
         return element_cost(self.gathered().weight.float(), self.g.float(), self.a.float())
 
 

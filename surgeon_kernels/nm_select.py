@@ -71,8 +71,8 @@ def nm_group_cost(cost: Tensor | WeightCosts, n: int, m: int) -> Tensor:
 def nm_prune(cost: WeightCosts, n: int, m: int) -> Tensor:
     """The weight, zero where :func:`nm_select` would prune it."""
     _check(cost, n, m)
-    if _fits_kernel(cost, m):
-        weight, g, a = _operands(cost)
+    if _fits_kernel(cost, m) and cost.g is not None:
+        weight, g, a = kernel_operands(cost)
         pruned_weight, invalid = torch.ops.surgeon_kernels.nm_prune(weight, g, a, n, m)
         _require_valid(invalid)
         return pruned_weight
@@ -94,7 +94,8 @@ def _reference(cost: Tensor, n: int, m: int, previous: Tensor | None) -> tuple[T
 def checked_costs(cost: Tensor | WeightCosts) -> Tensor:
     """All costs, or a ValueError where one is NaN or has a negative factor."""
     dense = cost.dense() if isinstance(cost, WeightCosts) else cost
-    if dense.isnan().any() or (isinstance(cost, WeightCosts) and ((cost.g < 0).any() or (cost.a < 0).any())):
+    signed = [x for x in (cost[1:] if isinstance(cost, WeightCosts) else ()) if x is not None]
+    if dense.isnan().any() or any(bool((x < 0).any()) for x in signed):
         raise ValueError("a cost is NaN or negative")
     return dense
 
@@ -115,13 +116,14 @@ def _fits_kernel(cost: Tensor | WeightCosts, m: int) -> bool:
 
 
 def _operands(cost: Tensor | WeightCosts) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if isinstance(cost, WeightCosts):
+    if isinstance(cost, WeightCosts) and cost.g is not None:
         return kernel_operands(cost)
-    return dense_rows(cost), None, None
+    return dense_rows(cost.dense() if isinstance(cost, WeightCosts) else cost), None, None
 
 
 def kernel_operands(cost: WeightCosts) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, ``g`` and ``a`` as the CUDA ops take them; a weight whose columns are not adjacent is copied."""
+    assert cost.g is not None and cost.a is not None
     return dense_rows(cost.weight), cost.g.float().contiguous(), cost.a.float().contiguous()
 
 

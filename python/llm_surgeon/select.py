@@ -90,7 +90,7 @@ def _finite(threshold: float | None) -> float | None:
 
 def _cheapest_in_rows(costs: WeightCosts, previous: Tensor, sparsity: float) -> Tensor:
     """The cheapest of each row; rows take turns at rounding so that the layer's total is exact."""
-    cost = costs.dense().masked_fill(previous.to(costs.g.device), -math.inf)
+    cost = costs.dense().masked_fill(previous.to(costs.device), -math.inf)
     R, C = cost.shape
     total = round(sparsity * R * C)
     counts = total // R + (torch.arange(R, device=cost.device) < total % R).long()  # [R]

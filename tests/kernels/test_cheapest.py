@@ -147,3 +147,17 @@ def test_what_cannot_be_selected_is_refused():
         for pattern in (None, (2, 4)):
             with pytest.raises(ValueError, match="NaN or negative"):
                 k_cheapest(layers + spoilt, 3, pattern=pattern)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_costs_that_are_given_are_selected_as_those_that_are_computed(pattern):
+    layers = random_layers([(6, 16), (5, 12)], 3, ties=True)
+    given = [WeightCosts(layer.dense()) for layer in layers]
+    for k in (7, 20):
+        threshold, masks = k_cheapest(layers, k, pattern=pattern)
+        other, same = k_cheapest(given, k, pattern=pattern)
+        assert threshold == other and all(map(torch.equal, masks, same))
+    given[1].weight[2, 3] = -1e-9
+    if pattern is None:
+        with pytest.raises(ValueError, match="NaN or negative"):
+            k_cheapest(given, 7)
