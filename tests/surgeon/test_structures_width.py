@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from llm_surgeon import InputError, NumericalError, prune
+from llm_surgeon import InputError, NumericalError, PruneConfig, prune
 from llm_surgeon.config import IMPORTANCES
 from llm_surgeon.models import find_decoder
 from llm_surgeon.structures.residual import find_residual, kept_width, remove_channels, zero_channels
@@ -131,4 +131,9 @@ def test_what_cannot_be_narrowed_is_refused_and_left_as_it_was(name, error, word
     with pytest.raises(error, match=words):
         prune(model, TOKENS, structure="width", sparsity=0.25, shots=1)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert torch.equal(logits(model), before) and type(model).__name__.startswith(name[:3].upper()[:1])
+    assert torch.equal(logits(model), before) and not hasattr(model, "is_pruned")
+
+
+def test_blocks_cannot_be_skipped():
+    with pytest.raises(InputError, match="skip_layers has no meaning for width"):
+        PruneConfig(structure="width", skip_layers="0")
