@@ -1,4 +1,4 @@
-"""The fastest kernel of :func:`~surgeon_kernels.linear_2_4`, found by measurement instead of by its estimate."""
+"""The fastest kernel of :func:`~surgeon_kernels.linear_2_4`, found by measurement instead of by rule."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _REPETITIONS = 5
 def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = (1, 8, 16, 32, 64, 128, 256, 512, 1024)) -> dict[int, int]:
     """Time every kernel that can run and keep the fastest, per weight size, dtype, device and power of two of tokens.
 
-    Without it the choice is an estimate fitted on an H200; other devices gain from a measurement. It holds for the
-    process, costs about 10 ms a number of tokens, and must not run while a CUDA graph is captured. Tuned or not, equal
-    inputs give equal bits as long as the choice stays; two choices may differ in rounding.
+    Without it a rule measured on an H200 chooses (csrc/linear_2_4.cpp); other devices gain from a measurement. The
+    choice holds for the process, costs about 40 ms a number of tokens, and must not be made while a CUDA graph is
+    captured. Equal inputs give equal bits as long as the choice stays; two choices may differ in rounding.
 
     Args:
         weight: one weight of the size in question, with its CUDA kernel (otherwise nothing is done).
