@@ -89,7 +89,7 @@ class PruneConfig:
         kron_rank: Kronecker products that the curvature of a layer is the sum of, 1 or 2. Two take four more passes a
             shot, three times the memory for factors, and update "joint"; for studies of small models.
         exchanges: rounds, after a joint update, of exchanging kept and pruned weights of a layer where that lowers
-            its objective; each solves anew.
+            its objective, for joint updates of single weights. Each solves anew: 2 take three times the update's time.
         schedule: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of the sparsity is reached: 1 is linear,
             more prunes more in the early shots.
         damp_g, damp_a: damping, relative to the mean diagonal of G and A. ``damp_g`` left out: 0.1, or 0.01
@@ -184,9 +184,7 @@ class PruneConfig:
         require_positive_int("max_correlated", self.max_correlated)
         require_positive_int("max_iterations", self.max_iterations)
         require_positive_int("samples", self.samples)
-        self._check_kron_rank(structure)
-        if self.exchanges != 0:
-            require_positive_int("exchanges", self.exchanges)
+        self._resolve_exchanges(structure)
         for name in ("seqlen", "batch_size", "curvature_layers"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
@@ -240,12 +238,15 @@ class PruneConfig:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_kron_rank(self, structure: Structure) -> None:
+    def _resolve_exchanges(self, structure: Structure) -> None:
         if self.kron_rank not in (1, 2):
             raise InputError(f"kron_rank must be 1 or 2, not {self.kron_rank!r}")
-        if self.kron_rank == 2 and not (
-            self.method == "surgeon" and self.update == "joint" and structure.single_weights
-        ):
+        solved = self.method == "surgeon" and self.update == "joint" and structure.single_weights
+        if self.exchanges != 0:
+            require_positive_int("exchanges", self.exchanges)
+            if not solved:
+                raise InputError("exchanges need method 'surgeon', update 'joint' and a structure of single weights")
+        if self.kron_rank == 2 and not solved:
             raise InputError("kron_rank 2 needs method 'surgeon', update 'joint' and a structure of single weights")
         if self.kron_rank == 2 and (self.checkpoint_activations or self.offload != "none" or self.exchanges):
             raise InputError("kron_rank 2 goes with neither checkpoint_activations nor offload nor exchanges")

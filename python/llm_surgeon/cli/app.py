@@ -102,7 +102,8 @@ def prune(
         int | None, _option("kron_rank", "Kronecker products whose sum the curvature is, 1 or 2.")
     ] = None,
     exchanges: Annotated[
-        int | None, _option("exchanges", "Rounds of exchanging kept and pruned weights after a joint update.")
+        int | None,
+        _option("exchanges", "Rounds of exchanging kept and pruned weights after a joint update."),
     ] = None,
     damp_g: Annotated[
         float | None, _option("damp_g", "Damping of G, relative to its mean diagonal: 0.1, structured 0.01.")
