@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--checkpoint", action="store_true", help="compute activations again in the backward pass")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "capture.csv")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -70,11 +71,12 @@ def main() -> None:
         for grams in options.grams:
             capture.SymmetricAccumulator, capture.gram_accumulate_ = GRAMS[grams]
             # Compiles kernels and fills torch's memory pool.
-            capture.estimate_curvature(model, decoder, Calibration(ids[:batch_size]), batch_size=batch_size)
+            how = {"batch_size": batch_size, "checkpoint_activations": options.checkpoint}
+            capture.estimate_curvature(model, decoder, Calibration(ids[:batch_size]), **how)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             begun = time.perf_counter()
-            curvature = capture.estimate_curvature(model, decoder, Calibration(ids), batch_size=batch_size)
+            curvature = capture.estimate_curvature(model, decoder, Calibration(ids), **how)
             torch.cuda.synchronize()
             row = {
                 "model": "llama-2-7b shape",
@@ -82,6 +84,7 @@ def main() -> None:
                 "samples": options.samples,
                 "seqlen": options.seqlen,
                 "batch_size": batch_size,
+                "checkpointed": options.checkpoint,
                 "grams": grams,
                 "seconds": f"{time.perf_counter() - begun:.2f}",
                 "peak_gb": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}",

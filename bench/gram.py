@@ -45,10 +45,13 @@ CASES = [
     *(Case(16384, c) for c in (4096, 11008, 5120, 13824, 14336)),
     Case(16384, 11007, bias=True),
     *(Case(t, c) for t, c in ((12345, 11008), (12345, 5120), (3001, 13824))),
-    *(Case(t, c) for t in (2048, 8192, 16384) for c in (512, 768, 1024, 2048)),
-    *(Case(t, c) for t, c in ((2048, 4096), (2048, 11008), (2049, 1536), (5000, 3072))),
+    *(Case(t, c) for t in (2048, 8192, 16384) for c in (512, 768, 1024, 1536, 2048)),
+    *(Case(t, c) for t, c in ((2048, 4096), (2048, 11008), (2049, 1536), (5000, 3072), (4096, 2051), (16384, 769))),
+    Case(16384, 768, bias=True),
+    Case(16384, 4095),
     Case(16384, 4096, masked=True),
     Case(16384, 4096, bias=True),
+    Case(16384, 4096, bias=True, masked=True),
     Case(16384, 4096, dense=True),
     Case(16384, 4096, torch.float16),
     Case(8192, 4096, torch.float32),
@@ -162,7 +165,7 @@ def measure(case: Case) -> dict[str, Any]:
     times = device_ms(baseline), device_ms(kernel), eager_ms(baseline), eager_ms(kernel)
     operations = case.tokens * n * (n + 1)
     target, packed = (ours, False) if isinstance(ours, Tensor) else (ours.storage, ours.packed)
-    config = kernel_config(target, xs[0], n, packed)
+    config = kernel_config(target, xs[0], packed, case.bias)
     return {
         **case._asdict(),
         "dtype": str(case.dtype).removeprefix("torch."),
@@ -187,8 +190,8 @@ def tune(case: Case) -> None:
     print(f"{case.tokens} x {case.columns} {case.dtype}: torch {base:.4f} ms", flush=True)
     packed = SymmetricAccumulator.zeros(case.columns, device=DEVICE, packed=True).storage
     for config in CONFIGS[case.dtype]:
-        run = partial(gram_triton.accumulate_, packed, case.columns, alpha=1.0, config=config, packed=True)
-        ms = device_ms([partial(run, x) for x in xs])
+        plan = gram_triton.plan(case.columns, case.tokens, case.dtype, True, config, xs[0].device)
+        ms = device_ms([partial(gram_triton.accumulate_, packed, x, 1.0, plan) for x in xs])
         print(f"    {tuple(config)}: {ms:.4f} ms, {base / ms:.2f}x", flush=True)
 
 

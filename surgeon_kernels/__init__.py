@@ -18,6 +18,8 @@ from surgeon_kernels.linear_2_4_tune import tune_2_4
 from surgeon_kernels.nm_select import nm_group_cost, nm_prune, nm_select
 from surgeon_kernels.pack_2_4 import Packed24, check_packed_2_4, is_2_4, pack_2_4, unpack_2_4
 from surgeon_kernels.quadratic_form import quadratic_form
+from surgeon_kernels.rms_norm import rms_norm
+from surgeon_kernels.rotary import rotary
 from surgeon_kernels.rows_columns_update import rows_columns_update
 from surgeon_kernels.spd_inverse import (
     DampedInverse,
@@ -29,6 +31,7 @@ from surgeon_kernels.spd_inverse import (
     spd_inverse,
     unchecked_inverse,
 )
+from surgeon_kernels.swiglu import swiglu
 from surgeon_kernels.symmetric import SymmetricAccumulator
 from surgeon_kernels.threshold import k_smallest
 
@@ -66,9 +69,12 @@ __all__ = [
     "pack_2_4",
     "prepare_2_4",
     "quadratic_form",
+    "rms_norm",
+    "rotary",
     "row_cost",
     "rows_columns_update",
     "spd_inverse",
+    "swiglu",
     "tune_2_4",
     "unchecked_inverse",
     "unpack_2_4",

@@ -27,9 +27,10 @@ def gram_accumulate_(
         out += alpha * Σ_n mask_n x̃_n x̃_nᵀ,    x̃_n = x_n, or [x_n, 1] with ones_column
 
     On CUDA devices with a tuned configuration a Triton kernel computes the lower triangle only and adds it to ``out``
-    in the same pass. It reads ``x`` where it lies if rows are contiguous and aligned to 16 bytes and there is neither
-    a mask nor a column of ones; otherwise an aligned copy is made first, in one pass. The same inputs give the same
-    bits.
+    in the same pass, reading ``x`` where it lies. Rows that are not aligned to 16 bytes or have a mask are copied
+    first, at the speed of memory: masking both operands in the kernel takes longer than the whole product. The
+    products with the column of ones are sums of columns, one more read of ``x``. Small products are cuBLAS's
+    (:func:`surgeon_kernels.gram_plan.choose` is the rule). The same inputs give the same bits.
 
     Args:
         out: symmetric ``[C', C']``, float32 or float64, ``C' = C + ones_column``: a tensor, or a
@@ -48,24 +49,23 @@ def gram_accumulate_(
     """
     _check(out, x, mask, ones_column)
     rows, mask = _rows(x, mask)
-    n = rows.shape[1] + ones_column
-    target = out.storage if isinstance(out, SymmetricAccumulator) else out
-    packed = isinstance(out, SymmetricAccumulator) and out.packed
-    if rows.shape[0] == 0 or n == 0:
+    tokens, columns = rows.shape
+    target, packed = (out.storage, out.packed) if isinstance(out, SymmetricAccumulator) else (out, False)
+    if tokens == 0 or columns + ones_column == 0:
         return out
-    config = kernel_config(target, rows, n, packed)
+    config = kernel_config(target, rows, packed, ones_column)
     if config is not None:
-        _accumulate_with_kernel(target, rows, mask, alpha, n, config, packed)
+        _accumulate_with_kernel(target, rows, mask, float(alpha), ones_column, config, packed)
         return out
     rows = _prepare(rows, mask, ones_column)
     if packed:
-        add_gram_reference_(target, rows[:, :n], alpha)
+        add_gram_reference_(target, rows, alpha)
     elif rows.is_cuda and rows.dtype in _HALF and target.dtype == torch.float32:
         # Half-precision products are exact in float32: the tensor cores read x as it is, no upcast copy.
-        product = torch.mm(rows.T, rows, out_dtype=torch.float32)
-        target.add_(product if rows.shape[1] == n else product[:n, :n], alpha=alpha)
+        rows = rows.detach()  # results are written to the output, which autograd does not follow
+        torch.addmm(target, rows.T, rows, alpha=alpha, out_dtype=torch.float32, out=target)
     else:
-        gram_reference_(target, rows[:, :n], alpha)
+        gram_reference_(target, rows, alpha)
     return out
 
 
@@ -75,11 +75,13 @@ def gram_reference_(out: Tensor, rows: Tensor, alpha: float) -> Tensor:
     return out.addmm_(rows.T, rows, alpha=alpha)
 
 
-def kernel_config(target: Tensor, rows: Tensor, n: int, packed: bool) -> GramConfig | None:
+def kernel_config(target: Tensor, rows: Tensor, packed: bool, ones_column: bool = False) -> GramConfig | None:
     """The Triton kernel's configuration for these operands, None where PyTorch computes the product."""
     if not (rows.is_cuda and has_kernels()) or target.stride(-1) != 1:
         return None
-    return choose(n, rows.shape[0], rows.dtype, target.dtype, _capability(rows.device), packed=packed)
+    tokens, columns = rows.shape
+    major = _capability(rows.device)
+    return choose(columns, tokens, rows.dtype, target.dtype, major, packed=packed, ones_column=ones_column)
 
 
 @functools.cache
@@ -88,24 +90,31 @@ def _capability(device: torch.device) -> int:
 
 
 def _accumulate_with_kernel(
-    target: Tensor, rows: Tensor, mask: Tensor | None, alpha: float, n: int, config: GramConfig, packed: bool
+    target: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    alpha: float,
+    ones_column: bool,
+    config: GramConfig,
+    packed: bool,
 ) -> None:
-    from surgeon_kernels import gram_triton, symmetric_triton
+    from surgeon_kernels import gram_triton, rows_triton, symmetric_triton
 
-    ones_column = n > rows.shape[1]
-    if mask is not None or ones_column or not gram_triton.readable(rows):
-        rows = gram_triton.gather_rows(rows, mask, ones_column)[:, :n]
-    gram_triton.accumulate_(target, n, rows, alpha, config, packed=packed)
+    if ones_column:
+        rows_triton.add_column_sums_(target, rows, mask, alpha, packed=packed)
+    tokens, columns = rows.shape
+    # Pointers read whole pieces of 16 bytes, whose end must not reach the row that the ones belong to.
+    overlapping = ones_column and not config.descriptors and columns * rows.element_size() % 16 > 0
+    if mask is not None or overlapping or not gram_triton.readable(rows):
+        rows = rows_triton.gather_rows(rows, mask)[:, :columns]
+    plan = gram_triton.plan(columns, tokens, rows.dtype, packed, config, rows.device)
+    gram_triton.accumulate_(target, rows, alpha, plan)
     if not packed:
         symmetric_triton.mirror_(target)
 
 
 def _prepare(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:
-    """Masked rows with their ones for PyTorch's product: ``[N, >= C']``, zero past ``C'``."""
-    if rows.is_cuda and rows.dtype in _HALF and has_kernels() and (mask is not None or ones_column):
-        from surgeon_kernels.gram_triton import gather_rows
-
-        return gather_rows(rows, mask, ones_column)  # padded to 16 bytes: cuBLAS is several times slower otherwise
+    """Masked rows with their ones for PyTorch's product: ``[N, C']``."""
     if mask is not None:
         # Filled, not indexed: indexing by a mask would wait for the device.
         rows = rows.masked_fill(~mask[:, None], 0.0)
@@ -117,6 +126,8 @@ def _prepare(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:
 
 def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """``x`` as ``[N, C]`` and the mask as ``[N]``, in the order of memory: of any order, this one needs no copy."""
+    if x.dim() == 2:
+        return x, mask
     if x.is_contiguous() and (mask is None or mask.is_contiguous()):
         return x.view(x.shape[:-1].numel(), x.shape[-1]), None if mask is None else mask.view(-1)
     strides = x.stride()

@@ -13,11 +13,11 @@ from surgeon_kernels.triton_support import has_kernels
 # Side of a tile. The kernels' blocks are multiples of it, so that a block never splits a tile.
 TILE = 128
 # Smaller matrices are stored whole: half of a few megabytes is not worth a slower update.
-PACKED_FROM = 2048
+PACKED_FROM = 1536
 
 
 class SymmetricAccumulator:
-    """A symmetric matrix ``S`` ``[n, n]`` of which, from ``n = 2048`` on, only the lower tiles exist in memory.
+    """A symmetric matrix ``S`` ``[n, n]`` of which, from ``n = 1536`` on, only the lower tiles exist in memory.
 
     Tile ``(i, j)``, ``j <= i``, is the ``TILE x TILE`` block of ``S`` at ``(i TILE, j TILE)``; it is stored whole and
     row-major at position ``i (i + 1) / 2 + j`` of the storage ``[tiles, TILE, TILE]``. Values past ``n`` and those

@@ -5,6 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 
+import torch
+
+# What the pointwise kernels take; they compute in float32.
+HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @functools.cache
 def has_kernels() -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from llm_surgeon.capture import frozen, starting_at
+from llm_surgeon.fused import fused
 from llm_surgeon.models import Decoder, evaluation_mode, run_model
 
 _LENGTHS = (16, 32)
@@ -62,6 +63,7 @@ class _Kept:
         with (
             frozen(model),
             evaluation_mode(model),
+            fused(model),
             self._counting(decoder),
             starting_at(embedding),
             torch.enable_grad(),

@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 from llm_surgeon.config import FISHERS
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
+from llm_surgeon.fused import fused
+from llm_surgeon.loss import count_tokens, next_token_loss
 from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode, run_model, to_list
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
-
-# Tokens whose logits are held in float32 at once.
-_CHUNK = 1024
 
 
 @dataclass
@@ -97,7 +96,7 @@ def estimate_curvature(
     """
     if fisher not in FISHERS:
         raise InputError(f"unknown fisher {fisher!r}: choose one of {', '.join(FISHERS)}")
-    tokens, targets = _count(model, calibration)
+    tokens, targets = count_tokens(model, calibration)
     batches = -(-calibration.input_ids.shape[0] // batch_size)
     device = model.get_input_embeddings().weight.device
     per_pass = blocks_per_pass or len(decoder.blocks)
@@ -106,7 +105,7 @@ def estimate_curvature(
     gradient_sums: dict[str, SymmetricAccumulator] = {}
     total = 0.0
     again = _checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
-    with frozen(model), evaluation_mode(model), again, torch.set_grad_enabled(gradients):
+    with frozen(model), evaluation_mode(model), fused(model), again, torch.set_grad_enabled(gradients):
         for first in passes:
             linears = [linear for linear in decoder.linears if first <= linear.depth < first + per_pass]
             sums = _Accumulators(linears, gradients, device)
@@ -118,9 +117,10 @@ def estimate_curvature(
                 for batch, (input_ids, mask) in enumerate(calibration.batches(batch_size, device), 1):
                     sums.mask, sums.recording = mask, True
                     logits = run_model(model, input_ids, mask).logits
-                    loss, gradient = _cross_entropy(logits, input_ids, mask, sampler, with_gradient=gradients)
+                    loss, gradient = next_token_loss(logits, input_ids, mask, sampler, with_gradient=gradients)
                     sums.recording = False  # a block that runs again for its activations must not count again
                     if gradient is not None:
+                        logits.register_hook(_first_on_device)
                         logits.backward(gradient)
                     del logits, gradient
                     total += sums.check(loss, f"batch {batch} of {batches}")
@@ -142,12 +142,12 @@ def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int)
         InputError: as :func:`estimate_curvature`.
         NumericalError: the loss is NaN or infinite; the message names the first such batch.
     """
-    _, targets = _count(model, calibration)
+    _, targets = count_tokens(model, calibration)
     device = model.get_input_embeddings().weight.device
     losses = []
-    with evaluation_mode(model):
+    with evaluation_mode(model), fused(model):
         for input_ids, mask in calibration.batches(batch_size, device):
-            losses.append(_cross_entropy(run_model(model, input_ids, mask).logits, input_ids, mask)[0])
+            losses.append(next_token_loss(run_model(model, input_ids, mask).logits, input_ids, mask)[0])
     for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses]), 1):
         if not finite:
             raise NumericalError(f"NaN or infinity in the loss (batch {batch} of {len(losses)})")
@@ -226,6 +226,11 @@ class _Accumulators:
         return values["the loss"]
 
 
+def _first_on_device(gradient: Tensor) -> None:
+    """Something small on autograd's thread: cuBLAS warns where it is the first there, without a CUDA context."""
+    gradient.new_zeros(1)
+
+
 @contextlib.contextmanager
 def starting_at(start: nn.Module) -> Iterator[None]:
     """Gradients flow from what embeddings return, or from the hidden states that a block is given, for a while."""
@@ -268,70 +273,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _count(model: PreTrainedModel, calibration: Calibration) -> tuple[int, int]:
-    """Numbers of real tokens and of next tokens to predict."""
-    input_ids, mask = calibration.input_ids, calibration.attention_mask
-    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-    targets = int(_precedes_real(real).sum())
-    if targets == 0:
-        raise InputError("the calibration data are empty: no sequence has two tokens in a row")
-    vocabulary, largest = model.get_input_embeddings().weight.shape[0], int(input_ids.max())
-    if largest >= vocabulary:
-        raise InputError(f"the calibration data hold token {largest}, but the vocabulary has {vocabulary}")
-    return int(real.sum()), targets
-
-
-def _precedes_real(real: Tensor) -> Tensor:
-    """True where a real token is followed by a real token, bool ``[batch, length]``."""
-    out = torch.zeros_like(real)
-    out[:, :-1] = real[:, :-1] & real[:, 1:]
-    return out
-
-
-@torch.no_grad()
-def _cross_entropy(
-    logits: Tensor,
-    input_ids: Tensor,
-    mask: Tensor | None,
-    sampler: torch.Generator | None = None,
-    *,
-    with_gradient: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Sum of the data's token cross-entropies, and the gradient of the sum with respect to the logits.
-
-    The gradient, ``softmax(z) - onehot(label)`` at every position with a label, is written down instead of
-    derived by autograd: the logits are the largest tensor of all, and so only a chunk of them is ever held in
-    float32. With ``sampler`` the gradient's labels (not the loss's) are drawn from the softmax, at every real
-    position.
-    """
-    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-    has_target = _precedes_real(real)
-    used = has_target if sampler is None else real
-    labels, has_target, used = (t.flatten().to(logits.device) for t in (input_ids.roll(-1, dims=1), has_target, used))
-    z = logits.detach().flatten(0, 1)
-    gradient = torch.zeros_like(z) if with_gradient else None
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    loss = torch.zeros((), dtype=dtype, device=z.device)
-    for start in range(0, z.shape[0], _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        log_p = z[chunk].to(dtype).log_softmax(dim=1)
-        label = labels[chunk, None]
-        loss -= log_p.gather(1, label)[:, 0].masked_fill(~has_target[chunk], 0.0).sum()
-        if gradient is not None:
-            p = log_p.exp_()
-            if sampler is not None:
-                label = _sample(p, sampler)
-            p.scatter_add_(1, label, p.new_full(label.shape, -1.0))
-            gradient[chunk] = p.masked_fill_(~used[chunk, None], 0.0)
-    return loss, None if gradient is None else gradient.view_as(logits)
-
-
-def _sample(p: Tensor, generator: torch.Generator) -> Tensor:
-    """One draw from each row of ``p`` ``[n, V]``: of V exponential clocks of rates p, the first to ring.
-
-    Unlike ``torch.multinomial`` this lets NaN through, which is then reported with the name of its layer.
-    """
-    clocks = torch.empty_like(p, device=generator.device).exponential_(generator=generator)
-    return (p / clocks.to(p.device)).argmax(dim=1, keepdim=True)

@@ -18,6 +18,7 @@ from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode, run_model
 from surgeon_kernels import (
     NotPositiveDefiniteError,
+    SymmetricAccumulator,
     cholesky_with_jitter,
     gram_accumulate_,
     k_smallest,
@@ -138,7 +139,7 @@ def prune_sparsegpt(
             linears = [linear for linear in decoder.linears if linear.depth == depth]
             hessians = _hessians(block, linears, batches)
             for linear in linears:
-                hessian = hessians[linear.input_group]
+                hessian = hessians[linear.input_group].full()
                 matrix = linear.matrix(hessian.dtype)  # [W | b]
                 matrix[:, : linear.columns], masks[linear.name] = sparsegpt_layer(
                     matrix[:, : linear.columns],
@@ -197,17 +198,19 @@ def _without_cache(value: Any) -> Any:
     return None if isinstance(value, Cache) else value
 
 
-def _hessians(block: nn.Module, linears: list[PrunableLinear], batches: list[BlockBatch]) -> dict[str, Tensor]:
+def _hessians(
+    block: nn.Module, linears: list[PrunableLinear], batches: list[BlockBatch]
+) -> dict[str, SymmetricAccumulator]:
     """``H = mean(a aᵀ)`` of every input group of a block, over all tokens that are not padding."""
     readers = [linear for linear in linears if linear.name == linear.input_group]
     tokens = max(1, sum(batch.tokens for batch in batches))
-    hessians: dict[str, Tensor] = {}
+    hessians: dict[str, SymmetricAccumulator] = {}
 
     def accumulate(linear: PrunableLinear, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         (a,) = args  # [batch, seqlen, C], or flat (OPT's feed-forward)
         if linear.name not in hessians:
             dtype = torch.promote_types(linear.module.get_parameter("weight").dtype, torch.float32)
-            hessians[linear.name] = a.new_zeros(linear.columns, linear.columns, dtype=dtype)
+            hessians[linear.name] = SymmetricAccumulator.zeros(linear.columns, dtype=dtype, device=a.device)
         H = hessians[linear.name]
         mask = None if batch.mask is None else batch.mask.to(a.device).view(a.shape[:-1])
         gram_accumulate_(H, a, mask=mask, alpha=1 / tokens)

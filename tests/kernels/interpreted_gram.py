@@ -1,10 +1,10 @@
-"""Checks the Gram kernels in Triton's interpreter; run by test_gram_interpreted.py in a process of its own."""
+"""Checks the Gram kernels in Triton's interpreter; run by test_interpreted.py in a process of its own."""
 
 import itertools
 
 import torch
 
-from surgeon_kernels import SymmetricAccumulator, gram_triton, symmetric_triton
+from surgeon_kernels import SymmetricAccumulator, gram_triton, rows_triton, symmetric_triton
 from surgeon_kernels.gram_plan import GramConfig
 
 SHAPES = [(300, 170, 256), (135, 33, 128)]  # columns, rows, block_n
@@ -33,25 +33,31 @@ def main() -> None:
         for masked, ones_column in ((mask, True), (None, False)):
             poisoned = x if masked is None else x.masked_fill(~mask[:, None], float("nan"))
             n = columns + ones_column
-            rows = gram_triton.gather_rows(poisoned, masked, ones_column)
-            assert not rows[:, n:].any()
+            rows = rows_triton.gather_rows(poisoned, masked)
+            assert not rows[:, columns:].any()
             assert gram_triton.readable(rows)
+            rows = rows[:, :columns]
             expected = 2.0 + 0.5 * exact(x, masked, ones_column)
+            plans = [gram_triton.plan(columns, tokens, dtype, packed, config, rows.device) for packed in (True, False)]
 
             packed = SymmetricAccumulator.zeros(n, packed=True)
             packed.storage.fill_(2.0)
-            gram_triton.accumulate_(packed.storage, n, rows[:, :n], 0.5, config, packed=True)
+            gram_triton.accumulate_(packed.storage, rows, 0.5, plans[0])
+            if ones_column:
+                rows_triton.add_column_sums_(packed.storage, poisoned, masked, 0.5, packed=True)
             check(packed.full(), expected)
             assert torch.equal(symmetric_triton.unpack(packed.storage, n), packed.full())
 
             dense = torch.full((n, n + 3), 2.0)[:, :n]
-            gram_triton.accumulate_(dense, n, rows[:, :n], 0.5, config, packed=False)
+            gram_triton.accumulate_(dense, rows, 0.5, plans[1])
+            if ones_column:
+                rows_triton.add_column_sums_(dense, poisoned, masked, 0.5, packed=False)
             symmetric_triton.mirror_(dense)
             check(dense, expected)
             assert torch.equal(dense, dense.T)
     transposed = torch.randn(130, 40).T
     assert not gram_triton.readable(transposed)
-    assert torch.equal(gram_triton.gather_rows(transposed, None, False)[:, :130], transposed)
+    assert torch.equal(rows_triton.gather_rows(transposed, None)[:, :130], transposed)
     print("agrees")
 
 

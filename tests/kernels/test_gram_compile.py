@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU")
 
-from surgeon_kernels import gram_triton, symmetric_triton
+from surgeon_kernels import gram_triton, pointwise_triton, rows_triton, symmetric_triton
 from surgeon_kernels.gram_plan import CONFIGS
 
 from .compiled import compile_kernel
@@ -103,19 +103,47 @@ def test_mirror_kernel(capability, packed):
     check(compiled, capability)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_gather_rows_kernel(capability):
-    sizes = ["tokens", "columns", "row_stride", "column_stride", "target_stride", "width"]
-    compiled = compile_kernel(
-        gram_triton.gather_rows_kernel,
-        {"x": "*bf16", "mask": "*u8", "target": "*bf16", **dict.fromkeys(sizes, "i32")},
-        {"MASKED": True, "ONES": True, "BLOCK_T": 16, "BLOCK_C": 256},
-        capability,
-        warps=4,
-        stages=3,
-        divisible_by_16=["x", "mask", "target"],
-    )
-    check(compiled, capability)
+def test_row_kernels():
+    sizes = ["tokens", "columns", "row_stride", "column_stride"]
+    pointers = {"x": "*bf16", "mask": "*u8"}
+    for kernel, types, constants in (
+        (
+            rows_triton.gather_rows_kernel,
+            {**pointers, "target": "*bf16", **dict.fromkeys([*sizes, "target_stride"], "i32")},
+            {"MASKED": True, "BLOCK_T": 16, "BLOCK_C": 256},
+        ),
+        (
+            rows_triton.column_sums_kernel,
+            {**pointers, "partial": "*fp32", **dict.fromkeys([*sizes, "tokens_each"], "i32")},
+            {"MASKED": True, "BLOCK_T": 32, "BLOCK_C": 128},
+        ),
+        (
+            rows_triton.add_sums_kernel,
+            {
+                "partial": "*fp32",
+                "out": "*fp32",
+                **dict.fromkeys(["columns", "shares", "out_stride"], "i32"),
+                "alpha": "fp32",
+            },
+            {"PACKED": True, "SHARES": 64, "BLOCK_C": 128},
+        ),
+    ):
+        aligned = [name for name, kind in types.items() if kind.startswith("*")]
+        check(compile_kernel(kernel, types, constants, 90, warps=4, stages=3, divisible_by_16=aligned), 90)
+
+
+def test_pointwise_kernels():
+    x = dict.fromkeys(["x", "weight", "y", "gradient", "dx", "gate", "up", "d_gate", "d_up", "cos", "sin"], "*bf16")
+    types = {**x, "rstd": "*fp32", "eps": "fp32"}
+    for kernel, constants in (
+        (pointwise_triton.rms_norm_backward_kernel, {"BLOCK": 4096}),
+        (pointwise_triton.rotary_kernel, {"TRANSPOSED": True, "BLOCK_H": 32, "BLOCK_D": 64}),
+    ):
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+        aligned = [name for name in kernel.arg_names if signature[name].startswith("*")]
+        warps = pointwise_triton._warps(4096) if "rstd" in signature else 4
+        compiled = compile_kernel(kernel, signature, constants, 90, warps=warps, stages=3, divisible_by_16=aligned)
+        check(compiled, 90)
 
 
 def check(compiled, capability):

@@ -66,25 +66,45 @@ def test_full_rounds_are_not_split():
 
 
 @pytest.mark.parametrize(
-    ("n", "tokens", "dtype", "out_dtype", "major", "block"),
+    ("columns", "tokens", "dtype", "out_dtype", "major", "block"),
     [
         (4096, 2048, torch.bfloat16, torch.float32, 9, (128, 256)),
         (11008, 64, torch.float16, torch.float32, 9, (128, 256)),
         (2048, 2048, torch.bfloat16, torch.float32, 9, (128, 128)),
+        (1536, 2048, torch.bfloat16, torch.float32, 9, (128, 128)),
         (4096, 2048, torch.float32, torch.float32, 9, (128, 64)),
+        (1537, 2048, torch.float32, torch.float32, 9, (128, 64)),
+        (1001, 2048, torch.float32, torch.float32, 9, None),
         (4096, 2048, torch.bfloat16, torch.float32, 8, (128, 128)),
-        (2047, 2048, torch.bfloat16, torch.float32, 9, None),
+        (1528, 2048, torch.bfloat16, torch.float32, 9, None),
         (4096, 63, torch.bfloat16, torch.float32, 9, None),
+        (4097, 63, torch.bfloat16, torch.float32, 9, None),
         (4096, 2048, torch.float64, torch.float32, 9, None),
         (4096, 2048, torch.bfloat16, torch.float64, 9, None),
         (4096, 2048, torch.bfloat16, torch.float32, 7, None),
     ],
 )
-def test_the_rule(n, tokens, dtype, out_dtype, major, block):
-    config = choose(n, tokens, dtype, out_dtype, major, packed=True)
+def test_the_rule(columns, tokens, dtype, out_dtype, major, block):
+    config = choose(columns, tokens, dtype, out_dtype, major, packed=True)
     assert (config and (config.block_m, config.block_n)) == block
     if config:
         assert config.descriptors == (major == 9)
+
+
+@pytest.mark.parametrize(
+    ("columns", "ones_column", "short"),
+    [(4096, False, False), (4096, True, True), (4095, True, False), (257, False, True), (255, False, None)],
+)
+def test_widths_that_are_no_multiple_of_8_are_summed_in_short_runs(columns, ones_column, short):
+    config = choose(columns, 2048, torch.bfloat16, torch.float32, 9, packed=columns > 2000, ones_column=ones_column)
+    assert (config and config.run == 16) == short
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dense_outputs_are_cublas_s_a_little_longer(dtype):
+    assert choose(2047, 2048, torch.float32, torch.float32, 9, packed=False) is not None
+    assert choose(2040, 2048, torch.bfloat16, torch.float32, 9, packed=False) is None
+    assert choose(2048, 2048, dtype, torch.float32, 9, packed=False) is not None
 
 
 def test_dense_outputs_get_the_smallest_blocks():

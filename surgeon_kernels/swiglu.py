@@ -1,0 +1,51 @@
+"""The gated activation of a feed-forward layer in one pass forward and one backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from surgeon_kernels.triton_support import HALF_OR_SINGLE, has_kernels
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``y = silu(gate) ∘ up``, ``silu(z) = z / (1 + exp(-z))`` (Shazeer, 2020).
+
+    On CUDA devices Triton kernels compute it and its gradients, where both have one shape and one dtype of at most 32
+    bits; the activation is computed again in the backward pass instead of being kept. Everything else is the PyTorch
+    reference.
+    """
+    if (
+        gate.is_cuda
+        and has_kernels()
+        and gate.shape == up.shape
+        and gate.dtype == up.dtype
+        and gate.dtype in HALF_OR_SINGLE
+        and gate.numel() > 0
+    ):
+        return _SwiGLU.apply(gate, up)
+    return swiglu_reference(gate, up)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        from surgeon_kernels import pointwise_triton
+
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return pointwise_triton.swiglu(gate, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        from surgeon_kernels import pointwise_triton
+
+        return pointwise_triton.swiglu_backward(gradient.contiguous(), *ctx.saved_tensors)
