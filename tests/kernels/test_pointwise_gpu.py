@@ -21,7 +21,11 @@ def randn(*shape, dtype, seed=0, scale=1.0):
 
 
 def check(kernel, reference, *inputs, constants=()):
-    """The result and all gradients are at most twice as far from float64 as the reference in the same dtype."""
+    """The result and all gradients are at most twice as far from float64 as the reference in the same dtype.
+
+    The reference may be right to the last digit by luck where there are few numbers: a unit in that place is allowed,
+    and one in float32's for exponentials, which are approximate.
+    """
     results = []
     for function, dtype in ((kernel, None), (reference, None), (reference, torch.float64)):
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
@@ -31,7 +35,7 @@ def check(kernel, reference, *inputs, constants=()):
     for ours, theirs, exact in zip(*results, strict=True):
         assert ours.dtype == inputs[0].dtype
         scale = exact.norm()
-        allowed = 2 * max(float((theirs.double() - exact).norm() / scale), torch.finfo(ours.dtype).eps / 2)
+        allowed = 2 * max(float((theirs.double() - exact).norm() / scale), torch.finfo(ours.dtype).eps / 2, 2**-23)
         assert float((ours.double() - exact).norm() / scale) <= allowed
 
 
