@@ -186,7 +186,8 @@ class CheckpointJob:
         held = 0 if self.config.offload == "cpu" else plan.weights_bytes
         require_memory(plan.memory_bytes - held, plan.device)
         if plan.host_bytes:
-            require_memory(plan.host_bytes, "cpu")
+            loaded = sum(p.nbytes for p in self.model.parameters() if p.device.type == "cpu")
+            require_memory(plan.host_bytes - loaded, "cpu")
         require_disk(self.out, plan.disk_bytes)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             report = prune(self.model, self.calibration, config=self.config, progress=progress)

@@ -117,12 +117,19 @@ def peak_bytes(work):
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True, "batch_size": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"structure": "rows-columns"},
+        {"structure": "rows-columns", "checkpoint_activations": True, "batch_size": 2},
+        {"structure": "2:4", "batch_size": 1, "max_iterations": 4},
+    ],
+)
 def test_the_plan_is_within_a_tenth_of_the_peak(options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=3, **sizes))
-    config = PruneConfig(structure="rows-columns", shots=1, samples=4, seqlen=256, **options)
+    config = PruneConfig(shots=1, samples=4, seqlen=256, **options)
     plan = make_plan(model, find_decoder(model), config)
     ids = torch.randint(0, 256, (4, 256))
     peak = plan.weights_bytes + peak_bytes(lambda: prune(model, ids, config=config))
