@@ -67,7 +67,7 @@ class _Kept:
             self._counting(decoder),
             starting_at(embedding),
             torch.enable_grad(),
-            saved_tensors_hooks(self._pack, lambda tensor: tensor),
+            saved_tensors_hooks(self._count, _never),
         ):
             run_model(model, ids, None)
         self._held.clear()
@@ -82,11 +82,11 @@ class _Kept:
             sizes[depth + 1] += size
         return [sizes[0] + sizes[-1] + size for size in sizes[1:-1]]
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def _count(self, tensor: Tensor) -> None:
+        """Stands for the tensor in the graph, which is never gone back through: with the tensor it would be a cycle."""
         storage = tensor.untyped_storage()
         self._bytes.setdefault(storage.data_ptr(), (storage.nbytes(), self._depth))
-        self._held.append(tensor)
-        return tensor
+        self._held.append(tensor.detach())
 
     @contextlib.contextmanager
     def _counting(self, decoder: Decoder) -> Iterator[None]:
@@ -106,3 +106,7 @@ class _Kept:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _never(_: object) -> Tensor:
+    raise RuntimeError("the pass that counts activations is not gone back through")

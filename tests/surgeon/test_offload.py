@@ -1,6 +1,8 @@
 """Weights and curvature in main memory: the same results, and everything back in its place."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -98,6 +100,21 @@ def test_methods_without_curvature_cannot_be_offloaded(method):
         PruneConfig(offload="disk")
     with pytest.raises(InputError, match="'lots' is no amount of memory"):
         PruneConfig(gpu_memory="lots")
+
+
+def test_neither_measuring_nor_pruning_holds_on_to_the_model():
+    gc.collect()
+    gc.disable()  # what only the collector would find keeps a model's memory on a GPU
+    try:
+        model = build("llama")
+        measure_activations(model, find_decoder(model), 32)
+        prune(model, TOKENS, structure="rows-columns", shots=1, offload="cpu")
+        parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model
+        gone = sum(parameter() is None for parameter in parameters)
+    finally:
+        gc.enable()
+    assert gone == len(parameters)
 
 
 def test_kept_activations_are_those_that_autograd_saves():

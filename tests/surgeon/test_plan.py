@@ -132,5 +132,6 @@ def test_the_plan_is_within_a_tenth_of_the_peak(options):
     config = PruneConfig(shots=1, samples=4, seqlen=256, **options)
     plan = make_plan(model, find_decoder(model), config)
     ids = torch.randint(0, 256, (4, 256))
-    peak = plan.weights_bytes + peak_bytes(lambda: prune(model, ids, config=config))
+    # The copies to restore are made by a thread of their own, which the profiler does not see.
+    peak = plan.weights_bytes + plan.snapshot_bytes + peak_bytes(lambda: prune(model, ids, config=config))
     assert plan.memory_bytes == pytest.approx(peak, rel=0.1)
