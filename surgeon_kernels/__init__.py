@@ -9,6 +9,7 @@ to ``W``. Costs and objectives are increases of the mean loss, in nats per token
 
 from surgeon_kernels.build_info import build_info
 from surgeon_kernels.cheapest import k_cheapest
+from surgeon_kernels.chunked_solve import chunked_solve
 from surgeon_kernels.chunked_update import ChunkedUpdate, chunked_update, independent_update
 from surgeon_kernels.costs import WeightCosts, column_block_cost, column_cost, element_cost, exchange_cost, row_cost
 from surgeon_kernels.gram import gram_accumulate_
@@ -47,6 +48,7 @@ __all__ = [
     "build_info",
     "check_packed_2_4",
     "cholesky_with_jitter",
+    "chunked_solve",
     "chunked_update",
     "column_block_cost",
     "column_cost",

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from surgeon_kernels.spd_inverse import JITTERS, cholesky_with_jitter
+from surgeon_kernels.chunked_solve import (
+    chunked_solve,
+    chunked_solve_reference,
+    largest_jitter,
+    row_major,
+    uses_extension,
+)
 
-# Gathered systems solved at once by the summed mode: bounds its workspace to 64 MiB in float32.
-_BATCH_ELEMENTS = 1 << 24
+# What the extension's sequential mode factorises at once is bounded by the factors' memory in bytes and by the rows
+# that wait for an update.
+_FACTOR_BYTES = 1 << 30
+_PENDING_ROWS = 256
+
+_library = torch.library.Library("surgeon_kernels", "FRAGMENT")
+_library.define(
+    "chunked_sequence_(Tensor(a!) Y, Tensor(b!) pending, Tensor G_inv, Tensor A_inv, Tensor rows, Tensor columns,"
+    " Tensor row_offsets, Tensor offsets, Tensor row_ranges, int block_begin) -> Tensor"
+)
 
 
 class ChunkedUpdate(NamedTuple):
@@ -40,7 +55,9 @@ def chunked_update(
     of ``½ tr(Δᵀ G Δ A)``.
 
     The sequential mode never forms the dense ``Δ`` of a chunk: with ``Y = scatter(λ) A⁻¹`` kept row by row, a chunk
-    reads ``-G⁻¹[its rows, :] Y`` and one product at the end applies them all.
+    reads ``-G⁻¹[its rows, :] Y`` and one product at the end applies them all. On CUDA devices, in float32, the
+    extension factorises the systems of many chunks at once, which do not depend on ``Δ``; only the triangular solves
+    and ``Y`` go chunk by chunk, without waiting for the host.
 
     Args:
         weight: ``[R, C]``; pruned: bool ``[R, C]``; G_inv: ``[R, R]``; A_inv: ``[C, C]``, inverses of the damped
@@ -52,9 +69,17 @@ def chunked_update(
     if max_correlated < 1:
         raise ValueError(f"max_correlated must be at least 1, not {max_correlated}")
     rows, columns = pruned.nonzero(as_tuple=True)
-    chunks = list(_chunks(pruned.sum(dim=1).tolist(), max_correlated))
-    solve = _solve_in_sequence if sequential else _solve_summed
-    Y, jitter = solve(weight, rows, columns, chunks, G_inv, A_inv)
+    pruned_per_row = pruned.sum(dim=1).cpu()
+    offsets = _chunk_offsets(pruned_per_row.tolist(), max_correlated)
+    if not sequential:
+        X = torch.zeros_like(weight)
+        X[rows, columns], level = chunked_solve(G_inv, A_inv, rows, columns, offsets, weight[rows, columns])
+        Y = X @ A_inv
+    elif uses_extension(weight):
+        Y, level = _solve_in_sequence_by_blocks(weight, rows, columns, pruned_per_row, offsets, G_inv, A_inv)
+    else:
+        Y, level = _solve_in_sequence(weight, rows, columns, pruned_per_row, offsets, G_inv, A_inv)
+    jitter = largest_jitter(level, offsets)
     delta = -(G_inv @ Y)
     return ChunkedUpdate(torch.where(pruned, -weight, delta), jitter)
 
@@ -69,86 +94,117 @@ def independent_update(weight: Tensor, pruned: Tensor, G_inv: Tensor, A_inv: Ten
     return torch.where(pruned, -weight, delta)
 
 
-def _chunks(pruned_per_row: list[int], limit: int) -> Iterator[tuple[int, int, int, int]]:
-    """``(start, end, first_row, last_row + 1)`` of each chunk; start and end count pruned weights in row order."""
-    position = start = first = 0
-    for row, count in enumerate(pruned_per_row):
-        if position > start and position + count - start > limit:
-            yield start, position, first, row
-            start = position
-        if position == start:
-            first = row
-        while position + count - start > limit:  # this row alone has more than the limit
-            yield start, start + limit, row, row + 1
-            count -= limit
-            start = position = start + limit
+def _chunk_offsets(pruned_per_row: list[int], limit: int) -> Tensor:
+    """Where chunks start in row order, int64 ``[B + 1]``: runs of whole rows up to ``limit``; longer rows are split."""
+    starts: list[int] = []
+    position = unfinished = 0  # weights so far, and of the last chunk
+    for count in pruned_per_row:
+        if unfinished and unfinished + count <= limit:
+            unfinished += count
+        elif count:
+            starts.extend(range(position, position + count, limit))
+            unfinished = (count - 1) % limit + 1
         position += count
-    if position > start:
-        yield start, position, first, len(pruned_per_row)
+    return torch.tensor([*starts, position])
+
+
+def _row_ranges(pruned_per_row: Tensor, offsets: Tensor) -> Tensor:
+    """The first row of each chunk and one past its last, int64 ``[B, 2]``."""
+    ends = pruned_per_row.cumsum(0)
+    first, last = torch.searchsorted(ends, offsets[:-1], right=True), torch.searchsorted(ends, offsets[1:]) + 1
+    return torch.stack([first, last], dim=1)
 
 
 def _solve_in_sequence(
-    weight: Tensor, rows: Tensor, columns: Tensor, chunks: list, G_inv: Tensor, A_inv: Tensor
-) -> tuple[Tensor, float]:
+    weight: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    pruned_per_row: Tensor,
+    offsets: Tensor,
+    G_inv: Tensor,
+    A_inv: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``Y`` with ``Δ = -G⁻¹ Y``, and the chunks' levels of jitter."""
     Y = torch.zeros_like(weight)
-    worst = 0.0
-    for start, end, first, last in chunks:
+    levels = [torch.zeros(0, dtype=torch.int32, device=weight.device)]
+    for (start, end), (first, last) in zip(
+        pairwise(offsets.tolist()), _row_ranges(pruned_per_row, offsets).tolist(), strict=True
+    ):
         r, c = rows[start:end], columns[start:end]
         delta = -(G_inv[first:last, :last] @ Y[:last])  # [rows of the chunk, C]
-        solution, jitter = _solve(_gather(G_inv, A_inv, r, c)[None], (weight[r, c] + delta[r - first, c])[None])
+        target = weight[r, c] + delta[r - first, c]
+        solution, level = chunked_solve_reference(G_inv, A_inv, r, c, torch.tensor([0, end - start]), target)
         X = torch.zeros_like(weight[first:last])
-        X[r - first, c] = solution[0]
+        X[r - first, c] = solution
         Y[first:last] += X @ A_inv
-        worst = max(worst, jitter)
-    return Y, worst
+        levels.append(level)
+    return Y, torch.cat(levels)
 
 
-def _solve_summed(
-    weight: Tensor, rows: Tensor, columns: Tensor, chunks: list, G_inv: Tensor, A_inv: Tensor
-) -> tuple[Tensor, float]:
-    X = torch.zeros_like(weight)
-    worst = 0.0
-    for batch in _batches(chunks):
-        starts = torch.tensor([chunk[0] for chunk in batch], device=weight.device)
-        sizes = torch.tensor([chunk[1] - chunk[0] for chunk in batch], device=weight.device)
-        offset = torch.arange(int(sizes.max()), device=weight.device)  # [K], K the batch's largest chunk
-        real = offset < sizes[:, None]  # [batch, K]
-        position = (starts[:, None] + offset).clamp_max(rows.numel() - 1)
-        r, c = rows[position], columns[position]
-        # Smaller chunks are padded with rows and columns of the identity, whose solution is the zero given.
-        S = _gather(G_inv, A_inv, r, c).masked_fill(~(real[:, :, None] & real[:, None, :]), 0.0)
-        S.diagonal(dim1=1, dim2=2).masked_fill_(~real, 1.0)
-        solution, jitter = _solve(S, weight[r, c].masked_fill(~real, 0.0))
-        X[r[real], c[real]] = solution[real]
-        worst = max(worst, jitter)
-    return X @ A_inv, worst
+def _solve_in_sequence_by_blocks(
+    weight: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    pruned_per_row: Tensor,
+    offsets: Tensor,
+    G_inv: Tensor,
+    A_inv: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same by the extension, for blocks of chunks.
+
+    ``pending`` holds ``W + Δ`` in a block's rows: a product brings in all earlier blocks, and every chunk adds its own
+    part for those after it in its block.
+    """
+    G_inv, A_inv = row_major(G_inv), row_major(A_inv)
+    Y = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    ranges = _row_ranges(pruned_per_row, offsets)
+    row_offsets = torch.cat([pruned_per_row.new_zeros(1), pruned_per_row.cumsum(0)]).to(weight.device)
+    levels = [torch.zeros(0, dtype=torch.int32, device=weight.device)]
+    for first, last in _blocks(offsets.diff().tolist(), ranges.tolist()):
+        begin, end = int(ranges[first, 0]), int(ranges[last - 1, 1])
+        pending = torch.addmm(weight[begin:end], G_inv[begin:end, :end], Y[:end], alpha=-1)
+        levels.append(
+            torch.ops.surgeon_kernels.chunked_sequence_(
+                Y,
+                pending,
+                G_inv,
+                A_inv,
+                rows,
+                columns,
+                row_offsets,
+                offsets[first : last + 1],
+                ranges[first:last],
+                begin,
+            )
+        )
+    return Y, torch.cat(levels)
 
 
-def _batches(chunks: list) -> Iterator[list]:
-    """Runs of chunks whose padded systems fit :data:`_BATCH_ELEMENTS` (always at least one)."""
-    batch: list = []
-    widest = 0
-    for chunk in chunks:
-        widened = max(widest, chunk[1] - chunk[0])
-        if batch and (len(batch) + 1) * widened**2 > _BATCH_ELEMENTS:
-            yield batch
-            batch, widened = [], chunk[1] - chunk[0]
-        batch.append(chunk)
-        widest = widened
-    if batch:
-        yield batch
+@torch.library.register_fake("surgeon_kernels::chunked_sequence_", lib=_library)
+def _(
+    Y: Tensor,
+    pending: Tensor,
+    G_inv: Tensor,
+    A_inv: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    offsets: Tensor,
+    row_ranges: Tensor,
+    block_begin: int,
+) -> Tensor:
+    return Y.new_empty(offsets.shape[0] - 1, dtype=torch.int32)
 
 
-def _gather(G_inv: Tensor, A_inv: Tensor, r: Tensor, c: Tensor) -> Tensor:
-    """``S_ij = G⁻¹[r_i,r_j] A⁻¹[c_i,c_j]``: ``[..., K, K]`` from indices ``[..., K]``."""
-    return G_inv[r[..., :, None], r[..., None, :]] * A_inv[c[..., :, None], c[..., None, :]]
-
-
-def _solve(S: Tensor, b: Tensor) -> tuple[Tensor, float]:
-    """Solutions ``[B, K]`` of ``S x = b`` and the largest jitter; only systems that fail are tried with jitter."""
-    L, info = torch.linalg.cholesky_ex(S)
-    worst = JITTERS[0]
-    for i in info.nonzero()[:, 0].tolist():
-        L[i], jitter = cholesky_with_jitter(S[i], name=f"the system of {S.shape[-1]} correlated weights")
-        worst = max(worst, jitter)
-    return torch.cholesky_solve(b[..., None], L)[..., 0], worst
+def _blocks(sizes: list[int], ranges: list[list[int]]) -> Iterator[tuple[int, int]]:
+    """Runs of chunks, ``(first, last + 1)``, within :data:`_FACTOR_BYTES` and :data:`_PENDING_ROWS` (at least one)."""
+    first = widest = 0
+    for chunk, size in enumerate(sizes):
+        tiles = -(-max(widest, size) // 64)
+        factors = (chunk + 1 - first) * tiles * (tiles + 1) // 2 * 64**2 * 4
+        if chunk > first and (factors > _FACTOR_BYTES or ranges[chunk][1] - ranges[first][0] > _PENDING_ROWS):
+            yield first, chunk
+            first, widest = chunk, 0
+        widest = max(widest, size)
+    if sizes:
+        yield first, len(sizes)

@@ -14,7 +14,8 @@ from surgeon_kernels import extension
 KERNELS = [path for path in extension.sources() if path.suffix == ".cu"]
 
 # Kernels where a spill is known, measured and cheaper than its cure: name of the source file -> bytes allowed.
-SPILLS_ALLOWED: dict[str, int] = {}
+# chunked_solve: some registers around the factorisation by one warp; a block less on a multiprocessor costs more.
+SPILLS_ALLOWED: dict[str, int] = {"chunked_solve_factor.cu": 128, "chunked_solve_shared.cu": 64}
 
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 

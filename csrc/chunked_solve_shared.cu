@@ -1,0 +1,207 @@
+#include "chunked_solve_tile.cuh"
+
+// Systems in shared memory, one block of threads each: right-looking, 32 columns at a time. The lower triangle lies in
+// 32 x 32 blocks, block column after block column, each block as in a slab.
+namespace surgeon {
+namespace {
+
+constexpr int kBlock = kPanel * kPanel;
+
+__host__ __device__ constexpr int shared_floats(int blocks) {
+  return blocks * (blocks + 1) / 2 * kBlock + 3 * blocks * kPanel;
+}
+
+struct System {
+  int size;
+  int blocks;  // block rows
+  float* matrix;
+  float* right;
+  const int* rows;
+  const int* columns;
+
+  __device__ __forceinline__ float* block(int i, int j) const {
+    return matrix + (j * blocks - j * (j - 1) / 2 + i - j) * kBlock;
+  }
+};
+
+// S, a block by each warp at a time and a column by each lane; the identity where it is padded.
+template <int kWarps>
+__device__ __forceinline__ void gather(const GatheredSystems& systems, const System& s, float shift) {
+  const int lane = threadIdx.x & 31;
+  int i = threadIdx.x >> 5, j = 0;
+  for (;; i += kWarps) {
+    while (i >= s.blocks) {
+      i -= s.blocks - ++j;  // the next column starts at row j
+      if (j == s.blocks) return;
+    }
+    float* block = s.block(i, j);
+    const int column = j * kPanel + lane;
+    const float* G = systems.G_inv + s.rows[column];
+    const float* A = systems.A_inv + s.columns[column];
+#pragma unroll 1
+    for (int half = 0; half < kPanel; half += 16) {
+      const int row = i * kPanel + half;
+      float g[16], a[16];  // loaded whatever counts, so that all are in flight
+#pragma unroll
+      for (int m = 0; m < 16; ++m) {
+        g[m] = __ldg(G + s.rows[row + m] * systems.G_stride);
+        a[m] = __ldg(A + s.columns[row + m] * systems.A_stride);
+      }
+#pragma unroll
+      for (int m = 0; m < 16; ++m) {
+        const bool on_diagonal = row + m == column, inside = row + m < s.size && column < s.size;
+        const float value = fmaf(g[m], a[m], on_diagonal ? shift : 0.0f);
+        block[slab_offset(half + m, lane)] = inside ? value : on_diagonal ? 1.0f : 0.0f;
+      }
+    }
+  }
+}
+
+// One warp: block (i, q) -= block (i, p) block (q, p)ᵀ.
+__device__ __forceinline__ void update(const System& s, int i, int q, int p) {
+  Accumulator<WarpShape> acc;
+  float* block = s.block(i, q);
+  acc.load(block);
+  subtract_product(acc, s.block(i, p), s.block(q, p), 0);
+  acc.store(block);
+}
+
+// The factor in place of S, and the solution of L y = right in place of right. False if it failed, for all threads.
+template <int kWarps>
+__device__ __forceinline__ bool factor(const System& s) {
+  bool ok = true;
+#pragma unroll 1
+  for (int p = 0; p < s.blocks; ++p) {
+    const int thread = fresh(threadIdx.x), warp = thread >> 5, row = thread % kPanel;
+    // Warp 0 updates the diagonal block by the last block column and factorises it; the others update the rest.
+    if (warp == 0) {
+      if (p > 0) update(s, p, p, p - 1);
+      __syncwarp();
+      ok = factor_block<true>(s.block(p, p), s.right + p * kPanel) && ok;
+    } else if (p > 0) {
+      for (int i = p + warp, j = p;; i += kWarps - 1) {
+        while (j < s.blocks && i >= s.blocks) i -= s.blocks - ++j;
+        if (j == s.blocks) break;
+        update(s, i, j, p - 1);
+      }
+    }
+    __syncthreads();
+    // A thread solves each row below. Those of one warp more solve rows of the identity, which gives columns of L⁻¹.
+    const int below = (s.blocks - 1 - p) * kPanel;
+    const bool solves = thread < below, inverts = !solves && thread < below + kPanel;
+    float* diagonal = s.block(p, p);
+    float* block = s.block(p + 1 + warp, p);
+    Row x;
+    if (solves) x.load(block, row);
+    if (inverts) {
+      const int column = fresh(row);
+#pragma unroll
+      for (int m = 0; m < kPanel; ++m) x.v[m] = column == m ? 1.0f : 0.0f;
+    }
+    if (solves || inverts) ok = x.solve(diagonal) && ok;
+    if (solves) {
+      x.store(block, row);
+      s.right[(p + 1) * kPanel + thread] -= x.dot(s.right + p * kPanel);
+    }
+    if (__syncthreads_or(!ok)) return false;
+    if (inverts) {
+      const int column = fresh(row);
+#pragma unroll
+      for (int m = 1; m < kPanel; ++m) {
+        if (m > column) diagonal[slab_offset(m, column)] = x.v[m];
+      }
+    }
+  }
+  __syncthreads();
+  return true;
+}
+
+// x of Lᵀ x = right, in place.
+template <int kWarps>
+__device__ __forceinline__ void solve_backward(const System& s) {
+  for (int p = s.blocks - 1; p >= 0; --p) {
+    if (threadIdx.x < 32) solve_block<true>(s.block(p, p), s.right + p * kPanel);
+    __syncthreads();
+    for (int column = threadIdx.x; column < p * kPanel; column += 32 * kWarps) {
+      const float* block = s.block(p, column / kPanel);
+      float sum[2] = {};
+#pragma unroll
+      for (int m = 0; m < kPanel; ++m) {
+        sum[m % 2] = fmaf(block[slab_offset(m, column % kPanel)], s.right[p * kPanel + m], sum[m % 2]);
+      }
+      s.right[column] -= sum[0] + sum[1];
+    }
+    __syncthreads();
+  }
+}
+
+template <int kWarps>
+__global__ __launch_bounds__(32 * kWarps, 16 / kWarps) void solve_in_shared_kernel(GatheredSystems systems,
+                                                                                   const int* chunks, int capacity,
+                                                                                   const float* target, float* solution,
+                                                                                   int* level) {
+  extern __shared__ float4 shared[];
+  const int chunk = chunks[blockIdx.x];
+  const int64_t begin = systems.offsets[chunk];
+  const int size = static_cast<int>(systems.offsets[chunk + 1] - begin);
+  if (size == 0) return;
+  float* matrix = reinterpret_cast<float*>(shared);
+  float* right = matrix + capacity * (capacity + 1) / 2 * kBlock;
+  int* rows = reinterpret_cast<int*>(right + capacity * kPanel);
+  int* columns = rows + capacity * kPanel;
+  const System s = {size, (size + kPanel - 1) / kPanel, matrix, right, rows, columns};
+  load_indices(systems, begin, 0, size, s.blocks * kPanel, rows, columns);
+  int attempt = 0;
+  for (bool done = false; !done && attempt < kAttempts;) {
+    const float shift = jitter_shift(systems, begin, size, attempt, matrix);
+    for (int p = threadIdx.x; p < s.blocks * kPanel; p += blockDim.x) right[p] = p < size ? target[begin + p] : 0.0f;
+    __syncthreads();
+    gather<kWarps>(systems, s, shift);
+    __syncthreads();
+    done = factor<kWarps>(s);
+    attempt += !done;
+  }
+  if (attempt < kAttempts) solve_backward<kWarps>(s);
+  for (int p = threadIdx.x; p < size; p += blockDim.x) solution[begin + p] = attempt < kAttempts ? right[p] : 0.0f;
+  if (threadIdx.x == 0) level[chunk] = attempt;
+}
+
+template <int kWarps>
+cudaError_t launch(const GatheredSystems& systems, const int* chunks, int count, int blocks, const float* target,
+                   float* solution, int* level, cudaStream_t stream) {
+  constexpr int size = sizeof(float);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(count);
+  config.blockDim = dim3(32 * kWarps);
+  config.dynamicSmemBytes = size * shared_floats(blocks);
+  config.stream = stream;
+  int limit = 0;
+  cudaError_t error = shared_limit(&limit);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(solve_in_shared_kernel<kWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 size * shared_floats(limit / kPanel));
+  }
+  if (error != cudaSuccess) return error;
+  return cudaLaunchKernelEx(&config, solve_in_shared_kernel<kWarps>, systems, chunks, blocks, target, solution, level);
+}
+
+}  // namespace
+
+cudaError_t shared_limit(int* size) {
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  int blocks = kSharedLimit / kPanel;
+  while (blocks > 1 && static_cast<int>(sizeof(float)) * shared_floats(blocks) > bytes) --blocks;
+  *size = blocks * kPanel;
+  return error;
+}
+
+cudaError_t solve_in_shared(const GatheredSystems& systems, const int* chunks, int count, int blocks, const float* target,
+                            float* solution, int* level, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const auto run = blocks == 1 ? launch<1> : blocks == 2 ? launch<2> : blocks <= 4 ? launch<4> : launch<8>;
+  return run(systems, chunks, count, blocks, target, solution, level, stream);
+}
+
+}  // namespace surgeon

@@ -1,0 +1,146 @@
+"""Solves of many systems gathered from two inverse factors: the linear algebra of the chunked update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from surgeon_kernels import extension
+from surgeon_kernels.spd_inverse import JITTERS, NotPositiveDefiniteError, cholesky_with_jitter
+
+# Systems gathered at once by the reference: bounds its workspace to 64 MiB in float32.
+_BATCH_ELEMENTS = 1 << 24
+
+_library = torch.library.Library("surgeon_kernels", "FRAGMENT")
+_library.define(
+    "chunked_solve(Tensor G_inv, Tensor A_inv, Tensor rows, Tensor columns, Tensor offsets, Tensor target)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def chunked_solve(
+    G_inv: Tensor, A_inv: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Solve ``S_b x_b = target_b`` for every chunk ``b`` of positions ``(r_i, c_i)``, each by its own Cholesky factor::
+
+        S = G⁻¹[r,r] ∘ A⁻¹[c,c],    i = offsets[b] .. offsets[b + 1] - 1
+
+    A system with a pivot that is not positive and finite is tried again with :data:`spd_inverse.JITTERS` of its mean
+    diagonal added, in this order; only the lower triangles of the systems count.
+
+    On CUDA devices, in float32, systems of up to 256 weights are gathered, factorised and solved by one block each in
+    shared memory; larger ones are factorised in tiles by all blocks together, with three tf32 products for one of
+    float32. The same inputs give the same bits.
+
+    Args:
+        G_inv: ``[R, R]``; A_inv: ``[C, C]``; rows, columns: int64 ``[n]``; target: ``[n]``.
+        offsets: int64 ``[B + 1]``, from 0 to n, on the CPU.
+
+    Returns:
+        The solutions ``[n]``, and int32 ``[B]``: the index into ``JITTERS`` of what each system needed, normally 0, or
+        ``len(JITTERS)`` for a system that none was enough for; its solution is 0.
+    """
+    if offsets.dim() != 1 or offsets.numel() == 0 or offsets.is_cuda or int(offsets[-1]) != target.numel():
+        raise ValueError("offsets must be a vector on the CPU that ends with the number of positions")
+    if not rows.shape == columns.shape == target.shape or target.dim() != 1:
+        raise ValueError("rows, columns and target must be vectors of one length")
+    if uses_extension(target):
+        return torch.ops.surgeon_kernels.chunked_solve(
+            row_major(G_inv),
+            row_major(A_inv),
+            rows.contiguous(),
+            columns.contiguous(),
+            offsets.contiguous(),
+            target.contiguous(),
+        )
+    return chunked_solve_reference(G_inv, A_inv, rows, columns, offsets, target)
+
+
+def uses_extension(x: Tensor) -> bool:
+    """The dispatch rule: float32 on a CUDA device runs the extension where there is one, all else the reference."""
+    return x.is_cuda and x.dtype == torch.float32 and extension.available()
+
+
+def row_major(M: Tensor) -> Tensor:
+    """A symmetric matrix with contiguous rows; the column-major ones that factorisations return are only viewed."""
+    return M.mT if M.stride(0) == 1 and M.stride(1) != 1 else M.contiguous()
+
+
+def largest_jitter(level: Tensor, offsets: Tensor) -> float:
+    """The largest relative jitter of solved chunks, from what :func:`chunked_solve` returned.
+
+    Raises:
+        NotPositiveDefiniteError: a system had no factor even with the largest jitter.
+    """
+    worst = int(level.max()) if level.numel() else 0
+    if worst == len(JITTERS):
+        size = int(offsets.diff()[int(level.argmax())])
+        raise NotPositiveDefiniteError(
+            f"the system of {size} correlated weights is not positive definite, even with {JITTERS[-1]:g} of its mean "
+            "diagonal added: raise the damping"
+        )
+    return JITTERS[worst]
+
+
+@torch.library.impl(_library, "chunked_solve", "CPU")
+def chunked_solve_reference(
+    G_inv: Tensor, A_inv: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch, on any device and in any dtype."""
+    solution = torch.zeros_like(target)
+    sizes = offsets.diff()
+    level = torch.zeros(sizes.numel(), dtype=torch.int32, device=target.device)
+    for first, last in _batches(sizes.tolist()):
+        start, size = offsets[first:last].to(target.device), sizes[first:last].to(target.device)
+        offset = torch.arange(int(sizes[first:last].max()), device=target.device)  # [K], K of the largest chunk
+        real = offset < size[:, None]  # [batch, K]
+        position = (start[:, None] + offset).clamp_max(target.numel() - 1)
+        # Smaller chunks are padded with rows and columns of the identity, whose solution is the zero given.
+        S = _gather(G_inv, A_inv, rows[position], columns[position])
+        S.masked_fill_(~(real[:, :, None] & real[:, None, :]), 0.0).diagonal(dim1=1, dim2=2).masked_fill_(~real, 1.0)
+        L, level[first:last] = _cholesky(S, sizes[first:last].tolist())
+        solved = torch.cholesky_solve(target[position].masked_fill(~real, 0.0)[..., None], L)[..., 0]
+        solution[position[real]] = solved.masked_fill(level[first:last, None] == len(JITTERS), 0.0)[real]
+    return solution, level
+
+
+@torch.library.register_fake("surgeon_kernels::chunked_solve", lib=_library)
+def _(
+    G_inv: Tensor, A_inv: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(target), target.new_empty(offsets.shape[0] - 1, dtype=torch.int32)
+
+
+def _batches(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """Runs of chunks, ``(first, last + 1)``, whose padded systems fit :data:`_BATCH_ELEMENTS` (always at least one)."""
+    first = widest = 0
+    for chunk, size in enumerate(sizes):
+        if chunk > first and (chunk + 1 - first) * max(widest, size) ** 2 > _BATCH_ELEMENTS:
+            yield first, chunk
+            first, widest = chunk, 0
+        widest = max(widest, size)
+    if widest:
+        yield first, len(sizes)
+
+
+def _gather(G_inv: Tensor, A_inv: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    """``S_ij = G⁻¹[r_i,r_j] A⁻¹[c_i,c_j]``: ``[..., K, K]`` from indices ``[..., K]``."""
+    return G_inv[r[..., :, None], r[..., None, :]] * A_inv[c[..., :, None], c[..., None, :]]
+
+
+def _cholesky(S: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Factors ``[B, K, K]`` of systems padded from their sizes, and the levels; only those that fail get jitter."""
+    L, info = torch.linalg.cholesky_ex(S)
+    failed = (info != 0) | ~L.sum(dim=(1, 2)).isfinite()
+    level = torch.zeros_like(info, dtype=torch.int32)
+    for i in failed.nonzero()[:, 0].tolist():
+        K = sizes[i]
+        L[i] = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+        try:
+            L[i, :K, :K], jitter = cholesky_with_jitter(S[i, :K, :K])
+            level[i] = JITTERS.index(jitter)
+        except NotPositiveDefiniteError:  # reported, so that the other chunks are solved
+            level[i] = len(JITTERS)
+    return L, level
