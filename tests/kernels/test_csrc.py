@@ -15,7 +15,7 @@ KERNELS = [path for path in extension.sources() if path.suffix == ".cu"]
 
 # Kernels where a spill is known, measured and cheaper than its cure: name of the source file -> bytes allowed.
 # chunked_solve: some registers around the factorisation by one warp; a block less on a multiprocessor costs more.
-SPILLS_ALLOWED: dict[str, int] = {"chunked_solve_factor.cu": 128, "chunked_solve_shared.cu": 64}
+SPILLS_ALLOWED: dict[str, int] = {"chunked_solve_factor.cu": 128, "chunked_solve_shared.cu": 96}
 
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
