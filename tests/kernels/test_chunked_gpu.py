@@ -32,12 +32,12 @@ def on_device(arguments):
 
 
 def residuals(arguments, solution):
-    G_inv, A_inv, rows, columns, offsets, target = (x.cpu() for x in arguments)
+    G_inv, A_inv, rows, columns, offsets, target = arguments
     found = []
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         r, c, w = rows[start:end], columns[start:end], target[start:end].double()
         S = G_inv.double()[r][:, r] * A_inv.double()[c][:, c]
-        found.append(float((S @ solution[start:end].cpu().double() - w).norm() / w.norm().clamp_min(1e-30)))
+        found.append(float((S @ solution[start:end].double() - w).norm() / w.norm().clamp_min(1e-30)))
     return torch.tensor(found)
 
 
