@@ -95,9 +95,6 @@ def tune(R: int, C: int, row_major: bool) -> None:
         print(
             f"    {tuple(config)}: {graph_ms([partial(quadratic_form_triton.launch, x, S, config)]):.4f} ms", flush=True
         )
-    if not row_major:
-        ms = graph_ms([lambda: quadratic_form_triton.launch(x.contiguous(), S)])
-        print(f"    transposed first: {ms:.4f} ms", flush=True)
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ __device__ bool chosen(const NmProblem<T>& p, float total, bool before) {
 // Aligned rows: a lane holds whole groups, reads 16 bytes at a time and ranks the costs in registers. Arithmetic, not
 // memory, is the limit for 16-bit weights: kLimited says whether there is a threshold or a mask of earlier choices.
 template <typename T, int M, Output kOutput, bool kLimited>
-__global__ void __launch_bounds__(kThreads) aligned_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
+__global__ void __launch_bounds__(kThreads, M == 16 ? 2 : 1)
+    aligned_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
   constexpr int kVector = 16 / sizeof(T), E = M > kVector ? M : kVector, kGroups = E / M, kRows = kUnroll<T, E>;
   constexpr int kBytes = kOutput == Output::kMask ? E : kOutput == Output::kWeight ? E * sizeof(T) : 4 * kGroups;
   const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, p.rows, p.columns, E);
@@ -95,8 +96,9 @@ __global__ void __launch_bounds__(kThreads) aligned_kernel(NmProblem<T> p, typen
             const unsigned word = weights[u].word(group * kWords + i);
             if constexpr (sizeof(T) == 4) {
               result[group * kWords + i] = marked(marks, i) ? 0 : word;
-            } else {  // bit 7 of each weight's byte, spread over 16 bits
-              result[group * kWords + i] = word & ~__byte_perm(marks[i / 2], 0, i % 2 ? 0xbbaa : 0x9988);
+            } else {  // bit 7 of each of two weights' bytes, spread over their 16 bits
+              const unsigned ones = __byte_perm(marks[i / 2] >> 7, 0, i % 2 ? 0x4342 : 0x4140);
+              result[group * kWords + i] = word & ~(ones * 0xffffu);
             }
           }
         }
@@ -109,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) aligned_kernel(NmProblem<T> p, typen
 
 // Any M, any alignment: a block computes the costs of some groups of one row into shared memory, a thread ranks one.
 template <typename T, Output kOutput>
-__global__ void __launch_bounds__(kThreads) general_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
+__global__ void __launch_bounds__(kThreads, kOutput == Output::kGroupCost ? 4 : 1)
+    general_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
   __shared__ float costs[kLargestGroup];
   __shared__ bool pruned[kLargestGroup], taken[kLargestGroup];
   const int groups_at_once = kLargestGroup / p.m, width = groups_at_once * p.m, drop = p.m - p.n;

@@ -25,22 +25,16 @@ class Config(NamedTuple):
     stages: int
 
 
-# By whether the rows of x (True) or its columns are adjacent in memory. Chosen by `bench/quadratic_form.py --tune`.
-CONFIGS = {True: Config(128, 256, 32, 8, 4), False: Config(128, 256, 32, 8, 4)}
+# Chosen by `bench/quadratic_form.py --tune` on an H200.
+CONFIG = Config(128, 256, 32, 8, 4)
 # Row blocks of programs that run at the same time: they share the blocks of S, which is read from L2.
 _BAND = 8
-
-
-@triton.jit
-def rounded(x):
-    """To the nearest TF32 number. Left to the tensor cores, which cut off the last 13 bits, all would be too small."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 # Sizes are not specialised: every model would compile its own kernels.
 @triton.jit(do_not_specialize=["rows", "columns"])
 def quadratic_form_kernel(
-    x,  # tensor descriptor of X [rows, columns] in blocks [BLOCK_R, BLOCK_K], or of Xᵀ in blocks [BLOCK_K, BLOCK_R]
+    x,  # tensor descriptor of X [rows, columns] in blocks [BLOCK_R, BLOCK_K]
     x_wide,  # the same in blocks of BLOCK_C columns
     s,  # tensor descriptor of S [columns, columns] in blocks [BLOCK_C, BLOCK_K]
     partial,  # [columns / BLOCK_C, rows]: the sums of every block column
@@ -49,7 +43,6 @@ def quadratic_form_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ROW_MAJOR: tl.constexpr,
     BAND: tl.constexpr,
 ):
     row_blocks = tl.cdiv(rows, BLOCK_R)
@@ -65,33 +58,30 @@ def quadratic_form_kernel(
 
     product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for k in tl.range(column + BLOCK_C, columns, BLOCK_K):
-        x_k = rounded(x.load([row, k]) if ROW_MAJOR else tl.trans(x.load([k, row])))
+        x_k = x.load([row, k])
         product = tl.dot(x_k, tl.trans(s.load([column, k])), product, input_precision="tf32")
     product *= 2.0
     for k in tl.range(column, min(column + BLOCK_C, columns), BLOCK_K):
-        x_k = rounded(x.load([row, k]) if ROW_MAJOR else tl.trans(x.load([k, row])))
+        x_k = x.load([row, k])
         product = tl.dot(x_k, tl.trans(s.load([column, k])), product, input_precision="tf32")
-    x_block = x_wide.load([row, column]) if ROW_MAJOR else tl.trans(x_wide.load([column, row]))
+    x_block = x_wide.load([row, column])
     r = row + tl.arange(0, BLOCK_R)
     tl.store(partial + block.to(tl.int64) * rows + r, tl.sum(product * x_block, axis=1), mask=r < rows)
 
 
-def launch(x: Tensor, S: Tensor, config: Config | None = None) -> Tensor:
-    """``diag(X S Xᵀ)`` of float32 operands; S is copied, and X where TMA cannot address it."""
+def launch(x: Tensor, S: Tensor, config: Config = CONFIG) -> Tensor:
+    """``diag(X S Xᵀ)`` of float32 operands; what TMA cannot address, and X whose columns are adjacent, is copied."""
     R, C = x.shape
-    row_major = x.stride(1) == 1
-    config = config or CONFIGS[row_major]
-    matrix = _addressable(x if row_major else x.T)
-    S = _rounded(S)
+    x, S = _addressable(x), _addressable(S)
     column_blocks = triton.cdiv(C, config.block_c)
     partial = torch.empty(column_blocks, R, device=x.device)
     with torch.cuda.device_of(x):
         quadratic_form_kernel[(triton.cdiv(R, config.block_r) * column_blocks,)](
-            _descriptor(matrix, config.block_r, config.block_k, row_major),
-            _descriptor(matrix, config.block_r, config.block_c, row_major),
-            _descriptor(S, config.block_c, config.block_k, True),
+            _descriptor(x, config.block_r, config.block_k),
+            _descriptor(x, config.block_r, config.block_c),
+            _descriptor(S, config.block_c, config.block_k),
             partial, R, C,
-            BLOCK_R=config.block_r, BLOCK_C=config.block_c, BLOCK_K=config.block_k, ROW_MAJOR=row_major, BAND=_BAND,
+            BLOCK_R=config.block_r, BLOCK_C=config.block_c, BLOCK_K=config.block_k, BAND=_BAND,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return partial.sum(dim=0)
@@ -101,23 +91,9 @@ def _addressable(matrix: Tensor) -> Tensor:
     """The matrix, or a copy: TMA needs unit last stride, and addresses and rows aligned to 16 bytes."""
     if matrix.stride(1) == 1 and matrix.stride(0) % 4 == 0 and matrix.stride(0) > 0 and matrix.data_ptr() % 16 == 0:
         return matrix
-    return _aligned_like(matrix).copy_(matrix)
-
-
-def _rounded(S: Tensor) -> Tensor:
-    """As :func:`rounded`, in an addressable copy: this operand goes from memory to the tensor cores untouched."""
-    out = _aligned_like(S)
-    bits = out.view(torch.int32)
-    torch.add(S.view(torch.int32), 0x1000, out=bits)
-    bits.bitwise_and_(-0x2000)
-    return out
-
-
-def _aligned_like(matrix: Tensor) -> Tensor:
     rows, columns = matrix.shape
-    return matrix.new_empty(rows, triton.cdiv(columns, 4) * 4)[:, :columns]
+    return matrix.new_empty(rows, triton.cdiv(columns, 4) * 4)[:, :columns].copy_(matrix)
 
 
-def _descriptor(matrix: Tensor, rows: int, columns: int, row_major: bool) -> TensorDescriptor:
-    block = [rows, columns] if row_major else [columns, rows]
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
