@@ -69,9 +69,9 @@ def nm_group_cost(cost: Tensor | WeightCosts, n: int, m: int) -> Tensor:
 
 
 def nm_prune(cost: WeightCosts, n: int, m: int) -> Tensor:
-    """The weight, zero where :func:`nm_select` would prune it."""
+    """The weight, zero where :func:`nm_select` would prune it: float32 in one kernel, other dtypes by their mask."""
     _check(cost, n, m)
-    if _fits_kernel(cost, m) and cost.g is not None:
+    if _fits_kernel(cost, m) and cost.g is not None and cost.weight.dtype == torch.float32:
         weight, g, a = kernel_operands(cost)
         pruned_weight, invalid = torch.ops.surgeon_kernels.nm_prune(weight, g, a, n, m)
         _require_valid(invalid)
