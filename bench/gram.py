@@ -11,8 +11,6 @@ is the work that has to be done, T C (C + 1) operations, at the vendor's dense r
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from environment import append_row, environment
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, gram_triton
 from surgeon_kernels.gram import kernel_config
 from surgeon_kernels.gram_plan import GramConfig
+from timing import eager_ms, graph_ms
 
 DEVICE = "cuda"
 _ROTATED_BYTES = 256 << 20
@@ -111,40 +110,6 @@ def exact_gram(x: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
     return x.T @ x
 
 
-def device_ms(calls: list[Callable[[], object]]) -> float:
-    """Median time of one call, the calls replayed one after the other from a CUDA graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    return _median(graph.replay) / len(calls)
-
-
-def eager_ms(calls: list[Callable[[], object]]) -> float:
-    def run() -> None:
-        for call in calls:
-            call()
-
-    run()
-    return _median(run) / len(calls)
-
-
-def _median(run: Callable[[], object], repetitions: int = 7) -> float:
-    events = []
-    for _ in range(repetitions):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
 def error(out: Tensor, exact: Tensor) -> float:
     return float((out.double() - exact).norm() / exact.norm())
 
@@ -162,7 +127,7 @@ def measure(case: Case) -> dict[str, Any]:
     full = ours if isinstance(ours, Tensor) else ours.full()
     errors = error(full, exact), error(theirs, exact)
     del exact, full
-    times = device_ms(baseline), device_ms(kernel), eager_ms(baseline), eager_ms(kernel)
+    times = graph_ms(baseline), graph_ms(kernel), eager_ms(baseline), eager_ms(kernel)
     operations = case.tokens * n * (n + 1)
     target, packed = (ours, False) if isinstance(ours, Tensor) else (ours.storage, ours.packed)
     config = kernel_config(target, xs[0], packed, case.bias)
@@ -186,12 +151,12 @@ def measure(case: Case) -> dict[str, Any]:
 def tune(case: Case) -> None:
     xs, _ = inputs(case)
     out = torch.zeros(case.columns, case.columns, device=DEVICE)
-    base = device_ms([partial(torch_gram_, out, x, None, False) for x in xs])
+    base = graph_ms([partial(torch_gram_, out, x, None, False) for x in xs])
     print(f"{case.tokens} x {case.columns} {case.dtype}: torch {base:.4f} ms", flush=True)
     packed = SymmetricAccumulator.zeros(case.columns, device=DEVICE, packed=True).storage
     for config in CONFIGS[case.dtype]:
         plan = gram_triton.plan(case.columns, case.tokens, case.dtype, True, config, xs[0].device)
-        ms = device_ms([partial(gram_triton.accumulate_, packed, x, 1.0, plan) for x in xs])
+        ms = graph_ms([partial(gram_triton.accumulate_, packed, x, 1.0, plan) for x in xs])
         print(f"    {tuple(config)}: {ms:.4f} ms, {base / ms:.2f}x", flush=True)
 
 
