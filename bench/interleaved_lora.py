@@ -10,6 +10,7 @@ text's train part; perplexity: its test part's non-overlapping windows of 1024, 
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,24 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="text with train and test parts (.zip)")
     parser.add_argument("--structure", default="rows-columns")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
-    parser.add_argument("--corrections", nargs="+", default=["0:0:0", "8:32:5e-4"])
+    parser.add_argument("--corrections", nargs="+", default=["0:0:0", "8:32:1e-3"])
     parser.add_argument("--shots", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    dense, tokenizer, _ = load_model(options.model, device=torch.device(options.device))
+    train, test = (tokenize(read_text(options.data, part), tokenizer) for part in ("calibration", "evaluation"))
+    windows = calibration_windows(train, SAMPLES, SEQLEN, options.seed)
     for sparsity in options.sparsities:
         for correction in options.corrections:
             rank, steps, rate = correction.split(":")
             lora: dict[str, Any] = {}
             if int(rank):
                 lora = {"lora_rank": int(rank), "lora_steps": int(steps), "lora_learning_rate": float(rate)}
-            model, tokenizer, _ = load_model(options.model, device=torch.device(options.device))
-            train, test = (tokenize(read_text(options.data, part), tokenizer) for part in ("calibration", "evaluation"))
-            windows = calibration_windows(train, SAMPLES, SEQLEN, options.seed)
+            model = copy.deepcopy(dense)
             what = {"structure": options.structure, "sparsity": sparsity, "shots": options.shots, "seed": options.seed}
-            report = prune(model, windows, **what, **lora)  # type: ignore[arg-type]
+            report = prune(model, windows, **what, **lora)
             row = {
                 "model": options.model.name,
                 **what,

@@ -23,7 +23,7 @@ import torch
 from environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
-from llm_surgeon.config import GRADIENT_IMPORTANCES
+from llm_surgeon.config import COUPLED_STRUCTURES, GRADIENT_IMPORTANCES
 from llm_surgeon.data import calibration_windows, evaluation_windows, read_text, tokenize
 
 SAMPLES, SEQLEN = 128, 1024
@@ -34,6 +34,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "rows-columns 30%": {"structure": "rows-columns", "sparsity": 0.3},
     "groups 20%": {"structure": "groups", "sparsity": 0.2},
     "groups 30%": {"structure": "groups", "sparsity": 0.3},
+    "width 20%": {"structure": "width", "sparsity": 0.2},
+    "layers 25%": {"structure": "layers", "sparsity": 0.25},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -70,8 +72,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 METHODS |= {f"surgeon joint, {name}": {"method": "surgeon", "update": "joint", **v} for name, v in VARIANTS.items()}
 IMPORTANCE_METHODS = tuple(name for name, options in METHODS.items() if "importance" in options)
-# What is defined for coupled groups.
-GROUP_METHODS = ("surgeon none", "surgeon joint", *IMPORTANCE_METHODS)
+# What is defined for structures that leave a smaller model.
+COUPLED_METHODS = ("surgeon none", "surgeon joint", *IMPORTANCE_METHODS)
 # No definition for whole rows and columns.
 ELEMENTS_ONLY = ("wanda", "sparsegpt", "surgeon chunked")
 _TOKENS: dict[tuple[str, str, str], torch.Tensor] = {}
@@ -118,7 +120,8 @@ def plan(models: list[str], structures: list[str], methods: list[str], seeds: li
             for method in methods:
                 if structure.startswith("rows") and method in ELEMENTS_ONLY:
                     continue
-                if (method not in GROUP_METHODS) if structure.startswith("groups") else (method in IMPORTANCE_METHODS):
+                coupled = STRUCTURES[structure]["structure"] in COUPLED_STRUCTURES
+                if (method not in COUPLED_METHODS) if coupled else (method in IMPORTANCE_METHODS):
                     continue
                 chosen = seeds[:1] if method == "magnitude" else seeds
                 trials += [(model, structure, method, seed) for seed in chosen]

@@ -1,9 +1,11 @@
-"""Time to prune coupled groups from a model of Llama-2-7B's shape (random weights), speed and memory either side.
+"""Time to prune whole structures from a model of Llama-2-7B's shape (random weights), speed and memory either side.
 
     python bench/structured.py --shots 1 10
+    python bench/structured.py --structure rows-columns --layers 4
 
-Calibration is random tokens: times and sizes are those of a trained model, losses mean nothing. Decode steps are
-replays of one CUDA graph. One row before pruning and one after each run are appended to results/structured.csv.
+Calibration is random tokens: times and sizes are those of a trained model, losses mean nothing. A model without rows
+and columns is compacted. Decode steps are replays of one CUDA graph. One row before pruning and one after each run are
+appended to results/structured.csv.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from environment import append_row, environment
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.packed.speed import measure_speed
+from llm_surgeon.structures.compact import compact
+from llm_surgeon.structures.modeling_pruned import CompactLinear
+
+RUN_FIELDS = (
+    "structure",
+    "sparsity",
+    "shots",
+    "reconstruct",
+    "round_to",
+    "samples",
+    "prune_seconds",
+    "phases",
+    "prune_peak_gb",
+)
 
 
 def build(options: argparse.Namespace) -> PreTrainedModel:
@@ -45,12 +62,48 @@ def speed(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Any]
         row[f"peak_gb_b{batch}"] = f"{found.peak_bytes / 1e9:.2f}"
         row["weights_gb"] = f"{found.weight_bytes / 1e9:.3f}"
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    row["macs_per_token"] = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    linears = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, CompactLinear))]
+    row["macs_per_token"] = sum(linear.weight.numel() for linear in linears)
     return row
+
+
+def remove(model: PreTrainedModel, shots: int, reconstruct: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """Prune ``model`` in place: what was removed, in which time and memory."""
+    groups = options.structure == "groups"
+    config = PruneConfig(
+        structure=options.structure,
+        sparsity=options.sparsity,
+        shots=shots,
+        round_to=options.round_to if groups else 1,
+        reconstruct=reconstruct,
+    )
+    ids = torch.randint(model.config.vocab_size, (options.samples, options.seqlen))
+    begun = time.perf_counter()
+    report = prune(model, ids, config=config)
+    if not groups:
+        compact(model)
+    seconds = time.perf_counter() - begun
+    phases: dict[str, float] = {}
+    for shot in report.shots:
+        for phase, taken in shot.seconds.items():
+            phases[phase] = phases.get(phase, 0.0) + taken
+    found = (
+        options.structure,
+        f"{report.sparsity:.4f}",
+        shots,
+        "yes" if reconstruct else "no",
+        config.round_to,
+        options.samples,
+        f"{seconds:.1f}",
+        " ".join(f"{phase}={taken:.1f}" for phase, taken in phases.items()),
+        f"{report.peak_memory_bytes / 1e9:.1f}",
+    )
+    return dict(zip(RUN_FIELDS, found, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--structure", choices=("groups", "rows-columns"), default="groups")
     parser.add_argument("--shots", type=int, nargs="+", default=[1])
     parser.add_argument("--sparsity", type=float, default=0.3)
     parser.add_argument("--round-to", type=int, default=128)
@@ -66,41 +119,15 @@ def main() -> None:
     about = {**environment(options.device), "model": "llama-2-7b shape", "layers": options.layers}
     model = build(options)
     before = speed(model, options)
-    empty = dict.fromkeys(
-        ("sparsity", "shots", "reconstruct", "round_to", "prune_seconds", "phases", "prune_peak_gb"), ""
-    )
-    append_row(options.out, {**about, "state": "dense", **empty, **before})
+    append_row(options.out, {**about, "state": "dense", **dict.fromkeys(RUN_FIELDS, ""), **before})
     print("dense", before, flush=True)
-    runs = [(shots, chosen) for shots in options.shots for chosen in options.reconstruct]
-    for index, (shots, chosen) in enumerate(runs):
+    fits = options.reconstruct if options.structure == "groups" else ["no"]
+    for index, (shots, reconstruct) in enumerate(product(options.shots, fits)):
         if index:
             del model
             gc.collect()
             model = build(options)
-        config = PruneConfig(
-            structure="groups",
-            sparsity=options.sparsity,
-            shots=shots,
-            round_to=options.round_to,
-            reconstruct=chosen == "yes",
-        )
-        ids = torch.randint(model.config.vocab_size, (options.samples, options.seqlen))
-        begun = time.perf_counter()
-        report = prune(model, ids, config=config)
-        seconds = time.perf_counter() - begun
-        phases: dict[str, float] = {}
-        for shot in report.shots:
-            for phase, taken in shot.seconds.items():
-                phases[phase] = phases.get(phase, 0.0) + taken
-        run = {
-            "sparsity": f"{report.sparsity:.4f}",
-            "shots": shots,
-            "reconstruct": chosen,
-            "round_to": options.round_to,
-            "prune_seconds": f"{seconds:.1f}",
-            "phases": " ".join(f"{phase}={taken:.1f}" for phase, taken in phases.items()),
-            "prune_peak_gb": f"{report.peak_memory_bytes / 1e9:.1f}",
-        }
+        run = remove(model, shots, reconstruct == "yes", options)
         print("removed", run, flush=True)
         after = speed(model, options)
         append_row(options.out, {**about, "state": "pruned", **run, **after})
