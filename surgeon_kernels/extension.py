@@ -1,6 +1,6 @@
 """The CUDA extension: found ahead of time, or built by ninja on first use and cached.
 
-`csrc/*.cu` are CUDA kernels free of torch headers, `csrc/ops.cpp` registers them as ``torch.ops.surgeon_kernels.*``.
+`csrc/*.cu` are CUDA kernels free of torch headers, `csrc/*_ops.cpp` register them as ``torch.ops.surgeon_kernels.*``.
 Which implementation an op runs is one rule: CUDA tensors run the extension's kernel where `available`, and the PyTorch
 reference everywhere else. Importing this module builds nothing and touches no device.
 
@@ -63,7 +63,7 @@ def sources() -> list[Path]:
     """C++ and CUDA sources of the extension, beside the package in a checkout or inside an installed one."""
     package = Path(__file__).resolve().parent
     for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "ops.cpp").is_file():
+        if (folder / "module.cpp").is_file():
             return sorted(path for path in folder.iterdir() if path.suffix in {".cpp", ".cu"})
     return []
 

@@ -12,6 +12,7 @@ from torch.utils import cpp_extension
 from surgeon_kernels import extension
 
 KERNELS = [path for path in extension.sources() if path.suffix == ".cu"]
+REGISTRATION = [path for path in extension.sources() if path.name.endswith(("_ops.cpp", "module.cpp"))]
 
 # Kernels where a spill is known, measured and cheaper than its cure: name of the source file -> bytes allowed.
 # chunked_solve: some registers around the factorisation by one warp; a block less on a multiprocessor costs more.
@@ -37,20 +38,19 @@ def test_kernels_compile_without_spills(source, tmp_path):
 
 
 @nvcc
-def test_registration_agrees_with_torch_and_the_kernels_headers(tmp_path):
-    """The one file with torch's headers is checked against the torch installed, which may be built without CUDA."""
+@pytest.mark.parametrize("source", REGISTRATION, ids=lambda path: path.stem)
+def test_registration_agrees_with_torch_and_the_kernels_headers(source, tmp_path):
+    """What includes torch's headers is checked against the torch installed, which may be built without CUDA."""
     macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # a CPU build of torch does not ship it
     macros.parent.mkdir(parents=True)
     macros.touch()
     toolkit = Path(re.search(r"TOP=(\S+)", run("nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"))[1])
     folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"], toolkit / "include", tmp_path]
     includes = [f"-I{folder}" for folder in folders]
-    source = KERNELS[0].parent / "ops.cpp"
     run("c++", "-fsyntax-only", "-std=c++20", "-DTORCH_EXTENSION_NAME=_C", *includes, source)
 
 
 def test_kernels_know_nothing_of_torch():
-    folder = extension.sources()[0].parent
-    for path in folder.iterdir():
-        if path.suffix in {".cu", ".h", ".cuh"}:
+    for path in KERNELS[0].parent.glob("*.*"):
+        if path not in REGISTRATION and path.name != "ops.h":
             assert not re.search(r"#include\s*<(torch|ATen|c10|pybind11)/", path.read_text()), path.name
