@@ -52,10 +52,28 @@ _JOB_OPTIONS = ("calibration", "overwrite", "trust_remote_code", "device")
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PruneConfig)}
 
 
-def _option(name: str, text: str) -> Any:
-    """A flag for the field ``name`` of :class:`PruneConfig`; left out, the YAML file's or the field's own value."""
-    default = _DEFAULTS[name]
-    return typer.Option(help=text if default is None else f"{text} (default: {default})")
+# The sections of `surgeon prune --help`; the rest stands first.
+_PANELS = {
+    "Compensation and curvature": (
+        "update", "max_correlated", "tolerance", "max_iterations", "exchanges", "fisher", "kron_rank",
+        "damp_g", "damp_a",
+    ),
+    "Shots": ("shots", "schedule", "min_kept", "lora_rank", "lora_steps", "lora_learning_rate"),
+    "Smaller models (groups, width, layers)": (
+        "importance", "allocation", "round_to", "uniform", "skip_layers", "reconstruct",
+    ),
+    "Calibration": ("calibration", "samples", "seqlen", "seed"),
+    "Memory": ("batch_size", "checkpoint_activations", "offload", "curvature_layers", "gpu_memory"),
+}  # fmt: skip
+_PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
+
+
+def _option(name: str, text: str, *flags: str) -> Any:
+    """The option ``name`` of :func:`prune`; left out, the YAML file's value or the default of that field."""
+    default = _DEFAULTS.get(name)
+    if not (default is None or default is False or default == ""):
+        text = f"{text} (default: {default})"
+    return typer.Option(*flags, help=text, rich_help_panel=_PANEL_OF.get(name))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,21 +137,21 @@ def prune(
     ] = None,
     round_to: Annotated[int | None, _option("round_to", "Groups: widths are multiples of this.")] = None,
     uniform: Annotated[
-        bool | None, typer.Option("--uniform", help="Groups: the same widths in every block, for stock classes.")
+        bool | None, _option("uniform", "Groups: the same widths in every block, for stock classes.", "--uniform")
     ] = None,
-    skip_layers: Annotated[str | None, typer.Option(help="Groups: blocks left alone, 0-3,30,31.")] = None,
+    skip_layers: Annotated[str | None, _option("skip_layers", "Groups: blocks left alone, 0-3,30,31.")] = None,
     reconstruct: Annotated[
         bool | None,
-        typer.Option(help="Groups: at the end, fit all linears to the dense model's activations (default: yes)."),
+        _option("reconstruct", "Groups: at the end, fit all linears to the dense model's activations (default: yes)."),
     ] = None,
-    calibration: Annotated[str | None, typer.Option(help=f"{DATA_HELP} (default: wikitext2).")] = None,
+    calibration: Annotated[str | None, _option("calibration", f"{DATA_HELP} (default: wikitext2).")] = None,
     samples: Annotated[int | None, _option("samples", "Calibration windows.")] = None,
     seqlen: Annotated[int | None, _option("seqlen", "Tokens per window: 2048 or the model's limit.")] = None,
     batch_size: Annotated[
         int | None, _option("batch_size", "Windows per pass: about 4096 tokens, on a GPU by its free memory.")
     ] = None,
     checkpoint_activations: Annotated[
-        bool | None, typer.Option("--checkpoint-activations", help="Less memory, a third more work.")
+        bool | None, _option("checkpoint_activations", "Less memory, a third more work.", "--checkpoint-activations")
     ] = None,
     lora_rank: Annotated[
         int | None, _option("lora_rank", "Rank of the corrections trained after each shot and absorbed; 0: none.")
