@@ -4,7 +4,7 @@
     python bench/structured.py --structure rows-columns --layers 4
 
 Calibration is random tokens: times and sizes are those of a trained model, losses mean nothing. A model without rows
-and columns is compacted. Decode steps are replays of one CUDA graph. One row before pruning and one after each run are
+and columns is compacted. Decode steps are replays of one CUDA graph. Two rows before pruning and two after each run are
 appended to results/structured.csv.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from environment import append_row, environment
 from llm_surgeon import PruneConfig, prune
+from llm_surgeon.fused import fused
 from llm_surgeon.packed.speed import measure_speed
 from llm_surgeon.structures.compact import compact
 from llm_surgeon.structures.modeling_pruned import CompactLinear
@@ -47,6 +49,18 @@ def build(options: argparse.Namespace) -> PreTrainedModel:
     config = LlamaConfig(num_hidden_layers=options.layers, max_position_embeddings=4096, **sizes)
     with torch.device(options.device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def measure(model: PreTrainedModel, row: dict[str, Any], options: argparse.Namespace) -> None:
+    """Append ``row`` with the model's sizes and speed, once as transformers computes it and once with fused kernels.
+
+    Fused are norms, SwiGLU and rotary embedding, in a dense model as in a pruned one.
+    """
+    for kernels in ("transformers", "fused"):
+        with fused(model) if kernels == "fused" else nullcontext():
+            found = speed(model, options)
+        append_row(options.out, {**row, "kernels": kernels, **found})
+        print(row["state"], kernels, found, flush=True)
 
 
 def speed(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Any]:
@@ -118,9 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     about = {**environment(options.device), "model": "llama-2-7b shape", "layers": options.layers}
     model = build(options)
-    before = speed(model, options)
-    append_row(options.out, {**about, "state": "dense", **dict.fromkeys(RUN_FIELDS, ""), **before})
-    print("dense", before, flush=True)
+    measure(model, {**about, "state": "dense", **dict.fromkeys(RUN_FIELDS, "")}, options)
     fits = options.reconstruct if options.structure == "groups" else ["no"]
     for index, (shots, reconstruct) in enumerate(product(options.shots, fits)):
         if index:
@@ -129,9 +141,7 @@ def main() -> None:
             model = build(options)
         run = remove(model, shots, reconstruct == "yes", options)
         print("removed", run, flush=True)
-        after = speed(model, options)
-        append_row(options.out, {**about, "state": "pruned", **run, **after})
-        print("pruned", after, flush=True)
+        measure(model, {**about, "state": "pruned", **run}, options)
 
 
 if __name__ == "__main__":
