@@ -1,12 +1,13 @@
 """Speed of generation with packed 2:4 weights against dense ones, on a random model of Llama-2-7B's shape.
 
-    python bench/generate.py --compile
+    python bench/generate.py
 
-The decoder's linears are made 2:4 by magnitude, measured dense, packed in place and measured again. Prefill is one
-eager forward pass; decoding is greedy, with a static cache, each step one replay of a CUDA graph; with --compile the
-decoding cases are measured once more through torch.compile, as transformers' generate does with a static cache. Rows
-are appended to results/generate.csv; rates are tokens per second, all sequences together. For any model there is
-surgeon bench generate.
+The decoder's linears are made 2:4 by magnitude, measured dense, packed in place and measured again. Decoding is greedy,
+with a static cache: a CUDA graph of the plain forward pass, one of the forward pass compiled by torch.compile, and
+transformers' generate, which compiles and captures by itself. Prefill is one forward pass, plain or compiled. Rows are
+appended to results/generate.csv; rates are tokens per second, all sequences together. The floor of a decoding step is
+the time to read every weight it needs and the filled half of the cache once, at the copy bandwidth measured here. For
+any model there is surgeon bench generate.
 """
 
 from __future__ import annotations
@@ -22,11 +23,17 @@ from environment import append_row, environment
 from llm_surgeon.cli.bench import speed_record
 from llm_surgeon.models import find_decoder
 from llm_surgeon.packed import pack_model, unpack_model
-from llm_surgeon.packed.speed import measure_speed
+from llm_surgeon.packed.decoding import Decoding
+from llm_surgeon.packed.speed import Speed, measure_speed
 from surgeon_kernels import nm_select
+from timing import copy_bandwidth
 
-CASES = [(1, 128, 128), (16, 128, 128), (1, 4096, 8)]  # batch size, prompt, new tokens
-COMPILED_CASES = [(16, 128, 128), (1, 128, 128)]
+# Batch size, prompt, new tokens; compiling takes most of the time, so each size is compiled for one purpose only.
+CASES = {
+    Decoding.GRAPH: [(1, 128, 128), (16, 128, 128), (1, 4096, 0)],
+    Decoding.COMPILED: [(16, 128, 128), (1, 128, 128), (1, 4096, 0)],
+    Decoding.GENERATE: [(16, 128, 128), (1, 128, 128)],
+}
 
 
 def main() -> None:
@@ -34,19 +41,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--decoding", nargs="+", type=Decoding, default=list(CASES), help="graph, compiled, generate")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "generate.csv")
     options = parser.parse_args()
     begun = time.perf_counter()
     model = random_llama(options.layers, options.hidden, options.device)
     about = environment(options.device)
-    passes = [(case, False) for case in CASES], [(case, True) for case in COMPILED_CASES]
-    for cases in passes if options.compile else passes[:1]:
+    bandwidth = copy_bandwidth()
+    for decoding in options.decoding:
+        cases = [case for case in CASES[decoding] if case[0] in options.batch_size]
         dense: dict[tuple[int, int, int], tuple[float, float]] = {}
         for weights, convert in (("dense", unpack_model), ("packed", pack_model)):
             convert(model)
-            for case, compiled in cases:
+            for case in cases:
                 print(f"{time.perf_counter() - begun:.1f} s", end=" ", flush=True)
                 batch_size, prompt, new_tokens = case
                 speed = measure_speed(
@@ -55,7 +64,7 @@ def main() -> None:
                     prompt=prompt,
                     new_tokens=new_tokens,
                     repeats=options.repeats,
-                    compiled=compiled,
+                    decoding=decoding,
                 )
                 base = dense.setdefault(case, (speed.prefill_rate, speed.decode_rate))
                 row = {
@@ -66,10 +75,20 @@ def main() -> None:
                     **speed_record(speed),
                     "prefill_over_dense": f"{speed.prefill_rate / base[0]:.3f}",
                     "decode_over_dense": f"{speed.decode_rate / base[1]:.3f}",
+                    "decode_step_floor_ms": f"{1e3 * bytes_of_a_step(model, speed) / bandwidth:.4g}",
                     **about,
                 }
                 print(*row.values(), flush=True)
                 append_row(options.out, row)
+
+
+def bytes_of_a_step(model: PreTrainedModel, speed: Speed) -> float:
+    """Bytes that a decoding step has to read: all weights but the embeddings, and keys and values, in the mean."""
+    config = model.config
+    embeddings = model.get_input_embeddings().weight.nbytes
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    position = numbers * model.dtype.itemsize
+    return speed.weight_bytes - embeddings + speed.batch_size * position * (speed.prompt + speed.new_tokens / 2)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from llm_surgeon import InputError
-from llm_surgeon.packed import pack_model
+from llm_surgeon.packed import decoding, pack_model
 from llm_surgeon.packed.checkpoint import pack_checkpoint
-from llm_surgeon.packed.speed import GreedyDecoder, measure_speed
+from llm_surgeon.packed.decoding import Decoding, GreedyDecoder
+from llm_surgeon.packed.speed import measure_speed
 from tests.surgeon.packed_models import IDS, build_2_4, continuation
 from tests.surgeon.test_cli import MODEL, SMALL, TEXT, sentence, surgeon  # noqa: F401 (sentence is a fixture)
 
@@ -119,15 +121,13 @@ def test_weights_are_packed_in_their_own_dtype_to_the_bit(tmp_path):
 def test_bench_generate(pruned, packed, tmp_path, capsys):
     figures = tmp_path / "speed.csv"
     options = ["--prompt", 8, "--new-tokens", 4, "--batch-size", 1, "--batch-size", 3, "--repeats", 1]
+    options += ["--decoding", "generate", "--decoding", "eager"]
     assert surgeon("bench", "generate", pruned, "--packed", packed, *options, "--csv", figures, "--quiet") == 0
     text = capsys.readouterr().out
     assert "dense" in text and "packed" in text and "×" in text
     rows = list(csv.DictReader(figures.open()))
-    assert [(row["weights"], row["batch_size"]) for row in rows] == [
-        ("dense", "1"),
-        ("dense", "3"),
-        ("packed", "1"),
-        ("packed", "3"),
+    assert [(row["weights"], row["decoding"], row["batch_size"]) for row in rows] == [
+        (weights, way, size) for weights in ("dense", "packed") for way in ("generate", "eager") for size in "13"
     ]
     for row in rows:
         assert float(row["decode_tokens_per_s"]) == pytest.approx(
@@ -159,18 +159,41 @@ def test_the_timed_decoding_is_greedy_decoding(name):
         assert torch.equal(decoder.tokens, expected)
 
 
-def test_speed_of_a_model():
+def test_the_time_of_generate_is_that_of_its_steps(monkeypatch):
+    """A clock that counts the model's passes: 1 for the prompt, and then one a step."""
+    model, passes = build_2_4("llama"), []
+    model.register_forward_hook(lambda *_: passes.append(None))
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: float(len(passes)))
+    assert decoding.generate_seconds(model, IDS, 5) == 5 and len(passes) == 6
+
+
+@pytest.mark.parametrize("way", [Decoding.EAGER, Decoding.COMPILED, Decoding.GENERATE])
+def test_speed_of_a_model(way, monkeypatch):
+    compilations = []
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compilations.append(how) or model)
     model = build_2_4("llama")
-    speed = measure_speed(model, batch_size=2, prompt=6, new_tokens=3, repeats=1)
+    options = {"batch_size": 2, "prompt": 6, "new_tokens": 3, "repeats": 1, "decoding": way}
+    speed = measure_speed(model, **options)
+    assert speed.decoding is way and speed.peak_bytes == 0
+    assert len(compilations) == (2 if way is Decoding.COMPILED else 0)  # the prompts' pass and the step
     assert speed.prefill_rate == pytest.approx(12 / speed.prefill_seconds)
     assert speed.decode_rate == pytest.approx(6 / speed.decode_seconds)
     weights = sum(p.nbytes for p in model.parameters())
     assert weights <= speed.weight_bytes <= weights + 100  # and a few frequencies
-    assert not speed.cuda_graph and not speed.compiled and speed.peak_bytes == 0
     linears = sum(module.weight.nbytes for name, module in model.named_modules() if "_proj" in name)
     pack_model(model)
-    packed = measure_speed(model, batch_size=2, prompt=6, new_tokens=3, repeats=1)
+    packed = measure_speed(model, **options)
     # float32: half the values and an eighth of a byte per weight, beside the dense weights that a CPU multiplies by
     assert packed.weight_bytes == speed.weight_bytes + linears // 2 + linears // 32
+
+
+def test_prefill_alone():
+    speed = measure_speed(build_2_4("opt"), prompt=6, new_tokens=0, repeats=1)
+    assert speed.prefill_seconds > 0 and speed.decode_seconds == 0 and math.isnan(speed.decode_rate)
+
+
+def test_speed_that_cannot_be_measured():
     with pytest.raises(InputError, match="60 \\+ 5 tokens are more than the 64 positions"):
         measure_speed(build_2_4("llama"), prompt=60, new_tokens=5)
+    with pytest.raises(InputError, match="CUDA graph needs a CUDA device"):
+        measure_speed(build_2_4("llama"), prompt=6, new_tokens=5, decoding=Decoding.GRAPH)

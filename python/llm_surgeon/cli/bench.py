@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from llm_surgeon.cli.options import Device, Quiet, TrustRemoteCode, console, par
 from llm_surgeon.errors import InputError
 from llm_surgeon.packed import pack_model, unpack_model
 from llm_surgeon.packed.checkpoint import model_bytes
+from llm_surgeon.packed.decoding import Decoding
 from llm_surgeon.packed.speed import Speed, measure_speed
 from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.report.text import MISSING
@@ -41,10 +43,14 @@ def generate(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Timed runs, of which the median counts.", min=1)] = 3,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 (default: as stored).")] = None,
-    cuda_graph: Annotated[
-        bool | None, typer.Option("--cuda-graph/--eager", help="Decode by one CUDA graph (default: on a GPU).")
+    decoding: Annotated[
+        list[Decoding] | None,
+        typer.Option(
+            help="eager; graph (a CUDA graph); compiled (torch.compile, and a CUDA graph); generate (as transformers' "
+            "generate runs with a static cache: compiled, on a GPU). Repeatable (default: generate and graph on a GPU, "
+            "else eager)."
+        ),
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Decode through torch.compile.")] = False,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the figures to this file.")] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -52,6 +58,7 @@ def generate(
 ) -> None:
     """Prefill and decode speed of a 2:4 MODEL, dense against packed: tokens per second, memory, bytes on disk."""
     place, number = choose_device(device), None if dtype is None else parse_dtype(dtype)
+    ways = decoding or ([Decoding.GENERATE, Decoding.GRAPH] if place.type == "cuda" else [Decoding.EAGER])
     causal_lm = _load(model if packed is None else str(packed), number, trust_remote_code)
     if packed is not None and not _is_packed(causal_lm):
         raise InputError(f"{str(packed)!r} is not packed: make it with surgeon pack")
@@ -66,21 +73,16 @@ def generate(
             unpack_model(causal_lm)
         disk = model_bytes(causal_lm)
         causal_lm.to(place)
-        for size in batch_size or [1, 16]:
+        for way, size in itertools.product(ways, batch_size or [1, 16]):
             if not quiet:
-                console.print(f"{name}, batch size {size} …", highlight=False)
+                console.print(f"{name}, {way.value}, batch size {size} …", highlight=False)
             speed = measure_speed(
-                causal_lm,
-                batch_size=size,
-                prompt=prompt,
-                new_tokens=new_tokens,
-                repeats=repeats,
-                cuda_graph=cuda_graph,
-                compiled=compiled,
+                causal_lm, batch_size=size, prompt=prompt, new_tokens=new_tokens, repeats=repeats, decoding=way
             )
             rows.append((name, disk, speed))
     rows.sort(key=lambda row: row[0])
-    console.print(_table(model, rows, place))
+    for way in ways:
+        console.print(_table(model, [row for row in rows if row[2].decoding is way], place))
     if csv_file is not None:
         _write_csv(csv_file, model, rows, place)
 
@@ -97,7 +99,8 @@ def _table(model: str, rows: list[tuple[str, int, Speed]], device: torch.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     first = rows[0][2]
     table = Table(
-        title=f"{model}, {first.prompt} + {first.new_tokens} tokens on {where}, tokens per second",
+        title=f"{model}, {first.prompt} + {first.new_tokens} tokens on {where}, tokens per second, decoding: "
+        f"{first.decoding.value}",
         title_justify="left",
     )
     for column in ("", "batch", "prefill", "decode", "weights", "peak", "on disk"):
@@ -135,6 +138,7 @@ def _write_csv(path: Path, model: str, rows: list[tuple[str, int, Speed]], devic
 def speed_record(speed: Speed) -> dict[str, object]:
     return {
         **dataclasses.asdict(speed),
+        "decoding": speed.decoding.value,
         "prefill_seconds": f"{speed.prefill_seconds:.6g}",
         "decode_seconds": f"{speed.decode_seconds:.6g}",
         "prefill_tokens_per_s": f"{speed.prefill_rate:.6g}",
