@@ -1,10 +1,11 @@
 """Time per phase and peak memory of whole runs on a model of Llama-2-7B's shape with random bfloat16 weights.
 
-    python bench/end_to_end.py --runs 2:4 2:4x5 unstructuredx5 rows-columns 2:4/sparsegpt --options '{}'
+    python bench/end_to_end.py --runs 2:4 2:4x5 unstructuredx5 rows-columns 2:4/llm-compressor --options '{}'
 
-A run is ``structure[xshots][/method]``, one shot where none are given. The model is made on the device and calibrated
-on random tokens. Rows are appended to results/end_to_end.csv: seconds of all shots by phase, the planned seconds and
-memory beside the true ones; the peak is that of torch's allocator.
+A run is ``structure[xshots][/method]``, one shot where none are given; ``llm-compressor`` stands for its SparseGPT (see
+peer_sparsegpt.py). The model is made on the device and calibrated on random tokens; where ``--options`` has it
+offloaded it lies in main memory when the run begins. Rows are appended to results/end_to_end.csv: seconds of all shots
+by phase, the planned seconds and memory beside the true ones; the peak is that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from environment import append_row, environment
@@ -29,6 +31,8 @@ from llm_surgeon.plan import make_plan
 from llm_surgeon.progress import Progress
 
 PHASES = ("curvature", "selection", "update", "measure loss")
+OTHERS = ("write", "iterations", "worst_gap", "sparsity", "peak_gb", "planned_gb", "planned_seconds")
+COLUMNS = ("model", "layers", "samples", "seqlen", "run", "options", "seconds", *PHASES, *OTHERS)
 SPARSITY = {"rows-columns": 0.3, "unstructured": 0.5}
 
 
@@ -73,22 +77,30 @@ def parse(run: str, options: argparse.Namespace) -> PruneConfig:
 
 
 def measure(run: str, layers: int, options: argparse.Namespace) -> dict[str, Any]:
-    config = parse(run, options)
     model = build(layers, options.seqlen, options.device)
     ids = torch.randint(model.config.vocab_size, (options.samples, options.seqlen))
-    plan = make_plan(model, find_decoder(model), config)
-    report = prune(model, ids, config=config, progress=Phases())
-    seconds = {phase: sum(shot.seconds.get(phase, 0.0) for shot in report.shots) for phase in PHASES}
-    traces = [trace for shot in report.shots for trace in shot.solver]
-    gaps = [trace.gap for trace in traces if trace.gap is not None]
-    written = write(model) if options.write else None
-    return {
+    about = dict.fromkeys(COLUMNS, "") | {
         "model": "llama-2-7b shape",
         "layers": layers,
         "samples": options.samples,
         "seqlen": options.seqlen,
         "run": run,
         "options": options.options,
+    }
+    structure, _, method = run.partition("/")
+    if method == "llm-compressor":
+        return about | measure_peer(model, ids, structure)
+    config = parse(run, options)
+    if config.offload == "cpu":
+        model.to("cpu")
+        torch.cuda.empty_cache()
+    plan = make_plan(model, find_decoder(model), config)
+    report = prune(model, ids, config=config, progress=Phases())
+    seconds = {phase: sum(shot.seconds.get(phase, 0.0) for shot in report.shots) for phase in PHASES}
+    traces = [trace for shot in report.shots for trace in shot.solver]
+    gaps = [trace.gap for trace in traces if trace.gap is not None]
+    written = write(model) if options.write else None
+    return about | {
         "seconds": f"{report.seconds:.1f}",
         **{phase: f"{value:.2f}" for phase, value in seconds.items()},
         "write": "" if written is None else f"{written:.1f}",
@@ -98,6 +110,21 @@ def measure(run: str, layers: int, options: argparse.Namespace) -> dict[str, Any
         "peak_gb": f"{report.peak_memory_bytes / 1e9:.1f}",
         "planned_gb": f"{plan.memory_bytes / 1e9:.1f}",
         "planned_seconds": f"{plan.seconds:.0f}",
+    }
+
+
+def measure_peer(model: PreTrainedModel, ids: Tensor, structure: str) -> dict[str, Any]:
+    import peer_sparsegpt  # needs what need not be installed
+
+    torch.cuda.reset_peak_memory_stats()
+    seconds = peer_sparsegpt.prune(model, ids, structure)
+    weights = [linear.weight for linear in find_decoder(model).linears]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return {
+        "options": peer_sparsegpt.version(),
+        "seconds": f"{seconds:.1f}",
+        "sparsity": f"{zeros / sum(weight.numel() for weight in weights):.4f}",
+        "peak_gb": f"{torch.cuda.max_memory_allocated() / 1e9:.1f}",
     }
 
 

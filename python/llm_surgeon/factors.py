@@ -20,7 +20,7 @@ from surgeon_kernels import (
     spd_inverse,
     unchecked_inverse,
 )
-from surgeon_kernels.split_matmul import mm
+from surgeon_kernels.masked_cg import tf32
 
 _Key = tuple[str, str, bool]  # "G" or "A", name of the linear or of the input group, with the bias's column
 
@@ -138,9 +138,13 @@ class DampedFactors:
 
 
 def predicted_increase(delta: Tensor, g: DampedFactor, a: DampedFactor) -> Tensor:
-    """``½ tr(Δᵀ G Δ A)`` with the factors as they were before damping, nats per token: float64, on the device."""
-    product = mm(delta, a.damped).addcmul_(delta, a.shift, value=-1)
-    product = mm(g.damped, product).addcmul_(product, g.shift, value=-1)
+    """``½ tr(Δᵀ G Δ A)`` with the factors as they were before damping, nats per token: float64, on the device.
+
+    For the report alone: on a GPU its products are in TF32.
+    """
+    with tf32():
+        product = (delta @ a.damped).addcmul_(delta, a.shift, value=-1)
+        product = (g.damped @ product).addcmul_(product, g.shift, value=-1)
     return 0.5 * (delta * product).sum(dtype=torch.float64)
 
 

@@ -68,14 +68,17 @@ class PrunableLinear:
         return out
 
     def write(self, matrix: Tensor) -> None:
-        """Copy ``matrix``, shaped as :meth:`matrix` returns it, into the module's parameters and dtype."""
+        """Copy ``matrix``, shaped as :meth:`matrix` returns it, into the module's parameters and dtype.
+
+        From a GPU to weights in pinned main memory this does not wait for the copy.
+        """
         if matrix.shape != self._matrix_shape:
             raise ValueError(f"the matrix of {self.name} is {self._matrix_shape}, not {tuple(matrix.shape)}")
         # Adding zero turns -0.0, whether given or made by rounding to a narrower dtype, into +0.0.
         rounded = matrix.to(self.weight.dtype) + 0.0
-        self.weight.copy_(rounded[:, : self.columns])
-        if self._bias is not None:
-            self._bias.copy_(rounded[:, -1])
+        for ours, new in ((self.weight, rounded[:, : self.columns]), (self._bias, rounded[:, -1])):
+            if ours is not None:
+                ours.copy_(new, non_blocking=new.is_cuda and ours.is_pinned())
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:

@@ -6,8 +6,10 @@ Everything goes through page-locked ("pinned") memory, the only kind that a GPU 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 
 from llm_surgeon.models import Decoder
 from surgeon_kernels import SymmetricAccumulator
+
+# Bytes of each of the two pinned buffers that copies to pageable memory go through.
+_STAGED = 2**26
 
 
 class Prefetcher:
@@ -84,6 +89,43 @@ def pinned(tensor: Tensor) -> Tensor:
     """A copy of ``tensor`` in main memory, pinned where there is a GPU; later work on the GPU's stream waits for it."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
     return copy.copy_(tensor, non_blocking=True)
+
+
+def copies_in_main_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in pageable main memory, by way of two small pinned buffers and, from a GPU, on a stream of their own.
+
+    Copied there directly, pages being mapped one by one, they would keep other threads from launching kernels
+    meanwhile; pinning the copies themselves would, too.
+    """
+    if not tensors or not tensors[0].is_cuda:
+        return [tensor.to("cpu", copy=True) for tensor in tensors]
+    device = tensors[0].device
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+    buffers = cycle([torch.empty(_STAGED, dtype=torch.uint8, pin_memory=True) for _ in range(2)])
+    on_their_way: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
+
+    def receive() -> None:
+        arrived, buffer, target = on_their_way.popleft()
+        arrived.synchronize()
+        target.copy_(buffer)
+
+    with torch.cuda.stream(stream):
+        for tensor, copy in zip(tensors, copies, strict=True):
+            for source, target in zip(_pieces(tensor), _pieces(copy), strict=True):
+                if len(on_their_way) == 2:
+                    receive()
+                buffer = next(buffers)[: len(source)]
+                buffer.copy_(source, non_blocking=True)
+                on_their_way.append((stream.record_event(), buffer, target))
+    while on_their_way:
+        receive()
+    return copies
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.contiguous().view(-1).view(torch.uint8).split(_STAGED)
 
 
 def store(sums: SymmetricAccumulator) -> SymmetricAccumulator:

@@ -27,9 +27,11 @@ _STREAMED_BLOCKS = 3
 # Share of the memory that is left free: what allocators waste between tensors, and libraries' own workspaces.
 _SLACK = 0.08
 # Shares of the rate of large matrix products that passes, Gram matrices and factorisations reach.
-_PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.58, 0.85, 0.7
+_PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.83, 0.65
 # What the joint solver takes to one per cent of the optimum, and how much faster than float32 it multiplies on a GPU.
-_SOLVER_ITERATIONS, _TF32_SPEED = 44, 3.5
+_SOLVER_ITERATIONS, _TF32_SPEED = 30, 5.0
+# Products in full precision by which it checks its result, and how much slower than in the iterations they are.
+_SOLVER_CHECKS, _CHECK_COST = 2, 2.5
 _OTHER_FILES = 32 * 2**20  # tokenizer, configuration, reports
 
 
@@ -259,8 +261,9 @@ class _Planner:
             if not config.pattern.single_weights:
                 seconds += 3 * products / single
             elif config.update == "joint":
-                faster = _TF32_SPEED if self._on_gpu else 1.0
-                seconds += min(config.max_iterations, _SOLVER_ITERATIONS) * products / (single * faster)
+                faster, checks = (_TF32_SPEED, _SOLVER_CHECKS * _CHECK_COST) if self._on_gpu else (1.0, _SOLVER_CHECKS)
+                iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
+                seconds += (iterations + checks) * products / (single * faster)
         return self.shots * seconds + forward
 
 

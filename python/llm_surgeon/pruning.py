@@ -19,6 +19,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import Decoder, check_finite, find_decoder
+from llm_surgeon.offload import copies_in_main_memory
 from llm_surgeon.plan import Plan, compute_device, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import LayerReport, PruneReport, collect_versions
@@ -271,7 +272,7 @@ def _restored_on_failure(decoder: Decoder, *, wait: bool) -> Iterator[Callable[[
     """
     parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
     with ThreadPoolExecutor(1) as executor:
-        originals = executor.submit(_copies, [parameter.detach() for parameter in parameters])
+        originals = executor.submit(copies_in_main_memory, [parameter.detach() for parameter in parameters])
         if wait:
             originals.result()
         try:
@@ -280,16 +281,6 @@ def _restored_on_failure(decoder: Decoder, *, wait: bool) -> Iterator[Callable[[
             for parameter, original in zip(parameters, originals.result(), strict=True):
                 parameter.data.copy_(original)
             raise
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies in main memory, made on a stream of their own: what a GPU computes meanwhile does not wait for them."""
-    if not tensors[0].is_cuda:
-        return [tensor.to("cpu", copy=True) for tensor in tensors]
-    stream = torch.cuda.Stream(tensors[0].device)
-    stream.wait_stream(torch.cuda.default_stream(tensors[0].device))
-    with torch.cuda.stream(stream):
-        return [tensor.to("cpu", copy=True) for tensor in tensors]
 
 
 def _layer_reports(decoder: Decoder, selections: list[Selection]) -> list[LayerReport]:

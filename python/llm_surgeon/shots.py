@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from llm_surgeon.capture import Curvature, estimate_curvature, mean_loss
 from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
 from llm_surgeon.costs import element_costs, row_column_costs
 from llm_surgeon.data import Calibration
+from llm_surgeon.errors import NumericalError
 from llm_surgeon.factors import DampedFactors, predicted_increase
 from llm_surgeon.kron2 import PairedCurvature, compensate_by_pairs, paired_costs
 from llm_surgeon.models import Decoder, PrunableLinear, to_list
@@ -171,8 +173,9 @@ class ShotLoop:
         """Write every layer's new weights; the predicted increase of the loss (where G is known), solver traces."""
         selection_of = dict(zip((linear.name for linear in self.decoder.linears), self.selections, strict=True))
         traces: list[SolverTrace] = []
+        increases: dict[str, Tensor] = {}
 
-        def update(linear: PrunableLinear) -> Tensor | None:
+        def update(linear: PrunableLinear) -> None:
             weight, selection = linear.matrix(device=self.device), selection_of[linear.name].to(self.device)
             pair = None if factors is None or self.config.method not in GLOBAL_METHODS else factors.of(linear)
             if factors is None or pair is None or self.config.method != "surgeon":
@@ -187,12 +190,17 @@ class ShotLoop:
             linear.write(new.weight)
             if new.objective:
                 traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
-            return None if pair is None else predicted_increase(new.delta, *pair)
+            if pair is not None:
+                increases[linear.name] = predicted_increase(new.delta, *pair)
 
-        # Read back together: the host runs ahead of the device.
-        increases = [increase for increase in self._each_linear(update) if increase is not None]
+        self._each_linear(update)
         self.selections = list(selection_of.values())
-        return (sum(to_list(increases)) if increases else None), traces
+        # Read back together: the host runs ahead of the device.
+        predicted = to_list(list(increases.values()))
+        for name, increase in zip(increases, predicted, strict=True):
+            if not math.isfinite(increase):
+                raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
+        return (sum(predicted) if increases else None), traces
 
     def _each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:
         results = []

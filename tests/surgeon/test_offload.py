@@ -11,7 +11,7 @@ from llm_surgeon import Calibration, InputError, PruneConfig, prune
 from llm_surgeon.activations import measure_activations
 from llm_surgeon.capture import estimate_curvature, mean_loss
 from llm_surgeon.models import find_decoder
-from llm_surgeon.offload import Prefetcher, offloaded, store
+from llm_surgeon.offload import Prefetcher, copies_in_main_memory, offloaded, store
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -79,6 +79,14 @@ def test_everything_is_back_in_its_place_even_after_a_failure():
     assert not any("forward" in vars(block) for block in decoder.blocks)
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_copies_in_main_memory_are_no_views():
+    tensors = [torch.randn(3, 4).T, torch.ones(2, dtype=torch.bfloat16), torch.empty(0)]
+    copies = copies_in_main_memory(tensors)
+    for ours, theirs in zip(copies, tensors, strict=True):
+        assert torch.equal(ours, theirs) and (ours.data_ptr() != theirs.data_ptr() or ours.numel() == 0)
+    assert copies_in_main_memory([]) == []
 
 
 def test_a_prefetcher_gives_what_is_asked_for_whatever_it_began():

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.models import find_decoder
+from llm_surgeon.offload import copies_in_main_memory
 from llm_surgeon.plan import make_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -52,3 +53,16 @@ def test_a_cap_on_memory_holds_and_is_lifted():
     report = prune(build("cuda"), TOKENS, structure="rows-columns", shots=1, offload="cpu", gpu_memory="1.5GB")
     assert report.peak_memory_bytes <= 1.5e9
     assert torch.zeros(2 * 10**9, dtype=torch.uint8, device="cuda").numel() == 2 * 10**9
+
+
+def test_copies_in_main_memory_are_complete_and_leave_later_work_alone():
+    sizes = [(3, 5), (0,), (1,), (9000, 8200), (257,)]  # none, a part, or several of the staging buffers
+    tensors = [
+        torch.randn(size, device="cuda").to(dtype) for size in sizes for dtype in (torch.bfloat16, torch.float64)
+    ]
+    tensors.append(torch.randn(300, 200, device="cuda").T)
+    expected = [tensor.cpu() for tensor in tensors]
+    copies = copies_in_main_memory(tensors)
+    assert all(copy.device.type == "cpu" and torch.equal(copy, x) for copy, x in zip(copies, expected, strict=True))
+    tensors[0].zero_()
+    assert torch.equal(copies[0], expected[0])

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+import llm_surgeon.update
 from llm_surgeon import Calibration, InputError, NumericalError, PruneConfig, prune
 from llm_surgeon.capture import estimate_curvature, mean_loss
 from llm_surgeon.models import find_decoder
@@ -206,6 +207,20 @@ def test_nan_in_weights_and_activations_is_named():
     model.model.layers[0].input_layernorm.weight.data.fill_(float("inf"))
     with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj.*batch 1 of"):
         prune(model, TOKENS)
+
+
+def test_an_update_that_is_not_finite_is_named_and_taken_back(monkeypatch):
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    calls = itertools.count()
+
+    def broken(weight, *_):
+        return torch.full_like(weight, float("inf") if next(calls) == 9 else 0.0)
+
+    monkeypatch.setattr(llm_surgeon.update, "independent_update", broken)
+    with pytest.raises(NumericalError, match=r"update of model\.layers\.1\.self_attn\.v_proj holds NaN or infinity"):
+        prune(model, TOKENS, shots=1, update="independent")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_fused_experts_are_refused():
