@@ -54,18 +54,18 @@ def test_the_same_inputs_give_the_same_bits():
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (300, 321), (64, 1100)])
 @pytest.mark.parametrize("kinds", [("plain", "outlier"), ("outlier", "deficient")])
 def test_reaches_the_tolerance_in_float64s_eyes(shape, density, kinds):
-    W, pruned, G, A = problem(*shape, density, kinds)
+    W, pruned, G, A = (x.cuda() for x in problem(*shape, density, kinds))
     G_inv, A_inv = torch.linalg.inv(G), torch.linalg.inv(A)
     best = joint_update(W, pruned, G, A, G_inv, A_inv, tolerance=1e-5, max_iterations=600)
     result = joint_update(*on_gpu(W, pruned, G, A, G_inv, A_inv))
     assert result.gap <= 0.01
-    true = objective(result.delta.cpu().double(), G, A)
+    true = objective(result.delta.double(), G, A)
     assert true == pytest.approx(result.objective[-1], rel=1e-3, abs=1e-9)
     assert best.objective[-1] * (1 - 1e-4) <= true <= 1.015 * best.objective[-1] + 1e-9
-    assert torch.equal(result.delta[pruned.cuda()].cpu(), -W.float()[pruned])
+    assert torch.equal(result.delta[pruned], -W.float()[pruned])
 
 
 def test_whole_columns_agree_with_their_closed_form_to_1e_4():
