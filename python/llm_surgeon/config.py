@@ -75,9 +75,9 @@ class PruneConfig:
     """Every option of a pruning run; validated when built, resolved defaults filled in.
 
     Attributes:
-        structure: ``"2:4"`` or any ``"N:M"``, ``"unstructured"``, ``"rows-columns"``; or ``"groups"``, neurons and
-            attention heads, ``"width"``, channels of the residual stream, or ``"layers"``, whole decoder
-            blocks, which make the model smaller.
+        structure: ``"2:4"`` or any ``"N:M"``, ``"unstructured"``, ``"rows-columns"``; or ``"groups"`` (also called
+            ``"structured"``), neurons and attention heads, ``"width"``, channels of the residual stream, or
+            ``"layers"``, whole decoder blocks, which make the model smaller.
         method: one of :data:`METHODS`.
         sparsity: fraction of the decoder's linear weights to remove, in (0, 1). Implied by N:M; otherwise 0.5
             (unstructured) or 0.3 (rows-columns, groups) when left out.
@@ -104,7 +104,8 @@ class PruneConfig:
         allocation: of groups, ``"global"`` (the cheapest per weight anywhere) or ``"local"`` (the same fraction of
             every layer, LLM-Pruner's default). Left out: global for Kronecker costs, local otherwise.
         round_to: widths that groups leave are multiples of this.
-        uniform: groups leave the same widths in every block, so that stock model classes load the result.
+        uniform: groups leave the same widths in every block, so that stock model classes load the result. Where a
+            class derives the width of a head from the number of heads (OPT, GPT-NeoX, GPT-2), all heads stay.
         skip_layers: decoder blocks that lose no groups: ``"0-3,30,31"``.
         reconstruct: after the last shot fit every linear, by least squares with ``damp_a``, to what the dense model
             computes on the calibration data. Left out: where groups are compensated for (``update="joint"``).
@@ -158,6 +159,8 @@ class PruneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.structure == "structured":
+            self._set("structure", "groups")
         structure = Structure.parse(self.structure)
         require_choice("method", self.method, METHODS)
         require_choice("fisher", self.fisher, FISHERS)

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -194,6 +195,19 @@ def test_an_interrupted_recovery_goes_on_where_it_was(folders, monkeypatch):
     resumed = recover_checkpoint(source, out, **options, resume=True)
     assert math.isclose(resumed.loss_after, whole.loss_after, rel_tol=1e-5)
     assert not list(out.parent.glob(".out*"))
+
+
+def test_a_recovery_that_is_refused_leaves_nothing(folders):
+    source, out, data = folders
+    smaller = build("llama")
+    smaller.resize_token_embeddings(VOCABULARY - 8)
+    options = {"data": data, "device": "cpu", "seqlen": 16, **OPTIONS}
+    before = tree(source.parent)
+    teacher = save_folder(source.with_name("other"), smaller)
+    with pytest.raises(InputError, match="vocabulary"):
+        recover_checkpoint(source, out, teacher=teacher, **options)
+    shutil.rmtree(teacher)
+    assert tree(source.parent) == before
 
 
 def test_a_model_made_smaller_is_recovered_with_its_code(folders):

@@ -147,7 +147,7 @@ def test_earlier_choices_stay():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"sparsity": 0.97}, "would empty a layer"),
+        ({"sparsity": 0.97}, r"would empty a layer: where 0\.02 \(at least one group\) of every layer stays, at most"),
         ({"sparsity": 0.5, "round_to": 64}, "multiples of 64"),
         ({"sparsity": 0.6, "skip_layers": "0"}, "blocks 0 are skipped"),
         ({"sparsity": 0.3, "skip_layers": "7"}, "names block 7"),
@@ -159,6 +159,19 @@ def test_what_cannot_be_met_is_refused_before_anything_changes(options, words):
     with pytest.raises(InputError, match=words):
         prune(model, TOKENS, structure="groups", **options)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_uniform_models_are_of_stock_classes(name):
+    """Where a class derives the width of a head from the number of heads, no head goes."""
+    model = build(name)
+    stock, before = type(model), widths(model)
+    report = prune(model, TOKENS, structure="structured", uniform=True, sparsity=0.3, shots=1)
+    assert type(model) is stock and report.sparsity >= 0.3 and len({*widths(model)}) == 2
+    if name in ("opt", "gpt_neox", "gpt2"):
+        assert widths(model)[::2] == before[::2]
+        with pytest.raises(InputError, match="stock classes know one width of"):
+            prune(build(name), TOKENS, structure="groups", uniform=True, sparsity=0.8)
 
 
 @pytest.mark.parametrize(

@@ -180,9 +180,14 @@ def recover_checkpoint(
     )
     windows, held_out = _split(tokenize(text, tokenizer), config)
     _claim(state, {"source": str(source), "teacher": str(teacher), "data": data, **dataclasses.asdict(config)})
-    report = recover(
-        model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume, progress=progress
-    )
+    try:
+        report = recover(
+            model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume, progress=progress
+        )
+    except BaseException:
+        if not any(state.glob("checkpoint-*")):
+            shutil.rmtree(state)  # nothing to go on from
+        raise
     extra = _carried_over(Path(source)) | {"surgeon_recovery.json": report.to_json()}
     save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=extra, overwrite=overwrite)
     shutil.rmtree(state)

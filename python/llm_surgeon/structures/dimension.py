@@ -19,11 +19,13 @@ class SizeRule:
         config: attribute of the configuration -> the quantity it holds (see :meth:`Dimension.quantities`).
         constants: attributes of the configuration that must be written down although they do not change.
         attributes: attribute of a module (``"self_attn.num_heads"``) -> quantity, where no configuration says it.
+        stock: the configuration says it all, so that the model's own class builds blocks of these sizes.
     """
 
     config: dict[str, str] = field(default_factory=dict)
     constants: dict[str, int] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
+    stock: bool = True
 
 
 @dataclass(frozen=True, eq=False)

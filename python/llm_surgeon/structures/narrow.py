@@ -86,7 +86,7 @@ def _resize(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Di
         {name: getattr(config.per_layer_config[depth], name) for name in config.per_layer_attributes or ()}
         for depth in depths
     ]
-    for dimension, parts in removed:
+    for dimension, parts in (pair for pair in removed if bool(pair[1].any())):
         full = dimension.quantities(dimension.groups, dimension.parts)
         missing = {name: full[of] for name, of in dimension.rule.config.items() if not hasattr(config, name)}
         vars(config).update(missing | dimension.rule.constants)

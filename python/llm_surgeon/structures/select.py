@@ -61,16 +61,24 @@ def check_reachable(dimensions: Sequence[Dimension], config: PruneConfig, weight
         full = dimension.weights(dimension.groups, dimension.parts)
         left -= full - min([full, *sizes])
     if config.sparsity > 1 - left / weights:
-        rounding = f"widths are multiples of {config.round_to}, " if config.round_to > 1 else ""
-        skipped = f"blocks {config.skip_layers} are skipped, " if config.skip_layers else ""
+        conditions = [f"{config.min_kept:g} (at least one group) of every layer stays"]
+        if config.round_to > 1:
+            conditions.append(f"widths are multiples of {config.round_to}")
+        if config.skip_layers:
+            conditions.append(f"blocks {config.skip_layers} are skipped")
+        whole = {d.kind: None for d in dimensions if config.uniform and not d.rule.stock}
+        if whole:
+            conditions.append(f"stock classes know one width of {', '.join(whole)} (uniform)")
         raise InputError(
-            f"sparsity {config.sparsity:g} would empty a layer: where {rounding}{skipped}and {config.min_kept:g} (at "
-            f"least one group) of every layer stays, at most {1 - left / weights:.3g} can be removed"
+            f"sparsity {config.sparsity:g} would empty a layer: where {', '.join(conditions)}, at most "
+            f"{1 - left / weights:.3g} can be removed"
         )
 
 
 def _allowed(dimension: Dimension, config: PruneConfig, groups: int, parts: int) -> bool:
     """Whether a dimension may be narrowed to ``groups`` groups of ``parts`` parts."""
+    if config.uniform and not dimension.rule.stock:
+        return (groups, parts) == (dimension.groups, dimension.parts)
     heads, size = groups * parts, dimension.part_columns.shape[2]
     least = max(1, math.ceil(config.min_kept * dimension.groups * dimension.parts - 1e-9))
     return dimension.depth not in config.skipped_layers and heads >= least and heads * size % config.round_to == 0

@@ -53,7 +53,7 @@ def find_size_rule(
     told = {"num_key_value_heads": "groups"} if dimension.is_heads else {}
     for chosen in [{}, *_subsets(inside, full)]:
         if all(check.of_attributes(chosen) for check in checks):
-            return SizeRule(told, head, chosen)
+            return SizeRule(told, head, chosen, stock=False)
     return None
 
 
