@@ -294,6 +294,8 @@ class PruneConfig:
         self.skipped_layers  # noqa: B018 (refuses what it cannot read)
         if structure.coupled and self.method != "surgeon":
             raise InputError(f"structure {structure.kind!r} needs method 'surgeon': choose an importance instead")
+        if self.uniform and self.skip_layers:
+            raise InputError("uniform keeps one width for all blocks: leave skip_layers out")
         if structure.kind == "width" and self.skip_layers:
             raise InputError("skip_layers has no meaning for width: channels leave every block")
         defaults = {"importance": "kronecker", "round_to": 1, "uniform": False, "skip_layers": ""}

@@ -68,7 +68,7 @@ def prune(
     samples, seqlen = windows.input_ids.shape
     config = dataclasses.replace(config, samples=samples, seqlen=seqlen)
     decoder = find_decoder(model)
-    _check_model(decoder, config)
+    _check_model(model, decoder, config)
     begun, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     device = compute_device(model, config)
     if device.type == "cuda":
@@ -171,7 +171,7 @@ class CheckpointJob:
         self.config = dataclasses.replace(config, seqlen=choose_seqlen(config.seqlen, self.model))
         assert self.config.seqlen is not None
         self.decoder = find_decoder(self.model)
-        _check_model(self.decoder, self.config)
+        _check_model(self.model, self.decoder, self.config)
         self.calibration = calibration_windows(
             tokenize(text, self.tokenizer), self.config.samples, self.config.seqlen, self.config.seed
         )
@@ -238,8 +238,16 @@ def load_for_evaluation(
     return model, evaluation_windows(tokenize(text, tokenizer), choose_seqlen(seqlen, model))
 
 
-def _check_model(decoder: Decoder, config: PruneConfig) -> None:
+def _check_model(model: Any, decoder: Decoder, config: PruneConfig) -> None:
     check_finite(decoder)
+    # Models that were made smaller here may count their groups of heads where they had no such number.
+    checked = config.pattern.coupled and not hasattr(model, "is_pruned")
+    for depth, own in enumerate(model.config.per_layer_config if checked else ()):
+        heads, groups = (getattr(own, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+            raise InputError(
+                f"the {heads} attention heads of block {depth} do not divide into {groups} key-value heads"
+            )
     m = config.pattern.m
     for linear in decoder.linears:
         if m and linear.columns % m:

@@ -87,13 +87,13 @@ def costs_of(dimension, scale=1.0):
     return DimensionCosts(values, (values / dimension.parts)[:, None].repeat(1, dimension.parts))
 
 
-def select(dimensions, sparsity, last=True, scale=1.0, **options):
+def select(dimensions, sparsity, scale=1.0, **options):
     """Removed parts under made-up costs: group i costs i + 1."""
     total = sum(d.weights(d.groups, d.parts) for d in dimensions)
     costs = [costs_of(dimension, scale if dimension.is_heads else 1.0) for dimension in dimensions]
     before = [torch.zeros(d.groups, d.parts, dtype=torch.bool) for d in dimensions]
     config = groups(sparsity=sparsity, **options)
-    removed, threshold = select_groups(dimensions, costs, before, config, round(sparsity * total), last=last)
+    removed, threshold = select_groups(dimensions, costs, before, config, round(sparsity * total))
     gone = 0
     for d, mask in zip(dimensions, removed, strict=True):
         left = (~mask).sum(dim=1)
@@ -133,6 +133,28 @@ def test_sizes_respect_rounding_min_kept_skipped_and_uniform(measured):
     assert share >= 0.3 and int(removed[1].sum()) == int(removed[3].sum())
 
 
+def test_no_step_is_taken_after_which_the_target_cannot_be_met(measured):
+    """Half of the query heads of every group gone, no group may go: with least 0.5 of all heads, whole groups must."""
+    _, dimensions, _ = measured
+    for scale in (1e-6, 1.0):
+        removed, _, share = select(dimensions, 0.5, min_kept=0.5, scale=scale)
+        assert share == 0.5 and all(int(mask.sum()) == mask.numel() / 2 for mask in removed)
+    config = groups(sparsity=0.5, min_kept=0.5)
+    total = sum(d.weights(d.groups, d.parts) for d in dimensions)
+    removed = [torch.zeros(d.groups, d.parts, dtype=torch.bool) for d in dimensions]
+    for share in (0.1, 0.2, 0.5):
+        costs = [costs_of(d, 1e-6 if d.is_heads else 1.0) for d in dimensions]
+        removed, _ = select_groups(dimensions, costs, removed, config, round(share * total), total // 2)
+    assert all(int(mask.sum()) == mask.numel() / 2 for mask in removed)
+
+
+def test_a_target_that_is_missed_is_an_error(measured):
+    """Local allocation removes whole groups alone."""
+    _, dimensions, _ = measured
+    with pytest.raises(InputError, match="cannot be met with allocation 'local'"):
+        select(dimensions, 0.8, allocation="local", importance="vector")
+
+
 def test_earlier_choices_stay():
     model = build("llama")
     dimensions = find_dimensions(model, find_decoder(model))
@@ -161,6 +183,13 @@ def test_what_cannot_be_met_is_refused_before_anything_changes(options, words):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def test_heads_that_do_not_divide_are_refused():
+    model = build("llama")
+    model.config.num_key_value_heads = 3
+    with pytest.raises(InputError, match="the 4 attention heads of block 0 do not divide into 3 groups"):
+        prune(model, TOKENS, structure="groups")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_uniform_models_are_of_stock_classes(name):
     """Where a class derives the width of a head from the number of heads, no head goes."""
@@ -185,6 +214,7 @@ def test_uniform_models_are_of_stock_classes(name):
         {"uniform": 1},
         {"skip_layers": "-1"},
         {"skip_layers": "a"},
+        {"skip_layers": "1", "uniform": True},
     ],
 )
 def test_options_that_mean_nothing_are_refused(options):

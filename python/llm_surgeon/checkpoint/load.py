@@ -181,5 +181,6 @@ def _weight_files(name: str, folder: Path) -> list[Path]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the error's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, with the second where that is only announced, or the error's name."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

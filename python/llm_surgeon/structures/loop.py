@@ -70,13 +70,14 @@ class GroupLoop(ShotLoop):
                 for dimension, removed in self._each_dimension()
             ]
             weights = sum(selection.pruned.numel() for selection in self.selections)
+            target, final = (math.ceil(part * weights - 1e-6) for part in (share, config.sparsity))
             self.removed, threshold = select_groups(
                 self.dimensions,
                 costs,
                 self.removed,
                 config,
-                math.ceil(share * weights - 1e-6),
-                last=index == config.shots,
+                target,
+                final,
             )
             self.selections = self._as_selections()
         with self._phase("update", seconds):

@@ -22,28 +22,35 @@ def select_groups(
     removed: Sequence[Tensor],
     config: PruneConfig,
     target: int,
-    *,
-    last: bool = True,
+    final: int | None = None,
 ) -> tuple[list[Tensor], float | None]:
     """Choose groups and parts until ``target`` weights are gone, those of earlier shots included.
 
     Globally the step that costs least per weight it removes comes first; a step narrows one dimension (with
     ``uniform`` the same dimension of every block) to its next allowed size, by whole groups or by one part of every
-    group. Locally (``allocation="local"``) every dimension loses the same fraction of its groups.
+    group. A step after which ``final`` could not be met any more is not made. Locally (``allocation="local"``) every
+    dimension loses the same fraction of its groups.
 
     Args:
         removed: bool ``[groups, parts]`` per dimension, gone already.
-        last: meet the target as closely as possible; otherwise a coarse step may overshoot, and the next shot makes up
-            for it.
+        final: the target of the last shot (left out: this is it), which is met as closely as possible; in earlier
+            shots a coarse step may overshoot, and the next one makes up for it.
 
     Returns:
         What is gone now, and the cost of the dearest step (``None`` for local allocation).
+
+    Raises:
+        InputError: ``final`` cannot be met.
     """
+    final = target if final is None else final
     states = [_State(*item, config) for item in zip(dimensions, costs, removed, strict=True)]
+    threshold = None
     if config.allocation == "local":
         _take_fractions(states, target)
-        return [state.mask() for state in states], None
-    threshold = _take_cheapest(_ladders(states, config.uniform), target, last)
+    else:
+        threshold = _take_cheapest(_ladders(states, config.uniform), target, final)
+    if sum(state.taken for state in states) < target == final:
+        raise InputError(f"sparsity {config.sparsity:g} cannot be met with allocation {config.allocation!r}")
     return [state.mask() for state in states], threshold
 
 
@@ -52,14 +59,8 @@ def check_reachable(dimensions: Sequence[Dimension], config: PruneConfig, weight
     assert config.sparsity is not None
     left = weights
     for dimension in dimensions:
-        sizes = [
-            dimension.weights(groups, parts)
-            for parts in range(1, dimension.parts + 1)
-            for groups in range(1, dimension.groups + 1)
-            if _allowed(dimension, config, groups, parts)
-        ]
         full = dimension.weights(dimension.groups, dimension.parts)
-        left -= full - min([full, *sizes])
+        left -= full - min([full, *(dimension.weights(*size) for size in _smallest_sizes(dimension, config))])
     if config.sparsity > 1 - left / weights:
         conditions = [f"{config.min_kept:g} (at least one group) of every layer stays"]
         if config.round_to > 1:
@@ -82,6 +83,16 @@ def _allowed(dimension: Dimension, config: PruneConfig, groups: int, parts: int)
     heads, size = groups * parts, dimension.part_columns.shape[2]
     least = max(1, math.ceil(config.min_kept * dimension.groups * dimension.parts - 1e-9))
     return dimension.depth not in config.skipped_layers and heads >= least and heads * size % config.round_to == 0
+
+
+def _smallest_sizes(dimension: Dimension, config: PruneConfig) -> list[tuple[int, int]]:
+    """For every number of parts the fewest groups that are allowed with it, if any."""
+    found = []
+    for parts in range(1, dimension.parts + 1):
+        every = range(1, dimension.groups + 1)
+        fewest = next((groups for groups in every if _allowed(dimension, config, groups, parts)), None)
+        found += [] if fewest is None else [(fewest, parts)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,7 @@ class _State:
         self._order = sorted((left > 0).nonzero()[:, 0].tolist(), key=lambda group: self._cost[group])
         self._next = 0
         self._fits = partial(_allowed, dimension, config)
+        self._ends = _smallest_sizes(dimension, config)
 
     def moves(self) -> Iterator[_Move]:
         groups = next((count for count in range(self.groups - 1, 0, -1) if self._fits(count, self.parts)), None)
@@ -122,6 +134,15 @@ class _State:
         if parts is not None:
             cheapest = self._part_cost[self._order[self._next :]].sort(dim=1).values[:, : self.parts - parts]
             yield _Move(float(cheapest.sum()), now - d.weights(self.groups, parts), parts=self.parts - parts)
+
+    def reach(self, move: _Move | None = None) -> int:
+        """The most weights that can ever be gone from here, or after ``move``."""
+        now = (self.groups, self.parts)
+        if move is not None:
+            now = (self.groups - move.groups, self.parts - move.parts)
+        ends = [end for end in self._ends if end[0] <= now[0] and end[1] <= now[1]]
+        weights = self.dimension.weights
+        return self.taken + weights(self.groups, self.parts) - min(weights(*size) for size in (ends or [now]))
 
     def smallest_from(self, groups: int) -> int:
         """The smallest allowed number of groups that is at least ``groups``."""
@@ -171,39 +192,48 @@ def _weights(moves: list[_Move]) -> int:
     return sum(move.weights for move in moves)
 
 
-def _take_cheapest(ladders: list[list[_State]], target: int, last: bool) -> float | None:
+def _take_cheapest(ladders: list[list[_State]], target: int, final: int) -> float | None:
     taken = sum(state.taken for ladder in ladders for state in ladder)
+    slack = sum(state.reach() for ladder in ladders for state in ladder) - final
     threshold = None
     heap: list[tuple[float, int, list[_Move]]] = []
     coarse: list[tuple[int, int, list[_Move]]] = []  # steps that would overshoot the target
 
+    def lost(index: int, step: list[_Move]) -> int:
+        """What can never go any more after ``step``: nothing, where groups alone go."""
+        if ladders[index][0].dimension.parts == 1:
+            return 0
+        return sum(state.reach() - state.reach(move) for state, move in zip(ladders[index], step, strict=True))
+
+    def overshoots(step: list[_Move]) -> bool:
+        return target == final and _weights(step) > target - taken
+
     def push(index: int) -> None:
         steps = list(_steps(ladders[index]))
-        fitting = [step for step in steps if not last or _weights(step) <= target - taken]
+        fitting = [step for step in steps if not overshoots(step) and lost(index, step) <= slack]
         if fitting:
             best = min(fitting, key=_score)
             heapq.heappush(heap, (_score(best), index, best))
-        elif steps:
-            smallest = min(steps, key=_weights)
-            coarse.append((_weights(smallest), index, smallest))
+        for step in filter(overshoots, [] if fitting else steps):
+            coarse.append((_weights(step), index, step))
+
+    def take(index: int, step: list[_Move]) -> None:
+        nonlocal taken, slack, threshold
+        slack -= lost(index, step)
+        for state, move in zip(ladders[index], step, strict=True):
+            state.apply(move)
+        taken += _weights(step)
+        threshold = max(_score(step), threshold or _score(step))
 
     for index in range(len(ladders)):
         push(index)
     while taken < target and heap:
-        score, index, step = heapq.heappop(heap)
-        if last and _weights(step) > target - taken:
-            push(index)  # it fitted when it was pushed
-            continue
-        for state, move in zip(ladders[index], step, strict=True):
-            state.apply(move)
-        taken += _weights(step)
-        threshold = max(score, threshold or score)
+        _, index, step = heapq.heappop(heap)
+        if not overshoots(step) and lost(index, step) <= slack:  # as it was when it was pushed
+            take(index, step)
         push(index)
     if taken < target and coarse:
-        _, index, step = min(coarse, key=lambda item: item[:2])
-        for state, move in zip(ladders[index], step, strict=True):
-            state.apply(move)
-        threshold = max(_score(step), threshold or _score(step))
+        take(*min(coarse, key=lambda item: item[:2])[1:])
     return threshold
 
 
