@@ -4,8 +4,9 @@
     python bench/structured.py --structure rows-columns --layers 4
 
 Calibration is random tokens: times and sizes are those of a trained model, losses mean nothing. A model without rows
-and columns is compacted. Decode steps are replays of one CUDA graph. Two rows before pruning and two after each run are
-appended to results/structured.csv.
+and columns is compacted. Decode steps are replays of one CUDA graph. Modes: the code of transformers as it is, with
+fused kernels for norms, SwiGLU and rotary embedding, or through torch.compile. A row for every mode is appended to
+results/structured.csv, before pruning and after each run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from environment import append_row, environment
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.fused import fused
+from llm_surgeon.packed.decoding import Decoding
 from llm_surgeon.packed.speed import measure_speed
 from llm_surgeon.structures.compact import compact
 from llm_surgeon.structures.modeling_pruned import CompactLinear
@@ -52,29 +54,32 @@ def build(options: argparse.Namespace) -> PreTrainedModel:
 
 
 def measure(model: PreTrainedModel, row: dict[str, Any], options: argparse.Namespace) -> None:
-    """Append ``row`` with the model's sizes and speed, once as transformers computes it and once with fused kernels.
-
-    Fused are norms, SwiGLU and rotary embedding, in a dense model as in a pruned one.
-    """
-    for kernels in ("transformers", "fused"):
-        with fused(model) if kernels == "fused" else nullcontext():
-            found = speed(model, options)
-        append_row(options.out, {**row, "kernels": kernels, **found})
-        print(row["state"], kernels, found, flush=True)
+    """Append ``row`` with the model's sizes and speed, once for every mode."""
+    for mode in options.modes:
+        with fused(model) if mode == "fused" else nullcontext():
+            found = speed(model, options, compiled=mode == "compiled")
+        append_row(options.out, {**row, "mode": mode, **found})
+        print(row["state"], mode, found, flush=True)
 
 
-def speed(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, Any]:
+def speed(model: PreTrainedModel, options: argparse.Namespace, *, compiled: bool) -> dict[str, Any]:
     """Milliseconds, bytes, parameters and multiply-accumulates per token (attention scores left out)."""
     row: dict[str, Any] = {}
-    for batch, prompt, new in ((1, options.prompt, 64), (8, options.prompt, 64)):
+    new = 64
+    for batch in (1, 8):
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        found = measure_speed(model, batch_size=batch, prompt=prompt, new_tokens=new)
+        if batch not in options.batches:
+            row |= dict.fromkeys((f"prefill_ms_b{batch}", f"decode_ms_per_step_b{batch}", f"peak_gb_b{batch}"), "")
+            continue
+        decoding = Decoding.COMPILED if compiled else None
+        found = measure_speed(model, batch_size=batch, prompt=options.prompt, new_tokens=new, decoding=decoding)
         row[f"prefill_ms_b{batch}"] = f"{1000 * found.prefill_seconds:.2f}"
         row[f"decode_ms_per_step_b{batch}"] = f"{1000 * found.decode_seconds / new:.3f}"
         row[f"peak_gb_b{batch}"] = f"{found.peak_bytes / 1e9:.2f}"
-        row["weights_gb"] = f"{found.weight_bytes / 1e9:.3f}"
+        weights = found.weight_bytes
+    row["weights_gb"] = f"{weights / 1e9:.3f}"
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     linears = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, CompactLinear))]
     row["macs_per_token"] = sum(linear.weight.numel() for linear in linears)
@@ -125,6 +130,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--batches", type=int, nargs="+", choices=(1, 8), default=[1, 8])
+    parser.add_argument("--modes", nargs="+", choices=("plain", "fused", "compiled"), default=["plain", "fused"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead: to try this script")
     parser.add_argument("--device", default="cuda")

@@ -245,9 +245,7 @@ def _check_model(model: Any, decoder: Decoder, config: PruneConfig) -> None:
     for depth, own in enumerate(model.config.per_layer_config if checked else ()):
         heads, groups = (getattr(own, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
         if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-            raise InputError(
-                f"the {heads} attention heads of block {depth} do not divide into {groups} key-value heads"
-            )
+            raise InputError(f"the {heads} attention heads of block {depth} do not divide into {groups} groups")
     m = config.pattern.m
     for linear in decoder.linears:
         if m and linear.columns % m:
