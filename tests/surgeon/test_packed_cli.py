@@ -60,11 +60,25 @@ def test_what_pack_writes(pruned, packed, capsys):
     card = (packed / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "surgeon-2of4" in front["tags"]
-    assert "import llm_surgeon" in card and "report.html" in card
+    assert "import llm_surgeon" in card and "report.html" in card and 'device_map="auto")' in card
     assert "surgeon pack" in (pruned / "README.md").read_text()
     assert surgeon("pack", pruned, packed, "--overwrite") == 0
     text = capsys.readouterr().out
     assert "packed 42 linear layers" in text and "not 2:4, stored dense: lm_head" in text
+
+
+def test_a_structurally_pruned_model_is_packed_with_its_code(tmp_path):
+    groups, sparse, out = (tmp_path / name for name in ("groups", "sparse", "packed"))
+    options = ["--structure", "groups", "--sparsity", 0.3, "--round-to", 8]
+    assert surgeon("prune", MODEL, groups, *SMALL, *options) == 0
+    assert surgeon("prune", groups, sparse, *SMALL, "--method", "magnitude") == 0
+    assert surgeon("pack", sparse, out, "--quiet") == 0
+    assert 'device_map="auto", trust_remote_code=True)' in (out / "README.md").read_text()
+    dense, packed = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=True)
+        for folder in (sparse, out)
+    )
+    assert type(packed).__name__ == "PrunedLlamaForCausalLM" and continuation(packed) == continuation(dense)
 
 
 def test_eval_takes_a_packed_folder(pruned, packed, tmp_path, capsys):

@@ -72,7 +72,8 @@ def pack_checkpoint(
         for name in _KEPT_FILES
         if (Path(source) / name).is_file()
     }
-    card = _model_card(Path(source), report)
+    custom_code = model._auto_class is not None  # transformers writes such a class beside the weights
+    card = _model_card(Path(source), report, custom_code)
     save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files={**kept, "README.md": card}, overwrite=overwrite)
     return report
 
@@ -83,8 +84,9 @@ def model_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _model_card(source: Path, report: PackReport) -> str:
+def _model_card(source: Path, report: PackReport, custom_code: bool) -> str:
     """A README.md that says how to load the packed model; the front matter is that of the dense model's card."""
+    trust = ", trust_remote_code=True" if custom_code else ""
     front = _front_matter(source / "README.md") or {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front["tags"] = list(dict.fromkeys([*front.get("tags", []), "2:4", QUANT_METHOD]))
     more = "\nHow it was pruned, and what that cost: `report.html`.\n" if (source / "report.html").is_file() else ""
@@ -106,7 +108,7 @@ import llm_surgeon  # teaches transformers the format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "path/to/this/model"  # the folder or hub id that holds this card
-model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto")
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto"{trust})
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```
 
