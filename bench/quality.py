@@ -71,6 +71,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exchanges 4, damp_a 0.03": {"exchanges": 4, "damp_a": 0.03},
 }
 METHODS |= {f"surgeon joint, {name}": {"method": "surgeon", "update": "joint", **v} for name, v in VARIANTS.items()}
+# As LLM-Pruner's scripts have it: the first and the last blocks keep their groups (of the six of the models here).
+METHODS |= {f"{name} local, ends kept": {"importance": name, "skip_layers": "0,5"} for name in ("taylor1", "vector")}
 IMPORTANCE_METHODS = tuple(name for name, options in METHODS.items() if "importance" in options)
 # What is defined for structures that leave a smaller model.
 COUPLED_METHODS = ("surgeon none", "surgeon joint", *IMPORTANCE_METHODS)
