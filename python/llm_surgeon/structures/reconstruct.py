@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import NumericalError
+from llm_surgeon.fused import fused
 from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode
 from llm_surgeon.sparsegpt import BlockBatch, record_batch
 from llm_surgeon.structures.probe import agree
@@ -46,7 +47,7 @@ def reconstruct(
         NumericalError: a moment matrix is not positive definite; the message names the layer.
     """
     device = model.get_input_embeddings().weight.device
-    with evaluation_mode(model):
+    with evaluation_mode(model), fused(nn.ModuleList([model, *dense])):
         batches = [record_batch(model, decoder, *batch) for batch in calibration.batches(batch_size, device)]
         streams = [batch.hidden for batch in batches]  # the dense model's
         for depth, block in enumerate(decoder.blocks):
@@ -105,14 +106,8 @@ class _BlockFit:
         cross = {x.name: torch.zeros(x.rows, first.columns + ones, dtype=dtype, device=device) for x in readers}
         tokens = sum(batch.tokens for batch in self._batches)
         for index, batch in enumerate(self._batches):
-            inputs: dict[str, Tensor] = {}
-            outputs: dict[str, Tensor] = {}
-            with ExitStack() as hooks:
-                hooks.enter_context(first.module.register_forward_pre_hook(partial(_note_input, inputs)))
-                for linear in self._linears:
-                    hooks.enter_context(linear.module.register_forward_hook(partial(_note, outputs, linear.kind)))
-                batch.run(self._block)
-            a = inputs["a"]
+            a, outputs = self._run_up_to(first, batch)
+            outputs |= {linear.kind: linear.module(a) for linear in readers}
             mask = None if batch.mask is None else batch.mask.to(a.device).view(a.shape[:-1])
             gram_accumulate_(moment, a, mask=mask, ones_column=ones)
             a = a.reshape(-1, a.shape[-1])
@@ -126,6 +121,19 @@ class _BlockFit:
                 if ones:
                     cross[linear.name][:, -1] += lack.to(dtype).sum(dim=0)
         self._solve(readers, moment.full().div_(tokens), cross, tokens, damping)
+
+    def _run_up_to(self, linear: PrunableLinear, batch: BlockBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The input of ``linear``, and the outputs of the writers that run before it."""
+        outputs: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            for writer in self._writers:
+                hooks.enter_context(writer.module.register_forward_hook(partial(_note, outputs, writer.kind)))
+            hooks.enter_context(linear.module.register_forward_pre_hook(_stop))
+            try:
+                batch.run(self._block)
+            except _Reached as reached:
+                return reached.input, outputs
+        raise AssertionError(f"{linear.name} was not reached")
 
     def _lack_before(self, linear: PrunableLinear, index: int, outputs: dict[str, Tensor]) -> Tensor:
         """What the residual stream lacks when the output of ``linear`` is added to it."""
@@ -167,5 +175,12 @@ def _note(found: dict[str, Tensor], kind: str, _: nn.Module, args: tuple[Tensor,
     found[kind] = output
 
 
-def _note_input(found: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:
-    found["a"] = args[0]
+def _stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    raise _Reached(args[0])
+
+
+class _Reached(Exception):
+    """Ends a block's forward pass at a linear whose input is known."""
+
+    def __init__(self, input: Tensor) -> None:
+        self.input = input
