@@ -55,6 +55,7 @@ class DampedFactors:
         self._following = dict(zip((linear.name for linear in linears), linears[1:], strict=False))
         self._prefetcher = Prefetcher(device)
         self._last_a: tuple[_Key, DampedFactor] | None = None
+        self._diagonals: dict[_Key, Tensor] | None = None
         self._jitter: dict[_Key, float] = {}
         self.jitter: dict[str, float] = {}  # layer -> largest jitter a factorisation needed
 
@@ -65,20 +66,26 @@ class DampedFactors:
             NumericalError: a factor is not positive definite; the message names the layer.
         """
         if self._config.method == "surgeon":
-            self._diagonals  # noqa: B018, finds the jitters
+            self._factorised()
         return self._load(linear)
 
     def inverse_diagonals(self, linear: PrunableLinear) -> tuple[Tensor, Tensor]:
         """``diag(G⁻¹)`` ``[R]`` and ``diag(A⁻¹)`` ``[C']`` of the damped factors; raises as :meth:`of`."""
-        return self._diagonals[_key_g(linear)], self._diagonals[_key_a(linear)]
+        diagonals = self._factorised()
+        return diagonals[_key_g(linear)], diagonals[_key_a(linear)]
 
     def note_jitter(self, linear: PrunableLinear, jitter: float) -> None:
         """Record the jitter that a factorisation for ``linear`` needed, for the report."""
         if jitter > 0.0:
             self.jitter[linear.name] = max(jitter, self.jitter.get(linear.name, 0.0))
 
-    @cached_property
-    def _diagonals(self) -> dict[_Key, Tensor]:
+    def _factorised(self) -> dict[_Key, Tensor]:
+        """The diagonals of all inverses; with the first call come the jitters."""
+        if self._diagonals is None:
+            self._diagonals = self._factorise()
+        return self._diagonals
+
+    def _factorise(self) -> dict[_Key, Tensor]:
         diagonals: dict[_Key, Tensor] = {}
         good: list[Tensor] = []
         owners: list[tuple[_Key, PrunableLinear]] = []
