@@ -186,7 +186,8 @@ class ShotLoop:
                 else:
                     new = compensate_by_pairs(weight, selection, self._paired.of(linear), self.config)
                 factors.note_jitter(linear, new.jitter)
-            selection_of[linear.name] = new.selection.to(self.storage)
+            if new.selection is not selection:  # exchanges changed it
+                selection_of[linear.name] = new.selection.to(self.storage)
             linear.write(new.weight)
             if new.objective:
                 traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
