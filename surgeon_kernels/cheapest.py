@@ -118,7 +118,8 @@ def _up_to(
 ) -> Tensor:
     """What costs less than ``threshold``, or as much where ``ties``, or is pruned already."""
     if pattern is not None:
-        return nm_select(cost, *pattern, previous=previous, threshold=threshold, ties=ties)
+        valid = threshold > -math.inf  # the search for the threshold has read all costs
+        return nm_select(cost, *pattern, previous=previous, threshold=threshold, ties=ties, valid=valid)
     if fits_kernel(cost, None):
         mask = torch.ops.surgeon_kernels.cost_mask(*kernel_operands(cost), threshold, ties)
     else:

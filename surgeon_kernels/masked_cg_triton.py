@@ -140,7 +140,9 @@ class Passes:
     def __init__(
         self, solver: MaskedCG, *, resident: int = _RESIDENT, block: int = _BLOCK, warps: int = _WARPS
     ) -> None:
-        self.solver, self.warps = solver, warps
+        # The solver's tensors, not the solver: only the garbage collector would free the two if each held the other.
+        self.x, self.residual, self.direction, self.image = solver.x, solver.residual, solver.direction, solver.image
+        self.free, self.terms, self.warps = solver.free.view(torch.uint8), len(solver.terms), warps
         rows, columns = solver.x.shape
         self.block = min(block, triton.next_power_of_2(columns))
         blocks = triton.cdiv(columns, self.block)
@@ -159,17 +161,17 @@ class Passes:
 
     def finish(self, k: int) -> None:
         """The rest of iteration ``k``, once the product is there."""
-        solver, (rows, columns, blocks, units) = self.solver, self.sizes
+        rows, columns, blocks, units = self.sizes
         constants = {"BLOCK": self.block, "num_warps": self.warps}
-        with torch.cuda.device_of(solver.x):
+        with torch.cuda.device_of(self.x):
             curvature_kernel[(self.programs,)](
-                solver.direction, solver.image, self.curvatures, columns, blocks, units, **constants
+                self.direction, self.image, self.curvatures, columns, blocks, units, **constants
             )
-            constants |= {"TERMS": len(solver.terms), "PARTS": triton.next_power_of_2(self.programs)}
+            constants |= {"TERMS": self.terms, "PARTS": triton.next_power_of_2(self.programs)}
             residual_kernel[(self.programs,)](
-                solver.residual,
-                solver.image,
-                solver.free.view(torch.uint8),
+                self.residual,
+                self.image,
+                self.free,
                 self.row_scales,
                 self.column_scales,
                 self.curvatures,
@@ -183,9 +185,9 @@ class Passes:
                 **constants,
             )
             direction_kernel[(self.programs,)](
-                solver.x,
-                solver.residual,
-                solver.direction,
+                self.x,
+                self.residual,
+                self.direction,
                 self.row_scales,
                 self.column_scales,
                 self.curvatures,

@@ -25,6 +25,7 @@ def nm_select(
     previous: Tensor | None = None,
     threshold: float = math.inf,
     ties: bool = True,
+    valid: bool = False,
 ) -> Tensor:
     """The ``m - n`` cheapest weights of every ``m`` consecutive columns.
 
@@ -37,6 +38,8 @@ def nm_select(
             group, and costs nothing.
         threshold: leave groups alone that cost more (see :func:`nm_group_cost`) and hold no ``previous`` weight.
         ties: whether groups that cost exactly ``threshold`` are pruned.
+        valid: no cost is NaN or has a negative factor, as the caller knows: the kernel is not asked for it, and the
+            host does not wait for the device.
 
     Returns:
         bool ``[R, C]``, True where the weight is pruned: exactly ``m - n`` in every group, or none.
@@ -49,7 +52,8 @@ def nm_select(
         weight, g, a = _operands(cost)
         before = None if previous is None else previous.contiguous()
         pruned, invalid = torch.ops.surgeon_kernels.nm_select(weight, g, a, n, m, before, threshold, ties)
-        _require_valid(invalid)
+        if not valid:
+            _require_valid(invalid)
         return pruned
     pruned, total = _reference(checked_costs(cost), n, m, previous)
     chosen = ~((total > threshold) if ties else (total >= threshold))  # true for inf - inf

@@ -9,7 +9,14 @@ from surgeon_kernels.spd_inverse import cholesky_with_jitter
 
 
 def rows_columns_update(
-    weight: Tensor, G: Tensor, A: Tensor, rows: Tensor, columns: Tensor, *, name: str = "layer"
+    weight: Tensor,
+    G: Tensor,
+    A: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    removed: tuple[int, int] | None = None,
+    name: str = "layer",
 ) -> Tensor:
     """Minimise ``½ tr(Δᵀ G Δ A)`` subject to ``Δ = -W`` on all removed rows and columns.
 
@@ -23,6 +30,8 @@ def rows_columns_update(
     Args:
         weight: ``[R, C]``; G: damped ``[R, R]``; A: damped ``[C, C]``.
         rows: bool ``[R]``, True where removed; columns: bool ``[C]`` likewise.
+        removed: how many rows and columns that is, if known: the host does not wait for the device then, and a
+            kept block that is not positive definite is not reported but gives NaN.
 
     Returns:
         ``Δ`` ``[R, C]``.
@@ -30,20 +39,30 @@ def rows_columns_update(
     Raises:
         NotPositiveDefiniteError: a kept block of G or A is not positive definite.
     """
-    kept = _project(G, rows, weight, f"{name}: G of the kept rows") if rows.any() else weight
-    if columns.any():
-        kept = _project(A, columns, kept.T, f"{name}: A of the kept columns").T
+    gone_rows, gone_columns = removed or (None, None)
+    kept = _project(G, rows, gone_rows, weight, f"{name}: G of the kept rows")
+    kept = _project(A, columns, gone_columns, kept.T, f"{name}: A of the kept columns").T
     return kept - weight
 
 
-def _project(M: Tensor, removed: Tensor, X: Tensor, name: str) -> Tensor:
-    """``M[k̄,k̄]⁻¹ M[k̄,:] X`` on the kept rows of ``X``, zero on the removed ones.
+def _project(M: Tensor, removed: Tensor, count: int | None, X: Tensor, name: str) -> Tensor:
+    """``M[k̄,k̄]⁻¹ M[k̄,:] X`` on the kept rows of ``X``, zero on the ``count`` removed ones.
 
     Written as ``X[k̄] + M[k̄,k̄]⁻¹ M[k̄,removed] X[removed]``, which is exact where the off-diagonal block is zero.
     """
-    kept = ~removed
+    number = int(removed.sum()) if count is None else count
+    if number == 0:
+        return X
+    kept, gone = removed.byte().argsort(stable=True).split([len(removed) - number, number])
     out = torch.zeros_like(X)
-    if kept.any():
-        L, _ = cholesky_with_jitter(M[kept][:, kept], name=name)
-        out[kept] = X[kept] + torch.cholesky_solve(M[kept][:, removed] @ X[removed], L)
+    if len(kept):
+        rows = M[kept]  # [kept, n]
+        block = rows[:, kept]
+        L = cholesky_with_jitter(block, name=name)[0] if count is None else _cholesky_or_nan(block)
+        out[kept] = X[kept] + torch.cholesky_solve(rows[:, gone] @ X[gone], L)
     return out
+
+
+def _cholesky_or_nan(M: Tensor) -> Tensor:
+    L, info = torch.linalg.cholesky_ex(M)
+    return L.masked_fill_(info != 0, torch.nan)

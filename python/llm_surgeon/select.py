@@ -20,14 +20,17 @@ class Selection:
     pruned: Tensor  # bool [R, C], no bias column
     rows: Tensor | None = None  # bool [R], set for rows-columns
     columns: Tensor | None = None  # bool [C], set for rows-columns
+    removed: tuple[int, int] = (0, 0)  # how many rows and columns these are: known without asking the device
 
     def to(self, device: torch.device) -> Selection:
         rows, columns = (None if mask is None else mask.to(device) for mask in (self.rows, self.columns))
-        return Selection(self.pruned.to(device), rows, columns)
+        return Selection(self.pruned.to(device), rows, columns, self.removed)
 
     @classmethod
-    def of_rows_columns(cls, rows: Tensor, columns: Tensor) -> Selection:
-        return cls(rows[:, None] | columns[None, :], rows, columns)
+    def of_rows_columns(cls, rows: Tensor, columns: Tensor, removed: tuple[int, int] | None = None) -> Selection:
+        """With ``removed``, if the caller knows it, the host does not wait for the device."""
+        counts = (int(rows.sum()), int(columns.sum())) if removed is None else removed
+        return cls(rows[:, None] | columns[None, :], rows, columns, counts)
 
 
 def select_elements(
@@ -139,7 +142,12 @@ def _take_cheapest(
         count = 0
     taken = torch.zeros_like(scores, dtype=torch.bool)
     taken[order[:count]] = True
-    selections = [layer.with_removed(part) for layer, part in zip(layers, taken.split(lengths), strict=True)]
+    row_taken, of = is_row[:count].long(), owner[:count]
+    numbers = torch.stack([r0.index_add(0, of, row_taken), c0.index_add(0, of, 1 - row_taken)], dim=1).tolist()
+    selections = [
+        layer.with_removed(part, (rows, columns))
+        for layer, part, (rows, columns) in zip(layers, taken.split(lengths), numbers, strict=True)
+    ]
     return selections, float(scores[count - 1]) if count else None
 
 
@@ -164,15 +172,17 @@ class _Lines:
         assert before.rows is not None and before.columns is not None
         self.before = before
         self.R, self.C = before.pruned.shape
-        self.r0, self.c0 = int(before.rows.sum()), int(before.columns.sum())
+        self.r0, self.c0 = before.removed
         rows = _candidates(cost[0] / max(1, self.C - self.c0), before.rows, min_kept)
         columns = _candidates(cost[1] / max(1, self.R - self.r0), before.columns, min_kept)
         self.scores = torch.cat([rows, columns])
 
-    def with_removed(self, taken: Tensor) -> Selection:
+    def with_removed(self, taken: Tensor, removed: tuple[int, int]) -> Selection:
+        """What was removed before and is ``taken`` now, so many rows and columns in all."""
         taken = taken.to(self.before.pruned.device)
-        assert self.before.rows is not None and self.before.columns is not None
-        return Selection.of_rows_columns(self.before.rows | taken[: self.R], self.before.columns | taken[self.R :])
+        rows, columns = self.before.rows, self.before.columns
+        assert rows is not None and columns is not None
+        return Selection.of_rows_columns(rows | taken[: self.R], columns | taken[self.R :], removed)
 
 
 def _candidates(score: Tensor, gone: Tensor, min_kept: float) -> Tensor:

@@ -140,7 +140,8 @@ def _rows_columns_delta(
     bias = selection.columns.new_zeros(weight.shape[1] - selection.columns.numel())
     columns = torch.cat([selection.columns, bias])
     if config.update == "joint":
-        return rows_columns_update(weight, g.damped, a.damped, selection.rows, columns, name=name)
+        counts = selection.removed
+        return rows_columns_update(weight, g.damped, a.damped, selection.rows, columns, removed=counts, name=name)
     # Eq. 13: the update of every single row and column as if it went alone, all summed.
     rows_part = g.inverse / g.inverse.diagonal() @ weight.masked_fill(~selection.rows[:, None], 0.0)
     columns_part = (weight / a.inverse.diagonal()).masked_fill(~columns, 0.0) @ a.inverse

@@ -49,6 +49,8 @@ def test_every_combination(which_rows, which_columns):
     rows, columns = removed(5, which_rows, 3), removed(7, which_columns, 5)
     delta = rows_columns_update(W, G, A, rows, columns)
     assert relative_error(delta, dense.update(W, union(rows, columns), G, A)) < 1e-9
+    known = int(rows.sum()), int(columns.sum())
+    assert torch.equal(rows_columns_update(W, G, A, rows, columns, removed=known), delta)
     if which_rows == which_columns == "none":
         assert delta.eq(0).all()
     if "all" in (which_rows, which_columns):
@@ -106,3 +108,4 @@ def test_the_error_names_layer_and_factor(which):
     rows, columns = removed(4, "one", 0), removed(5, "one", 0)
     with pytest.raises(NotPositiveDefiniteError, match=rf"blocks\.3\.fc: {which} of the kept"):
         rows_columns_update(W, G, A, rows, columns, name="blocks.3.fc")
+    assert rows_columns_update(W, G, A, rows, columns, removed=(1, 1)).isnan().any()

@@ -1,6 +1,7 @@
 """Offloaded runs on a GPU: the same model, less memory, and what the plan said."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ def build(device):
     return LlamaForCausalLM(config).bfloat16().to(device)
 
 
+@pytest.fixture
+def no_collector():
+    """What only the garbage collector would free stays in memory."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.mark.parametrize("home", ["cuda", "cpu"])
 def test_an_offloaded_run_gives_nearly_the_same_model_in_less_memory(home):
     resident, offloaded = build("cuda"), build(home)
@@ -36,9 +46,10 @@ def test_an_offloaded_run_gives_nearly_the_same_model_in_less_memory(home):
         assert ours.loss_before == pytest.approx(theirs.loss_before, rel=2e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"checkpoint_activations": True}])
-@pytest.mark.parametrize("structure", ["rows-columns", "2:4"])
-def test_the_plan_is_within_a_tenth_of_the_peak(structure, options):
+@pytest.mark.parametrize(
+    "structure, options", [("2:4", {}), ("rows-columns", {"batch_size": 2}), ("2:4", {"checkpoint_activations": True})]
+)
+def test_the_plan_is_within_a_tenth_of_the_peak(structure, options, no_collector):
     model = build("cuda")
     prune(copy.deepcopy(model), TOKENS[:1], structure=structure, shots=1)  # libraries allocate their workspaces
     torch.cuda.empty_cache()
@@ -49,7 +60,7 @@ def test_the_plan_is_within_a_tenth_of_the_peak(structure, options):
     assert plan.memory_bytes == pytest.approx(peak, rel=0.1)
 
 
-def test_a_cap_on_memory_holds_and_is_lifted():
+def test_a_cap_on_memory_holds_and_is_lifted(no_collector):
     report = prune(build("cuda"), TOKENS, structure="rows-columns", shots=1, offload="cpu", gpu_memory="1.5GB")
     assert report.peak_memory_bytes <= 1.5e9
     assert torch.zeros(2 * 10**9, dtype=torch.uint8, device="cuda").numel() == 2 * 10**9

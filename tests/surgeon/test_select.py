@@ -150,6 +150,7 @@ def test_rows_and_columns_removed_earlier_stay_and_are_not_charged_again():
     config = PruneConfig(structure="rows-columns", sparsity=0.4)
     first, _ = select_rows_columns(costs, no_lines(costs), config, 0.2)
     second, _ = select_rows_columns([(c.flip(0), r.flip(0)) for r, c in costs], first, config, 0.4)
+    assert all(x.removed == (int(x.rows.sum()), int(x.columns.sum())) for x in (*first, *second))
     for before, after in zip(first, second, strict=True):
         assert bool((after.rows | ~before.rows).all() and (after.columns | ~before.columns).all())
     assert math.ceil(0.4 * 128) <= lines_removed(second) < 0.4 * 128 + 8

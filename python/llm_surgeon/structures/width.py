@@ -80,9 +80,11 @@ class WidthLoop(ShotLoop):
             predicted = float(costs[chosen].clamp_min(0.0).sum())
             self.removed[chosen] = True
             self.selections = [
-                Selection.of_rows_columns(*(self._mask(size, linear in ends) for size, ends in pairs))
+                Selection.of_rows_columns(
+                    self._mask(linear.rows, linear in self.residual.writers),
+                    self._mask(linear.columns, linear in self.residual.readers),
+                )
                 for linear in self.decoder.linears
-                for pairs in [((linear.rows, self.residual.writers), (linear.columns, self.residual.readers))]
             ]
         with self._phase("update", seconds):
             self._before_update()
