@@ -26,7 +26,7 @@ def test_compact_models_compute_the_same_with_fewer_weights_and_load_again(name,
     report = prune(model, TOKENS, structure="rows-columns", sparsity=0.4, shots=1)
     model.double()
     before = logits(model)
-    found = compact(model)
+    found = compact(model, multiple=1)
     torch.testing.assert_close(logits(model), before, rtol=0.0, atol=1e-8)
     assert found.before == report.weights and found.after <= 0.75 * found.before
     left = sum(m.weight.numel() for m in model.modules() if isinstance(m, (CompactLinear, torch.nn.Linear)))
@@ -44,10 +44,32 @@ def test_neurons_that_are_never_read_or_never_fire_are_removed():
         model.model.layers[0].mlp.gate_proj.weight[8:12] = 0.0
         model.model.layers[1].mlp.up_proj.weight[20:32] = 0.0
     before = logits(model)
-    found = compact(model)
+    found = compact(model, multiple=4)
     assert (found.neurons, found.linears) == (24, 0)
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.intermediate_size == 36
     torch.testing.assert_close(logits(model), before, rtol=0.0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_are_multiples_and_outputs_that_are_gone_read_a_zero_row(name):
+    model = build(name)
+    with torch.no_grad():
+        for linear in find_decoder(model).linears:
+            matrix = linear.matrix()
+            matrix[1:10] = 0.0
+            matrix[:, 3:20:2] = 0.0
+            linear.write(matrix)
+    model.double()
+    before = logits(model)
+    compact(model)
+    torch.testing.assert_close(logits(model), before, rtol=0.0, atol=1e-8)
+    linears = [module for module in model.modules() if isinstance(module, CompactLinear)]
+    assert linears
+    for linear in linears:
+        rows, columns = linear.weight.shape
+        assert rows % 8 == columns % 8 == 0 and len(linear.column_index) == columns
+        gone = linear.row_index.bincount(minlength=rows) > 1
+        assert int(gone.sum()) == (rows < linear.out_features) and not linear.weight[gone].any()
 
 
 def test_a_neuron_that_fires_without_input_stays_while_it_is_read():

@@ -24,7 +24,7 @@ def compact(
     if not quiet:
         console.print(
             f"{found.after:,} of {found.before:,} weights left ({percent(found.after / found.before)}): "
-            f"{found.neurons:,} neurons removed, {found.linears} linears gather or scatter\n"
+            f"{found.neurons:,} neurons removed, {found.linears} linears gather inputs or outputs\n"
             f"written to {out}; load it with trust_remote_code=True, or with this package",
             highlight=False,
             soft_wrap=True,

@@ -21,9 +21,10 @@ _PREFIX = "Pruned"
 
 
 class CompactLinear(nn.Module):
-    """``y = W a + b`` for a ``W`` ``[out, in]`` with zero rows and columns: gathers inputs and scatters outputs.
+    """``y = (W' a[column_index] + b')[row_index]``: ``W a + b`` for a ``W`` ``[out, in]`` with zero rows and columns.
 
-    ``weight`` is ``[rows, columns]``, the part that is left, at ``row_index`` and ``column_index``.
+    ``weight`` W' is ``[rows, columns]``, the part that is left. With fewer rows than outputs it has a zero row, which
+    ``row_index`` ``[out]`` names for every row that is gone: outputs are gathered, not scattered into zeros.
     """
 
     row_index: torch.Tensor
@@ -34,7 +35,7 @@ class CompactLinear(nn.Module):
         self.out_features, self.in_features = out_features, in_features
         self.weight = nn.Parameter(torch.empty(rows, columns))
         self.bias = nn.Parameter(torch.empty(rows)) if bias else None
-        self.register_buffer("row_index", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("row_index", torch.zeros(out_features, dtype=torch.int64))
         self.register_buffer("column_index", torch.zeros(columns, dtype=torch.int64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,9 +43,7 @@ class CompactLinear(nn.Module):
         if columns < self.in_features:
             x = x.index_select(-1, self.column_index)
         y = nn.functional.linear(x, self.weight, self.bias)
-        if rows == self.out_features:
-            return y
-        return y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.row_index, y)
+        return y.index_select(-1, self.row_index) if rows < self.out_features else y
 
 
 class _PrunedMixin:
