@@ -2,7 +2,7 @@
 
     python bench/linear_2_4.py            # every shape and number of tokens, appended to results/linear_2_4.csv
 
-Both sides run in the same process, one after the other: in a CUDA graph (device time) and called plainly (what a Python
+Both sides run in the same process, by turns: in a CUDA graph (device time) and called plainly (what a Python
 loop sees); weights rotate among copies several times the L2 cache, so that they come from memory. Host times are those
 of issuing a call, the device never waited for. Times are medians; errors are Frobenius norms against a float64 product.
 The floor is the larger of reading the packed weight once at the copy bandwidth measured here, and the operations at
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from surgeon_kernels.pack_2_4 import pack_2_4
 DEVICE = "cuda"
 SHAPES = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+LIBRARY_TOKENS = 1024  # from here on cuSPARSELt, where it was asked for, takes part
 SPARSE_RATE = 2 * 989.5e12  # of the H100 and H200 (SXM), 16 bits, by NVIDIA's datasheet
 _ROTATED_BYTES = 200 << 20
 
@@ -41,39 +42,54 @@ def weight_2_4(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return (weight.view(rows, columns) / columns**0.5).to(dtype)
 
 
-def median_us(run: Callable[[], object], calls: int, repetitions: int = 7) -> float:
+def median_us(runs: list[Callable[[], object]], calls: int, repetitions: int = 7) -> list[float]:
+    """Microseconds a call of each run, one after the other in every repetition: they share clocks and heat."""
     times = []
     for _ in range(repetitions):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+        for run in runs:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / calls)
+    return [statistics.median(times[index :: len(runs)]) for index in range(len(runs))]
 
 
-def measure_calls(calls: list[Callable[[], object]]) -> tuple[float, float, float]:
+class Times(NamedTuple):
     """Microseconds a call: in a CUDA graph, called plainly, and on the host."""
 
-    def run() -> None:
+    graph: float
+    eager: float
+    host: float
+
+
+def measure_calls(contenders: list[list[Callable[[], object]]]) -> list[Times]:
+    def run(calls: list[Callable[[], object]]) -> None:
         for call in calls:
             call()
 
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    replayed, eager = median_us(graph.replay, len(calls)), median_us(run, len(calls))
-    issued = []
-    for _ in range(20):
+    graphs = []
+    for calls in contenders:
+        run(calls)
         torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        issued.append((time.perf_counter() - begin) * 1e6 / len(calls))
-    return replayed, eager, statistics.median(issued)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run(calls)
+        graph.replay()
+        graphs.append(graph)
+    count = len(contenders[0])
+    replayed = median_us([graph.replay for graph in graphs], count)
+    eager = median_us([partial(run, calls) for calls in contenders], count)
+    issued: list[list[float]] = [[] for _ in contenders]
+    for _ in range(20):
+        for calls, times in zip(contenders, issued, strict=True):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            run(calls)
+            times.append((time.perf_counter() - begin) * 1e6 / count)
+    torch.cuda.synchronize()
+    return [Times(*each) for each in zip(replayed, eager, map(statistics.median, issued), strict=True)]
 
 
 def copies(tensor: Tensor) -> list[Tensor]:
@@ -88,7 +104,7 @@ def bandwidth() -> float:
     """Bytes a second of a large copy, read and written."""
     source = torch.randn(1 << 28, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (median_us(lambda: target.copy_(source), 1) * 1e-6)
+    return 2 * source.nbytes / (median_us([lambda: target.copy_(source)], 1)[0] * 1e-6)
 
 
 def measure(
@@ -96,35 +112,44 @@ def measure(
 ) -> Iterable[dict[str, Any]]:
     rows, columns = weight.shape
     dense = copies(weight)
-    prepared = prepare_2_4(pack_2_4(weight))
-    packed = [prepared._replace(fragments=data) for data in copies(prepared.fragments)]
+    prepared = prepare_2_4(pack_2_4(weight), cusparselt=not bias)
+    packed = [prepared._replace(fragments=data, compressed=None) for data in copies(prepared.fragments)]
+    ways = {"own": packed}
+    if prepared.compressed is not None:
+        ways["cusparselt"] = [prepared._replace(compressed=data) for data in copies(prepared.compressed)]
     b = torch.randn(rows, device=DEVICE).to(dtype) if bias else None
     for n in tokens:
         xs = [torch.randn(n, columns, device=DEVICE).to(dtype) for _ in range(4)]
-        count = max(24, len(packed))
-        theirs = measure_calls([partial(functional.linear, xs[i % 4], dense[i % len(dense)], b) for i in range(count)])
-        ours = measure_calls([partial(linear_2_4, xs[i % 4], packed[i % len(packed)], b) for i in range(count)])
+        names = [name for name in ways if name == "own" or n >= LIBRARY_TOKENS]
+        count = max(24, len(packed)) if n < 2048 else 12
+        contenders = [[partial(functional.linear, xs[i % 4], dense[i % len(dense)], b) for i in range(count)]]
+        for name in names:
+            weights = ways[name]
+            contenders.append([partial(linear_2_4, xs[i % 4], weights[i % len(weights)], b) for i in range(count)])
+        theirs, *ours = measure_calls(contenders)
         exact = functional.linear(xs[0].double(), weight.double(), None if b is None else b.double())
-        floor = max(prepared.nbytes / copy_rate, 2 * n * rows * columns / SPARSE_RATE) * 1e6
-        yield {
-            "rows": rows,
-            "columns": columns,
-            "tokens": n,
-            "dtype": str(dtype).removeprefix("torch."),
-            "bias": bias,
-            "dense_us": f"{theirs[0]:.2f}",
-            "kernel_us": f"{ours[0]:.2f}",
-            "speedup": f"{theirs[0] / ours[0]:.2f}",
-            "dense_eager_us": f"{theirs[1]:.2f}",
-            "kernel_eager_us": f"{ours[1]:.2f}",
-            "eager_speedup": f"{theirs[1] / ours[1]:.2f}",
-            "dense_host_us": f"{theirs[2]:.1f}",
-            "kernel_host_us": f"{ours[2]:.1f}",
-            "floor_us": f"{floor:.2f}",
-            "floor_percent": f"{100 * floor / ours[0]:.0f}",
-            "error": f"{error(linear_2_4(xs[0], packed[0], b), exact):.2e}",
-            "dense_error": f"{error(functional.linear(xs[0], weight, b), exact):.2e}",
-        }
+        floor = max(prepared.fragments.nbytes / copy_rate, 2 * n * rows * columns / SPARSE_RATE) * 1e6
+        for name, times in zip(names, ours, strict=True):
+            yield {
+                "rows": rows,
+                "columns": columns,
+                "tokens": n,
+                "dtype": str(dtype).removeprefix("torch."),
+                "bias": bias,
+                "way": name,
+                "dense_us": f"{theirs.graph:.2f}",
+                "kernel_us": f"{times.graph:.2f}",
+                "speedup": f"{theirs.graph / times.graph:.2f}",
+                "dense_eager_us": f"{theirs.eager:.2f}",
+                "kernel_eager_us": f"{times.eager:.2f}",
+                "eager_speedup": f"{theirs.eager / times.eager:.2f}",
+                "dense_host_us": f"{theirs.host:.1f}",
+                "kernel_host_us": f"{times.host:.1f}",
+                "floor_us": f"{floor:.2f}",
+                "floor_percent": f"{100 * floor / times.graph:.0f}",
+                "error": f"{error(linear_2_4(xs[0], ways[name][0], b), exact):.2e}",
+                "dense_error": f"{error(functional.linear(xs[0], weight, b), exact):.2e}",
+            }
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 // Which kernel computes a 2:4 linear, and how many blocks share its columns.
 #include "linear_2_4.h"
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -49,7 +50,7 @@ int concurrent_clusters(const Linear24& call, int number, int index, Device& dev
   std::atomic<int>& known = device.clusters[call.half][number][index];
   if (known.load(std::memory_order_relaxed) == 0) {
     int clusters = 0;
-    if (kernel_of(number).run[call.half](call, kSplits[index], nullptr, &clusters) != cudaSuccess) {
+    if (kernel_of(number).run[call.half](call, {0, 0, kSplits[index], 0}, nullptr, &clusters) != cudaSuccess) {
       cudaGetLastError();  // not launched, so nothing is lost: such a split is simply not chosen
       clusters = -1;
     }
@@ -59,74 +60,114 @@ int concurrent_clusters(const Linear24& call, int number, int index, Device& dev
   return known.load(std::memory_order_relaxed);
 }
 
-// Measured on an H200. The smallest tile that holds the tokens; past 512 tokens, or where rows are long, blocks of
-// twice the rows, because x is then read half as often.
-int kernel_for(const Linear24& call, const Device& device) {
-  if (call.tokens <= 2 && call.rows <= 8192) return kMma8Narrow;
-  if (call.tokens <= 8) return kMma8;
-  if (call.tokens <= 16) return kMma16;
-  if (device.capability != 9) return kMma32;
-  if (call.tokens <= 32) return kMmaCount + kWgmma32;
-  if (call.tokens <= 64) return kMmaCount + kWgmma64;
-  return kMmaCount + (call.tokens > 512 || call.units >= 64 ? kWgmma128Wide : kWgmma128);
+int tiles_of(const Linear24& call, const Kernel24& kernel) {
+  return ceil_div(call.rows, kernel.rows) * ceil_div(call.tokens, kernel.tokens);
 }
 
-// As many blocks share the columns as still run at the same time: more would wait for a second wave.
-int choice_for(const Linear24& call, Device& device) {
-  const int number = kernel_for(call, device);
-  const Kernel24& kernel = kernel_of(number);
-  const int clusters = ceil_div(call.rows, kernel.rows) * ceil_div(call.tokens, kernel.tokens);
-  const int most = number < kMmaCount ? 4 : 8;
+// Few tokens: the smallest tile that holds them, and as many blocks share the columns as still run at the same time,
+// because more would wait for a second wave.
+int choice_for_few(const Linear24& call, Device& device) {
+  const bool hopper = device.capability == 9;
+  const int number = call.tokens <= 2 && call.rows <= 8192 ? kMma8Narrow
+                     : call.tokens <= 8                    ? kMma8
+                     : call.tokens <= 16                   ? kMma16
+                     : !hopper                             ? kMma32
+                                                           : kMmaCount + (call.tokens <= 32 ? kWgmma32 : kWgmma64);
+  const int tiles = tiles_of(call, kernel_of(number)), most = number < kMmaCount ? 4 : 8;
   int best = 0;
   for (int index = 1; index < kSplitCount && kSplits[index] <= most; ++index) {
     if (!allowed(call, number, kSplits[index], device)) break;
-    if (clusters <= concurrent_clusters(call, number, index, device)) best = index;
+    if (tiles <= concurrent_clusters(call, number, index, device)) best = index;
   }
   return number * kSplitCount + best;
 }
 
-// Sizes that share a pinned choice: tokens up to the same power of two.
-using Key = std::tuple<int, bool, int, int, int>;
+// Nanoseconds of a tile of each of Wgmma24 a unit of columns, all multiprocessors busy; of its beginning and end; and
+// of adding up the sums of a cluster. Measured on an H200.
+constexpr float kUnitTime[kWgmmaCount] = {450, 600, 1050, 1000};
+constexpr float kTileTime = 3000, kClusterTime = 2000;
 
-Key key_of(const Linear24& call, const Device& device) {
+// Many tokens: the least estimated time. Whole waves of tiles take their columns alone, the blocks of a cluster share
+// those of the tiles that are left.
+int choice_for_many(const Linear24& call, Device& device) {
+  int best = -1;
+  float least = 0;
+  for (int number = kMmaCount + kWgmma64; number < kKernelCount; ++number) {
+    const int tiles = tiles_of(call, kernel_of(number)), at_once = concurrent_clusters(call, number, 0, device);
+    if (at_once <= 0) continue;
+    const float unit = kUnitTime[number - kMmaCount];
+    for (int index = 0; index < kSplitCount && allowed(call, number, kSplits[index], device); ++index) {
+      const int clusters = concurrent_clusters(call, number, index, device), left = tiles % at_once;
+      if (clusters <= 0 || (index > 0 && left == 0)) continue;
+      const float wave = call.units * unit + kTileTime;
+      const float shared = ceil_div(call.units, kSplits[index]) * unit + kTileTime + kClusterTime;
+      const float time =
+          index == 0 ? ceil_div(tiles, at_once) * wave : tiles / at_once * wave + ceil_div(left, clusters) * shared;
+      if (best < 0 || time < least) best = number * kSplitCount + index, least = time;
+    }
+  }
+  return best;
+}
+
+// Of cuSPARSELt 0.8's algorithms the one that was fastest, or nearly, at all sizes from this number of tokens on.
+constexpr int kLibraryTokens = 1024, kLibraryAlgorithm = 17;
+
+int choice_for(const Linear24& call, bool library, Device& device) {
+  if (library && call.tokens >= kLibraryTokens) return linear_2_4_choices() + kLibraryAlgorithm;
+  return call.tokens <= 64 || device.capability != 9 ? choice_for_few(call, device) : choice_for_many(call, device);
+}
+
+// Sizes that share a pinned choice: tokens up to the same power of two.
+using Key = std::tuple<int, bool, bool, int, int, int>;
+
+Key key_of(const Linear24& call, bool library, const Device& device) {
   int bucket = 0;
   while (bucket < 13 && (1 << bucket) < call.tokens) ++bucket;
-  return {device.id, call.half, ceil_div(call.rows, 16), call.units, bucket};
+  return {device.id, library, call.half, ceil_div(call.rows, 16), call.units, bucket};
 }
 
 std::shared_mutex pins_mutex;
 std::map<Key, int> pins;
-
-int pinned_choice(const Linear24& call, const Device& device) {
-  const std::shared_lock lock(pins_mutex);
-  const auto found = pins.find(key_of(call, device));
-  return found == pins.end() ? -1 : found->second;
-}
 
 }  // namespace
 
 int linear_2_4_choices() { return kKernelCount * kSplitCount; }
 
 cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream) {
-  const Device& device = current_device();
+  Device& device = current_device();
   const int number = choice / kSplitCount, split = kSplits[choice % kSplitCount];
   if (!allowed(call, number, split, device)) return cudaErrorNotSupported;
   const Kernel24& kernel = kernel_of(number);
+  const auto run = kernel.run[call.half];
   Linear24 with = call;
   with.overlap = device.capability < 9 ? Overlap::kNone : kernel.overlap;
-  return kernel.run[call.half](with, split, stream, nullptr);
+  const int tiles = tiles_of(call, kernel);
+  if (number < kMmaCount) return run(with, {0, tiles, split, tiles}, stream, nullptr);
+  // Blocks take tile after tile where they have all columns; an activation ends in the memory of the next tile.
+  const int at_once = std::max(1, concurrent_clusters(call, number, 0, device));
+  const int alone = split == 1 ? tiles : tiles / at_once * at_once;
+  if (alone > 0) {
+    const int clusters = call.activation == Activation::kNone ? std::min(alone, at_once) : alone;
+    const cudaError_t status = run(with, {0, alone, 1, clusters}, stream, nullptr);
+    if (status != cudaSuccess || alone == tiles) return status;
+  }
+  return run(with, {alone, tiles, split, tiles - alone}, stream, nullptr);
 }
 
-void linear_2_4_pin(const Linear24& call, int choice) {
-  const Key key = key_of(call, current_device());
+void linear_2_4_pin(const Linear24& call, bool library, int choice) {
+  const Key key = key_of(call, library, current_device());
   const std::unique_lock lock(pins_mutex);
   pins[key] = choice;
 }
 
-cudaError_t linear_2_4(const Linear24& call, cudaStream_t stream) {
+int linear_2_4_choice(const Linear24& call, bool library) {
   Device& device = current_device();
-  const int pinned = pinned_choice(call, device);
-  return linear_2_4_run(call, pinned >= 0 ? pinned : choice_for(call, device), stream);
+  {
+    const std::shared_lock lock(pins_mutex);
+    const auto found = pins.find(key_of(call, library, device));
+    if (found != pins.end()) return found->second;
+  }
+  return choice_for(call, library, device);
 }
 
 }  // namespace surgeon

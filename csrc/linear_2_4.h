@@ -32,14 +32,22 @@ struct Linear24 {
   Overlap overlap;
 };
 
-// A kernel for blocks of `rows` x `tokens`, whose warps take `step` units at a time. `run` launches it with `split`
-// blocks of a cluster sharing the columns or, where `capacity` is given, only says how many such clusters run at once.
+// Tiles first .. end - 1 of y, computed by `clusters` clusters, the `split` blocks of each sharing the columns.
+struct Part24 {
+  int first;
+  int end;
+  int split;
+  int clusters;
+};
+
+// A kernel for tiles of `rows` x `tokens`, whose warps take `step` units at a time. `run` launches it or, where
+// `capacity` is given, only says how many clusters of `split` blocks run at once.
 struct Kernel24 {
   int tokens;
   int rows;
   int step;
   Overlap overlap;
-  cudaError_t (*run[2])(const Linear24& call, int split, cudaStream_t stream, int* capacity);  // bfloat16, float16
+  cudaError_t (*run[2])(const Linear24& call, const Part24& part, cudaStream_t stream, int* capacity);  // bf16, fp16
 };
 
 // Kernels on mma.sp (every device from capability 8.0) and on wgmma.sp (9.0).
@@ -48,12 +56,15 @@ enum Wgmma24 { kWgmma32, kWgmma64, kWgmma128, kWgmma128Wide, kWgmmaCount };
 const Kernel24& linear_2_4_mma_kernel(int which);
 const Kernel24& linear_2_4_wgmma_kernel(int which);
 
-// The kernel that the rule in linear_2_4.cpp names, or the choice pinned for this device, these sizes and this dtype.
-cudaError_t linear_2_4(const Linear24& call, cudaStream_t stream);
-
-// A choice (kernel and split) by its number; cudaErrorNotSupported where the device or the sizes do not allow it.
+// Choices are numbers: below linear_2_4_choices() a kernel and its split; from there on, if the caller has the weight
+// also as cuSPARSELt compresses it (`library`), that library's algorithm of the number that is left.
 int linear_2_4_choices();
+
+// The choice of the rules in linear_2_4.cpp, or the one pinned for this device, these sizes and this dtype.
+int linear_2_4_choice(const Linear24& call, bool library);
+void linear_2_4_pin(const Linear24& call, bool library, int choice);
+
+// Runs one of our own; cudaErrorNotSupported where the device or the sizes do not allow it.
 cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream);
-void linear_2_4_pin(const Linear24& call, int choice);
 
 }  // namespace surgeon

@@ -120,22 +120,24 @@ __global__ void __launch_bounds__(32 * WM * WK, BLOCKS) linear_2_4_mma(const Lin
   // Partial sums of the warps that share rows, then of the blocks that share them, each added in a fixed order.
   float* partial = reinterpret_cast<float*>(shared);  // [WK][kTokens][kSumPitch]
 #pragma unroll
-  for (int m = 0; m < MT; ++m)
+  for (int m = 0; m < MT; ++m) {
+    const int first = row0 + (wm * MT + m) * 16 + lane / 4;
+    const float bias[2] = {wk == 0 ? load_bias<T>(p, first, rank) : 0.f, wk == 0 ? load_bias<T>(p, first + 8, rank) : 0.f};
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = n * 8 + lane % 4 * 2 + i % 2, row = (wm * MT + m) * 16 + lane / 4 + i / 2 * 8;
-        partial[(wk * Tile::kTokens + token) * Tile::kSumPitch + row] = sums[m][n][i];
+        partial[(wk * Tile::kTokens + token) * Tile::kSumPitch + row] = sums[m][n][i] + bias[i / 2];
       }
+  }
   __syncthreads();
   const int items = valid * (Tile::kRows / 4);
   auto add_warps = [&](int token, int row) {
     float4 sum = *reinterpret_cast<float4*>(partial + token * Tile::kSumPitch + row);
 #pragma unroll
     for (int w = 1; w < WK; ++w) {
-      const float4 v =
-          *reinterpret_cast<float4*>(partial + (w * Tile::kTokens + token) * Tile::kSumPitch + row);
+      const float4 v = *reinterpret_cast<float4*>(partial + (w * Tile::kTokens + token) * Tile::kSumPitch + row);
       sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
     return sum;
@@ -164,15 +166,15 @@ __global__ void __launch_bounds__(32 * WM * WK, BLOCKS) linear_2_4_mma(const Lin
 }
 
 template <class T, int NT, int MT, int WM, int WK, int STAGES, int BLOCKS>
-cudaError_t launch_linear_2_4_mma(const Linear24& p, int split, cudaStream_t stream, int* capacity) {
+cudaError_t launch_linear_2_4_mma(const Linear24& p, const Part24& part, cudaStream_t stream, int* capacity) {
   using Tile = MmaTile<T, NT, MT, WM, WK, STAGES>;
   auto kernel = linear_2_4_mma<T, NT, MT, WM, WK, STAGES, BLOCKS>;
   static std::atomic<bool> ready[kMaxDevices];
   const cudaError_t status = allow_shared_bytes(reinterpret_cast<const void*>(kernel), Tile::kSharedBytes, ready);
   if (status != cudaSuccess) return status;
-  if (capacity != nullptr) return count_clusters(kernel, split, Tile::kThreads, Tile::kSharedBytes, capacity);
-  const dim3 grid(split, (p.tokens + Tile::kTokens - 1) / Tile::kTokens, (p.rows + Tile::kRows - 1) / Tile::kRows);
-  const Launch launch(grid, Tile::kThreads, Tile::kSharedBytes, p.overlap, stream);
+  if (capacity != nullptr) return count_clusters(kernel, part.split, Tile::kThreads, Tile::kSharedBytes, capacity);
+  const dim3 grid(part.split, (p.tokens + Tile::kTokens - 1) / Tile::kTokens, (p.rows + Tile::kRows - 1) / Tile::kRows);
+  const Launch launch(grid, part.split, Tile::kThreads, Tile::kSharedBytes, p.overlap, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, p);
 }
 

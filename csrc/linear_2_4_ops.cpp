@@ -2,6 +2,7 @@
 #include <optional>
 
 #include "linear_2_4.h"
+#include "linear_2_4_cusparselt.h"
 #include "ops.h"
 
 namespace {
@@ -42,41 +43,96 @@ struct Linear24 {
   }
 };
 
+// Whether the sizes or the device allow this choice; if so, it is under way.
+bool run(const surgeon::Linear24& call, int choice, const std::optional<Tensor>& compressed) {
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  surgeon::Linear24 rest = call;
+  if (choice >= surgeon::linear_2_4_choices()) {
+    if (!compressed) return false;
+    // cuSPARSELt takes tokens by eight; our kernel for few tokens does those that are left.
+    const int tokens = call.tokens / 8 * 8;
+    surgeon::CusparseltPlan* plan = nullptr;
+    size_t workspace_bytes = 0;
+    const char* error = surgeon::cusparselt_plan({tokens, call.rows, call.columns, call.half},
+                                                 choice - surgeon::linear_2_4_choices(), &plan, &workspace_bytes);
+    TORCH_CHECK(error == nullptr, "linear_2_4: cuSPARSELt: ", error);
+    if (tokens == 0 || plan == nullptr) return false;
+    const Tensor workspace = at::empty({static_cast<int64_t>(workspace_bytes)}, compressed->options());
+    error = surgeon::cusparselt_run(plan, compressed->const_data_ptr(), call.x, call.y, workspace.mutable_data_ptr(),
+                                    stream);
+    TORCH_CHECK(error == nullptr, "linear_2_4: cuSPARSELt: ", error);
+    if (tokens == call.tokens) return true;
+    rest.tokens -= tokens;
+    rest.x = static_cast<const char*>(call.x) + static_cast<size_t>(tokens) * call.columns * 2;
+    rest.y = static_cast<char*>(call.y) + static_cast<size_t>(tokens) * call.rows * 2;
+    choice = surgeon::linear_2_4_choice(rest, false);
+  }
+  const cudaError_t status = surgeon::linear_2_4_run(rest, choice, stream);
+  if (status == cudaErrorNotSupported) return false;
+  C10_CUDA_CHECK(status);
+  return true;
+}
+
 Tensor linear_2_4(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t rows,
-                  int64_t activation) {
+                  int64_t activation, const std::optional<Tensor>& compressed) {
   const c10::cuda::CUDAGuard guard(x.device());
   const Linear24 linear(x, weight, bias, rows, activation);
-  if (linear.y.numel() > 0) C10_CUDA_CHECK(surgeon::linear_2_4(linear.call, c10::cuda::getCurrentCUDAStream()));
+  if (linear.y.numel() == 0) return linear.y;
+  const bool plain = linear.call.bias == nullptr && linear.call.activation == surgeon::Activation::kNone;
+  const bool library = compressed && plain;  // cuSPARSELt would keep a plan for every bias
+  if (library && run(linear.call, surgeon::linear_2_4_choice(linear.call, true), compressed)) return linear.y;
+  const int choice = surgeon::linear_2_4_choice(linear.call, false);
+  TORCH_CHECK(run(linear.call, choice, std::nullopt), "linear_2_4: no kernel runs on this device");
   return linear.y;
 }
 
 // The same by the way `choice`; nothing where the device or the sizes do not allow it.
-std::optional<Tensor> linear_2_4_run(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice) {
+std::optional<Tensor> linear_2_4_run(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice,
+                                     const std::optional<Tensor>& compressed) {
   const c10::cuda::CUDAGuard guard(x.device());
   const Linear24 linear(x, weight, std::nullopt, rows, 0);
-  const cudaError_t status =
-      surgeon::linear_2_4_run(linear.call, static_cast<int>(choice), c10::cuda::getCurrentCUDAStream());
-  if (status == cudaErrorNotSupported) return std::nullopt;
-  C10_CUDA_CHECK(status);
+  if (!run(linear.call, static_cast<int>(choice), compressed)) return std::nullopt;
   return linear.y;
 }
 
-void linear_2_4_pin(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice) {
+void linear_2_4_pin(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice, bool library) {
   const c10::cuda::CUDAGuard guard(x.device());
-  surgeon::linear_2_4_pin(Linear24(x, weight, std::nullopt, rows, 0).call, static_cast<int>(choice));
+  surgeon::linear_2_4_pin(Linear24(x, weight, std::nullopt, rows, 0).call, library, static_cast<int>(choice));
+}
+
+// A dense 2:4 weight as cuSPARSELt compresses it.
+Tensor linear_2_4_compress(const Tensor& dense) {
+  const c10::cuda::CUDAGuard guard(dense.device());
+  TORCH_CHECK(dense.dim() == 2 && dense.is_contiguous() && dense.size(0) % 16 == 0 && dense.size(1) % 16 == 0 &&
+                  (dense.scalar_type() == at::kHalf || dense.scalar_type() == at::kBFloat16),
+              "linear_2_4_compress: a contiguous matrix of 16 bits, its sizes divisible by 16");
+  const surgeon::Cusparselt24 size{128, static_cast<int>(dense.size(0)), static_cast<int>(dense.size(1)),
+                                   dense.scalar_type() == at::kHalf};
+  size_t bytes = 0, buffer_bytes = 0;
+  const char* error = surgeon::cusparselt_compressed_bytes(size, &bytes, &buffer_bytes);
+  TORCH_CHECK(error == nullptr, "linear_2_4_compress: cuSPARSELt: ", error);
+  const Tensor compressed = at::empty({static_cast<int64_t>(bytes)}, dense.options().dtype(at::kByte));
+  const Tensor buffer = at::empty({static_cast<int64_t>(buffer_bytes)}, compressed.options());
+  error = surgeon::cusparselt_compress(size, dense.const_data_ptr(), compressed.mutable_data_ptr(),
+                                       buffer.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+  TORCH_CHECK(error == nullptr, "linear_2_4_compress: cuSPARSELt: ", error);
+  return compressed;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(surgeon_kernels, m) {
-  m.def("linear_2_4(Tensor x, Tensor weight, Tensor? bias, int rows, int activation) -> Tensor");
+  m.def("linear_2_4(Tensor x, Tensor weight, Tensor? bias, int rows, int activation, Tensor? compressed=None) -> Tensor");
   m.def("linear_2_4_choices() -> int", [] { return static_cast<int64_t>(surgeon::linear_2_4_choices()); });
-  m.def("linear_2_4_run(Tensor x, Tensor weight, int rows, int choice) -> Tensor?");
-  m.def("linear_2_4_pin(Tensor x, Tensor weight, int rows, int choice) -> ()");
+  m.def("linear_2_4_run(Tensor x, Tensor weight, int rows, int choice, Tensor? compressed=None) -> Tensor?");
+  m.def("linear_2_4_pin(Tensor x, Tensor weight, int rows, int choice, bool library=False) -> ()");
+  m.def("linear_2_4_compress(Tensor dense) -> Tensor");
+  m.def("cusparselt_version() -> int", [] { return static_cast<int64_t>(surgeon::cusparselt_version()); });
 }
 
 TORCH_LIBRARY_IMPL(surgeon_kernels, CUDA, m) {
   m.impl("linear_2_4", &linear_2_4);
   m.impl("linear_2_4_run", &linear_2_4_run);
   m.impl("linear_2_4_pin", &linear_2_4_pin);
+  m.impl("linear_2_4_compress", &linear_2_4_compress);
 }

@@ -34,20 +34,18 @@ __device__ inline T from_float(float v) {
     return __float2bfloat16_rn(v);
 }
 
-// y[token, row .. row + 3] = act(sum + bias), rows past the end left out.
+// Of the blocks that share the columns of a row, the first adds its bias.
+template <class T>
+__device__ inline float load_bias(const Linear24& p, int row, int rank) {
+  return rank == 0 && p.bias != nullptr && row < p.rows ? to_float(static_cast<const T*>(p.bias)[row]) : 0.f;
+}
+
+// y[token, row .. row + 3] = act(sum), rows past the end left out.
 template <class T>
 __device__ inline void store_sums(const Linear24& p, int token, int row, const float4& sum) {
   float v[4] = {sum.x, sum.y, sum.z, sum.w};
   alignas(8) T out[4];
   const bool whole = p.rows % 4 == 0 && row + 4 <= p.rows;
-  const T* bias = static_cast<const T*>(p.bias);
-  if (bias != nullptr) {
-    if (whole) *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(bias + row);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (whole || row + i < p.rows) v[i] += to_float(whole ? out[i] : bias[row + i]);
-    }
-  }
   if (p.activation != Activation::kNone) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = activate(v[i], p.activation);
@@ -84,20 +82,20 @@ __device__ inline float4 cluster_sum(float* partial, int offset, int split) {
 }
 #endif
 
-// A launch with the blocks of x grouped in clusters and, if asked, an early start (both need capability 9.0).
+// A launch whose blocks of x are grouped in clusters and, if asked, start early (both need capability 9.0).
 struct Launch {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
 
-  Launch(dim3 grid, int threads, int shared_bytes, Overlap overlap, cudaStream_t stream) {
+  Launch(dim3 grid, int cluster, int threads, int shared_bytes, Overlap overlap, cudaStream_t stream) {
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
-    if (grid.x > 1) {
+    if (cluster > 1) {
       attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs].val.clusterDim = {grid.x, 1, 1};
+      attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
       ++config.numAttrs;
     }
     if (overlap != Overlap::kNone) {
@@ -123,7 +121,7 @@ inline cudaError_t allow_shared_bytes(const void* kernel, int bytes, std::atomic
 template <class... Arguments>
 cudaError_t count_clusters(void (*kernel)(Arguments...), int split, int threads, int shared_bytes, int* clusters) {
   if (split > 1) {
-    const Launch launch(dim3(split), threads, shared_bytes, Overlap::kNone, nullptr);
+    const Launch launch(dim3(split), split, threads, shared_bytes, Overlap::kNone, nullptr);
     return cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config);
   }
   int device = 0, multiprocessors = 0, blocks = 0;

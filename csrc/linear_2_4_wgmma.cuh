@@ -7,116 +7,128 @@
 
 namespace surgeon {
 
+// A block of two groups of four warps computes tiles of 128*MI rows, half of them each group, for BN tokens. x passes
+// through a ring of STAGES tiles one unit wide. A warp holds UNITS units of its part of W in registers: those that were
+// multiplied GROUP steps of 32 columns at a time are loaded anew while the others are multiplied.
+template <class T, int BN, int MI, int STAGES>
+struct WgmmaTile {
+  static constexpr int kThreads = 256;
+  static constexpr int kRows = 128 * MI;
+  static constexpr int kStageBytes = BN * kUnitColumns * 2;
+  static constexpr int kRingBytes = STAGES * kStageBytes;
+  static constexpr int kOutPitch = 64 * MI + 8;                // of a token of a group's rows of y, in elements
+  static constexpr int kOutBytes = 2 * 32 * kOutPitch * 2;     // behind the ring: 32 tokens of both groups
+  static constexpr int kSumPitch = kRows + 4;                  // of a token's sums, where blocks share the columns
+  static constexpr int kSumBytes = BN * kSumPitch * 4;         // in place of the ring
+  static constexpr int kBiasAt = kRingBytes + kOutBytes > kSumBytes ? kRingBytes + kOutBytes : kSumBytes;
+  static constexpr int kBarriersAt = kBiasAt + kRows * 4;
+  static constexpr int kLoaderAt = kBarriersAt + 16 * STAGES;
+  static constexpr int kSharedBytes = 1024 + kLoaderAt + 32;
+};
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Where a thread of a block's 256 holds its sums: 64*MI rows a group of warps, 16 a warp; sums[m][i] belongs to token
-// i / 4 * 8 + lane % 4 * 2 + i % 2 and row lane / 4 + i / 2 % 2 * 8 of the warp's.
-__device__ inline int warp_row(int m, int MI) { return (threadIdx.x / 128 * MI + m) * 64 + threadIdx.x / 32 % 4 * 16; }
+// Where a thread holds its sums: sums[m][i] belongs to token i / 4 * 8 + lane % 4 * 2 + i % 2 and to row
+// lane / 4 + i / 2 % 2 * 8 of the 16 rows of its warp, which begin here in the tile.
+template <int MI>
+__device__ inline int warp_row(int m) {
+  return (threadIdx.x / 128 * MI + m) * 64 + threadIdx.x / 32 % 4 * 16;
+}
 
-// The block has all columns, and y no activation: y passes through shared memory, turned so that the rows of a token
-// lie together.
-template <class T, int BN, int MI>
-__device__ inline void store_block(const Linear24& p, uint8_t* shared, const float (&sums)[MI][BN / 2], int token0,
-                                   int row0) {
-  constexpr int kRows = 128 * MI, kPitch = kRows + 8;
-  const int lane = threadIdx.x % 32;
-  T* out = reinterpret_cast<T*>(shared);  // [BN][kPitch]
+// The block has all columns, and y no activation: every group turns 32 tokens at a time in shared memory, so that the
+// rows of a token lie together.
+template <class T, int BN, int MI, int STAGES>
+__device__ inline void store_tile(const Linear24& p, uint8_t* shared, const float* bias,
+                                  const float (&sums)[MI][BN / 2], int token0, int row0) {
+  using Tile = WgmmaTile<T, BN, MI, STAGES>;
+  constexpr int kPitch = Tile::kOutPitch, kVectors = 64 * MI / 8;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
+  T* out = reinterpret_cast<T*>(shared + Tile::kRingBytes) + group * 32 * kPitch;  // [32][kPitch]
+  const int first = row0 + group * 64 * MI;
+  const bool aligned = p.rows % 8 == 0;
 #pragma unroll
-  for (int m = 0; m < MI; ++m) {
-    float bias[2] = {0.f, 0.f};
+  for (int c = 0; c < BN / 32; ++c) {
+    barrier_sync(1 + group, 128);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = row0 + warp_row(m, MI) + lane / 4 + 8 * h;
-      if (p.bias && row < p.rows) bias[h] = to_float(static_cast<const T*>(p.bias)[row]);
-    }
+    for (int m = 0; m < MI; ++m)
 #pragma unroll
-    for (int j = 0; j < BN / 16; ++j) {
-      uint32_t packed[4];  // rows 0 and 8 of tokens 16 j, rows 0 and 8 of tokens 16 j + 8
+      for (int j = 0; j < 2; ++j) {
+        uint32_t packed[4];  // rows 0 and 8 of tokens 16 j, rows 0 and 8 of tokens 16 j + 8
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        alignas(4) const T pair[2] = {from_float<T>(sums[m][8 * j + 2 * q] + bias[q % 2]),
-                           from_float<T>(sums[m][8 * j + 2 * q + 1] + bias[q % 2])};
-        packed[q] = *reinterpret_cast<const uint32_t*>(pair);
+        for (int q = 0; q < 4; ++q) {
+          const float* two = &sums[m][16 * c + 8 * j + 2 * q];
+          const float b = bias[warp_row<MI>(m) + lane / 4 + q % 2 * 8];
+          alignas(4) const T pair[2] = {from_float<T>(two[0] + b), from_float<T>(two[1] + b)};
+          packed[q] = *reinterpret_cast<const uint32_t*>(pair);
+        }
+        const int token = 16 * j + lane / 16 * 8 + lane % 8, row = m * 64 + warp * 16 + lane / 8 % 2 * 8;
+        store_matrices_transposed(shared_address(out + token * kPitch + row), packed);
       }
-      const int token = 16 * j + lane / 16 * 8 + lane % 8, row = warp_row(m, MI) + lane / 8 % 2 * 8;
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                       shared_address(out + token * kPitch + row)),
-                   "r"(packed[0]), "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
-                   : "memory");
-    }
-  }
-  __syncthreads();
-  const int valid = min(BN, p.tokens - token0);
-  for (int i = threadIdx.x; i < valid * (kRows / 8); i += 256) {
-    const int token = i / (kRows / 8), row = i % (kRows / 8) * 8;
-    const T* from = out + token * kPitch + row;
-    T* y = static_cast<T*>(p.y) + static_cast<size_t>(token0 + token) * p.rows + row0 + row;
-    if (row0 + row + 8 <= p.rows && p.rows % 8 == 0) {
-      *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int r = 0; r < 8 && row0 + row + r < p.rows; ++r) y[r] = from[r];
+    barrier_sync(1 + group, 128);
+    const int valid = min(32, p.tokens - token0 - 32 * c);
+    for (int i = threadIdx.x % 128; i < valid * kVectors; i += 128) {
+      const int token = i / kVectors, row = first + i % kVectors * 8;
+      const T* from = out + token * kPitch + i % kVectors * 8;
+      T* y = static_cast<T*>(p.y) + static_cast<size_t>(token0 + 32 * c + token) * p.rows + row;
+      if (row + 8 <= p.rows && aligned) {
+        *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(from);
+      } else {
+        for (int r = 0; r < 8 && row + r < p.rows; ++r) y[r] = from[r];
+      }
     }
   }
 }
 
 // Blocks of a cluster (of one, where y has an activation) share the columns: each adds the sums of all, in order, for
 // its part of the tokens.
-template <class T, int BN, int MI>
-__device__ inline void store_cluster(const Linear24& p, uint8_t* shared, const float (&sums)[MI][BN / 2], int token0,
-                                     int row0, int split, int rank) {
-  constexpr int kRows = 128 * MI, kPitch = kRows + 4;
+template <class T, int BN, int MI, int STAGES>
+__device__ inline void store_cluster(const Linear24& p, uint8_t* shared, const float* bias,
+                                     const float (&sums)[MI][BN / 2], int token0, int row0, int split, int rank) {
+  using Tile = WgmmaTile<T, BN, MI, STAGES>;
+  constexpr int kPitch = Tile::kSumPitch, kQuads = Tile::kRows / 4;
+  static_assert(Tile::kThreads % kQuads == 0, "a thread adds the same rows of every token it takes");
   const int lane = threadIdx.x % 32;
+  const int quad = threadIdx.x % kQuads * 4;
   float* partial = reinterpret_cast<float*>(shared);  // [BN][kPitch]
 #pragma unroll
   for (int m = 0; m < MI; ++m)
 #pragma unroll
     for (int i = 0; i < BN / 2; ++i) {
-      const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = warp_row(m, MI) + lane / 4 + i / 2 % 2 * 8;
-      partial[token * kPitch + row] = sums[m][i];
+      const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = warp_row<MI>(m) + lane / 4 + i / 2 % 2 * 8;
+      partial[token * kPitch + row] = sums[m][i] + bias[row];
     }
   auto cluster = cooperative_groups::this_cluster();
   cluster.sync();
-  const int items = min(BN, p.tokens - token0) * (kRows / 4);
-  for (int i = rank * 256 + threadIdx.x; i < items; i += split * 256) {
-    const int token = i / (kRows / 4), row = i % (kRows / 4) * 4;
-    const float4 sum = split > 1 ? cluster_sum(partial, token * kPitch + row, split)
-                                 : *reinterpret_cast<const float4*>(partial + token * kPitch + row);
-    store_sums<T>(p, token0 + token, row0 + row, sum);
+  constexpr int kTokens = Tile::kThreads / kQuads;  // at a time
+  const int valid = min(BN, p.tokens - token0);
+#pragma unroll 2
+  for (int token = rank * kTokens + threadIdx.x / kQuads; token < valid; token += split * kTokens) {
+    const float4 sum = split > 1 ? cluster_sum(partial, token * kPitch + quad, split)
+                                 : *reinterpret_cast<const float4*>(partial + token * kPitch + quad);
+    store_sums<T>(p, token0 + token, row0 + quad, sum);
   }
   cluster.sync();
 }
 
-#endif
-
-// A block computes 128*MI rows for BN tokens: two groups of four warps, each 64*MI rows. x passes through a ring of
-// STAGES tiles one unit wide, W goes from memory into two sets of registers, one
-// multiplied while the other is loaded: more would wait for one another (a warp has few scoreboards).
-template <class T, int BN, int MI, int STAGES>
-struct WgmmaTile {
-  static constexpr int kThreads = 256;
-  static constexpr int kRows = 128 * MI;
-  static constexpr int kStageBytes = BN * kUnitColumns * 2;
-  static constexpr int kSumBytes = BN * (kRows + 4) * 4;
-  static constexpr int kSharedBytes = 1024 + (STAGES * kStageBytes > kSumBytes ? STAGES * kStageBytes : kSumBytes);
+struct XLoader {  // what is loaded next, and into which stage of the ring
+  int tile, token0, unit, begin, end, stage, parity;
 };
 
-template <class T, int BN, int MI, int STAGES, int BLOCKS>
+#endif
+
+template <class T, int BN, int MI, int STAGES, int BLOCKS, int UNITS, int GROUP, int PREFETCH>
 __global__ void __launch_bounds__(256, BLOCKS)
-    linear_2_4_wgmma(const Linear24 p, const __grid_constant__ CUtensorMap map) {
+    linear_2_4_wgmma(const Linear24 p, const Part24 part, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Tile = WgmmaTile<T, BN, MI, STAGES>;
   extern __shared__ uint8_t unaligned[];
-  __shared__ uint64_t barriers[2 * STAGES];
   uint8_t* shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
-  const uint32_t tiles = shared_address(shared), full = shared_address(barriers), empty = full + 8 * STAGES;
-  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int split = gridDim.x, rank = blockIdx.x;
-  // Blocks that run at the same time form a compact patch of y, so that L2 serves most of W and x.
-  constexpr int kPatch = 8;  // tiles of tokens
-  const int order = blockIdx.z * gridDim.y + blockIdx.y, patch = order / (kPatch * gridDim.z);
-  const int width = min(kPatch, gridDim.y - patch * kPatch), place = order - patch * kPatch * gridDim.z;
-  const int token0 = (patch * kPatch + place % width) * BN, row0 = place / width * Tile::kRows;
-  const int begin = p.units * rank / split, count = p.units * (rank + 1) / split - begin;
+  float* bias = reinterpret_cast<float*>(shared + Tile::kBiasAt);
+  XLoader& loader = *reinterpret_cast<XLoader*>(shared + Tile::kLoaderAt);
+  const uint32_t ring = shared_address(shared), full = ring + Tile::kBarriersAt, empty = full + 8 * STAGES;
+  const int lane = threadIdx.x % 32;
+  const int rank = blockIdx.x % part.split;
+  const int begin = p.units * rank / part.split, count = p.units * (rank + 1) / part.split - begin;
   if (p.overlap == Overlap::kEarly) let_next_kernel_start();
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
@@ -126,94 +138,158 @@ __global__ void __launch_bounds__(256, BLOCKS)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 
-  const int row_blocks = (p.rows + 15) / 16;
-  const uint8_t* weight[MI];
-  uint4 a[2][MI][4];
-  uint2 e[2][MI];
-  float sums[MI][BN / 2];
-  auto load_weight = [&](int set, int unit) {  // past the end the last unit is read again
-    const size_t offset = static_cast<size_t>(min(unit, count - 1)) * kUnitBytes;
-#pragma unroll
-    for (int m = 0; m < MI; ++m) {
-#pragma unroll
-      for (int s = 0; s < 4; ++s) a[set][m][s] = load_stream(weight[m] + offset + s * 512 + lane * 16);
-      e[set][m] = load_stream2(weight[m] + offset + 2048 + lane * 8);
-    }
+  // Tiles that are computed at the same time form a compact patch of y, so that L2 serves most of W and x.
+  const int token_tiles = (p.tokens + BN - 1) / BN, row_tiles = (p.rows + Tile::kRows - 1) / Tile::kRows;
+  auto place_of = [&](int tile) {  // first token, first row
+    constexpr int kPatch = 8;      // tiles of tokens
+    const int patch = tile / (kPatch * row_tiles), place = tile - patch * kPatch * row_tiles;
+    const int width = min(kPatch, token_tiles - patch * kPatch);
+    return make_int2((patch * kPatch + place % width) * BN, place / width * Tile::kRows);
   };
-#pragma unroll
-  for (int m = 0; m < MI; ++m) {
-    const int block = min(row0 / 16 + (group * MI + m) * 4 + warp, row_blocks - 1);  // rows past the end, unstored
-    weight[m] = static_cast<const uint8_t*>(p.weight) + (static_cast<size_t>(block) * p.units + begin) * kUnitBytes;
-#pragma unroll
-    for (int i = 0; i < BN / 2; ++i) sums[m][i] = 0.f;
-  }
-  load_weight(0, 0);
-  __syncthreads();
 
-  auto load_x = [&](int unit) {
-    const uint32_t barrier = full + 8 * (unit % STAGES), to = tiles + unit % STAGES * Tile::kStageBytes;
-    barrier_expect(barrier, Tile::kStageBytes);
-    copy_tile(to, &map, (begin + unit) * kUnitColumns, token0, barrier);
-    copy_tile(to + Tile::kStageBytes / 2, &map, (begin + unit) * kUnitColumns + 64, token0, barrier);
+  const uint8_t* weight = nullptr;  // of this lane, in the next unit to load
+  uint32_t below[MI];               // from the first 16 rows of this warp to the others
+  uint4 a[4 * UNITS][MI];  // by step of 32 columns
+  uint2 e[2][MI];          // by unit
+  float sums[MI][BN / 2];
+  // `ahead` counts units from the one being multiplied.
+  auto load_steps = [&](int slot, int ahead, int step, int steps) {
+#pragma unroll
+    for (int s = 0; s < steps; ++s)
+#pragma unroll
+      for (int m = 0; m < MI; ++m)
+        a[slot + s][m] = load_stream(weight + below[m] + ahead * kUnitBytes + (step + s) * 512);
   };
+  auto load_positions = [&](int set, int ahead) {
+#pragma unroll
+    for (int m = 0; m < MI; ++m)
+      e[set][m] = load_stream2(weight + below[m] + ahead * kUnitBytes + 2048 - 8 * lane);
+  };
+  auto prefetch_weight = [&](int ahead) {
+#pragma unroll
+    for (int m = 0; m < MI; ++m)
+      if (lane == 0) prefetch_bulk(weight + below[m] + ahead * kUnitBytes, kUnitBytes);
+  };
+  auto begin_tile = [&](int row0) {  // the first units of W on their way
+    const int last = (p.rows - 1) / 16, first = min((row0 + warp_row<MI>(0)) / 16, last);
+    weight = static_cast<const uint8_t*>(p.weight) + (static_cast<size_t>(first) * p.units + begin) * kUnitBytes +
+             lane * 16;
+#pragma unroll
+    for (int m = 0; m < MI; ++m)  // rows past the end repeat the last, unstored
+      below[m] = m == 0 ? 0 : (min(first + 4 * m, last) - first) * p.units * kUnitBytes;
+    load_positions(0, 0);
+    load_steps(0, 0, 0, 4);
+    for (int u = 1; u < min(PREFETCH, count); ++u) prefetch_weight(u);
+  };
+
+  auto load_second_unit = [&] {
+    if (count == 1) return;
+    load_positions(1, 1);
+    if (UNITS == 2) load_steps(4, 1, 0, 4);
+  };
+
+  // x, loaded by the first thread, which keeps in shared memory what it alone needs: registers are scarce.
+  int tile = part.first + blockIdx.x / part.split;
+  auto load_x = [&] {
+    XLoader at = loader;
+    if (at.tile >= part.end) return;
+    const uint32_t barrier = full + 8 * at.stage, to = ring + at.stage * Tile::kStageBytes;
+    barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
+    barrier_expect(barrier, Tile::kStageBytes);
+    copy_tile(to, &map, at.unit * kUnitColumns, at.token0, barrier);
+    copy_tile(to + Tile::kStageBytes / 2, &map, at.unit * kUnitColumns + 64, at.token0, barrier);
+    if (++at.stage == STAGES) at.stage = 0, at.parity ^= 1;
+    if (++at.unit == at.end) at.unit = at.begin, at.tile += part.clusters, at.token0 = place_of(at.tile).x;
+    loader = at;
+  };
+
+  begin_tile(place_of(tile).y);
+  load_second_unit();
+  __syncthreads();
+  constexpr int kAhead = STAGES - 2;
   if (threadIdx.x == 0) {
     wait_for_previous_kernel();
-    for (int unit = 0; unit < min(STAGES - 2, count); ++unit) load_x(unit);
+    loader = {tile, place_of(tile).x, begin, begin, begin + count, 0, 0};
+    for (int u = 0; u < kAhead; ++u) load_x();
   }
   __syncwarp();
 
-  auto multiply = [&](auto set_constant, int i) {
-    constexpr int set = decltype(set_constant)::value;
-    const int stage = i % STAGES, ahead = i + STAGES - 2;
-    if (threadIdx.x == 0 && ahead < count) {
-      if (ahead >= STAGES) barrier_wait(empty + 8 * (ahead % STAGES), (ahead / STAGES - 1) & 1);
-      load_x(ahead);
-    }
+  int stage = 0, parity = 0;
+  auto multiply = [&](auto set_constant, int unit) {
+    constexpr int set = decltype(set_constant)::value, slot = UNITS == 2 ? 4 * set : 0;
+    if (threadIdx.x == 0) load_x();
     __syncwarp();
-    barrier_wait(full + 8 * stage, i / STAGES & 1);
-    wgmma_fence();
+    barrier_wait(full + 8 * stage, parity);
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const uint64_t b =
-          swizzled_operand(tiles + stage * Tile::kStageBytes + s / 2 * (Tile::kStageBytes / 2) + s % 2 * 64);
+    for (int s = 0; s < 4; s += GROUP) {
+      wgmma_fence();
 #pragma unroll
-      for (int m = 0; m < MI; ++m) {
-        if (s % 2 == 0)
-          wgmma_sp<T, 0>(sums[m], a[set][m][s], b, s / 2 ? e[set][m].y : e[set][m].x);
-        else
-          wgmma_sp<T, 1>(sums[m], a[set][m][s], b, s / 2 ? e[set][m].y : e[set][m].x);
+      for (int g = s; g < s + GROUP; ++g) {
+        const uint64_t b =
+            swizzled_operand(ring + stage * Tile::kStageBytes + g / 2 * (Tile::kStageBytes / 2) + g % 2 * 64);
+#pragma unroll
+        for (int m = 0; m < MI; ++m) {
+          if (g % 2 == 0)
+            wgmma_sp<T, 0>(sums[m], a[slot + g][m], b, g / 2 ? e[set][m].y : e[set][m].x);
+          else
+            wgmma_sp<T, 1>(sums[m], a[slot + g][m], b, g / 2 ? e[set][m].y : e[set][m].x);
+        }
+      }
+      wgmma_commit();
+      wgmma_wait<1>();  // the group before has ended: what it used is free
+      if (s > 0) {
+        if (unit + UNITS < count) load_steps(slot + s - GROUP, UNITS, s - GROUP, GROUP);
+      } else if (unit > 0) {
+        if (lane == 0) barrier_arrive(empty + 8 * (stage > 0 ? stage - 1 : STAGES - 1));
+        if (unit + 1 < count) load_positions(1 - set, 1);
+        if (unit - 1 + UNITS < count)
+          load_steps((UNITS == 2 ? 4 - slot : 0) + 4 - GROUP, UNITS - 1, 4 - GROUP, GROUP);
       }
     }
-    wgmma_commit();
-    wgmma_wait<1>();  // the unit before has ended: its tile and its registers are free
-    if (lane == 0 && i > 0) barrier_arrive(empty + 8 * ((i - 1) % STAGES));
-    load_weight(1 - set, i + 1);
+    if (PREFETCH > 0 && unit + PREFETCH < count) prefetch_weight(PREFETCH);
+    weight += kUnitBytes;
+    if (++stage == STAGES) stage = 0, parity ^= 1;
   };
-#pragma unroll 1
-  for (int i = 0; i + 1 < count; i += 2) {
-    multiply(std::integral_constant<int, 0>(), i);
-    multiply(std::integral_constant<int, 1>(), i + 1);
-  }
-  if (count % 2) multiply(std::integral_constant<int, 0>(), count - 1);
-  if (p.overlap == Overlap::kLate) let_next_kernel_start();
-  wgmma_wait<0>();
-  __syncthreads();
 
-  if (split == 1 && p.activation == Activation::kNone)
-    store_block<T, BN, MI>(p, shared, sums, token0, row0);
-  else
-    store_cluster<T, BN, MI>(p, shared, sums, token0, row0, split, rank);
+  for (; tile < part.end; tile += part.clusters) {
+    // Each group the bias of its own rows.
+    const int row = threadIdx.x / 128 * 64 * MI + threadIdx.x % 128;
+    if (threadIdx.x % 128 < 64 * MI) bias[row] = load_bias<T>(p, place_of(tile).y + row, rank);
+#pragma unroll
+    for (int m = 0; m < MI; ++m)
+#pragma unroll
+      for (int i = 0; i < BN / 2; ++i) sums[m][i] = 0.f;
+#pragma unroll 1
+    for (int unit = 0; unit + 1 < count; unit += 2) {
+      multiply(std::integral_constant<int, 0>(), unit);
+      multiply(std::integral_constant<int, 1>(), unit + 1);
+    }
+    if (count % 2) multiply(std::integral_constant<int, 0>(), count - 1);
+    if (p.overlap == Overlap::kLate) let_next_kernel_start();
+    wgmma_wait<0>();
+    if (lane == 0) barrier_arrive(empty + 8 * (stage > 0 ? stage - 1 : STAGES - 1));
+    const bool more = tile + part.clusters < part.end;
+    if (more) begin_tile(place_of(tile + part.clusters).y);
+    const int2 place = place_of(tile);
+    if (part.split == 1 && p.activation == Activation::kNone) {
+      store_tile<T, BN, MI, STAGES>(p, shared, bias, sums, place.x, place.y);
+    } else {
+      __syncthreads();
+      store_cluster<T, BN, MI, STAGES>(p, shared, bias, sums, place.x, place.y, part.split, rank);
+    }
+    if (more) load_second_unit();
+  }
 #endif
 }
 
-template <class T, int BN, int MI, int STAGES, int BLOCKS>
-cudaError_t launch_linear_2_4_wgmma(const Linear24& p, int split, cudaStream_t stream, int* capacity) {
+template <class T, int BN, int MI, int STAGES, int BLOCKS, int UNITS, int GROUP, int PREFETCH>
+cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const Part24& part, cudaStream_t stream, int* capacity) {
   using Tile = WgmmaTile<T, BN, MI, STAGES>;
-  auto kernel = linear_2_4_wgmma<T, BN, MI, STAGES, BLOCKS>;
+  auto kernel = linear_2_4_wgmma<T, BN, MI, STAGES, BLOCKS, UNITS, GROUP, PREFETCH>;
   static std::atomic<bool> ready[kMaxDevices];
   const cudaError_t status = allow_shared_bytes(reinterpret_cast<const void*>(kernel), Tile::kSharedBytes, ready);
   if (status != cudaSuccess) return status;
-  if (capacity != nullptr) return count_clusters(kernel, split, Tile::kThreads, Tile::kSharedBytes, capacity);
+  if (capacity != nullptr) return count_clusters(kernel, part.split, Tile::kThreads, Tile::kSharedBytes, capacity);
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -231,9 +307,8 @@ cudaError_t launch_linear_2_4_wgmma(const Linear24& p, int split, cudaStream_t s
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
     return cudaErrorInvalidValue;
-  const dim3 grid(split, (p.tokens + BN - 1) / BN, (p.rows + Tile::kRows - 1) / Tile::kRows);
-  const Launch launch(grid, Tile::kThreads, Tile::kSharedBytes, p.overlap, stream);
-  return cudaLaunchKernelEx(&launch.config, kernel, p, map);
+  const Launch launch(part.clusters * part.split, part.split, Tile::kThreads, Tile::kSharedBytes, p.overlap, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, p, part, map);
 }
 
 }  // namespace surgeon

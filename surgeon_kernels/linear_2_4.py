@@ -34,7 +34,8 @@ _APPLY: dict[str, Callable[[Tensor], Tensor]] = {
 class Linear24Weight(NamedTuple):
     """A 2:4 weight ``[rows, columns]`` in the kernels' layout; made by :func:`prepare_2_4` and not written afterwards.
 
-    ``dense`` is the unpacked weight where the caller chose to keep it, ``kernel`` whether the CUDA kernel runs.
+    ``dense`` is the unpacked weight where the caller chose to keep it, ``compressed`` the weight as cuSPARSELt has it
+    where the caller chose that, ``kernel`` whether the CUDA kernel runs.
     """
 
     fragments: Tensor
@@ -43,6 +44,7 @@ class Linear24Weight(NamedTuple):
     dtype: torch.dtype
     kernel: bool
     dense: Tensor | None = None
+    compressed: Tensor | None = None
 
     def packed(self) -> Packed24:
         """The weight back in the library-independent form, bit for bit."""
@@ -50,20 +52,25 @@ class Linear24Weight(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.fragments.nbytes + (0 if self.dense is None else self.dense.nbytes)
+        kept = (self.fragments, self.dense, self.compressed)
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
 
-def prepare_2_4(packed: Packed24, *, keep_dense: bool = False) -> Linear24Weight:
+def prepare_2_4(packed: Packed24, *, keep_dense: bool = False, cusparselt: bool = False) -> Linear24Weight:
     """Rearrange a packed weight for :func:`linear_2_4`, on its device; the first CUDA call may build the kernels.
 
     Args:
         packed: bfloat16 or float16 ``[R, C]``, ``C`` divisible by 8.
         keep_dense: keep the dense weight as well (16/9 of the packed one) and multiply by it wherever the CUDA kernel
             does not run, instead of unpacking at every call.
+        cusparselt: keep the weight also as cuSPARSELt compresses it (as large as the packed one: together 9/8 of the
+            dense weight) and let that library, found beside torch, multiply where it is faster: many tokens, without
+            bias and activation. No effect where the CUDA kernel does not run.
 
     Raises:
         TypeError: another dtype.
-        ValueError: ``C`` is not divisible by 8.
+        ValueError: ``C`` is not divisible by 8; or cuSPARSELt is asked for and not there, or ``R`` or ``C`` is not
+            divisible by 16.
     """
     if packed.values.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"2:4 kernels take bfloat16 and float16, not {packed.values.dtype}")
@@ -72,10 +79,19 @@ def prepare_2_4(packed: Packed24, *, keep_dense: bool = False) -> Linear24Weight
     kernel = packed.values.is_cuda and _kernel_ready()
     dense = unpack_2_4(packed) if keep_dense else None
     data = fragments(packed)
+    compressed = _compressed(packed) if cusparselt and kernel else None
     if data.is_cuda:
         # A kernel may start reading its weight while the one before it in the stream still runs.
         torch.cuda.current_stream(data.device).synchronize()
-    return Linear24Weight(data, packed.rows, packed.columns, packed.values.dtype, kernel, dense)
+    return Linear24Weight(data, packed.rows, packed.columns, packed.values.dtype, kernel, dense, compressed)
+
+
+def _compressed(packed: Packed24) -> Tensor:
+    if not torch.ops.surgeon_kernels.cusparselt_version():
+        raise ValueError("cuSPARSELt 0.8 or newer is not found: torch's CUDA wheels bring libcusparseLt.so.0 along")
+    if packed.rows % 16 or packed.columns % 16:
+        raise ValueError(f"cuSPARSELt takes sizes divisible by 16, not {[packed.rows, packed.columns]}")
+    return torch.ops.surgeon_kernels.linear_2_4_compress(unpack_2_4(packed))
 
 
 def linear_2_4(
@@ -114,7 +130,7 @@ def _linear_2_4_reference(x: Tensor, packed: Packed24, bias: Tensor | None) -> T
 
 def _kernel(x: Tensor, weight: Linear24Weight, bias: Tensor | None, activation: str = "none") -> Tensor:
     op = torch.ops.surgeon_kernels.linear_2_4
-    return op(x, weight.fragments, bias, weight.rows, ACTIVATIONS.index(activation))
+    return op(x, weight.fragments, bias, weight.rows, ACTIVATIONS.index(activation), weight.compressed)
 
 
 class _Linear24(torch.autograd.Function):
@@ -138,7 +154,9 @@ def _kernel_ready() -> bool:
         return False
 
     @torch.library.register_fake("surgeon_kernels::linear_2_4")
-    def _(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation: int) -> Tensor:
+    def _(
+        x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation: int, compressed: Tensor | None = None
+    ) -> Tensor:
         return x.new_empty(*x.shape[:-1], rows)
 
     return True

@@ -11,6 +11,7 @@ from torch import Tensor
 from surgeon_kernels.linear_2_4 import Linear24Weight
 
 _REPETITIONS = 5
+_LIBRARY_ALGORITHMS = 32  # of cuSPARSELt, at most; those that do not exist do not run
 
 
 def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = (1, 8, 16, 32, 64, 128, 256, 512, 1024)) -> dict[int, int]:
@@ -40,11 +41,12 @@ def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = (1, 8, 16, 32, 64, 
         for n in tokens:
             x = torch.randn(n, weight.columns, device=device).to(weight.dtype)
             times = {}
-            for choice in range(ops.linear_2_4_choices()):
-                if ops.linear_2_4_run(x, weight.fragments, weight.rows, choice) is not None:
+            library = weight.compressed is not None
+            for choice in range(ops.linear_2_4_choices() + library * _LIBRARY_ALGORITHMS):
+                if ops.linear_2_4_run(x, weight.fragments, weight.rows, choice, weight.compressed) is not None:
                     times[choice] = _time(x, weight, choice, flush)
             chosen[n] = min(times, key=times.__getitem__)
-            ops.linear_2_4_pin(x, weight.fragments, weight.rows, chosen[n])
+            ops.linear_2_4_pin(x, weight.fragments, weight.rows, chosen[n], library)
     return chosen
 
 
@@ -55,7 +57,7 @@ def _time(x: Tensor, weight: Linear24Weight, choice: int, flush: Tensor) -> floa
         flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        torch.ops.surgeon_kernels.linear_2_4_run(x, weight.fragments, weight.rows, choice)
+        torch.ops.surgeon_kernels.linear_2_4_run(x, weight.fragments, weight.rows, choice, weight.compressed)
         end.record()
         events.append((start, end))
     torch.cuda.synchronize()

@@ -117,3 +117,9 @@ def test_what_does_not_fit_is_refused():
 def test_packed_weight_comes_back_from_a_prepared_one():
     packed = pack_2_4(weight_2_4(40, 24))
     assert torch.equal(unpack_2_4(prepare_2_4(packed).packed()), unpack_2_4(packed))
+
+
+def test_cusparselt_has_no_effect_without_the_kernel():
+    packed = pack_2_4(weight_2_4(8, 16))
+    prepared, x = prepare_2_4(packed, cusparselt=True), torch.randn(4, 16).bfloat16()
+    assert prepared.compressed is None and torch.equal(linear_2_4(x, prepared), linear_2_4(x, packed))

@@ -207,3 +207,57 @@ def test_every_kernel_is_right_wherever_it_runs():
                 assert relative(y, exact) <= 2 * torchs, choice
                 ran += 1
         assert ran >= 5
+
+
+@pytest.fixture
+def cusparselt():
+    if not torch.ops.surgeon_kernels.cusparselt_version():
+        pytest.skip("cuSPARSELt is not found")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cusparselt_takes_many_tokens_where_it_was_asked_for(cusparselt, dtype):
+    weight = weight_2_4(512, 1040, dtype, "cuda")
+    prepared, bias = prepare_2_4(pack_2_4(weight), cusparselt=True), torch.randn(512, device="cuda").to(dtype)
+    own = prepared._replace(compressed=None)
+    assert prepared.nbytes == own.nbytes + prepared.compressed.nbytes
+    for tokens in (1024, 1029, 3000):
+        x = torch.randn(tokens, 1040, device="cuda").to(dtype)
+        assert_right(x, weight, prepared)
+        few = torch.randn(7, 1040, device="cuda").to(dtype)
+        assert torch.equal(linear_2_4(few, prepared), linear_2_4(few, own))
+        assert torch.equal(linear_2_4(x, prepared, bias), linear_2_4(x, own, bias))
+        assert torch.equal(linear_2_4(x, prepared, activation="relu"), linear_2_4(x, own, activation="relu"))
+
+
+def test_cusparselt_refuses_what_it_cannot_take(cusparselt):
+    with pytest.raises(ValueError, match="divisible by 16"):
+        prepare_2_4(pack_2_4(weight_2_4(40, 72, device="cuda")), cusparselt=True)
+
+
+def test_cusparselt_in_a_cuda_graph_on_two_streams_and_compiled(cusparselt):
+    prepared = prepare_2_4(pack_2_4(weight_2_4(1024, 1024, device="cuda") / 32), cusparselt=True)
+    inputs = [torch.randn(1024 + 8 * i, 1024, device="cuda").bfloat16() for i in range(2)]
+    expected = [linear_2_4(linear_2_4(x, prepared), prepared) for x in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear_2_4(linear_2_4(inputs[0], prepared), prepared)
+    graph.replay()
+    assert torch.equal(y, expected[0])
+    compiled = torch.compile(lambda x: linear_2_4(linear_2_4(x, prepared), prepared), fullgraph=True)
+    assert torch.equal(compiled(inputs[0]), expected[0])
+    failures = []
+
+    def work(x, right):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                if not torch.equal(linear_2_4(linear_2_4(x, prepared), prepared), right):
+                    failures.append(x.shape[0])
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
