@@ -44,32 +44,31 @@ CASES = [
     *(Case(16384, c) for c in (4096, 11008, 5120, 13824, 14336)),
     Case(16384, 11007, bias=True),
     *(Case(t, c) for t, c in ((12345, 11008), (12345, 5120), (3001, 13824))),
-    *(Case(t, c) for t in (2048, 8192, 16384) for c in (512, 768, 1024, 1536, 2048)),
-    *(Case(t, c) for t, c in ((2048, 4096), (2048, 11008), (2049, 1536), (5000, 3072), (4096, 2051), (16384, 769))),
-    Case(16384, 768, bias=True),
-    Case(16384, 4095),
+    *(Case(t, c) for t in (2048, 4096, 16384) for c in (512, 768, 1024, 1536, 2048, 2560)),
+    *(Case(t, c) for t, c in ((2048, 4096), (2048, 11008), (2049, 1536), (2049, 2304), (5000, 3072))),
+    *(Case(t, c) for t, c in ((2048, 513), (2048, 1025), (4096, 2051), (16384, 769), (16384, 4095))),
+    *(Case(t, c, bias=True) for t, c in ((2048, 512), (2048, 768), (2048, 2048), (16384, 768), (16384, 4096))),
+    Case(2048, 768, masked=True),
     Case(16384, 4096, masked=True),
-    Case(16384, 4096, bias=True),
     Case(16384, 4096, bias=True, masked=True),
+    Case(2048, 2048, dense=True),
     Case(16384, 4096, dense=True),
     Case(16384, 4096, torch.float16),
     Case(8192, 4096, torch.float32),
     Case(4096, 1024, torch.float32),
+    Case(2048, 1536, torch.float32),
 ]
 TUNED = [
-    Case(16384, 4096),
-    Case(16384, 11008),
-    Case(16384, 2048),
-    Case(2048, 2048),
-    Case(4096, 1024),
-    Case(2048, 3072),
-    Case(8192, 4096, torch.float32),
+    *(Case(t, c) for t, c in ((16384, 4096), (16384, 11008), (16384, 2048), (2048, 2048), (2048, 2560), (2048, 3072))),
+    *(Case(t, c, torch.float32) for t, c in ((8192, 4096), (4096, 1024))),
 ]
 _WIDE = GramConfig(128, 256, 64, 8, 3, 1, True)
 _SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True)
+_SMALL = GramConfig(64, 64, 64, 4, 4, 2, True)
 CONFIGS = {
     torch.bfloat16: [
         *(config._replace(run=run) for config in (_WIDE, _SQUARE) for run in (32, 64, 128, 256)),
+        _SMALL,
         _WIDE._replace(stages=4),
         GramConfig(256, 128, 64, 8, 3, 1, True),
         GramConfig(128, 128, 64, 4, 3, 2, True),
@@ -90,11 +89,15 @@ def inputs(case: Case) -> tuple[list[Tensor], Tensor | None]:
     return xs, torch.rand(case.tokens, device=DEVICE) < 0.9 if case.masked else None
 
 
-def torch_gram_(out: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
-    if mask is not None:
-        x = x.masked_fill(~mask[:, None], 0.0)
+def prepared(x: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
+    """Rows with their ones, zero where the mask is False."""
     if bias:
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    return x if mask is None else x.masked_fill(~mask[:, None], 0.0)
+
+
+def torch_gram_(out: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
+    x = prepared(x, mask, bias)
     if x.dtype == torch.float32:
         out.addmm_(x.T, x)
     else:
@@ -102,11 +105,7 @@ def torch_gram_(out: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None
 
 
 def exact_gram(x: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
-    x = x.double()
-    if mask is not None:
-        x = x.masked_fill(~mask[:, None], 0.0)
-    if bias:
-        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    x = prepared(x.double(), mask, bias)
     return x.T @ x
 
 

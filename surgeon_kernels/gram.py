@@ -28,9 +28,10 @@ def gram_accumulate_(
 
     On CUDA devices with a tuned configuration a Triton kernel computes the lower triangle only and adds it to ``out``
     in the same pass, reading ``x`` where it lies. Rows that are not aligned to 16 bytes or have a mask are copied
-    first, at the speed of memory: masking both operands in the kernel takes longer than the whole product. The
-    products with the column of ones are sums of columns, one more read of ``x``. Small products are cuBLAS's
-    (:func:`surgeon_kernels.gram_plan.choose` is the rule). The same inputs give the same bits.
+    first, at the speed of memory, because the kernel's operands go from memory to the tensor cores without passing
+    through registers, where they could be masked. The copy takes the column of ones along; without one, its products
+    are sums of columns. Small products are cuBLAS's (:func:`surgeon_kernels.gram_plan.choose` is the rule). The same
+    inputs give the same bits.
 
     Args:
         out: symmetric ``[C', C']``, float32 or float64, ``C' = C + ones_column``: a tensor, or a
@@ -56,6 +57,10 @@ def gram_accumulate_(
     config = kernel_config(target, rows, packed, ones_column)
     if config is not None:
         _accumulate_with_kernel(target, rows, mask, float(alpha), ones_column, config, packed)
+        if out is target:
+            from surgeon_kernels.symmetric_triton import mirror_
+
+            mirror_(target)
         return out
     rows = _prepare(rows, mask, ones_column)
     if packed:
@@ -90,27 +95,22 @@ def _capability(device: torch.device) -> int:
 
 
 def _accumulate_with_kernel(
-    target: Tensor,
-    rows: Tensor,
-    mask: Tensor | None,
-    alpha: float,
-    ones_column: bool,
-    config: GramConfig,
-    packed: bool,
+    target: Tensor, rows: Tensor, mask: Tensor | None, alpha: float, ones_column: bool, config: GramConfig, packed: bool
 ) -> None:
-    from surgeon_kernels import gram_triton, rows_triton, symmetric_triton
+    """Adds to the lower triangle of ``target``."""
+    from surgeon_kernels import gram_triton, rows_triton
 
-    if ones_column:
-        rows_triton.add_column_sums_(target, rows, mask, alpha, packed=packed)
     tokens, columns = rows.shape
-    # Pointers read whole pieces of 16 bytes, whose end must not reach the row that the ones belong to.
-    overlapping = ones_column and not config.descriptors and columns * rows.element_size() % 16 > 0
-    if mask is not None or overlapping or not gram_triton.readable(rows):
-        rows = rows_triton.gather_rows(rows, mask)[:, :columns]
-    plan = gram_triton.plan(columns, tokens, rows.dtype, packed, config, rows.device)
-    gram_triton.accumulate_(target, rows, alpha, plan)
-    if not packed:
-        symmetric_triton.mirror_(target)
+    unaligned = columns * rows.element_size() % 16 > 0
+    if mask is not None or not gram_triton.readable(rows) or (ones_column and (unaligned or not packed)):
+        rows = rows_triton.gather_rows(rows, mask, ones_column=ones_column)[:, : columns + ones_column]
+        columns += ones_column
+    elif ones_column:
+        # Cheaper than a copy of a large matrix, and the product need not be wider than x.
+        rows_triton.add_column_sums_(target, rows, alpha)
+    gram_triton.accumulate_(
+        target, rows, alpha, gram_triton.plan(columns, tokens, rows.dtype, packed, config, rows.device)
+    )
 
 
 def _prepare(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:

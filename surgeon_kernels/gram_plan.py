@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from surgeon_kernels.symmetric import PACKED_FROM
-
 # Cost of one more unit of work (prologue, read and write of the block), in steps of block_k tokens.
 _UNIT_COST = 4
+# Cost of the second launch that adds up parts, in steps of a 128 x 256 block.
+_REDUCTION_COST = 10
 # The most partial sums of one tile: bounds the workspace and the time of adding them up.
-_MAX_SPLITS = 16
+MAX_SPLITS = 16
 # The sums of tf32x3 are rounded after every step.
 _UNLIMITED = 1 << 30
 
@@ -36,26 +36,29 @@ class GramConfig(NamedTuple):
 
 _WIDE = GramConfig(128, 256, 64, 8, 3, 1, True)
 _SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True)
+_SMALL = GramConfig(64, 64, 64, 4, 4, 2, True)
 _AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=256)
-# By major compute capability and type of x: configurations for matrices of at least so many columns, largest first.
-# Chosen by `bench/gram.py --tune`. 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product,
-# but a small matrix has too few of them. tf32x3 splits its operands in registers, which leaves room for less.
+_HOPPER_HALF = [(3072, 0, _WIDE), (2560, 0, _SQUARE), (0, 4096, _SQUARE), (0, 0, _SMALL)]
+# By major compute capability and type of x: configurations for at least so many columns and so many tokens, the first
+# that fits. Chosen by `bench/gram.py --tune`. 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per
+# product, but a small matrix has too few of them, and with few tokens not even 128x128 blocks fill the device without
+# a second launch that adds up parts. tf32x3 splits its operands in registers, which leaves room for less.
 # With _WIDE and 16384 tokens on an H200, tensor pipes are busy 86 % (4096 columns) to 90 % (11008) of the time and L2
 # 61 to 66 % (ncu), at the clock that the power limit leaves: 1.6 of 1.98 GHz.
-CONFIGS: dict[tuple[int, torch.dtype], list[tuple[int, GramConfig]]] = {
-    (9, torch.bfloat16): [(3072, _WIDE), (PACKED_FROM, _SQUARE)],
-    (9, torch.float16): [(3072, _WIDE), (PACKED_FROM, _SQUARE)],
-    (9, torch.float32): [(PACKED_FROM, GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3", _UNLIMITED))],
-    (8, torch.bfloat16): [(PACKED_FROM, _AMPERE)],
-    (8, torch.float16): [(PACKED_FROM, _AMPERE)],
-    (8, torch.float32): [(PACKED_FROM, GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED))],
+CONFIGS: dict[tuple[int, torch.dtype], list[tuple[int, int, GramConfig]]] = {
+    (9, torch.bfloat16): _HOPPER_HALF,
+    (9, torch.float16): _HOPPER_HALF,
+    (9, torch.float32): [(1536, 0, GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3", _UNLIMITED))],
+    (8, torch.bfloat16): [(0, 0, _AMPERE)],
+    (8, torch.float16): [(0, 0, _AMPERE)],
+    (8, torch.float32): [(1536, 0, GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED))],
 }
 # Fewer rows are not worth a kernel, and the last digit of tf32x3 would show.
 _LEAST_TOKENS = 64
-# Dense matrices need one more launch, which mirrors them.
-_DENSE_FROM = 2048
-# 16-bit matrices of a width that is no multiple of 8 from this size on: cuBLAS has no fast product for them, but the
-# one it has sums in short runs, so that these are shorter here as well.
+# Smaller 16-bit products are cuBLAS's, which adds to the output in the same call.
+_LEAST_COLUMNS = 2048
+# Except those of a width that is no multiple of 8: cuBLAS has no fast product for them, but the one it has sums in
+# short runs, so that these are shorter here as well.
 _UNALIGNED_FROM = 256
 _UNALIGNED_RUN = 16
 
@@ -74,21 +77,20 @@ def choose(
     """The kernel's configuration for the Gram matrix of ``tokens`` rows on compute capability ``major``.
 
     None stands for the PyTorch path: float64 on either side, architectures without a tuned configuration, and small
-    products: cuBLAS, too, adds a product of 16-bit operands to the output in one call.
+    products.
     """
-    configs = CONFIGS.get((major, dtype))
-    if configs is None or out_dtype != torch.float32 or tokens < _LEAST_TOKENS:
+    if out_dtype != torch.float32 or tokens < _LEAST_TOKENS:
         return None
     n = columns + ones_column
-    if dtype != torch.float32 and n % 8 and n >= _UNALIGNED_FROM:
-        return configs[-1][1]._replace(run=_UNALIGNED_RUN)
-    if dtype != torch.float32 and not packed and n < _DENSE_FROM:
+    unaligned = dtype != torch.float32 and n % 8 > 0
+    if dtype != torch.float32 and n < (_UNALIGNED_FROM if unaligned else _LEAST_COLUMNS):
         return None
-    fitting = [config for least, config in configs if n >= least]
-    if not fitting:
-        return None
-    # With the addresses of a dense output, wide blocks run out of registers.
-    return fitting[0] if packed else fitting[-1]
+    for least_columns, least_tokens, config in CONFIGS.get((major, dtype), []):
+        # With the addresses of a dense output, wide blocks run out of registers; short runs want smaller ones.
+        fits = config.block_n <= 128 or (packed and not unaligned)
+        if n >= least_columns and tokens >= least_tokens and fits:
+            return config._replace(run=_UNALIGNED_RUN) if unaligned else config
+    return None
 
 
 class Unit(NamedTuple):
@@ -138,7 +140,7 @@ def schedule(n: int, steps: int, config: GramConfig, programs: int) -> Schedule:
     added up afterwards, always in the same order.
     """
     order = blocks_in_order(n, config)
-    whole, splits = _split(len(order), steps, config.run, programs)
+    whole, splits = _split(len(order), steps, config, programs)
     runs = _ranges(steps, -(-steps // config.run))
     units = []
     for start in range(0, whole, programs):
@@ -160,18 +162,19 @@ def _ranges(steps: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _split(blocks: int, steps: int, run: int, programs: int) -> tuple[int, int]:
+def _split(blocks: int, steps: int, config: GramConfig, programs: int) -> tuple[int, int]:
     """How many blocks to compute whole, and into how many parts to split each of the others: the cheapest way."""
     rounds = -(-blocks // programs)
-    whole_cost = steps + -(-steps // run) * _UNIT_COST
+    whole_cost = steps + -(-steps // config.run) * _UNIT_COST
     best, choice = float(rounds * whole_cost), (blocks, 1)
+    step = config.block_m * config.block_n * config.block_k * config.programs_per_sm / (128 * 256 * 64)
     for whole_rounds in range(max(0, rounds - 3), rounds):
         rest = blocks - whole_rounds * programs
-        for splits in range(max(2, min(_MAX_SPLITS, -(-steps // run))), min(_MAX_SPLITS, steps) + 1):
+        for splits in range(max(2, -(-steps // config.run)), min(MAX_SPLITS, steps) + 1):
             part_rounds = -(-rest * splits // programs)
             part_cost = -(-steps // splits) + _UNIT_COST
-            # The parts' sums are written, read and added by a second launch.
-            reduction_cost = _UNIT_COST + 0.5 * rest * splits / programs
+            # The parts' sums are written, read and added.
+            reduction_cost = _REDUCTION_COST / step + 0.5 * rest * splits / programs
             cost = whole_rounds * whole_cost + part_rounds * part_cost + reduction_cost
             if cost < best:
                 best, choice = cost, (whole_rounds * programs, splits)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from surgeon_kernels.gram_plan import GramConfig, schedule
+from surgeon_kernels.gram_plan import MAX_SPLITS, GramConfig, schedule
 from surgeon_kernels.symmetric_triton import column_offsets, exists, row_offsets
 from surgeon_kernels.triton_launch import launch, on_device
 
@@ -106,7 +106,7 @@ def reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
-    PARTS: tl.constexpr,  # power of two, at least splits
+    PARTS: tl.constexpr,  # power of two, at least any splits
     PACKED: tl.constexpr,
 ):
     """``out += Σ_slots workspace[slot]`` for ``ROWS`` rows of one block, always added in the same order."""
@@ -137,7 +137,6 @@ class Plan(NamedTuple):
     reductions: Tensor
     reduction_count: int
     splits: int
-    parts: int
     workspace: int
 
 
@@ -155,7 +154,6 @@ def plan(columns: int, tokens: int, dtype: torch.dtype, packed: bool, config: Gr
         torch.tensor(work.reductions, dtype=torch.int32, device=device),
         len(work.reductions),
         work.splits,
-        triton.next_power_of_2(work.splits),
         len(work.reductions) * work.splits * config.block_m * config.block_n,
     )
 
@@ -191,10 +189,10 @@ def accumulate_(out: Tensor, rows: Tensor, alpha: float, plan: Plan) -> None:
         )  # fmt: skip
         if plan.workspace:
             launch(
-                reduce_kernel, (config.block_m, config.block_n, plan.parts, plan.packed, device, aligned),
+                reduce_kernel, (config.block_m, config.block_n, plan.packed, device, aligned),
                 (plan.reduction_count, config.block_m // _REDUCED_ROWS, 1),
                 workspace, out, plan.reductions, plan.splits, columns, out_stride,
-                config.block_m, config.block_n, _REDUCED_ROWS, plan.parts, plan.packed, num_warps=4,
+                config.block_m, config.block_n, _REDUCED_ROWS, MAX_SPLITS, plan.packed, num_warps=4,
             )  # fmt: skip
 
 

@@ -13,16 +13,16 @@ from surgeon_kernels.triton_support import has_kernels
 # Side of a tile. The kernels' blocks are multiples of it, so that a block never splits a tile.
 TILE = 128
 # Smaller matrices are stored whole: half of a few megabytes is not worth a slower update.
-PACKED_FROM = 1536
+PACKED_FROM = 2048
 
 
 class SymmetricAccumulator:
-    """A symmetric matrix ``S`` ``[n, n]`` of which, from ``n = 1536`` on, only the lower tiles exist in memory.
+    """A symmetric matrix ``S`` ``[n, n]`` of which, from ``n = 2048`` on, only the lower tiles exist in memory.
 
     Tile ``(i, j)``, ``j <= i``, is the ``TILE x TILE`` block of ``S`` at ``(i TILE, j TILE)``; it is stored whole and
-    row-major at position ``i (i + 1) / 2 + j`` of the storage ``[tiles, TILE, TILE]``. Values past ``n`` and those
-    above the diagonal of a diagonal tile mean nothing. A smaller ``S`` is stored as it is. Only this class and the
-    kernels that fill it know the format; everyone else reads :meth:`full` and :meth:`diagonal`.
+    row-major at position ``i (i + 1) / 2 + j`` of the storage ``[tiles, TILE, TILE]``. A smaller ``S`` is stored as
+    ``[n, n]``. In either format values above the diagonal of ``S`` and past ``n`` mean nothing. Only this class and
+    the kernels that fill it know the format; everyone else reads :meth:`full` and :meth:`diagonal`.
     """
 
     def __init__(self, n: int, storage: Tensor) -> None:
@@ -76,9 +76,9 @@ class SymmetricAccumulator:
         return self.storage.diagonal(dim1=1, dim2=2)[self._diagonal_tiles].flatten()[: self.n]
 
     def full(self) -> Tensor:
-        """``S`` as a new tensor ``[n, n]``, exactly symmetric if it was packed."""
+        """``S`` as a new tensor ``[n, n]``, exactly symmetric."""
         if not self.packed:
-            return self.storage.clone()
+            return _mirrored(self.storage)
         if self.storage.is_cuda and self.dtype == torch.float32 and has_kernels():
             from surgeon_kernels.symmetric_triton import unpack
 
@@ -100,7 +100,12 @@ def unpack_reference(storage: Tensor, n: int) -> Tensor:
     padded = storage.new_zeros(side, TILE, side, TILE)
     i, j = torch.tril_indices(side, side, device=storage.device)
     padded[i, :, j, :] = storage
-    lower = padded.view(side * TILE, side * TILE)[:n, :n].tril()
+    return _mirrored(padded.view(side * TILE, side * TILE)[:n, :n])
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """A new symmetric matrix with the lower triangle of ``matrix``."""
+    lower = matrix.tril()
     return lower + lower.tril(-1).T
 
 

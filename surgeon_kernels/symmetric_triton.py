@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from surgeon_kernels.symmetric import TILE
+from surgeon_kernels.triton_launch import kind, launch, on_device
 
 _TILE = tl.constexpr(TILE)
 # Side of the block that one program transposes.
@@ -40,7 +40,7 @@ def exists(r, c, n, PACKED: tl.constexpr):
     return (r < n)[:, None] & (c < n)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def mirror_kernel(source, target, n, source_stride, target_stride, PACKED: tl.constexpr, BLOCK: tl.constexpr):
     """``target[r, c] = target[c, r] = source[r, c]`` for ``r >= c``; a dense source is its own target."""
     i, j = tl.program_id(0), tl.program_id(1)
@@ -75,7 +75,10 @@ def _mirror(source: Tensor, target: Tensor, n: int, packed: bool) -> None:
     blocks = triton.cdiv(n, _BLOCK)
     if blocks == 0:
         return
-    with torch.cuda.device_of(source):
-        mirror_kernel[(blocks, blocks)](
-            source, target, n, source.stride(0), target.stride(0), PACKED=packed, BLOCK=_BLOCK, num_warps=4
-        )
+    strides = source.stride(0), target.stride(0)
+    device = source.get_device()
+    with on_device(device):
+        launch(
+            mirror_kernel, (packed, device, kind(source), kind(target), *map(kind, strides)), (blocks, blocks, 1),
+            source, target, n, *strides, packed, _BLOCK,
+        )  # fmt: skip

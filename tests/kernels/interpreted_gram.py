@@ -33,28 +33,30 @@ def main() -> None:
         for masked, ones_column in ((mask, True), (None, False)):
             poisoned = x if masked is None else x.masked_fill(~mask[:, None], float("nan"))
             n = columns + ones_column
-            rows = rows_triton.gather_rows(poisoned, masked)
-            assert not rows[:, columns:].any()
+            rows = rows_triton.gather_rows(poisoned, masked, ones_column=ones_column)
+            assert not rows[:, n:].any()
             assert gram_triton.readable(rows)
-            rows = rows[:, :columns]
+            rows = rows[:, :n]
             expected = 2.0 + 0.5 * exact(x, masked, ones_column)
-            plans = [gram_triton.plan(columns, tokens, dtype, packed, config, rows.device) for packed in (True, False)]
+            plans = [gram_triton.plan(n, tokens, dtype, packed, config, rows.device) for packed in (True, False)]
 
             packed = SymmetricAccumulator.zeros(n, packed=True)
             packed.storage.fill_(2.0)
             gram_triton.accumulate_(packed.storage, rows, 0.5, plans[0])
-            if ones_column:
-                rows_triton.add_column_sums_(packed.storage, poisoned, masked, 0.5, packed=True)
             check(packed.full(), expected)
             assert torch.equal(symmetric_triton.unpack(packed.storage, n), packed.full())
 
             dense = torch.full((n, n + 3), 2.0)[:, :n]
             gram_triton.accumulate_(dense, rows, 0.5, plans[1])
-            if ones_column:
-                rows_triton.add_column_sums_(dense, poisoned, masked, 0.5, packed=False)
+            check(SymmetricAccumulator(n, dense).full(), expected)
             symmetric_triton.mirror_(dense)
             check(dense, expected)
             assert torch.equal(dense, dense.T)
+    x = torch.randn(70, 260)[:, :256]
+    packed = SymmetricAccumulator.zeros(257, packed=True)
+    gram_triton.accumulate_(packed.storage, x, 0.5, gram_triton.plan(256, 70, x.dtype, True, config, x.device))
+    rows_triton.add_column_sums_(packed.storage, x, 0.5)
+    check(packed.full(), 0.5 * exact(x, None, True))
     transposed = torch.randn(130, 40).T
     assert not gram_triton.readable(transposed)
     assert torch.equal(rows_triton.gather_rows(transposed, None)[:, :130], transposed)

@@ -5,7 +5,7 @@ import torch
 
 from surgeon_kernels.gram_plan import ADD, CONFIGS, IDLE, GramConfig, blocks_in_order, choose, schedule
 
-ALL = sorted({config for choices in CONFIGS.values() for _, config in choices})
+ALL = sorted({config for choices in CONFIGS.values() for _, _, config in choices})
 
 
 @pytest.mark.parametrize("n", [1, 128, 129, 2048, 2049, 4096, 5000])
@@ -70,13 +70,14 @@ def test_full_rounds_are_not_split():
     [
         (4096, 2048, torch.bfloat16, torch.float32, 9, (128, 256)),
         (11008, 64, torch.float16, torch.float32, 9, (128, 256)),
-        (2048, 2048, torch.bfloat16, torch.float32, 9, (128, 128)),
-        (1536, 2048, torch.bfloat16, torch.float32, 9, (128, 128)),
+        (2048, 2048, torch.bfloat16, torch.float32, 9, (64, 64)),
+        (2048, 8192, torch.bfloat16, torch.float32, 9, (128, 128)),
+        (2560, 2048, torch.bfloat16, torch.float32, 9, (128, 128)),
         (4096, 2048, torch.float32, torch.float32, 9, (128, 64)),
         (1537, 2048, torch.float32, torch.float32, 9, (128, 64)),
         (1001, 2048, torch.float32, torch.float32, 9, None),
         (4096, 2048, torch.bfloat16, torch.float32, 8, (128, 128)),
-        (1528, 2048, torch.bfloat16, torch.float32, 9, None),
+        (2040, 16384, torch.bfloat16, torch.float32, 9, None),
         (4096, 63, torch.bfloat16, torch.float32, 9, None),
         (4097, 63, torch.bfloat16, torch.float32, 9, None),
         (4096, 2048, torch.float64, torch.float32, 9, None),
@@ -100,13 +101,13 @@ def test_widths_that_are_no_multiple_of_8_are_summed_in_short_runs(columns, ones
     assert (config and config.run == 16) == short
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_dense_outputs_are_cublas_s_a_little_longer(dtype):
-    assert choose(2047, 2048, torch.float32, torch.float32, 9, packed=False) is not None
-    assert choose(2040, 2048, torch.bfloat16, torch.float32, 9, packed=False) is None
-    assert choose(2048, 2048, dtype, torch.float32, 9, packed=False) is not None
-
-
-def test_dense_outputs_get_the_smallest_blocks():
+def test_dense_outputs_get_no_wide_blocks():
     config = choose(11008, 2048, torch.bfloat16, torch.float32, 9, packed=False)
     assert (config.block_m, config.block_n) == (128, 128)
+
+
+def test_parts_are_no_longer_than_a_run():
+    config = GramConfig(128, 128, 64, 8, 4, 1, True, run=16)
+    for steps in (17, 300, 1000):
+        plan = schedule(2100, steps, config, 132)
+        assert max(unit.last - unit.first for unit in plan.units) <= 16
