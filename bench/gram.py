@@ -48,7 +48,7 @@ CASES = [
     *(Case(t, c) for t, c in ((2048, 4096), (2048, 11008), (2049, 1536), (2049, 2304), (5000, 3072))),
     *(Case(t, c) for t, c in ((2048, 513), (2048, 1025), (4096, 2051), (16384, 769), (16384, 4095))),
     *(Case(t, c, bias=True) for t, c in ((2048, 512), (2048, 768), (2048, 2048), (16384, 768), (16384, 4096))),
-    Case(2048, 768, masked=True),
+    *(Case(2048, c, masked=True) for c in (768, 2048)),
     Case(16384, 4096, masked=True),
     Case(16384, 4096, bias=True, masked=True),
     Case(2048, 2048, dense=True),
@@ -57,6 +57,7 @@ CASES = [
     Case(8192, 4096, torch.float32),
     Case(4096, 1024, torch.float32),
     Case(2048, 1536, torch.float32),
+    Case(2048, 512, torch.float32),
 ]
 TUNED = [
     *(Case(t, c) for t, c in ((16384, 4096), (16384, 11008), (16384, 2048), (2048, 2048), (2048, 2560), (2048, 3072))),
@@ -64,11 +65,9 @@ TUNED = [
 ]
 _WIDE = GramConfig(128, 256, 64, 8, 3, 1, True)
 _SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True)
-_SMALL = GramConfig(64, 64, 64, 4, 4, 2, True)
 CONFIGS = {
     torch.bfloat16: [
         *(config._replace(run=run) for config in (_WIDE, _SQUARE) for run in (32, 64, 128, 256)),
-        _SMALL,
         _WIDE._replace(stages=4),
         GramConfig(256, 128, 64, 8, 3, 1, True),
         GramConfig(128, 128, 64, 4, 3, 2, True),

@@ -85,13 +85,17 @@ def kernel_config(target: Tensor, rows: Tensor, packed: bool, ones_column: bool 
     if not (rows.is_cuda and has_kernels()) or target.stride(-1) != 1:
         return None
     tokens, columns = rows.shape
-    major = _capability(rows.device)
-    return choose(columns, tokens, rows.dtype, target.dtype, major, packed=packed, ones_column=ones_column)
+    major, processors = _properties(rows.device)
+    return choose(
+        columns, tokens, rows.dtype, target.dtype, major,
+        packed=packed, ones_column=ones_column, processors=processors,
+    )  # fmt: skip
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+def _properties(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count
 
 
 def _accumulate_with_kernel(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
 
 # Cost of one more unit of work (prologue, read and write of the block), in steps of block_k tokens.
-_UNIT_COST = 4
-# Cost of the second launch that adds up parts, in steps of a 128 x 256 block.
-_REDUCTION_COST = 10
+_UNIT_COST = 10
+# Microseconds of the second launch that adds up parts, the host's share included, and the bytes it reads in one.
+_REDUCTION_COST = 8.0
+_REDUCTION_BYTES = 4e6
 # The most partial sums of one tile: bounds the workspace and the time of adding them up.
 MAX_SPLITS = 16
 # The sums of tf32x3 are rounded after every step.
@@ -32,34 +34,34 @@ class GramConfig(NamedTuple):
     # Steps that the tensor cores sum by themselves. They truncate, so that the error grows with the number of steps;
     # what is added to the output afterwards is rounded.
     run: int = 128
+    step: float = 0.5  # microseconds of one such product, with every program at work
 
 
-_WIDE = GramConfig(128, 256, 64, 8, 3, 1, True)
-_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True)
-_SMALL = GramConfig(64, 64, 64, 4, 4, 2, True)
-_AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=256)
-_HOPPER_HALF = [(3072, 0, _WIDE), (2560, 0, _SQUARE), (0, 4096, _SQUARE), (0, 0, _SMALL)]
-# By major compute capability and type of x: configurations for at least so many columns and so many tokens, the first
-# that fits. Chosen by `bench/gram.py --tune`. 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per
-# product, but a small matrix has too few of them, and with few tokens not even 128x128 blocks fill the device without
-# a second launch that adds up parts. tf32x3 splits its operands in registers, which leaves room for less.
+_WIDE = GramConfig(128, 256, 64, 8, 3, 1, True, step=0.63)
+_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
+_AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=256, step=0.5)
+# By major compute capability and type of x; where there are several, the one whose schedule takes the least time by
+# the figures above. Measured by `bench/gram.py --tune` (on sm_80 estimated). 128x256 blocks feed wgmma at the least
+# shared-memory and L2 traffic per product, but a small matrix has too few of them. tf32x3 splits its operands in
+# registers, which leaves room for less.
 # With _WIDE and 16384 tokens on an H200, tensor pipes are busy 86 % (4096 columns) to 90 % (11008) of the time and L2
 # 61 to 66 % (ncu), at the clock that the power limit leaves: 1.6 of 1.98 GHz.
-CONFIGS: dict[tuple[int, torch.dtype], list[tuple[int, int, GramConfig]]] = {
-    (9, torch.bfloat16): _HOPPER_HALF,
-    (9, torch.float16): _HOPPER_HALF,
-    (9, torch.float32): [(1536, 0, GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3", _UNLIMITED))],
-    (8, torch.bfloat16): [(0, 0, _AMPERE)],
-    (8, torch.float16): [(0, 0, _AMPERE)],
-    (8, torch.float32): [(1536, 0, GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED))],
+CONFIGS: dict[tuple[int, torch.dtype], list[GramConfig]] = {
+    (9, torch.bfloat16): [_WIDE, _SQUARE],
+    (9, torch.float16): [_WIDE, _SQUARE],
+    (9, torch.float32): [GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3", _UNLIMITED, 2.4)],
+    (8, torch.bfloat16): [_AMPERE],
+    (8, torch.float16): [_AMPERE],
+    (8, torch.float32): [GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED, 2.0)],
 }
 # Fewer rows are not worth a kernel, and the last digit of tf32x3 would show.
 _LEAST_TOKENS = 64
-# Smaller 16-bit products are cuBLAS's, which adds to the output in the same call.
-_LEAST_COLUMNS = 2048
-# Except those of a width that is no multiple of 8: cuBLAS has no fast product for them, but the one it has sums in
+# Dense matrices need one more launch, which mirrors them. Multiplications, tokens x columns², from which that pays:
+_LEAST_WORK = 1 << 31
+# For 16-bit matrices, whose product cuBLAS adds to the output in one call, only from here on.
+_LEAST_HALF_COLUMNS, _LEAST_HALF_TOKENS = 2048, 4096
+# Those of a width that is no multiple of 8 excepted: cuBLAS has no fast product for them, but the one it has sums in
 # short runs, so that these are shorter here as well.
-_UNALIGNED_FROM = 256
 _UNALIGNED_RUN = 16
 
 
@@ -73,6 +75,7 @@ def choose(
     *,
     packed: bool,
     ones_column: bool = False,
+    processors: int = 132,
 ) -> GramConfig | None:
     """The kernel's configuration for the Gram matrix of ``tokens`` rows on compute capability ``major``.
 
@@ -82,15 +85,24 @@ def choose(
     if out_dtype != torch.float32 or tokens < _LEAST_TOKENS:
         return None
     n = columns + ones_column
-    unaligned = dtype != torch.float32 and n % 8 > 0
-    if dtype != torch.float32 and n < (_UNALIGNED_FROM if unaligned else _LEAST_COLUMNS):
-        return None
-    for least_columns, least_tokens, config in CONFIGS.get((major, dtype), []):
-        # With the addresses of a dense output, wide blocks run out of registers; short runs want smaller ones.
-        fits = config.block_n <= 128 or (packed and not unaligned)
-        if n >= least_columns and tokens >= least_tokens and fits:
-            return config._replace(run=_UNALIGNED_RUN) if unaligned else config
-    return None
+    half = dtype != torch.float32
+    unaligned = half and n % 8 > 0
+    if not packed:
+        if tokens * n * n < _LEAST_WORK:
+            return None
+        if half and not unaligned and (n < _LEAST_HALF_COLUMNS or tokens < _LEAST_HALF_TOKENS):
+            return None
+    best, least = None, math.inf
+    for config in CONFIGS.get((major, dtype), []):
+        if config.block_n > 128 and (unaligned or not packed):
+            continue  # with the addresses of a dense output, wide blocks run out of registers; short runs want smaller
+        if unaligned:
+            config = config._replace(run=_UNALIGNED_RUN)
+        blocks = len(blocks_in_order(n, config))
+        time = _split(blocks, -(-tokens // config.block_k), config, processors * config.programs_per_sm).time
+        if time < least:
+            best, least = config, time
+    return best
 
 
 class Unit(NamedTuple):
@@ -140,7 +152,7 @@ def schedule(n: int, steps: int, config: GramConfig, programs: int) -> Schedule:
     added up afterwards, always in the same order.
     """
     order = blocks_in_order(n, config)
-    whole, splits = _split(len(order), steps, config, programs)
+    whole, splits, _ = _split(len(order), steps, config, programs)
     runs = _ranges(steps, -(-steps // config.run))
     units = []
     for start in range(0, whole, programs):
@@ -162,20 +174,26 @@ def _ranges(steps: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _split(blocks: int, steps: int, config: GramConfig, programs: int) -> tuple[int, int]:
-    """How many blocks to compute whole, and into how many parts to split each of the others: the cheapest way."""
+class _Split(NamedTuple):
+    whole: int  # blocks to compute whole
+    splits: int  # parts of each of the others
+    time: float  # microseconds
+
+
+def _split(blocks: int, steps: int, config: GramConfig, programs: int) -> _Split:
+    """The fastest way to share ``blocks`` among programs."""
     rounds = -(-blocks // programs)
-    whole_cost = steps + -(-steps // config.run) * _UNIT_COST
-    best, choice = float(rounds * whole_cost), (blocks, 1)
-    step = config.block_m * config.block_n * config.block_k * config.programs_per_sm / (128 * 256 * 64)
+    whole_time = (steps + -(-steps // config.run) * _UNIT_COST) * config.step
+    best = _Split(blocks, 1, rounds * whole_time)
     for whole_rounds in range(max(0, rounds - 3), rounds):
         rest = blocks - whole_rounds * programs
         for splits in range(max(2, -(-steps // config.run)), min(MAX_SPLITS, steps) + 1):
             part_rounds = -(-rest * splits // programs)
-            part_cost = -(-steps // splits) + _UNIT_COST
+            part_time = (-(-steps // splits) + _UNIT_COST) * config.step
             # The parts' sums are written, read and added.
-            reduction_cost = _REDUCTION_COST / step + 0.5 * rest * splits / programs
-            cost = whole_rounds * whole_cost + part_rounds * part_cost + reduction_cost
-            if cost < best:
-                best, choice = cost, (whole_rounds * programs, splits)
-    return choice
+            read_bytes = 4 * rest * splits * config.block_m * config.block_n
+            reduction_time = _REDUCTION_COST + read_bytes / _REDUCTION_BYTES
+            time = whole_rounds * whole_time + part_rounds * part_time + reduction_time
+            if time < best.time:
+                best = _Split(whole_rounds * programs, splits, time)
+    return best

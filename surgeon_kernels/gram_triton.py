@@ -15,8 +15,8 @@ from surgeon_kernels.gram_plan import MAX_SPLITS, GramConfig, schedule
 from surgeon_kernels.symmetric_triton import column_offsets, exists, row_offsets
 from surgeon_kernels.triton_launch import launch, on_device
 
-# Rows of a block that one program of the reduction adds up.
-_REDUCED_ROWS = 2
+# Rows of a block that one program of the reduction adds up: more of them and more programs take turns than work.
+_REDUCED_ROWS = 8
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
-    PARTS: tl.constexpr,  # power of two, at least any splits
+    MAX_PARTS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """``out += Σ_slots workspace[slot]`` for ``ROWS`` rows of one block, always added in the same order."""
@@ -114,15 +114,13 @@ def reduce_kernel(
     row = tl.load(reductions + block * 3) * BLOCK_M
     column = tl.load(reductions + block * 3 + 1) * BLOCK_N
     first = tl.load(reductions + block * 3 + 2)
-    part = tl.arange(0, PARTS)
     local_r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     local_c = tl.arange(0, BLOCK_N)
-    slots = (first + part).to(tl.int64) * (BLOCK_M * BLOCK_N)
-    offsets_in_block = local_r[:, None] * BLOCK_N + local_c[None, :]
-    parts = tl.load(
-        workspace + slots[:, None, None] + offsets_in_block[None, :, :], (part < splits)[:, None, None], other=0.0
-    )
-    add_block(out, row + local_r, column + local_c, columns, out_stride, tl.sum(parts, axis=0), PACKED)
+    at = workspace + first.to(tl.int64) * (BLOCK_M * BLOCK_N) + local_r[:, None] * BLOCK_N + local_c[None, :]
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for part in tl.static_range(MAX_PARTS):  # unrolled: the loads do not wait for each other
+        total += tl.load(at + part * (BLOCK_M * BLOCK_N), mask=part < splits, other=0.0)
+    add_block(out, row + local_r, column + local_c, columns, out_stride, total, PACKED)
 
 
 class Plan(NamedTuple):
@@ -143,7 +141,7 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def plan(columns: int, tokens: int, dtype: torch.dtype, packed: bool, config: GramConfig, device: torch.device) -> Plan:
     programs = config.programs_per_sm * _processors(device)
-    work = schedule(columns, triton.cdiv(tokens, config.block_k), config, programs)
+    work = schedule(columns, -(-tokens // config.block_k), config, programs)
     return Plan(
         config,
         packed,

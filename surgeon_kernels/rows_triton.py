@@ -73,7 +73,7 @@ def gather_rows(rows: Tensor, mask: Tensor | None, *, ones_column: bool = False)
     """
     tokens, columns = rows.shape
     align = 16 // rows.element_size()
-    width = triton.cdiv(columns + ones_column, align) * align
+    width = -(-(columns + ones_column) // align) * align
     target = rows.new_empty(tokens, width)
     row_stride, column_stride = rows.stride()
     real = None if mask is None else mask.contiguous().view(torch.uint8)
@@ -84,7 +84,7 @@ def gather_rows(rows: Tensor, mask: Tensor | None, *, ones_column: bool = False)
     )  # fmt: skip
     with on_device(device):
         launch(
-            gather_rows_kernel, key, (triton.cdiv(tokens, _COPIED_ROWS), triton.cdiv(width, _COPIED_COLUMNS), 1),
+            gather_rows_kernel, key, (-(-tokens // _COPIED_ROWS), -(-width // _COPIED_COLUMNS), 1),
             rows, real, target, tokens, columns, row_stride, column_stride, width,
             mask is not None, ones_column, _COPIED_ROWS, _COPIED_COLUMNS,
         )  # fmt: skip
@@ -97,14 +97,14 @@ def add_column_sums_(out: Tensor, rows: Tensor, alpha: float) -> None:
     ``rows`` ``[N, C]`` have unit last stride. Always added in the same order.
     """
     tokens, columns = rows.shape
-    blocks = triton.cdiv(columns + 1, _SUMMED_COLUMNS)
-    shares = min(_MAX_SHARES, triton.cdiv(tokens, 64), triton.cdiv(_SUM_PROGRAMS, blocks))
+    blocks = -(-(columns + 1) // _SUMMED_COLUMNS)
+    shares = min(_MAX_SHARES, -(-tokens // 64), -(-_SUM_PROGRAMS // blocks))
     partial = torch.empty(shares, columns + 1, device=rows.device)
     row_stride, device = rows.stride(0), rows.get_device()
     with on_device(device):
         launch(
             column_sums_kernel, (rows.dtype, device, kind(rows), kind(row_stride)), (blocks, shares, 1),
-            rows, partial, tokens, columns, row_stride, triton.cdiv(tokens, shares), _SUMMED_ROWS, _SUMMED_COLUMNS,
+            rows, partial, tokens, columns, row_stride, -(-tokens // shares), _SUMMED_ROWS, _SUMMED_COLUMNS,
         )  # fmt: skip
         launch(
             add_sums_kernel, (device, kind(out)), (blocks, 1, 1),

@@ -72,7 +72,7 @@ def mirror_(matrix: Tensor) -> Tensor:
 
 
 def _mirror(source: Tensor, target: Tensor, n: int, packed: bool) -> None:
-    blocks = triton.cdiv(n, _BLOCK)
+    blocks = -(-n // _BLOCK)
     if blocks == 0:
         return
     strides = source.stride(0), target.stride(0)

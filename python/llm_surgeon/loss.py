@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError
 
-# Tokens whose logits are held in float32 at once.
-_CHUNK = 1024
+# Logits held in float32 at once.
+CHUNK = 1 << 24
 
 
 def count_tokens(model: PreTrainedModel, calibration: Calibration) -> tuple[int, int]:
@@ -61,8 +61,9 @@ def next_token_loss(
     gradient = (z if _overwritable(logits) else torch.empty_like(z)) if with_gradient else None
     dtype = torch.promote_types(z.dtype, torch.float32)
     loss = torch.zeros((), dtype=dtype, device=z.device)
-    for start in range(0, z.shape[0], _CHUNK):
-        chunk = slice(start, start + _CHUNK)
+    tokens = max(1, CHUNK // z.shape[1])
+    for start in range(0, z.shape[0], tokens):
+        chunk = slice(start, start + tokens)
         log_p = z[chunk].to(dtype).log_softmax(dim=1)
         label = labels[chunk, None]
         loss -= log_p.gather(1, label)[:, 0].masked_fill(~has_target[chunk], 0.0).sum()

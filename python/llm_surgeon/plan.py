@@ -9,6 +9,7 @@ from torch import nn
 
 from llm_surgeon.activations import measure_activations
 from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
+from llm_surgeon.loss import CHUNK
 from llm_surgeon.models import Decoder
 from llm_surgeon.resources import available_memory, matmul_rate
 from surgeon_kernels import SymmetricAccumulator
@@ -16,8 +17,6 @@ from surgeon_kernels import SymmetricAccumulator
 _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed in
 # Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things.
 _CPU_TOKENS, _GPU_TOKENS = 4096, 8192
-# Rows of logits that the loss is computed of at once, in float32 (see llm_surgeon.capture).
-_LOGIT_ROWS = 1024
 # Matrices of a layer's shape that the joint solver holds, and PyTorch while it adds them up.
 _SOLVER_MATRICES = 16
 # Gradients of a block's widest layer that are alive at once in its backward pass.
@@ -206,8 +205,7 @@ class _Planner:
         tokens = windows * self.seqlen
         vocabulary, hidden = self.model.get_output_embeddings().weight.shape  # type: ignore[operator]
         # The loss is computed before the backward pass begins: the larger of the two counts.
-        rows = min(tokens, _LOGIT_ROWS)
-        loss = _FLOAT * vocabulary * rows * (1 if self.itemsize >= _FLOAT else 2)
+        loss = _FLOAT * min(tokens * vocabulary, CHUNK) * (1 if self.itemsize >= _FLOAT else 2)
         widest = max(max(R, C) for R, C in self.sizes)
         if self.kept is None:  # forward only: the widest linear's input and output
             kept, backward = self.itemsize * (hidden + 2 * widest), 0

@@ -5,7 +5,7 @@ import torch
 
 from surgeon_kernels.gram_plan import ADD, CONFIGS, IDLE, GramConfig, blocks_in_order, choose, schedule
 
-ALL = sorted({config for choices in CONFIGS.values() for _, _, config in choices})
+ALL = sorted({config for choices in CONFIGS.values() for config in choices})
 
 
 @pytest.mark.parametrize("n", [1, 128, 129, 2048, 2049, 4096, 5000])
@@ -65,27 +65,31 @@ def test_full_rounds_are_not_split():
     assert len(plan.units) == 528 * 2 and not plan.reductions
 
 
+def test_a_second_launch_must_pay():
+    # 136 blocks: the last four are split where a round of whole blocks takes longer than a launch.
+    config = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
+    assert schedule(2048, 128, config, 132).splits == 16
+    assert schedule(2048, 2, config, 132).splits == 1
+
+
 @pytest.mark.parametrize(
     ("columns", "tokens", "dtype", "out_dtype", "major", "block"),
     [
-        (4096, 2048, torch.bfloat16, torch.float32, 9, (128, 256)),
+        (4096, 16384, torch.bfloat16, torch.float32, 9, (128, 256)),
         (11008, 64, torch.float16, torch.float32, 9, (128, 256)),
-        (2048, 2048, torch.bfloat16, torch.float32, 9, (64, 64)),
-        (2048, 8192, torch.bfloat16, torch.float32, 9, (128, 128)),
-        (2560, 2048, torch.bfloat16, torch.float32, 9, (128, 128)),
+        (2048, 2048, torch.bfloat16, torch.float32, 9, (128, 256)),  # one round of blocks
+        (2048, 16384, torch.bfloat16, torch.float32, 9, (128, 128)),
+        (4096, 2048, torch.bfloat16, torch.float32, 9, (128, 128)),  # four full rounds
         (4096, 2048, torch.float32, torch.float32, 9, (128, 64)),
-        (1537, 2048, torch.float32, torch.float32, 9, (128, 64)),
-        (1001, 2048, torch.float32, torch.float32, 9, None),
         (4096, 2048, torch.bfloat16, torch.float32, 8, (128, 128)),
-        (2040, 16384, torch.bfloat16, torch.float32, 9, None),
+        (4097, 16384, torch.bfloat16, torch.float32, 9, (128, 128)),
         (4096, 63, torch.bfloat16, torch.float32, 9, None),
-        (4097, 63, torch.bfloat16, torch.float32, 9, None),
         (4096, 2048, torch.float64, torch.float32, 9, None),
         (4096, 2048, torch.bfloat16, torch.float64, 9, None),
         (4096, 2048, torch.bfloat16, torch.float32, 7, None),
     ],
 )
-def test_the_rule(columns, tokens, dtype, out_dtype, major, block):
+def test_the_rule_for_packed_outputs(columns, tokens, dtype, out_dtype, major, block):
     config = choose(columns, tokens, dtype, out_dtype, major, packed=True)
     assert (config and (config.block_m, config.block_n)) == block
     if config:
@@ -93,17 +97,31 @@ def test_the_rule(columns, tokens, dtype, out_dtype, major, block):
 
 
 @pytest.mark.parametrize(
+    ("columns", "tokens", "dtype", "kernel"),
+    [
+        (11008, 16384, torch.bfloat16, True),
+        (2048, 4096, torch.bfloat16, True),
+        (2048, 2048, torch.bfloat16, False),
+        (2040, 16384, torch.bfloat16, False),
+        (1025, 2048, torch.bfloat16, True),
+        (1023, 2048, torch.bfloat16, False),
+        (1024, 2048, torch.float32, True),
+        (1016, 2048, torch.float32, False),
+    ],
+)
+def test_the_rule_for_dense_outputs(columns, tokens, dtype, kernel):
+    config = choose(columns, tokens, dtype, torch.float32, 9, packed=False)
+    assert (config is not None) == kernel
+    assert config is None or config.block_n <= 128
+
+
+@pytest.mark.parametrize(
     ("columns", "ones_column", "short"),
-    [(4096, False, False), (4096, True, True), (4095, True, False), (257, False, True), (255, False, None)],
+    [(4096, False, False), (4096, True, True), (4095, True, False), (1025, False, True)],
 )
 def test_widths_that_are_no_multiple_of_8_are_summed_in_short_runs(columns, ones_column, short):
     config = choose(columns, 2048, torch.bfloat16, torch.float32, 9, packed=columns > 2000, ones_column=ones_column)
-    assert (config and config.run == 16) == short
-
-
-def test_dense_outputs_get_no_wide_blocks():
-    config = choose(11008, 2048, torch.bfloat16, torch.float32, 9, packed=False)
-    assert (config.block_m, config.block_n) == (128, 128)
+    assert (config.run == 16) == short
 
 
 def test_parts_are_no_longer_than_a_run():

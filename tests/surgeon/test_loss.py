@@ -21,7 +21,7 @@ def head(kind: str, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["plain", "bias", "soft cap"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_loss_and_gradient_are_those_of_autograd(kind: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_surgeon.loss._CHUNK", 4)
+    monkeypatch.setattr("llm_surgeon.loss.CHUNK", 4 * VOCABULARY)
     x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ids = torch.arange(15).view(3, 5) % VOCABULARY
     mask = torch.ones(3, 5, dtype=torch.bool)
