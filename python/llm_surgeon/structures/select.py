@@ -5,8 +5,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.structures.costs import DimensionCosts
 from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.moves import Move, State, smallest_sizes
 
 
 def select_groups(
@@ -43,7 +42,7 @@ def select_groups(
         InputError: ``final`` cannot be met.
     """
     final = target if final is None else final
-    states = [_State(*item, config) for item in zip(dimensions, costs, removed, strict=True)]
+    states = [State(*item, config) for item in zip(dimensions, costs, removed, strict=True)]
     threshold = None
     if config.allocation == "local":
         _take_fractions(states, target)
@@ -60,7 +59,7 @@ def check_reachable(dimensions: Sequence[Dimension], config: PruneConfig, weight
     left = weights
     for dimension in dimensions:
         full = dimension.weights(dimension.groups, dimension.parts)
-        left -= full - min([full, *(dimension.weights(*size) for size in _smallest_sizes(dimension, config))])
+        left -= full - min([full, *(dimension.weights(*size) for size in smallest_sizes(dimension, config))])
     if config.sparsity > 1 - left / weights:
         conditions = [f"{config.min_kept:g} (at least one group) of every layer stays"]
         if config.round_to > 1:
@@ -76,136 +75,43 @@ def check_reachable(dimensions: Sequence[Dimension], config: PruneConfig, weight
         )
 
 
-def _allowed(dimension: Dimension, config: PruneConfig, groups: int, parts: int) -> bool:
-    """Whether a dimension may be narrowed to ``groups`` groups of ``parts`` parts."""
-    if config.uniform and not dimension.rule.stock:
-        return (groups, parts) == (dimension.groups, dimension.parts)
-    heads, size = groups * parts, dimension.part_columns.shape[2]
-    least = max(1, math.ceil(config.min_kept * dimension.groups * dimension.parts - 1e-9))
-    return dimension.depth not in config.skipped_layers and heads >= least and heads * size % config.round_to == 0
-
-
-def _smallest_sizes(dimension: Dimension, config: PruneConfig) -> list[tuple[int, int]]:
-    """For every number of parts the fewest groups that are allowed with it, if any."""
-    found = []
-    for parts in range(1, dimension.parts + 1):
-        every = range(1, dimension.groups + 1)
-        fewest = next((groups for groups in every if _allowed(dimension, config, groups, parts)), None)
-        found += [] if fewest is None else [(fewest, parts)]
-    return found
-
-
-@dataclass(frozen=True)
-class _Move:
-    """A dimension's step to its next size: how many groups go, or how many parts of every group."""
-
-    cost: float
-    weights: int
-    groups: int = 0
-    parts: int = 0
-
-
-class _State:
-    """One dimension on its way down."""
-
-    def __init__(self, dimension: Dimension, costs: DimensionCosts, removed: Tensor, config: PruneConfig) -> None:
-        self.dimension = dimension
-        self._gone = removed.cpu().clone()
-        self._cost = costs.groups.tolist()
-        self._part_cost = costs.parts.double().cpu().masked_fill(self._gone, math.inf)
-        left = (~self._gone).sum(dim=1)
-        self.groups, self.parts = int((left > 0).sum()), int(left.max())
-        self.taken = dimension.weights(dimension.groups, dimension.parts) - dimension.weights(self.groups, self.parts)
-        # Groups still there, the cheapest first, from position _next on.
-        self._order = sorted((left > 0).nonzero()[:, 0].tolist(), key=lambda group: self._cost[group])
-        self._next = 0
-        self._fits = partial(_allowed, dimension, config)
-        self._ends = _smallest_sizes(dimension, config)
-
-    def moves(self) -> Iterator[_Move]:
-        groups = next((count for count in range(self.groups - 1, 0, -1) if self._fits(count, self.parts)), None)
-        parts = next((count for count in range(self.parts - 1, 0, -1) if self._fits(self.groups, count)), None)
-        d, now = self.dimension, self.dimension.weights(self.groups, self.parts)
-        if groups is not None:
-            chosen = self._order[self._next : self._next + self.groups - groups]
-            yield _Move(
-                sum(self._cost[group] for group in chosen), now - d.weights(groups, self.parts), self.groups - groups
-            )
-        if parts is not None:
-            cheapest = self._part_cost[self._order[self._next :]].sort(dim=1).values[:, : self.parts - parts]
-            yield _Move(float(cheapest.sum()), now - d.weights(self.groups, parts), parts=self.parts - parts)
-
-    def reach(self, move: _Move | None = None) -> int:
-        """The most weights that can ever be gone from here, or after ``move``."""
-        now = (self.groups, self.parts)
-        if move is not None:
-            now = (self.groups - move.groups, self.parts - move.parts)
-        ends = [end for end in self._ends if end[0] <= now[0] and end[1] <= now[1]]
-        weights = self.dimension.weights
-        return self.taken + weights(self.groups, self.parts) - min(weights(*size) for size in (ends or [now]))
-
-    def smallest_from(self, groups: int) -> int:
-        """The smallest allowed number of groups that is at least ``groups``."""
-        return next((n for n in range(groups, self.groups) if self._fits(n, self.parts)), self.groups)
-
-    def apply(self, move: _Move) -> None:
-        if move.groups:
-            self._gone[self._order[self._next : self._next + move.groups]] = True
-            self._next += move.groups
-            self.groups -= move.groups
-        else:
-            self._order = self._order[self._next :]
-            self._next = 0
-            for group in self._order:
-                for part in self._part_cost[group].argsort(stable=True)[: move.parts].tolist():
-                    self._cost[group] -= float(self._part_cost[group, part])
-                    self._gone[group, part] = True
-                    self._part_cost[group, part] = math.inf
-            self.parts -= move.parts
-            self._order.sort(key=lambda group: self._cost[group])
-        self.taken += move.weights
-
-    def mask(self) -> Tensor:
-        return self._gone.to(self.dimension.columns.device)
-
-
-def _ladders(states: Sequence[_State], uniform: bool) -> list[list[_State]]:
+def _ladders(states: Sequence[State], uniform: bool) -> list[list[State]]:
     """The dimensions that go down together: each alone, or those of the same linear in all blocks."""
     if not uniform:
         return [[state] for state in states]
-    kinds: dict[str, list[_State]] = {}
+    kinds: dict[str, list[State]] = {}
     for state in states:
         kinds.setdefault(state.dimension.kind, []).append(state)
     return list(kinds.values())
 
 
-def _steps(ladder: list[_State]) -> Iterator[list[_Move]]:
+def _steps(ladder: list[State]) -> Iterator[list[Move]]:
     """The moves that all dimensions of a ladder can make together."""
     yield from (list(moves) for moves in zip(*(state.moves() for state in ladder), strict=False))
 
 
-def _score(moves: list[_Move]) -> float:
+def _score(moves: list[Move]) -> float:
     return sum(move.cost for move in moves) / sum(move.weights for move in moves)
 
 
-def _weights(moves: list[_Move]) -> int:
+def _weights(moves: list[Move]) -> int:
     return sum(move.weights for move in moves)
 
 
-def _take_cheapest(ladders: list[list[_State]], target: int, final: int) -> float | None:
+def _take_cheapest(ladders: list[list[State]], target: int, final: int) -> float | None:
     taken = sum(state.taken for ladder in ladders for state in ladder)
     slack = sum(state.reach() for ladder in ladders for state in ladder) - final
     threshold = None
-    heap: list[tuple[float, int, list[_Move]]] = []
-    coarse: list[tuple[int, int, list[_Move]]] = []  # steps that would overshoot the target
+    heap: list[tuple[float, int, list[Move]]] = []
+    coarse: list[tuple[int, int, list[Move]]] = []  # steps that would overshoot the target
 
-    def lost(index: int, step: list[_Move]) -> int:
+    def lost(index: int, step: list[Move]) -> int:
         """What can never go any more after ``step``: nothing, where groups alone go."""
         if ladders[index][0].dimension.parts == 1:
             return 0
         return sum(state.reach() - state.reach(move) for state, move in zip(ladders[index], step, strict=True))
 
-    def overshoots(step: list[_Move]) -> bool:
+    def overshoots(step: list[Move]) -> bool:
         return target == final and _weights(step) > target - taken
 
     def push(index: int) -> None:
@@ -217,7 +123,7 @@ def _take_cheapest(ladders: list[list[_State]], target: int, final: int) -> floa
         for step in filter(overshoots, [] if fitting else steps):
             coarse.append((_weights(step), index, step))
 
-    def take(index: int, step: list[_Move]) -> None:
+    def take(index: int, step: list[Move]) -> None:
         nonlocal taken, slack, threshold
         slack -= lost(index, step)
         for state, move in zip(ladders[index], step, strict=True):
@@ -237,7 +143,7 @@ def _take_cheapest(ladders: list[list[_State]], target: int, final: int) -> floa
     return threshold
 
 
-def _take_fractions(states: Sequence[_State], target: int) -> None:
+def _take_fractions(states: Sequence[State], target: int) -> None:
     """The smallest fraction of its groups that every dimension can lose to meet the target."""
     fractions = sorted({count / s.dimension.groups for s in states for count in range(s.dimension.groups)})
     low, high = 0, len(fractions) - 1
@@ -253,7 +159,7 @@ def _take_fractions(states: Sequence[_State], target: int) -> None:
             state.apply(next(state.moves()))
 
 
-def _after(state: _State, fraction: float) -> tuple[int, int]:
+def _after(state: State, fraction: float) -> tuple[int, int]:
     """Groups left, and weights gone, when a dimension has lost at most ``fraction`` of its groups."""
     total = state.dimension.groups
     goal = state.smallest_from(total - math.floor(fraction * total + 1e-9))
