@@ -5,12 +5,14 @@
 Layers of two decoder blocks, 2:4 and unstructured 50 % (one threshold over these layers), curvature of 16 x 512 tokens
 by default; ``--factors FILE`` reads ``[(layer, W, G, A), ...]`` from ``torch.save`` instead. A product is
 ``L X M``: the operator or a preconditioner that is a product once each. What is feasible is compared: an iterate of the
-dual with ``-W`` put on the pruned weights. Rows are appended to ``results/solver_trials.csv``.
+dual with ``-W`` put on the pruned weights. Rows are appended to ``results/solver_trials.csv``: one for each layer and,
+as layer ``all``, one for the sum of their objectives over the sum of their optima.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -142,23 +144,31 @@ WAYS: dict[str, Callable[[Problem], Trace]] = {
 }
 
 
-def products_until(trace: Trace, targets: list[float]) -> list[float | None]:
-    found: list[float | None] = [None] * len(targets)
+def values(trace: Trace, enough: float) -> Tensor:
+    """The least objective after 0, 1, ..., _CAP products; the trace ends early once it is ``enough``."""
+    found = torch.full((_CAP + 1,), math.inf, dtype=torch.float64)
     for products, value in trace:
-        for i, target in enumerate(targets):
-            if found[i] is None and value <= target:
-                found[i] = products
-        if products >= _CAP or found[-1] is not None:
+        if products > _CAP:
+            break
+        found[int(products) :].clamp_(max=value)
+        if value <= enough:
             break
     return found
 
 
-def factors(model_path: str, data: str, samples: int, seqlen: int) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+def products_until(found: Tensor, target: float) -> str:
+    reached = (found <= target).nonzero()
+    return str(int(reached[0])) if len(reached) else f">{_CAP}"
+
+
+def factors(
+    model_path: str, data: str, samples: int, seqlen: int, blocks: list[int] | None = None
+) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     model, tokenizer, _ = load_model(model_path, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     decoder = find_decoder(model)
     windows = calibration_windows(tokenize(read_text(data, "calibration"), tokenizer), samples, seqlen, 0)
     curvature = estimate_curvature(model, decoder, windows, batch_size=4)
-    chosen = (1, len(decoder.blocks) - 2)
+    chosen = blocks or (1, len(decoder.blocks) - 2)
     found = []
     for linear in decoder.linears:
         G, A = curvature.factors(linear)
@@ -194,42 +204,50 @@ def main() -> None:
     parser.add_argument("--data", help="text with a train part (.zip)")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--blocks", type=int, nargs="+", help="left out: the second and the last but one")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--structures", nargs="+", default=["2:4", "unstructured"])
     parser.add_argument("--largest", type=int, help="leave out layers with more rows or columns")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "solver_trials.csv")
     options = parser.parse_args()
     sources = [
-        (path.name, lambda p=path: factors(str(p), options.data, options.samples, options.seqlen))
+        (path.name, lambda p=path: factors(str(p), options.data, options.samples, options.seqlen, options.blocks))
         for path in options.models
     ]
     sources += [(path.stem, lambda p=path: torch.load(p)) for path in options.factors]
     for model, read in sources:
         layers = read()
         for structure in options.structures:
-            for layer, problem in problems(layers, structure):
-                rows, columns = problem.weight.shape
-                if options.largest and max(rows, columns) > options.largest:
+            sums: dict[str, Tensor] = {}
+            optima, pruned, size = 0.0, 0, 0
+            about: dict[str, object] = {"model": model, "structure": structure}
+            for layer, p in problems(layers, structure):
+                if options.largest and max(p.weight.shape) > options.largest:
                     continue
-                best = joint_update(*problem, tolerance=1e-3, max_iterations=600)
+                best = joint_update(*p, tolerance=1e-3, max_iterations=600)
                 optimum = best.bound[-1] if best.bound[-1] > 0.0 else best.objective[-1]
-                for way, solve in WAYS.items():
-                    found = products_until(solve(problem), [1.05 * optimum, 1.01 * optimum])
-                    row = {
-                        "model": model,
-                        "structure": structure,
-                        "layer": layer,
-                        "rows": rows,
-                        "columns": columns,
-                        "kept": f"{problem.density:.3f}",
-                        "way": way,
-                        **{
-                            f"products_{gap}": f">{_CAP}" if n is None else f"{n:g}"
-                            for gap, n in zip(("5", "1"), found, strict=True)
-                        },
-                        **environment("cuda" if torch.cuda.is_available() else "cpu"),
-                    }
-                    append_row(options.out, row)
-                    print(*list(row.values())[:9], sep=" | ", flush=True)
+                about |= {
+                    "layer": layer,
+                    "rows": len(p.weight),
+                    "columns": p.weight.shape[1],
+                    "kept": f"{p.density:.3f}",
+                }
+                for way in options.ways:
+                    found = values(WAYS[way](p), 1.002 * optimum)
+                    record(options.out, about, way, found, optimum)
+                    sums[way] = sums.get(way, 0.0) + found
+                optima += optimum
+                pruned, size = pruned + int(p.pruned.sum()), size + p.pruned.numel()
+            about |= {"layer": "all", "rows": 0, "columns": 0, "kept": f"{1.0 - pruned / size:.3f}"}
+            for way, found in sums.items():
+                record(options.out, about, way, found, optima)
+
+
+def record(path: Path, about: dict[str, object], way: str, found: Tensor, optimum: float) -> None:
+    products = {f"products_{gap}": products_until(found, (1.0 + gap / 100) * optimum) for gap in (5, 1)}
+    row = {**about, "way": way, **products, **environment("cuda" if torch.cuda.is_available() else "cpu")}
+    append_row(path, row)
+    print(*list(row.values())[:9], sep=" | ", flush=True)
 
 
 if __name__ == "__main__":

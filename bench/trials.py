@@ -5,6 +5,8 @@
 ``dense weights``: each shot moves the kept weights to the optimum around the dense weights, not around the last shot's.
 ``first-order``: ``W - s G⁻¹ ∇W A⁻¹`` in place of ``W``, with ``∇W`` the gradient on the calibration data and the step
 ``s`` of ``STEPS`` that has the least loss on 16 windows held out. ``validated damping``: each shot's damping likewise.
+``last exchanges``: exchanges in the last shot only. ``polished``: dense weights, and one more estimate and update in
+the end.
 """
 
 from __future__ import annotations
@@ -60,6 +62,22 @@ class DenseWeights(_Trial):
         self, weight: Tensor, selection: Selection, g: DampedFactor, a: DampedFactor, config: Any, name: str
     ) -> LayerUpdate:
         return remove_and_compensate(self.dense[name], selection, g, a, config, name)
+
+
+class LastExchanges(_Trial):
+    def compensate(
+        self, weight: Tensor, selection: Selection, g: DampedFactor, a: DampedFactor, config: Any, name: str
+    ) -> LayerUpdate:
+        if len(self.reports) + 1 < config.shots:
+            config = dataclasses.replace(config, exchanges=0)
+        return remove_and_compensate(weight, selection, g, a, config, name)
+
+
+class Polished(DenseWeights):
+    def _shot(self, index: int) -> None:
+        super()._shot(index)
+        if index == self.config.shots:
+            super()._shot(index)
 
 
 class _Validated(_Trial):
@@ -156,11 +174,16 @@ class ValidatedDamping(_Validated):
 LOOPS: dict[str, type[ShotLoop]] = {
     "dense weights": DenseWeights,
     "dense weights, exchanges 1": DenseWeights,
+    "last exchanges 2": LastExchanges,
+    "last exchanges 4": LastExchanges,
+    "polished": Polished,
+    "polished, exchanges 1": Polished,
     "first-order": FirstOrder,
     "validated damping": ValidatedDamping,
 }
 for _name in LOOPS:
-    _options = {"method": "surgeon", "update": "joint", "exchanges": int("exchanges" in _name)}
+    _rounds = int(_name[-1]) if "exchanges" in _name else 0
+    _options = {"method": "surgeon", "update": "joint", "exchanges": _rounds}
     quality.METHODS[f"surgeon joint, {_name}"] = _options
 _measured = quality.run
 
