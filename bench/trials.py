@@ -1,12 +1,10 @@
 """Trials of other ways to the same sparsity, measured as ``quality.py`` measures the methods.
 
-    python bench/trials.py --models MODEL [MODEL ...] --data wikitext-2.zip --methods "surgeon joint, dense weights"
+    python bench/trials.py --models MODEL [MODEL ...] --data wikitext-2.zip --methods "surgeon joint, first-order"
 
-``dense weights``: each shot moves the kept weights to the optimum around the dense weights, not around the last shot's.
-``first-order``: ``W - s G⁻¹ ∇W A⁻¹`` in place of ``W``, with ``∇W`` the gradient on the calibration data and the step
-``s`` of ``STEPS`` that has the least loss on 16 windows held out. ``validated damping``: each shot's damping likewise.
-``last exchanges``: exchanges in the last shot only. ``polished``: dense weights, and one more estimate and update in
-the end.
+``first-order``: ``W - s G⁻¹ ∇W A⁻¹`` in place of the dense ``W``, both of the last shot, with the step ``s`` of
+``STEPS`` that has the least loss on 16 windows held out; no exchanges. ``validated damping``: each shot's damping
+likewise. ``last exchanges``: in the last shot only. ``polished``: one more estimate and update at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import llm_surgeon.shots
 from llm_surgeon.capture import mean_loss
 from llm_surgeon.data import Calibration
 from llm_surgeon.factors import DampedFactor, DampedFactors
-from llm_surgeon.models import evaluation_mode, run_model
+from llm_surgeon.models import PrunableLinear, evaluation_mode, run_model
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.update import LayerUpdate, remove_and_compensate
@@ -36,10 +34,6 @@ _HELD_OUT = 16
 
 class _Trial(ShotLoop):
     """A loop whose ``compensate`` takes the place of ``remove_and_compensate``."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.dense = {linear.name: linear.matrix().clone() for linear in self.decoder.linears}
 
     def _update(self, factors: DampedFactors | None) -> Any:
         llm_surgeon.shots.remove_and_compensate = self.compensate
@@ -57,13 +51,6 @@ class _Trial(ShotLoop):
         return mean_loss(self.model, self.held_out, self.batch_size)
 
 
-class DenseWeights(_Trial):
-    def compensate(
-        self, weight: Tensor, selection: Selection, g: DampedFactor, a: DampedFactor, config: Any, name: str
-    ) -> LayerUpdate:
-        return remove_and_compensate(self.dense[name], selection, g, a, config, name)
-
-
 class LastExchanges(_Trial):
     def compensate(
         self, weight: Tensor, selection: Selection, g: DampedFactor, a: DampedFactor, config: Any, name: str
@@ -73,7 +60,7 @@ class LastExchanges(_Trial):
         return remove_and_compensate(weight, selection, g, a, config, name)
 
 
-class Polished(DenseWeights):
+class Polished(_Trial):
     def _shot(self, index: int) -> None:
         super()._shot(index)
         if index == self.config.shots:
@@ -90,6 +77,9 @@ class _Validated(_Trial):
 
 
 class FirstOrder(_Validated):
+    def _around(self, linear: PrunableLinear, weight: Tensor) -> Tensor:
+        return weight
+
     def _update(self, factors: DampedFactors | None) -> Any:
         self.gradients = self._gradients()
         before = {linear.name: linear.matrix().clone() for linear in self.decoder.linears}
@@ -171,25 +161,19 @@ class ValidatedDamping(_Validated):
         del self._estimate
 
 
-LOOPS: dict[str, type[ShotLoop]] = {
-    "dense weights": DenseWeights,
-    "dense weights, exchanges 1": DenseWeights,
-    "last exchanges 2": LastExchanges,
-    "last exchanges 4": LastExchanges,
-    "polished": Polished,
-    "polished, exchanges 1": Polished,
-    "first-order": FirstOrder,
-    "validated damping": ValidatedDamping,
+LOOPS: dict[str, tuple[type[ShotLoop], int]] = {  # and rounds of exchanges
+    "last exchanges 2": (LastExchanges, 2),
+    "polished": (Polished, 1),
+    "first-order": (FirstOrder, 0),
+    "validated damping": (ValidatedDamping, 1),
 }
-for _name in LOOPS:
-    _rounds = int(_name[-1]) if "exchanges" in _name else 0
-    _options = {"method": "surgeon", "update": "joint", "exchanges": _rounds}
-    quality.METHODS[f"surgeon joint, {_name}"] = _options
+for _name, (_, _rounds) in LOOPS.items():
+    quality.METHODS[f"surgeon joint, {_name}"] = {"method": "surgeon", "update": "joint", "exchanges": _rounds}
 _measured = quality.run
 
 
 def run(trial: dict[str, Any], *arguments: str) -> dict[str, Any]:
-    llm_surgeon.pruning.ShotLoop = LOOPS.get(trial["method"].partition(", ")[2], ShotLoop)  # type: ignore[misc]
+    llm_surgeon.pruning.ShotLoop = LOOPS.get(trial["method"].partition(", ")[2], (ShotLoop, 0))[0]  # type: ignore[misc]
     try:
         return _measured(trial, *arguments)
     finally:

@@ -82,14 +82,17 @@ class PruneConfig:
         sparsity: fraction of the decoder's linear weights to remove, in (0, 1). Implied by N:M; otherwise 0.5
             (unstructured) or 0.3 (rows-columns, groups) when left out.
         update: how the surviving weights compensate (``method="surgeon"`` only): ``"joint"``, ``"chunked"``,
-            ``"independent"`` or ``"none"``. Rows and columns have one exact closed form, named ``"joint"``.
+            ``"independent"`` or ``"none"``. Rows and columns have one exact closed form, named ``"joint"``. A joint
+            update of single weights makes up for all that was pruned since the dense weights, the others for what
+            their shot prunes.
         max_correlated: most pruned weights solved for together by the chunked update (the paper's m).
         shots: rounds of estimate, select, update. Left out: 5; for rows-columns 8 for every 10 % removed (the
             paper's settings); 1 for methods and importances that do not re-estimate.
         kron_rank: Kronecker products that the curvature of a layer is the sum of, 1 or 2. Two take four more passes a
             shot, three times the memory for factors, and update "joint"; for studies of small models.
         exchanges: rounds, after a joint update, of exchanging kept and pruned weights of a layer where that lowers
-            its objective, for joint updates of single weights. Each solves anew: 2 take three times the update's time.
+            its objective. Each solves anew: 1 takes twice the solver's time. Left out: 1 for joint updates of single
+            weights (with ``kron_rank`` 1), otherwise 0.
         schedule: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of the sparsity is reached: 1 is linear,
             more prunes more in the early shots.
         damp_g, damp_a: damping, relative to the mean diagonal of G and A. ``damp_g`` left out: 0.1, or 0.01
@@ -132,7 +135,7 @@ class PruneConfig:
     max_correlated: int = 2000
     shots: int | None = None
     kron_rank: int = 1
-    exchanges: int = 0
+    exchanges: int | None = None
     schedule: float = 1.0
     damp_g: float | None = None
     damp_a: float = 0.01
@@ -219,6 +222,16 @@ class PruneConfig:
         return Structure.parse(self.structure)
 
     @property
+    def around_dense_weights(self) -> bool:
+        """Whether every shot moves the kept weights to the optimum around the dense ones, which it keeps for that.
+
+        Only the dense weights are at an optimum of the loss: around those of the last shot there is a gradient, too.
+        Low-rank corrections train them, and go on from there.
+        """
+        joint = self.method == "surgeon" and self.update == "joint" and self.pattern.single_weights
+        return joint and self.shots != 1 and self.lora_rank == 0
+
+    @property
     def skipped_layers(self) -> frozenset[int]:
         """The decoder blocks that ``skip_layers`` names."""
         found: set[int] = set()
@@ -245,6 +258,8 @@ class PruneConfig:
         if self.kron_rank not in (1, 2):
             raise InputError(f"kron_rank must be 1 or 2, not {self.kron_rank!r}")
         solved = self.method == "surgeon" and self.update == "joint" and structure.single_weights
+        if self.exchanges is None:
+            self._set("exchanges", int(solved and self.kron_rank == 1))
         if self.exchanges != 0:
             require_positive_int("exchanges", self.exchanges)
             if not solved:

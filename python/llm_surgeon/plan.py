@@ -19,6 +19,8 @@ _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 8192
 # Matrices of a layer's shape that the joint solver holds, and PyTorch while it adds them up.
 _SOLVER_MATRICES = 16
+# Those of a solution that waits for the next one, to be exchanged for it: Δ, G Δ A and costs.
+_SOLUTION_MATRICES = 3
 # Gradients of a block's widest layer that are alive at once in its backward pass.
 _BACKWARD_COPIES = 3
 # Blocks whose weights are on the device at once when they are streamed: the last, the present and the next one.
@@ -46,6 +48,7 @@ class Plan:
         checkpoint_activations: whether activations are computed again in the backward pass.
         weights_bytes: the model's weights on the device; those of three blocks where they are streamed.
         masks_bytes: what is pruned, a byte a weight.
+        dense_bytes: the dense weights, where later shots go back to them.
         factors_bytes: packed Kronecker factors that stay on the device: an A per input, a G per linear, float32.
         curvature_bytes: one pass's activations, logits and their gradient; also its factors where these do not stay.
         selection_bytes: factorisations of the largest layer, and the new masks.
@@ -63,6 +66,7 @@ class Plan:
     checkpoint_activations: bool
     weights_bytes: int
     masks_bytes: int
+    dense_bytes: int
     factors_bytes: int
     curvature_bytes: int
     selection_bytes: int
@@ -82,13 +86,14 @@ class Plan:
         """Peak memory beyond the weights; the phases follow each other."""
         phases = max(self.curvature_bytes, self.selection_bytes, self.update_bytes)
         snapshot = self.snapshot_bytes if self.device.type == "cpu" else 0
-        return self.masks_bytes + self.factors_bytes + snapshot + phases
+        return self.masks_bytes + self.dense_bytes + self.factors_bytes + snapshot + phases
 
     def by_kind(self) -> dict[str, int]:
         """Bytes on the device by what they are for."""
         return {
             "weights": self.weights_bytes,
             "masks": self.masks_bytes,
+            "dense weights": self.dense_bytes,
             "copies to restore": self.snapshot_bytes if self.device.type == "cpu" else 0,
             "factors": self.factors_bytes,
             "curvature pass": self.curvature_bytes,
@@ -148,11 +153,13 @@ class _Planner:
         weights = sum(parameter.nbytes for parameter in parameters)
         if self.offload:
             weights += min(sum(blocks), _STREAMED_BLOCKS * max(blocks)) - sum(blocks) * self._on_gpu
-        masks = 0 if self.offload and self._on_gpu else self.weights
-        factors = 0 if self.hosted else sum(self.factor_bytes)
-        batch_size, per_pass = self._layout(weights + masks + factors)
         snapshot = self.itemsize * sum(R * C for R, C in self.sizes)
-        hosted = self.hosted * sum(self.factor_bytes) + self.offload * (sum(blocks) + self.weights)
+        dense = snapshot * self.config.around_dense_weights
+        streamed = self.offload and self._on_gpu
+        masks, dense_here = (0, 0) if streamed else (self.weights, dense)
+        factors = 0 if self.hosted else sum(self.factor_bytes)
+        batch_size, per_pass = self._layout(weights + masks + dense_here + factors)
+        hosted = self.hosted * sum(self.factor_bytes) + self.offload * (sum(blocks) + self.weights + dense)
         return Plan(
             device=self.device,
             batch_size=batch_size,
@@ -161,6 +168,7 @@ class _Planner:
             checkpoint_activations=self.checkpointed,
             weights_bytes=weights,
             masks_bytes=masks,
+            dense_bytes=dense_here,
             factors_bytes=factors,
             curvature_bytes=self._curvature_bytes(batch_size, per_pass),
             selection_bytes=self._selection_bytes(),
@@ -227,8 +235,10 @@ class _Planner:
         if self.config.method != "surgeon":
             return 4 * _FLOAT * largest
         # The factors of a layer, their inverses where weights go singly, and the solver's matrices.
-        single = self.config.pattern.single_weights
-        return self._factor_workspace(1 + single) + _FLOAT * largest * (_SOLVER_MATRICES if single else 6)
+        if not self.config.pattern.single_weights:
+            return self._factor_workspace(1) + _FLOAT * largest * 6
+        held = _SOLVER_MATRICES + _SOLUTION_MATRICES * bool(self.config.exchanges)
+        return self._factor_workspace(2) + _FLOAT * largest * held
 
     def _factor_workspace(self, copies: int) -> int:
         """``copies`` of the largest layer's factors, and a factorisation's own workspace."""
@@ -260,8 +270,9 @@ class _Planner:
                 seconds += 3 * products / single
             elif config.update == "joint":
                 faster, checks = (_TF32_SPEED, _SOLVER_CHECKS * _CHECK_COST) if self._on_gpu else (1.0, _SOLVER_CHECKS)
+                assert config.exchanges is not None
                 iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
-                seconds += (iterations + checks) * products / (single * faster)
+                seconds += (1 + config.exchanges) * (iterations + checks) * products / (single * faster)
         return self.shots * seconds + forward
 
 

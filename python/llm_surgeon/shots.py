@@ -20,7 +20,7 @@ from llm_surgeon.errors import NumericalError
 from llm_surgeon.factors import DampedFactors, predicted_increase
 from llm_surgeon.kron2 import PairedCurvature, compensate_by_pairs, paired_costs
 from llm_surgeon.models import Decoder, PrunableLinear, to_list
-from llm_surgeon.offload import offloaded, store
+from llm_surgeon.offload import offloaded, pinned, store
 from llm_surgeon.plan import compute_device, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport, SolverTrace
@@ -54,6 +54,7 @@ class ShotLoop:
         self.selections = [_nothing(linear, config, self.storage) for linear in decoder.linears]
         self.reports: list[ShotReport] = []
         self._before_update: Callable[[], object] = lambda: None
+        self._dense_weights: dict[str, Tensor] = {}  # [W | b] before the first shot, where later ones need it
         self._paired: PairedCurvature | None = None  # of the shot that is running, with kron_rank 2
 
     def run(self, before_update: Callable[[], object] = lambda: None) -> None:
@@ -177,14 +178,15 @@ class ShotLoop:
 
         def update(linear: PrunableLinear) -> None:
             weight, selection = linear.matrix(device=self.device), selection_of[linear.name].to(self.device)
+            around = self._around(linear, weight)
             pair = None if factors is None or self.config.method not in GLOBAL_METHODS else factors.of(linear)
             if factors is None or pair is None or self.config.method != "surgeon":
                 new = remove(weight, selection)
             else:
                 if self._paired is None:
-                    new = remove_and_compensate(weight, selection, *pair, self.config, linear.name)
+                    new = remove_and_compensate(around, selection, *pair, self.config, linear.name)
                 else:
-                    new = compensate_by_pairs(weight, selection, self._paired.of(linear), self.config)
+                    new = compensate_by_pairs(around, selection, self._paired.of(linear), self.config)
                 factors.note_jitter(linear, new.jitter)
             if new.selection is not selection:  # exchanges changed it
                 selection_of[linear.name] = new.selection.to(self.storage)
@@ -193,6 +195,8 @@ class ShotLoop:
                 traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
             if pair is not None:
                 increases[linear.name] = predicted_increase(new.delta, *pair)
+                if around is not weight:
+                    increases[linear.name] -= predicted_increase(weight - around, *pair)
 
         self._each_linear(update)
         self.selections = list(selection_of.values())
@@ -202,6 +206,16 @@ class ShotLoop:
             if not math.isfinite(increase):
                 raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
         return (sum(predicted) if increases else None), traces
+
+    def _around(self, linear: PrunableLinear, weight: Tensor) -> Tensor:
+        """What an update starts from: the ``weight`` of the last shot, or the dense one."""
+        if not self.config.around_dense_weights:
+            return weight
+        if linear.name not in self._dense_weights:
+            own = weight.to(linear.weight.dtype)
+            self._dense_weights[linear.name] = pinned(own) if self.config.offload == "cpu" else own
+            return weight
+        return self._dense_weights[linear.name].to(self.device, non_blocking=True).to(weight.dtype)
 
     def _each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:
         results = []

@@ -100,6 +100,7 @@ def _solve(
             max_iterations=config.max_iterations,
         )
 
+    assert config.exchanges is not None
     pruned = with_bias(selection, weight.shape[1])
     best, advantage, columns = solve(pruned), _ADVANTAGE, selection.pruned.shape[1]
     for _ in range(config.exchanges):

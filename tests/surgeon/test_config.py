@@ -158,6 +158,30 @@ def test_shots_left_out_are_resolved(options, shots):
     assert PruneConfig(**options).shots == shots
 
 
+@pytest.mark.parametrize(
+    "options, exchanges",
+    [
+        ({}, 1),
+        ({"structure": "unstructured"}, 1),
+        ({"exchanges": 0}, 0),
+        ({"update": "chunked"}, 0),
+        ({"kron_rank": 2}, 0),
+        ({"structure": "rows-columns"}, 0),
+        ({"structure": "groups"}, 0),
+        ({"method": "wanda"}, 0),
+    ],
+)
+def test_exchanges_left_out_are_resolved(options, exchanges):
+    assert PruneConfig(**options).exchanges == exchanges
+
+
+@pytest.mark.parametrize(
+    "options", [{"update": "chunked"}, {"structure": "rows-columns"}, {"lora_rank": 4}, {"shots": 1}]
+)
+def test_later_joint_updates_of_single_weights_go_back_to_the_dense_ones(options):
+    assert PruneConfig().around_dense_weights and not PruneConfig(**options).around_dense_weights
+
+
 def test_sparsegpt_has_one_shot():
     with pytest.raises(InputError, match=r"'sparsegpt' .* shots must be 1, not 2"):
         PruneConfig(method="sparsegpt", shots=2)

@@ -34,7 +34,8 @@ def plan_of(name="llama", device="cpu", memory=10**12, monkeypatch=None, **optio
 def test_parts_of_a_plan_on_the_cpu(monkeypatch):
     model, plan = plan_of(batch_size=2, monkeypatch=monkeypatch)
     assert plan.weights_bytes == 4 * sum(p.numel() for p in model.parameters())
-    assert plan.masks_bytes == WEIGHTS and plan.snapshot_bytes == 4 * WEIGHTS
+    assert plan.masks_bytes == WEIGHTS and plan.snapshot_bytes == plan.dense_bytes == 4 * WEIGHTS
+    assert plan_of(shots=1)[1].dense_bytes == 0
     assert plan.factors_bytes == 2 * FACTORS
     assert (plan.batch_size, plan.blocks_per_pass, plan.passes, plan.host_bytes) == (2, 2, 1, 0)
     assert sum(plan.by_kind().values()) == plan.memory_bytes + sum(
@@ -44,11 +45,11 @@ def test_parts_of_a_plan_on_the_cpu(monkeypatch):
 
 def test_offloaded_parts_are_in_main_memory(monkeypatch):
     model, plan = plan_of(offload="cpu", curvature_layers=1, device="cuda", monkeypatch=monkeypatch)
-    assert plan.factors_bytes == plan.masks_bytes == 0 and plan.checkpoint_activations
+    assert plan.factors_bytes == plan.masks_bytes == plan.dense_bytes == 0 and plan.checkpoint_activations
     assert (plan.blocks_per_pass, plan.passes) == (1, 2)
     everything = 4 * sum(p.numel() for p in model.parameters())
     assert plan.weights_bytes == everything  # two blocks in all: both may be on the device at once
-    assert plan.host_bytes == 4 * WEIGHTS + 2 * FACTORS + 2 * BLOCK_BYTES + WEIGHTS
+    assert plan.host_bytes == 2 * 4 * WEIGHTS + 2 * FACTORS + 2 * BLOCK_BYTES + WEIGHTS
     _, alone = plan_of(curvature_layers=1, device="cuda", monkeypatch=monkeypatch)
     assert alone.factors_bytes == 0 and alone.masks_bytes == WEIGHTS
     assert alone.host_bytes == 4 * WEIGHTS + 2 * FACTORS
@@ -63,7 +64,7 @@ def test_as_many_windows_and_blocks_as_fit(monkeypatch):
     assert plan(10**12, seqlen=2048, samples=3).batch_size == 3
     assert plan(0, seqlen=2048).batch_size == 1
     two = plan(10**12, seqlen=2048, batch_size=2)
-    fixed = two.weights_bytes + two.masks_bytes + two.factors_bytes
+    fixed = two.weights_bytes + two.masks_bytes + two.dense_bytes + two.factors_bytes
     assert plan(int((fixed + 2.01 * two.curvature_bytes) / 0.92), seqlen=2048).batch_size == 2
     assert plan(int((fixed + 1.99 * two.curvature_bytes) / 0.92), seqlen=2048).batch_size == 1
     offloaded = plan(10**12, offload="cpu", batch_size=1)
@@ -90,8 +91,10 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     grams, cubes = 2 * FACTORS // 4, 2 * sum(n**3 for n in [*SHARED_INPUTS, *(R for R, _ in BLOCK)])
     products = 2 * sum(2 * R * C * (R + C) for R, C in BLOCK)
     _, plan = plan_of(shots=3, max_iterations=10, monkeypatch=monkeypatch)
-    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + (10 + 2) * products) + forward
+    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + 2 * (10 + 2) * products) + forward
     assert plan.seconds == pytest.approx(operations / 2.0)
+    _, single = plan_of(shots=3, max_iterations=10, exchanges=0, monkeypatch=monkeypatch)
+    assert single.seconds == pytest.approx(plan.seconds - 3 * (10 + 2) * products / 2.0)
     _, again = plan_of(shots=3, max_iterations=10, checkpoint_activations=True, monkeypatch=monkeypatch)
     assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
     _, magnitude = plan_of(method="magnitude", monkeypatch=monkeypatch)

@@ -11,6 +11,8 @@ from llm_surgeon import Calibration, InputError, NumericalError, PruneConfig, pr
 from llm_surgeon.capture import estimate_curvature, mean_loss
 from llm_surgeon.models import find_decoder
 from llm_surgeon.progress import Progress
+from llm_surgeon.update import remove_and_compensate
+from surgeon_kernels import objective
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -80,6 +82,28 @@ def test_each_shot_meets_its_target_and_without_exchanges_keeps_what_earlier_sho
     assert (returned > 0) == (exchanges > 0)
     assert [shot.target_sparsity for shot in report.shots] == pytest.approx([0.2, 0.4, 0.6])
     assert [shot.sparsity for shot in report.shots] == pytest.approx([0.2, 0.4, 0.6], abs=1e-3)
+
+
+@pytest.mark.parametrize(("options", "around_dense"), [({}, True), ({"update": "chunked"}, False)])
+def test_joint_updates_of_later_shots_make_up_for_the_dense_weights(monkeypatch, options, around_dense):
+    model = build("opt")
+    before = {linear.name: linear.matrix() for linear in find_decoder(model).linears}
+    increases = []
+
+    def spy(weight, selection, g, a, config, name):
+        current = {linear.name: linear.matrix() for linear in find_decoder(model).linears}[name]
+        later = len(increases) >= len(before)
+        assert torch.equal(weight, before[name] if around_dense else current)
+        assert torch.equal(current, before[name]) != later
+        new = remove_and_compensate(weight, selection, g, a, config, name)
+        G, A = (M.damped - M.shift * torch.eye(len(M.damped)) for M in (g, a))
+        increases.append(objective(new.weight - weight, G, A) - objective(current - weight, G, A))
+        return new
+
+    monkeypatch.setattr("llm_surgeon.shots.remove_and_compensate", spy)
+    report = prune(model, TOKENS, shots=2, **options)
+    for shot, parts in zip(report.shots, (increases[: len(before)], increases[len(before) :]), strict=True):
+        assert shot.predicted_increase == pytest.approx(sum(parts), rel=1e-3)
 
 
 def test_losses_in_the_report_are_the_model_s_own():
