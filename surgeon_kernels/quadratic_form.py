@@ -18,12 +18,12 @@ def quadratic_form(x: Tensor, S: Tensor) -> Tensor:
 
     On CUDA devices of capability 9.x, float32 operands with sides of at least 1024 are multiplied by a Triton kernel in
     TF32. It takes half of the products, ``S`` being symmetric, and never stores ``X S``; the same inputs give the same
-    bits. Operands are cut, not rounded, to 10 bits of mantissa: all results are too small by nearly the same factor,
-    about 7e-4; that factor apart, errors are those of PyTorch's TF32 product. Everything else is PyTorch's product in
-    the operands' dtype.
+    bits. Errors are those of PyTorch's TF32 product: S is rounded to TF32 in a copy, and what the tensor cores cut from
+    X is made up for. Everything else is PyTorch's product in the operands' dtype.
 
     Args:
-        x: ``[R, C]``; the kernel copies it unless its rows are dense and aligned to 16 bytes.
+        x: ``[R, C]``, or a transposed view; unless its rows are dense and aligned to 16 bytes the kernel copies it, in
+            strips of 64 MiB or 1024 rows.
         S: symmetric ``[C, C]``.
 
     Returns:

@@ -19,6 +19,7 @@ def test_kernel():
             "x_wide": f"tensordesc<fp32{[r, c]}>",
             "s": f"tensordesc<fp32{[c, k]}>",
             "partial": "*fp32",
+            "partial_stride": "i32",
             "rows": "i32",
             "columns": "i32",
         },
