@@ -7,14 +7,17 @@
 namespace surgeon {
 namespace {
 
+constexpr int kUnitRows = 32;
+
 template <typename T, int M>
 constexpr int kLane = std::max<int>(M, 16 / sizeof(T));  // weights of a lane, where rows are aligned
 
 // A persistent block takes a run of tiles, kWarps units each, and adds its counts to the output when it comes to
 // another matrix. Counting in shared memory costs as much as reading, unless few costs fall into the bins.
-template <typename T, int E, int M>
-__global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1) histogram_kernel(const CostMatrix* __restrict__ matrices, int count,
-                                                             int64_t tiles, CostHistogram h, int64_t* counts) {
+template <typename T, int E, int M, bool kTwo>
+__global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1)
+    histogram_kernel(const CostMatrix* __restrict__ matrices, int count, int64_t tiles, CostHistogram h,
+                     int64_t* counts) {
   constexpr int kRows = kUnroll<T, E>;
   extern __shared__ unsigned histogram[];  // below, bins, invalid
   const unsigned width = static_cast<unsigned>(h.bins) << h.shift;
@@ -39,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1) histogr
     };
     for (; tile < stop; ++tile) {
       const unsigned index = static_cast<unsigned>(tile - matrix.first_tile) * kWarps + threadIdx.x / 32;
-      const Unit unit(index, matrix.rows, matrix.columns, E);
+      const Unit unit(index, matrix.rows, matrix.columns, E, kUnitRows);
       if (unit.rows <= 0) continue;
       const T* from = static_cast<const T*>(matrix.weight) + unit.row * matrix.row_stride + unit.column;
       const float* g = matrix.g + unit.row * h.row_step;
@@ -73,8 +76,7 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1) histogr
               add(cost[0]);
             } else {
               unsigned marks[M / 4];
-              mark_cheapest(cost, drop, marks);
-              add(marked_sum(cost, marks));
+              add(mark_cheapest<kTwo>(cost, drop, marks));
             }
           }
         }
@@ -100,7 +102,7 @@ template <typename T, int E>
 __global__ void __launch_bounds__(kThreads)
     mask_kernel(CostMatrix matrix, float threshold, bool ties, bool* __restrict__ selected) {
   constexpr int kRows = kUnroll<T, E>;
-  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, matrix.rows, matrix.columns, E);
+  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, matrix.rows, matrix.columns, E, kUnitRows);
   if (unit.rows <= 0) return;
   float a[E];
 #pragma unroll
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int E, int M>
+template <typename T, int E, int M, bool kTwo = false>
 cudaError_t launch_histogram(const CostMatrix* matrices, int count, int64_t tiles, const CostHistogram& h,
                              int64_t* counts, cudaStream_t stream) {
   const size_t shared = (h.bins + 2) * sizeof(unsigned);
@@ -139,7 +141,7 @@ cudaError_t launch_histogram(const CostMatrix* matrices, int count, int64_t tile
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const auto kernel = histogram_kernel<T, E, M>;
+  const auto kernel = histogram_kernel<T, E, M, kTwo>;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared);
   if (error != cudaSuccess) return error;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(tiles, int64_t{processors} * std::max(1, resident)));
@@ -177,6 +179,7 @@ cudaError_t cost_histogram(const CostMatrix* matrices, int count, int64_t tiles,
   if (!h.aligned) return launch_histogram<T, 1, 1>(matrices, count, tiles, h, counts, stream);
   switch (h.m) {
     case 4:
+      if (h.n == 2) return launch_histogram<T, kLane<T, 4>, 4, true>(matrices, count, tiles, h, counts, stream);
       return launch_histogram<T, kLane<T, 4>, 4>(matrices, count, tiles, h, counts, stream);
     case 8:
       return launch_histogram<T, kLane<T, 8>, 8>(matrices, count, tiles, h, counts, stream);

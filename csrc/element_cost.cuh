@@ -9,10 +9,9 @@
 
 namespace surgeon {
 
-// Reads of a matrix by warps: a unit is a strip of 32 E columns, E for each lane, by kUnitRows rows.
+// Reads of a matrix by warps: a unit is a strip of 32 E columns, E for each lane, by some rows.
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kUnitRows = 32;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -75,19 +74,31 @@ struct Unit {
   int64_t column, row;
   int rows;
 
-  __device__ Unit(unsigned index, int64_t matrix_rows, int64_t columns, int lane_columns) {
+  __device__ Unit(unsigned index, int64_t matrix_rows, int64_t columns, int lane_columns, int unit_rows) {
     const unsigned strips = static_cast<unsigned>(ceil_div(columns, 32 * lane_columns));
     column = (static_cast<int64_t>(index % strips) * 32 + threadIdx.x % 32) * lane_columns;
-    row = static_cast<int64_t>(index / strips) * kUnitRows;
+    row = static_cast<int64_t>(index / strips) * unit_rows;
     const int64_t left = column < columns ? matrix_rows - row : 0;
-    rows = left < kUnitRows ? static_cast<int>(left) : kUnitRows;
+    rows = left < unit_rows ? static_cast<int>(left) : unit_rows;
   }
 };
 
 // A factor g or a of a cost. Negative ones are errors: they become NaN, and with them the costs. -0 becomes +0.
-__device__ inline float cost_factor(const float* from) {
-  const float x = __ldg(from);
-  return x >= 0.0f ? fabsf(x) : NAN;
+__device__ inline float valid_factor(float x) { return x >= 0.0f ? fabsf(x) : NAN; }
+__device__ inline float cost_factor(const float* from) { return valid_factor(__ldg(from)); }
+
+// E factors from an address aligned to 16 bytes.
+template <int E>
+__device__ inline void cost_factors(const float* from, float (&to)[E]) {
+  static_assert(E % 4 == 0);
+#pragma unroll
+  for (int i = 0; i < E; i += 4) {
+    const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
+    to[i] = valid_factor(four.x);
+    to[i + 1] = valid_factor(four.y);
+    to[i + 2] = valid_factor(four.z);
+    to[i + 3] = valid_factor(four.w);
+  }
 }
 
 // w² (½ g) a, every product rounded on its own: bit for bit what the PyTorch reference computes.
@@ -95,10 +106,10 @@ __device__ inline float element_cost(float w, float half_g, float a) {
   return __fmul_rn(__fmul_rn(__fmul_rn(w, w), half_g), a);
 }
 
-// Marks the `drop` cheapest of M costs, the lower index first among equals: bit 7 of byte i % 4 of marks[i / 4].
+// Marks the `drop` cheapest of M costs, the lower index first among equals: byte i % 4 of marks[i / 4] is 1, or else 0.
 // A byte each counts the costs that go before cost i; sums of 128 - drop and more set its highest bit.
 template <int M>
-__device__ inline void mark_cheapest(const float (&cost)[M], int drop, unsigned (&marks)[M / 4]) {
+__device__ inline void rank_costs(const float (&cost)[M], int drop, unsigned (&marks)[M / 4]) {
 #pragma unroll
   for (int word = 0; word < M / 4; ++word) marks[word] = 0x01010101u * (0x80u - drop);
 #pragma unroll
@@ -116,10 +127,10 @@ __device__ inline void mark_cheapest(const float (&cost)[M], int drop, unsigned 
     }
   }
 #pragma unroll
-  for (int word = 0; word < M / 4; ++word) marks[word] = ~marks[word] & 0x80808080u;
+  for (int word = 0; word < M / 4; ++word) marks[word] = ~marks[word] >> 7 & 0x01010101u;
 }
 
-__device__ inline bool marked(const unsigned* marks, int i) { return marks[i / 4] & 0x80u << 8 * (i % 4); }
+__device__ inline bool marked(const unsigned* marks, int i) { return marks[i / 4] & 1u << 8 * (i % 4); }
 
 // The sum of the marked costs, in their order.
 template <int M>
@@ -128,6 +139,27 @@ __device__ inline float marked_sum(const float (&cost)[M], const unsigned (&mark
 #pragma unroll
   for (int i = 0; i < M; ++i) total = __fadd_rn(total, marked(marks, i) ? cost[i] : 0.0f);
   return total;
+}
+
+// Marks the two cheapest of four costs in half of the instructions: a pair, or the cheaper of either.
+__device__ inline float mark_two(const float (&cost)[4], unsigned& marks) {
+  const float lower[] = {fminf(cost[0], cost[1]), fminf(cost[2], cost[3])};
+  const float upper[] = {fmaxf(cost[0], cost[1]), fmaxf(cost[2], cost[3])};
+  const bool first = upper[0] <= lower[1], last = upper[1] < lower[0];
+  const unsigned either = (cost[0] <= cost[1] ? 0x1u : 0x100u) | (cost[2] <= cost[3] ? 0x10000u : 0x1000000u);
+  marks = first ? 0x101u : last ? 0x1010000u : either;
+  return __fadd_rn(last ? lower[1] : lower[0], first ? upper[0] : last ? upper[1] : lower[1]);
+}
+
+// Marks the `drop` cheapest of M costs and returns their sum; kTwo: 2 of 4.
+template <bool kTwo, int M>
+__device__ inline float mark_cheapest(const float (&cost)[M], int drop, unsigned (&marks)[M / 4]) {
+  if constexpr (kTwo) {
+    return mark_two(cost, marks[0]);
+  } else {
+    rank_costs(cost, drop, marks);
+    return marked_sum(cost, marks);
+  }
 }
 
 }  // namespace surgeon

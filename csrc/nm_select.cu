@@ -20,40 +20,53 @@ struct OutputType<T, Output::kGroupCost> {
   using type = float;
 };
 
+template <typename T, int M>
+constexpr int kLaneColumns = M * sizeof(T) > 16 ? M : 16 / sizeof(T);
+
+#ifndef STEPS
+#define STEPS 1
+#endif
+#ifndef MINB
+#define MINB 4
+#endif
+// Times that a unit's lanes load, and blocks resident on a multiprocessor.
+template <int M>
+constexpr int kSteps = M == 4 ? STEPS : 8;
+template <int M>
+constexpr int kBlocks = M == 4 ? MINB : 2;
+
 template <typename T>
 __device__ bool chosen(const NmProblem<T>& p, float total, bool before) {
   return before || !(p.ties ? total > p.threshold : total >= p.threshold);  // true for inf - inf
 }
 
-// Aligned rows: a lane holds whole groups, reads 16 bytes at a time and ranks the costs in registers. Arithmetic, not
-// memory, is the limit for 16-bit weights: kLimited says whether there is a threshold or a mask of earlier choices.
-template <typename T, int M, Output kOutput, bool kLimited>
-__global__ void __launch_bounds__(kThreads, M == 16 ? 2 : 1)
+// Aligned rows: a lane holds whole groups of a few rows, reads 16 bytes at a time, all rows before it uses the first, and
+// ranks the costs in registers. Units are small, so that the last ones end together. kTwo: 2:4. kLimited: there is a
+// threshold or a mask of earlier choices.
+template <typename T, int M, Output kOutput, bool kTwo, bool kLimited>
+__global__ void __launch_bounds__(kThreads, kBlocks<M>)
     aligned_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
-  constexpr int kVector = 16 / sizeof(T), E = M > kVector ? M : kVector, kGroups = E / M, kRows = kUnroll<T, E>;
+  constexpr int E = kLaneColumns<T, M>, kGroups = E / M, kRows = kUnroll<T, E>, kUnitRows = kSteps<M> * kRows;
   constexpr int kBytes = kOutput == Output::kMask ? E : kOutput == Output::kWeight ? E * sizeof(T) : 4 * kGroups;
-  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, p.rows, p.columns, E);
-  const int drop = p.m - p.n;
+  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, p.rows, p.columns, E, kUnitRows);
   if (unit.rows <= 0) return;
   float a[E];
-#pragma unroll
-  for (int e = 0; e < E; ++e) a[e] = cost_factor(p.a + unit.column + e);
   float check = 0.0f;  // NaN if any cost is
-  for (int row = 0; row < unit.rows; row += kRows) {
-    const T* from = p.weight + (unit.row + row) * p.row_stride + unit.column;
+  for (int first = 0; first < unit.rows; first += kRows) {
     Packet<T, E> weights[kRows];
     float half_g[kRows];
+    int64_t row[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      if (row + u < unit.rows) {
-        weights[u].load(from + u * p.row_stride);
-        half_g[u] = 0.5f * cost_factor(p.g + unit.row + row + u);
-      }
+      row[u] = unit.row + min(first + u, unit.rows - 1);  // the last row again where there are no more
+      weights[u].load(p.weight + row[u] * p.row_stride + unit.column);
     }
+    if (first == 0) cost_factors(p.a + unit.column, a);
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) half_g[u] = 0.5f * cost_factor(p.g + row[u]);
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      if (row + u >= unit.rows) break;
-      const int64_t at = (unit.row + row + u) * p.columns + unit.column;
+      const int64_t at = row[u] * p.columns + unit.column;
       alignas(16) unsigned result[kBytes / 4];
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -72,23 +85,21 @@ __global__ void __launch_bounds__(kThreads, M == 16 ? 2 : 1)
             before |= gone != 0;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              if (gone & 0xffu << 8 * i) cost[4 * word + i] = -1.0f;  // before all others, and recognisable
+              if (gone & 0xffu << 8 * i) cost[4 * word + i] = -1.0f;  // before all others
             }
           }
         }
-        mark_cheapest(cost, drop, marks);
+        const float total = mark_cheapest<kTwo>(cost, p.m - p.n, marks);
         if constexpr (kLimited) {
-#pragma unroll
-          for (int i = 0; i < M; ++i) cost[i] = cost[i] == -1.0f ? 0.0f : cost[i];
-          const bool taken = chosen(p, marked_sum(cost, marks), before);
+          const bool taken = chosen(p, total, before);
 #pragma unroll
           for (int word = 0; word < M / 4; ++word) marks[word] = taken ? marks[word] : 0;
         }
         if constexpr (kOutput == Output::kGroupCost) {
-          result[group] = __float_as_uint(marked_sum(cost, marks));
+          result[group] = __float_as_uint(total);
         } else if constexpr (kOutput == Output::kMask) {
 #pragma unroll
-          for (int word = 0; word < M / 4; ++word) result[group * (M / 4) + word] = marks[word] >> 7;
+          for (int word = 0; word < M / 4; ++word) result[group * (M / 4) + word] = marks[word];
         } else {
           constexpr int kWords = M * sizeof(T) / 4;
 #pragma unroll
@@ -96,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, M == 16 ? 2 : 1)
             const unsigned word = weights[u].word(group * kWords + i);
             if constexpr (sizeof(T) == 4) {
               result[group * kWords + i] = marked(marks, i) ? 0 : word;
-            } else {  // bit 7 of each of two weights' bytes, spread over their 16 bits
-              const unsigned ones = __byte_perm(marks[i / 2] >> 7, 0, i % 2 ? 0x4342 : 0x4140);
+            } else {  // each of two weights' marks, spread over its 16 bits
+              const unsigned ones = __byte_perm(marks[i / 2], 0, i % 2 ? 0x4342 : 0x4140);
               result[group * kWords + i] = word & ~(ones * 0xffffu);
             }
           }
@@ -168,31 +179,34 @@ __global__ void __launch_bounds__(kThreads, kOutput == Output::kGroupCost ? 4 : 
   }
 }
 
-template <typename T, int M, Output kOutput>
+template <typename T, int M, Output kOutput, bool kTwo = false>
 void launch_aligned(const NmProblem<T>& p, typename OutputType<T, kOutput>::type* out, cudaStream_t stream) {
-  constexpr int64_t kColumns = 32 * (M * sizeof(T) > 16 ? M : 16 / sizeof(T));
-  const int64_t units = ceil_div(p.columns, kColumns) * ceil_div(p.rows, kUnitRows);
+  constexpr int E = kLaneColumns<T, M>;
+  const int64_t units = ceil_div(p.columns, 32 * E) * ceil_div(p.rows, kSteps<M> * kUnroll<T, E>);
   const unsigned blocks = static_cast<unsigned>(ceil_div(units, kWarps));
   if constexpr (kOutput == Output::kMask) {
     if (p.previous != nullptr || !p.ties || p.threshold != INFINITY) {
-      aligned_kernel<T, M, kOutput, true><<<blocks, kThreads, 0, stream>>>(p, out);
+      aligned_kernel<T, M, kOutput, kTwo, true><<<blocks, kThreads, 0, stream>>>(p, out);
       return;
     }
   }
-  aligned_kernel<T, M, kOutput, false><<<blocks, kThreads, 0, stream>>>(p, out);
+  aligned_kernel<T, M, kOutput, kTwo, false><<<blocks, kThreads, 0, stream>>>(p, out);
 }
 
 template <typename T>
 bool aligned(const NmProblem<T>& p) {
   const int64_t lane = p.m * sizeof(T) > 16 ? p.m : 16 / sizeof(T);
-  return p.g != nullptr && p.columns % lane == 0 && p.row_stride * sizeof(T) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && reinterpret_cast<uintptr_t>(p.previous) % 4 == 0;
+  const auto on = [](const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
+  return p.g != nullptr && p.columns % lane == 0 && p.row_stride * sizeof(T) % 16 == 0 && on(p.weight, 16) &&
+         on(p.a, 16) && on(p.previous, 4);
 }
 
 template <typename T, Output kOutput>
 cudaError_t launch(const NmProblem<T>& p, typename OutputType<T, kOutput>::type* out, cudaStream_t stream) {
   if (p.rows == 0 || p.columns == 0) return cudaSuccess;
-  if (aligned(p) && p.m == 4) {
+  if (aligned(p) && p.m == 4 && p.n == 2) {
+    launch_aligned<T, 4, kOutput, true>(p, out, stream);
+  } else if (aligned(p) && p.m == 4) {
     launch_aligned<T, 4, kOutput>(p, out, stream);
   } else if (aligned(p) && p.m == 8) {
     launch_aligned<T, 8, kOutput>(p, out, stream);
