@@ -3,9 +3,10 @@
     python bench/cost_threshold.py            # appended to results/cost_threshold.csv
 
 The model is of Llama-2-7B's shape: 224 matrices, 6.5 billion weights, of random values and diagonals that differ from
-layer to layer. ``torch.kthvalue`` gets float32 costs already computed: all of them, or half as many until it succeeds;
-its time is scaled to the number of costs. Rows say what was selected (weights or 2:4 groups), what was asked for (the
-threshold alone, or the masks too), the median time, and the memory allocated beyond weights and masks.
+layer to layer. Rows say what was selected (weights or 2:4 groups), what was asked for (the threshold alone, or the
+masks too), the median time, and the memory allocated beyond weights and masks. ``torch.kthvalue`` gets the costs of the
+bfloat16 model, already computed: of all blocks, or of half as many until it succeeds and finds the same value; it is
+compared with the threshold of as many blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from environment import append_row, environment
-from surgeon_kernels import WeightCosts, k_cheapest
+from surgeon_kernels import WeightCosts, k_cheapest, nm_group_cost
 from surgeon_kernels.cost_threshold import kth_cost, number_of_costs
 from timing import copy_bandwidth
 
@@ -56,23 +57,30 @@ def extra_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def kthvalue(total: int, seconds: float) -> tuple[int, float]:
-    """The most costs, of ``total`` and its halves, that torch.kthvalue can do (in ``seconds``); its milliseconds."""
-    trial = torch.rand(1 << 26, device="cuda")
-    rate = wall_ms(partial(torch.kthvalue, trial, len(trial) // 2), 1) / len(trial)
-    while rate * total > 1e3 * seconds:
-        total //= 2
+def kthvalue(layers: list[WeightCosts], pattern: tuple[int, int] | None) -> tuple[int, float]:
+    """The most costs, of all blocks or of halves of them, for which torch.kthvalue works; its milliseconds."""
     while True:
+        sizes = [number_of_costs(cost, pattern) for cost in layers]
         try:
-            costs = torch.rand(total, device="cuda").square_()
-            begun = time.perf_counter()
-            torch.kthvalue(costs, total // 2)
+            costs = torch.empty(sum(sizes), device="cuda")
+            for part, layer in zip(costs.split(sizes), layers, strict=True):
+                part.copy_((nm_group_cost(layer, *pattern) if pattern else layer.dense()).flatten())
             torch.cuda.synchronize()
+            begun = time.perf_counter()
+            value = float(torch.kthvalue(costs, len(costs) // 2).values)
+            ms = 1e3 * (time.perf_counter() - begun)
         except RuntimeError as error:
-            print(f"torch.kthvalue of {total} costs: {str(error).splitlines()[0]}", flush=True)
-            total //= 2
+            print(f"torch.kthvalue of {sum(sizes)} costs: {str(error).splitlines()[0]}", flush=True)
         else:
-            return total, 1e3 * (time.perf_counter() - begun)
+            ours = bits_to_float(kth_cost(layers, sum(sizes) // 2, sizes, pattern)[0])
+            if ours == value:
+                return len(costs), ms
+            print(f"torch.kthvalue of {sum(sizes)} costs: {value}, not {ours}", flush=True)
+        layers = layers[: len(layers) // 2]
+
+
+def bits_to_float(bits: int) -> float:
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
 def measure(layers: list[WeightCosts], pattern: tuple[int, int] | None, copy: float) -> list[dict[str, Any]]:
@@ -102,26 +110,32 @@ def measure(layers: list[WeightCosts], pattern: tuple[int, int] | None, copy: fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=60.0, help="longest that torch.kthvalue may take")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cost_threshold.csv")
     options = parser.parse_args()
     torch.manual_seed(0)
     copy, about = copy_bandwidth(), environment("cuda")
-    rows = []
+    baseline: dict[object, tuple[int, float]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         layers = model(options.blocks, dtype)
         for pattern in (None, (2, 4)):
-            for row in measure(layers, pattern, copy):
+            rows = measure(layers, pattern, copy)
+            print(*rows[0].values(), flush=True)
+            if pattern not in baseline:
+                baseline[pattern] = kthvalue(layers, pattern)
+            costs, kthvalue_ms = baseline[pattern]
+            part = layers[: len(layers) * costs // rows[0]["costs"]]
+            sizes = [number_of_costs(cost, pattern) for cost in part]
+            ms = wall_ms(partial(kth_cost, part, sum(sizes) // 2, sizes, pattern))
+            for row in rows:
+                row |= {
+                    "kthvalue_costs": costs,
+                    "kthvalue_ms": f"{kthvalue_ms:.1f}",
+                    "threshold_of_as_many_ms": f"{ms:.2f}",
+                    "speedup": f"{kthvalue_ms / ms:.0f}",
+                }
                 print(*row.values(), flush=True)
-                rows.append(row)
-        del layers
-    torch.cuda.empty_cache()
-    size, ms = kthvalue(sum(R * C for R, C in BLOCK) * options.blocks, options.seconds)
-    for row in rows:
-        scaled = ms * row["costs"] / size
-        row |= {"kthvalue_costs": size, "kthvalue_ms": f"{ms:.1f}", "speedup": f"{scaled / float(row['ms']):.0f}"}
-        print(*row.values(), flush=True)
-        append_row(options.out, {**row, **about})
+                append_row(options.out, {**row, **about})
+        del layers, part
 
 
 if __name__ == "__main__":

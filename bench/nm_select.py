@@ -3,8 +3,9 @@
     python bench/nm_select.py            # appended to results/nm_select.csv
 
 Bytes are those that must move: the weight once, and the output (mask 1 byte a weight, group cost 4 a group, pruned
-weight as wide as the weight). Times are medians of CUDA graph replays over weights that do not fit in L2. PyTorch is
-the reference on the same device.
+weight as wide as the weight). Times are medians of CUDA graph replays over weights, each with its own output, that do
+not fit in L2. Bandwidths of copies count bytes read and written: of a copy of 4 GiB, and of copies that move as many
+bytes as the op, one after the other likewise. PyTorch is the reference on the same device.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from surgeon_kernels.nm_select import _reference
 from timing import copy_bandwidth, eager_ms, graph_ms
 
 _ROTATED_BYTES = 512 << 20
-SHAPES = [(4096, 4096), (4096, 11008), (8192, 28672)]
+SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
 PATTERNS = [(2, 4), (1, 4), (4, 8), (8, 16)]
 OUTPUTS = {"mask": "nm_select", "group cost": "nm_group_cost", "pruned weight": "nm_prune"}
 SLOW = [((4096, 11008), (3, 5)), ((4096, 11008), (2, 4))]  # by the general kernel: any M, rows not aligned
@@ -38,6 +39,14 @@ def problems(shape: tuple[int, int], dtype: torch.dtype, aligned: bool = True) -
     return [WeightCosts(weight, g, a) for weight in weights]
 
 
+def copy_ms(moved: int) -> float:
+    """Milliseconds of a copy that reads and writes ``moved`` bytes together."""
+    count = max(2, -(-_ROTATED_BYTES // (moved // 2)))
+    source = torch.randint(256, (count, moved // 2), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return graph_ms([partial(to.copy_, part) for to, part in zip(target, source, strict=True)])
+
+
 def measure(
     shape: tuple[int, int], dtype: torch.dtype, pattern: tuple[int, int], output: str, aligned: bool, copy: float
 ) -> dict[str, Any]:
@@ -45,13 +54,16 @@ def measure(
     shape = (shape[0], shape[1] // m * m)
     costs = problems(shape, dtype, aligned)
     nm_select(costs[0], n, m)  # builds and registers the ops
-    extra = (None, float("inf"), True) if output == "mask" else ()
+    invalid = torch.zeros((), dtype=torch.bool, device="cuda")
+    extra = (None, float("inf"), True, invalid) if output == "mask" else (invalid,)
     op = getattr(torch.ops.surgeon_kernels, OUTPUTS[output])
-    ms = graph_ms([partial(op, *cost, n, m, *extra) for cost in costs])
+    outputs: list[torch.Tensor] = []
+    ms = graph_ms([lambda cost=cost: outputs.append(op(*cost, n, m, *extra)) for cost in costs])
+    outputs.clear()
     weights = shape[0] * shape[1]
     written = {"mask": weights, "group cost": 4 * weights // m, "pruned weight": weights * dtype.itemsize}[output]
     moved = weights * dtype.itemsize + written
-    reference = math.nan
+    reference, same_size = math.nan, moved / copy_ms(moved) * 1e3
     if output == "mask" and weights < 1 << 26:
         reference = eager_ms([lambda: _reference(costs[0].dense(), n, m, None)], 3)
     return {
@@ -65,6 +77,8 @@ def measure(
         "gb_per_s": f"{moved / ms / 1e6:.0f}",
         "copy_gb_per_s": f"{copy / 1e9:.0f}",
         "percent_of_copy": f"{100 * moved / ms * 1e3 / copy:.1f}",
+        "same_size_copy_gb_per_s": f"{same_size / 1e9:.0f}",
+        "percent_of_same_size_copy": f"{100 * moved / ms * 1e3 / same_size:.1f}",
         "torch_ms": f"{reference:.3f}",
         "speedup": f"{reference / ms:.0f}",
     }
@@ -88,7 +102,7 @@ def main() -> None:
     cases += [(shape, torch.bfloat16, pattern, "mask", False) for shape, pattern in SLOW]
     for case in cases:
         row = {**measure(*case, copy), **about}
-        print(*list(row.values())[:12], flush=True)
+        print(*list(row.values())[:14], flush=True)
         append_row(options.out, row)
 
 

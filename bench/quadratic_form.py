@@ -3,13 +3,15 @@
     python bench/quadratic_form.py            # appended to results/quadratic_form.csv
     python bench/quadratic_form.py --tune     # launch configurations; nothing is recorded
 
-Times are medians of CUDA graph replays. Errors are relative norms against float64. TFLOP/s count the products that
-have to be made, R C (C + 1) multiplications and additions.
+Times are medians of CUDA graph replays. Errors are relative norms against float64, and the mean of the relative errors,
+sign and all. TFLOP/s count the products that have to be made, R C (C + 1) multiplications and additions. Memory is what
+is allocated beyond the operands.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ CASES = [
     (4096, 11008, False),
     (11008, 4096, False),
     (4096, 4096, False),
+    (8192, 28672, True),
+    (2048, 2048, True),
     (1024, 1024, True),
 ]
 CONFIGS = [
@@ -63,6 +67,17 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
+def mean_error(actual: Tensor, expected: Tensor) -> float:
+    return float(((actual.double() - expected) / expected).mean())
+
+
+def extra_bytes(call: Callable[[], object]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def measure(R: int, C: int, row_major: bool) -> dict[str, Any]:
     x, S = operands(R, C, row_major)
     ours, theirs = quadratic_form(x, S), torch_form(x, S)
@@ -82,6 +97,10 @@ def measure(R: int, C: int, row_major: bool) -> dict[str, Any]:
         "tflops": f"{R * C * (C + 1) / times[1] / 1e9:.0f}",
         "error": f"{error(ours[:2048], exact):.2e}",
         "torch_tf32_error": f"{error(theirs[:2048], exact):.2e}",
+        "mean_error": f"{mean_error(ours[:2048], exact):.1e}",
+        "torch_tf32_mean_error": f"{mean_error(theirs[:2048], exact):.1e}",
+        "extra_mb": f"{extra_bytes(partial(quadratic_form, x, S)) / 1e6:.0f}",
+        "torch_extra_mb": f"{extra_bytes(partial(torch_form, x, S)) / 1e6:.0f}",
     }
 
 
@@ -111,7 +130,7 @@ def main() -> None:
     about = environment("cuda")
     for case in CASES:
         row = {**measure(*case), **about}
-        print(*list(row.values())[:10], flush=True)
+        print(*list(row.values())[:14], flush=True)
         append_row(options.out, row)
 
 

@@ -21,7 +21,7 @@ struct NmProblem {
   const bool* previous;  // [rows, columns], or null: pruned already, before all others
   float threshold;       // groups that cost more are left alone, and those that cost as much unless `ties`
   bool ties;
-  bool* invalid;  // set where a cost is NaN or one of its factors negative
+  bool* invalid;  // set, and never cleared, where a cost is NaN or one of its factors negative
 };
 
 // Of equal costs the lower column is pruned first. A group costs the sum of its pruned weights' costs, added in the

@@ -51,7 +51,8 @@ def nm_select(
     if _fits_kernel(cost, m):
         weight, g, a = _operands(cost)
         before = None if previous is None else previous.contiguous()
-        pruned, invalid = torch.ops.surgeon_kernels.nm_select(weight, g, a, n, m, before, threshold, ties)
+        invalid = _flag(weight)
+        pruned = torch.ops.surgeon_kernels.nm_select(weight, g, a, n, m, before, threshold, ties, invalid)
         if not valid:
             _require_valid(invalid)
         return pruned
@@ -66,18 +67,21 @@ def nm_group_cost(cost: Tensor | WeightCosts, n: int, m: int) -> Tensor:
     """What pruning a group costs: the sum of its ``m - n`` cheapest costs, ``[R, C / m]``; see :func:`nm_select`."""
     _check(cost, n, m)
     if _fits_kernel(cost, m):
-        total, invalid = torch.ops.surgeon_kernels.nm_group_cost(*_operands(cost), n, m)
+        weight, g, a = _operands(cost)
+        invalid = _flag(weight)
+        total = torch.ops.surgeon_kernels.nm_group_cost(weight, g, a, n, m, invalid)
         _require_valid(invalid)
         return total
     return _reference(checked_costs(cost), n, m, None)[1]
 
 
 def nm_prune(cost: WeightCosts, n: int, m: int) -> Tensor:
-    """The weight, zero where :func:`nm_select` would prune it: float32 in one kernel, other dtypes by their mask."""
+    """The weight, zero where :func:`nm_select` would prune it."""
     _check(cost, n, m)
-    if _fits_kernel(cost, m) and cost.g is not None and cost.weight.dtype == torch.float32:
+    if _fits_kernel(cost, m) and cost.g is not None:
         weight, g, a = kernel_operands(cost)
-        pruned_weight, invalid = torch.ops.surgeon_kernels.nm_prune(weight, g, a, n, m)
+        invalid = _flag(weight)
+        pruned_weight = torch.ops.surgeon_kernels.nm_prune(weight, g, a, n, m, invalid)
         _require_valid(invalid)
         return pruned_weight
     return cost.weight.masked_fill(nm_select(cost, n, m), 0.0)
@@ -128,11 +132,21 @@ def _operands(cost: Tensor | WeightCosts) -> tuple[Tensor, Tensor | None, Tensor
 def kernel_operands(cost: WeightCosts) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, ``g`` and ``a`` as the CUDA ops take them; a weight whose columns are not adjacent is copied."""
     assert cost.g is not None and cost.a is not None
-    return dense_rows(cost.weight), cost.g.float().contiguous(), cost.a.float().contiguous()
+    return dense_rows(cost.weight), cost.g.float().contiguous(), _aligned(cost.a.float().contiguous())
 
 
 def dense_rows(weight: Tensor) -> Tensor:
     return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def _aligned(a: Tensor) -> Tensor:
+    """At an address of which the kernels read 16 bytes at a time."""
+    return a if a.data_ptr() % 16 == 0 else a.clone()
+
+
+def _flag(weight: Tensor) -> Tensor:
+    """What the ops set where a cost is NaN or has a negative factor, and never clear: many calls may share one."""
+    return torch.zeros((), dtype=torch.bool, device=weight.device)
 
 
 def _require_valid(invalid: Tensor) -> None:
@@ -156,16 +170,16 @@ def _kernels_ready() -> bool:
         previous: Tensor | None,
         threshold: float,
         ties: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return weight.new_empty(weight.shape, dtype=torch.bool), weight.new_empty((), dtype=torch.bool)
+        invalid: Tensor,
+    ) -> Tensor:
+        return weight.new_empty(weight.shape, dtype=torch.bool)
 
     @torch.library.register_fake("surgeon_kernels::nm_group_cost")
-    def _(weight: Tensor, g: Tensor | None, a: Tensor | None, n: int, m: int) -> tuple[Tensor, Tensor]:
-        shape = (weight.shape[0], weight.shape[1] // m)
-        return weight.new_empty(shape, dtype=torch.float32), weight.new_empty((), dtype=torch.bool)
+    def _(weight: Tensor, g: Tensor | None, a: Tensor | None, n: int, m: int, invalid: Tensor) -> Tensor:
+        return weight.new_empty((weight.shape[0], weight.shape[1] // m), dtype=torch.float32)
 
     @torch.library.register_fake("surgeon_kernels::nm_prune")
-    def _(weight: Tensor, g: Tensor, a: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-        return weight.new_empty(weight.shape), weight.new_empty((), dtype=torch.bool)
+    def _(weight: Tensor, g: Tensor, a: Tensor, n: int, m: int, invalid: Tensor) -> Tensor:
+        return weight.new_empty(weight.shape)
 
     return True

@@ -4,9 +4,9 @@ With S in square blocks, ``x S xᵀ = Σ_J (2 Σ_{K > J} x_K S_KJ + x_J S_JJ) x_
 some rows, so that half of S is not read, and no tile of ``X S`` leaves it.
 
 Tensor cores cut float32 operands to the 10 bits of mantissa of TF32, which alone would make all sums too small. So S is
-rounded to TF32 in a copy, and of ``x = cut(x) + ε`` the left factor ``cut(x)`` meets ``x + ε`` on the right: what the one
-lacks the other has too much. In blocks on the diagonal, as S is symmetric, ``(x - ε) S (x + ε)ᵀ = x S xᵀ - ε S εᵀ``; in the
-others ``x_K S_KJ ε_Jᵀ - ε_K S_KJ x_Jᵀ`` is left of first order, whose parts have no common sign.
+rounded to TF32 in a copy, and of ``x = cut(x) + ε`` the left factor ``cut(x)`` meets ``x + ε`` on the right: what the
+one lacks the other has too much. On the diagonal, S being symmetric, it is ``(x - ε) S (x + ε)ᵀ = x S xᵀ - ε S εᵀ``;
+in the others ``x_K S_KJ ε_Jᵀ - ε_K S_KJ x_Jᵀ`` is left, whose parts are equal in the mean: errors have no common sign.
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ def launch(x: Tensor, S: Tensor, config: Config = CONFIG) -> Tensor:
 
 def _addressable(matrix: Tensor) -> bool:
     """TMA needs unit last stride, and addresses and rows aligned to 16 bytes."""
-    return (
-        matrix.stride(1) == 1 and matrix.stride(0) % 4 == 0 and matrix.stride(0) > 0 and matrix.data_ptr() % 16 == 0
-    )
+    return matrix.stride(1) == 1 and matrix.stride(0) % 4 == 0 and matrix.stride(0) > 0 and matrix.data_ptr() % 16 == 0
 
 
 def _copy(matrix: Tensor, diagonal: int | None = None) -> Tensor:

@@ -203,10 +203,11 @@ def test_ops_pass_opcheck():
     previous = torch.zeros(32, 64, dtype=torch.bool, device="cuda")
     nm_select(costs, 2, 4), k_cheapest([costs], 5)  # registers the fake kernels
     ops = torch.ops.surgeon_kernels
-    torch.library.opcheck(ops.nm_select.default, (*costs, 2, 4, previous, 0.5, True))
-    torch.library.opcheck(ops.nm_select.default, (costs.dense(), None, None, 3, 8, None, 0.5, False))
-    torch.library.opcheck(ops.nm_group_cost.default, (*costs, 2, 4))
-    torch.library.opcheck(ops.nm_prune.default, (*costs, 2, 4))
+    invalid = torch.zeros((), dtype=torch.bool, device="cuda")
+    torch.library.opcheck(ops.nm_select.default, (*costs, 2, 4, previous, 0.5, True, invalid))
+    torch.library.opcheck(ops.nm_select.default, (costs.dense(), None, None, 3, 8, None, 0.5, False, invalid))
+    torch.library.opcheck(ops.nm_group_cost.default, (*costs, 2, 4, invalid))
+    torch.library.opcheck(ops.nm_prune.default, (*costs, 2, 4, invalid))
     torch.library.opcheck(ops.cost_mask.default, (*costs, 0.5, True))
     lists = tuple([operand] for operand in costs)
     torch.library.opcheck(ops.cost_histogram.default, (*lists, 2, 4, 0, 20, 2048, 1))
@@ -217,6 +218,7 @@ def test_compiled_by_torch():
     nm_select(costs, 2, 4)
 
     def prune(weight, g, a):
-        return torch.ops.surgeon_kernels.nm_prune(weight * 2, g, a, 2, 4)[0] + 1
+        invalid = torch.zeros((), dtype=torch.bool, device="cuda")
+        return torch.ops.surgeon_kernels.nm_prune(weight * 2, g, a, 2, 4, invalid) + 1
 
     assert torch.equal(torch.compile(prune, fullgraph=True, backend="aot_eager")(*costs), prune(*costs))
