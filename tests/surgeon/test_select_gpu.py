@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+from llm_surgeon import prune
 from llm_surgeon.capture import estimate_curvature
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.costs import element_costs
@@ -20,6 +21,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda")
+
+
+def without_kernels(patch):
+    for module in ("nm_select", "cost_threshold"):
+        patch.setattr(importlib.import_module(f"surgeon_kernels.{module}"), "_kernels_ready", lambda: False)
+    patch.setattr(extension, "available", lambda: False)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
@@ -39,8 +46,7 @@ def test_kernels_choose_what_the_references_choose(name, structure, method, dtyp
         costs = [element_costs(linear, method, curvature, factors) for linear in decoder.linears]
         chosen, threshold = select_elements(costs, previous, config, sparsity)
         with monkeypatch.context() as patch:
-            for module in ("nm_select", "cost_threshold"):
-                patch.setattr(importlib.import_module(f"surgeon_kernels.{module}"), "_kernels_ready", lambda: False)
+            without_kernels(patch)
             expected, other = select_elements(costs, previous, config, sparsity)
         assert threshold == other
         previous = [selection.pruned for selection in chosen]
@@ -48,3 +54,24 @@ def test_kernels_choose_what_the_references_choose(name, structure, method, dtyp
         assert sum(int(mask.sum()) for mask in previous) > 0
         for linear, mask in zip(decoder.linears, previous, strict=True):
             linear.weight[mask] = 0.0
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize("update", ["chunked", "joint"])
+def test_a_model_pruned_through_kernels_is_the_one_pruned_through_references(name, structure, update, monkeypatch):
+    tokens = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
+
+    def pruned():
+        model = build(name).cuda()
+        prune(model, tokens, structure=structure, sparsity=0.5, shots=1, update=update)
+        return [linear.weight.clone() for linear in find_decoder(model).linears]
+
+    actual = pruned()
+    with monkeypatch.context() as patch:
+        without_kernels(patch)
+        expected = pruned()
+    for weight, other in zip(actual, expected, strict=True):
+        assert torch.equal(weight == 0.0, other == 0.0)
+        torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+    assert sum(int((weight == 0.0).sum()) for weight in actual) == sum(weight.numel() for weight in actual) // 2
