@@ -7,14 +7,16 @@
 namespace surgeon {
 namespace {
 
-constexpr int kUnitRows = 32;
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kUnitRows = 32;  // of a histogram
 
 template <typename T, int M>
 constexpr int kLane = std::max<int>(M, 16 / sizeof(T));  // weights of a lane, where rows are aligned
 
 // A persistent block takes a run of tiles, kWarps units each, and adds its counts to the output when it comes to
 // another matrix. Counting in shared memory costs as much as reading, unless few costs fall into the bins.
-template <typename T, int E, int M, bool kTwo>
+template <typename T, int E, int M, bool kHalf>
 __global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1)
     histogram_kernel(const CostMatrix* __restrict__ matrices, int count, int64_t tiles, CostHistogram h,
                      int64_t* counts) {
@@ -47,8 +49,7 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1)
       const T* from = static_cast<const T*>(matrix.weight) + unit.row * matrix.row_stride + unit.column;
       const float* g = matrix.g + unit.row * h.row_step;
       float a[E];
-#pragma unroll
-      for (int e = 0; e < E; ++e) a[e] = cost_factor(matrix.a + unit.column + e);
+      cost_factors(matrix.a + unit.column, a);
       for (int row = 0; row < unit.rows; row += kRows) {
         Packet<T, E> weights[kRows];
         float half_g[kRows];
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1)
               add(cost[0]);
             } else {
               unsigned marks[M / 4];
-              add(mark_cheapest<kTwo>(cost, drop, marks));
+              add(mark_cheapest<kHalf>(cost, drop, marks));
             }
           }
         }
@@ -101,38 +102,27 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1)
 template <typename T, int E>
 __global__ void __launch_bounds__(kThreads)
     mask_kernel(CostMatrix matrix, float threshold, bool ties, bool* __restrict__ selected) {
-  constexpr int kRows = kUnroll<T, E>;
-  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, matrix.rows, matrix.columns, E, kUnitRows);
+  using Loaded = Rows<T, E>;
+  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, matrix.rows, matrix.columns, E, Loaded::kCount);
   if (unit.rows <= 0) return;
+  Loaded rows;
+  rows.load_weights(unit, 0, static_cast<const T*>(matrix.weight), matrix.row_stride);
   float a[E];
+  cost_factors(matrix.a + unit.column, a);
+  rows.load_g(matrix.g);
 #pragma unroll
-  for (int e = 0; e < E; ++e) a[e] = cost_factor(matrix.a + unit.column + e);
-  for (int row = 0; row < unit.rows; row += kRows) {
-    const T* from = static_cast<const T*>(matrix.weight) + (unit.row + row) * matrix.row_stride + unit.column;
-    Packet<T, E> weights[kRows];
-    float half_g[kRows];
+  for (int u = 0; u < Loaded::kCount; ++u) {
+    alignas(16) bool result[E];
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if (row + u < unit.rows) {
-        weights[u].load(from + u * matrix.row_stride);
-        half_g[u] = 0.5f * cost_factor(matrix.g + unit.row + row + u);
-      }
+    for (int e = 0; e < E; ++e) {
+      const float cost = element_cost(rows.weights[u].at(e), rows.half_g[u], a[e]);
+      result[e] = cost < threshold || (ties && cost == threshold);
     }
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      if (row + u >= unit.rows) break;
-      alignas(16) bool result[E];
-#pragma unroll
-      for (int e = 0; e < E; ++e) {
-        const float cost = element_cost(weights[u].at(e), half_g[u], a[e]);
-        result[e] = cost < threshold || (ties && cost == threshold);
-      }
-      store<E>(selected + (unit.row + row + u) * matrix.columns + unit.column, result);
-    }
+    store<E>(selected + rows.row[u] * matrix.columns + unit.column, result);
   }
 }
 
-template <typename T, int E, int M, bool kTwo = false>
+template <typename T, int E, int M, bool kHalf = false>
 cudaError_t launch_histogram(const CostMatrix* matrices, int count, int64_t tiles, const CostHistogram& h,
                              int64_t* counts, cudaStream_t stream) {
   const size_t shared = (h.bins + 2) * sizeof(unsigned);
@@ -141,7 +131,7 @@ cudaError_t launch_histogram(const CostMatrix* matrices, int count, int64_t tile
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const auto kernel = histogram_kernel<T, E, M, kTwo>;
+  const auto kernel = histogram_kernel<T, E, M, kHalf>;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared);
   if (error != cudaSuccess) return error;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(tiles, int64_t{processors} * std::max(1, resident)));
@@ -155,7 +145,7 @@ template <typename T>
 bool aligned_costs(const CostMatrix& matrix, int m) {
   const int64_t lane = std::max<int64_t>(m, 16 / sizeof(T));
   return (m == 1 || m == 4 || m == 8 || m == 16) && matrix.columns % lane == 0 &&
-         matrix.row_stride * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(matrix.weight) % 16 == 0;
+         matrix.row_stride * sizeof(T) % 16 == 0 && aligned_to(16, matrix.weight) && aligned_to(16, matrix.a);
 }
 
 template <typename T>
@@ -194,17 +184,19 @@ template <typename T>
 cudaError_t cost_mask(const CostMatrix& matrix, float threshold, bool ties, bool* selected, cudaStream_t stream) {
   const bool aligned = aligned_costs<T>(matrix, 1);
   const int64_t lane = aligned ? kLane<T, 1> : 1;
-  const int64_t units = ceil_div(matrix.columns, 32 * lane) * ceil_div(matrix.rows, kUnitRows);
+  const int rows = aligned ? Rows<T, kLane<T, 1>>::kCount : Rows<T, 1>::kCount;
+  const int64_t units = ceil_div(matrix.columns, 32 * lane) * ceil_div(matrix.rows, rows);
   if (units == 0) return cudaSuccess;
   const auto kernel = aligned ? mask_kernel<T, kLane<T, 1>> : mask_kernel<T, 1>;
   kernel<<<static_cast<unsigned>(ceil_div(units, kWarps)), kThreads, 0, stream>>>(matrix, threshold, ties, selected);
   return cudaGetLastError();
 }
 
-#define INSTANTIATE(T)                                                                                              \
-  template bool aligned_costs<T>(const CostMatrix&, int);                                                           \
-  template int64_t lay_out<T>(CostMatrix*, int, const CostHistogram&);                                          \
-  template cudaError_t cost_histogram<T>(const CostMatrix*, int, int64_t, const CostHistogram&, int64_t*, cudaStream_t); \
+#define INSTANTIATE(T)                                                                                       \
+  template bool aligned_costs<T>(const CostMatrix&, int);                                                    \
+  template int64_t lay_out<T>(CostMatrix*, int, const CostHistogram&);                                       \
+  template cudaError_t cost_histogram<T>(const CostMatrix*, int, int64_t, const CostHistogram&, int64_t*,    \
+                                         cudaStream_t);                                                      \
   template cudaError_t cost_mask<T>(const CostMatrix&, float, bool, bool*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(__half)

@@ -10,10 +10,10 @@
 namespace surgeon {
 
 // Reads of a matrix by warps: a unit is a strip of 32 E columns, E for each lane, by some rows.
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool aligned_to(int bytes, const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 __device__ inline float as_float(float x) { return x; }
 __device__ inline float as_float(__half x) { return __half2float(x); }
@@ -87,17 +87,21 @@ struct Unit {
 __device__ inline float valid_factor(float x) { return x >= 0.0f ? fabsf(x) : NAN; }
 __device__ inline float cost_factor(const float* from) { return valid_factor(__ldg(from)); }
 
-// E factors from an address aligned to 16 bytes.
+// E factors from an address aligned to 16 bytes, or a single one.
 template <int E>
 __device__ inline void cost_factors(const float* from, float (&to)[E]) {
-  static_assert(E % 4 == 0);
+  if constexpr (E == 1) {
+    to[0] = cost_factor(from);
+  } else {
+    static_assert(E % 4 == 0);
 #pragma unroll
-  for (int i = 0; i < E; i += 4) {
-    const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
-    to[i] = valid_factor(four.x);
-    to[i + 1] = valid_factor(four.y);
-    to[i + 2] = valid_factor(four.z);
-    to[i + 3] = valid_factor(four.w);
+    for (int i = 0; i < E; i += 4) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
+      to[i] = valid_factor(four.x);
+      to[i + 1] = valid_factor(four.y);
+      to[i + 2] = valid_factor(four.z);
+      to[i + 3] = valid_factor(four.w);
+    }
   }
 }
 
@@ -105,6 +109,28 @@ __device__ inline void cost_factors(const float* from, float (&to)[E]) {
 __device__ inline float element_cost(float w, float half_g, float a) {
   return __fmul_rn(__fmul_rn(__fmul_rn(w, w), half_g), a);
 }
+
+// Some rows of a unit, from `first` on: their weights and ½ g. Where the unit has no more rows, its last one again: what
+// is made of it is the same, and written twice.
+template <typename T, int E>
+struct Rows {
+  static constexpr int kCount = kUnroll<T, E>;
+  int64_t row[kCount];
+  Packet<T, E> weights[kCount];
+  float half_g[kCount];
+
+  __device__ void load_weights(const Unit& unit, int first, const T* weight, int64_t row_stride) {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      row[u] = unit.row + min(first + u, unit.rows - 1);
+      weights[u].load(weight + row[u] * row_stride + unit.column);
+    }
+  }
+  __device__ void load_g(const float* g) {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) half_g[u] = 0.5f * cost_factor(g + row[u]);
+  }
+};
 
 // Marks the `drop` cheapest of M costs, the lower index first among equals: byte i % 4 of marks[i / 4] is 1, or else 0.
 // A byte each counts the costs that go before cost i; sums of 128 - drop and more set its highest bit.
@@ -141,25 +167,77 @@ __device__ inline float marked_sum(const float (&cost)[M], const unsigned (&mark
   return total;
 }
 
-// Marks the two cheapest of four costs in half of the instructions: a pair, or the cheaper of either.
-__device__ inline float mark_two(const float (&cost)[4], unsigned& marks) {
+// Marks the two cheapest of four costs and returns their sum, in half of the instructions: both of a pair, or the cheaper
+// of either pair.
+__device__ inline float mark_two(const float (&cost)[4], unsigned (&marks)[1]) {
   const float lower[] = {fminf(cost[0], cost[1]), fminf(cost[2], cost[3])};
   const float upper[] = {fmaxf(cost[0], cost[1]), fmaxf(cost[2], cost[3])};
   const bool first = upper[0] <= lower[1], last = upper[1] < lower[0];
   const unsigned either = (cost[0] <= cost[1] ? 0x1u : 0x100u) | (cost[2] <= cost[3] ? 0x10000u : 0x1000000u);
-  marks = first ? 0x101u : last ? 0x1010000u : either;
+  marks[0] = first ? 0x101u : last ? 0x1010000u : either;
   return __fadd_rn(last ? lower[1] : lower[0], first ? upper[0] : last ? upper[1] : lower[1]);
 }
 
-// Marks the `drop` cheapest of M costs and returns their sum; kTwo: 2 of 4.
-template <bool kTwo, int M>
+// Batcher's odd-even merge sort: of x[kFrom], x[kFrom + kStep], ... before kEnd, both halves are sorted.
+template <int kFrom, int kEnd, int kStep, int M>
+__device__ inline void merge_sorted(float (&x)[M]) {
+  const auto order = [&x](int i, int j) {
+    const float lower = fminf(x[i], x[j]), upper = fmaxf(x[i], x[j]);
+    x[i] = lower;
+    x[j] = upper;
+  };
+  if constexpr (2 * kStep < kEnd - kFrom) {
+    merge_sorted<kFrom, kEnd, 2 * kStep>(x);
+    merge_sorted<kFrom + kStep, kEnd, 2 * kStep>(x);
+#pragma unroll
+    for (int i = kFrom + kStep; i + kStep < kEnd; i += 2 * kStep) order(i, i + kStep);
+  } else {
+    order(kFrom, kFrom + kStep);
+  }
+}
+template <int kFrom, int kEnd, int M>
+__device__ inline void sort(float (&x)[M]) {
+  if constexpr (kEnd - kFrom > 1) {
+    constexpr int kMiddle = (kFrom + kEnd) / 2;
+    sort<kFrom, kMiddle>(x);
+    sort<kMiddle, kEnd>(x);
+    merge_sorted<kFrom, kEnd, 1>(x);
+  }
+}
+
+// Marks the cheaper half of M costs: all up to the largest of them, which is found from the sorted halves of the group.
+template <int M>
+__device__ inline void mark_half(const float (&cost)[M], unsigned (&marks)[M / 4]) {
+  float sorted[M];
+#pragma unroll
+  for (int i = 0; i < M; ++i) sorted[i] = cost[i];
+  sort<0, M / 2>(sorted);
+  sort<M / 2, M>(sorted);
+  float last = fminf(sorted[0], sorted[M - 1]);
+#pragma unroll
+  for (int i = 1; i < M / 2; ++i) last = fmaxf(last, fminf(sorted[i], sorted[M - 1 - i]));
+  int count = 0;
+#pragma unroll
+  for (int word = 0; word < M / 4; ++word) {
+    marks[word] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) marks[word] |= cost[4 * word + i] <= last ? 1u << 8 * i : 0u;
+    count += __popc(marks[word]);
+  }
+  if (count != M / 2) rank_costs(cost, M / 2, marks);  // of equal costs not all are among them
+}
+
+// Marks the `drop` cheapest of M costs and returns their sum; kHalf: drop = M / 2.
+template <bool kHalf, int M>
 __device__ inline float mark_cheapest(const float (&cost)[M], int drop, unsigned (&marks)[M / 4]) {
-  if constexpr (kTwo) {
-    return mark_two(cost, marks[0]);
+  if constexpr (kHalf && M == 4) {
+    return mark_two(cost, marks);
+  } else if constexpr (kHalf) {
+    mark_half(cost, marks);
   } else {
     rank_costs(cost, drop, marks);
-    return marked_sum(cost, marks);
   }
+  return marked_sum(cost, marks);
 }
 
 }  // namespace surgeon

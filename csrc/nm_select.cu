@@ -23,50 +23,39 @@ struct OutputType<T, Output::kGroupCost> {
 template <typename T, int M>
 constexpr int kLaneColumns = M * sizeof(T) > 16 ? M : 16 / sizeof(T);
 
-#ifndef STEPS
-#define STEPS 1
-#endif
-#ifndef MINB
-#define MINB 4
-#endif
-// Times that a unit's lanes load, and blocks resident on a multiprocessor.
+// Small blocks, for 2:4 of few rows each, so that all multiprocessors end together. Units of larger groups have more
+// rows, which share the loads of their factors.
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
 template <int M>
-constexpr int kSteps = M == 4 ? STEPS : 8;
-template <int M>
-constexpr int kBlocks = M == 4 ? MINB : 2;
+constexpr int kSteps = M == 4 ? 1 : 8;  // times that a unit's lanes load
+
+constexpr int kGeneralThreads = 256;
 
 template <typename T>
 __device__ bool chosen(const NmProblem<T>& p, float total, bool before) {
   return before || !(p.ties ? total > p.threshold : total >= p.threshold);  // true for inf - inf
 }
 
-// Aligned rows: a lane holds whole groups of a few rows, reads 16 bytes at a time, all rows before it uses the first, and
-// ranks the costs in registers. Units are small, so that the last ones end together. kTwo: 2:4. kLimited: there is a
-// threshold or a mask of earlier choices.
-template <typename T, int M, Output kOutput, bool kTwo, bool kLimited>
-__global__ void __launch_bounds__(kThreads, kBlocks<M>)
+// Aligned rows: a lane holds whole groups of some rows, reads 16 bytes at a time, all rows before it uses one, and ranks
+// the costs in registers. kHalf: N = M / 2. kLimited: there is a threshold or a mask of earlier choices.
+template <typename T, int M, Output kOutput, bool kHalf, bool kLimited>
+__global__ void __launch_bounds__(kThreads, M == 4 ? 8 : 4)
     aligned_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
-  constexpr int E = kLaneColumns<T, M>, kGroups = E / M, kRows = kUnroll<T, E>, kUnitRows = kSteps<M> * kRows;
+  constexpr int E = kLaneColumns<T, M>, kGroups = E / M, kRows = Rows<T, E>::kCount;
   constexpr int kBytes = kOutput == Output::kMask ? E : kOutput == Output::kWeight ? E * sizeof(T) : 4 * kGroups;
-  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, p.rows, p.columns, E, kUnitRows);
+  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, p.rows, p.columns, E, kSteps<M> * kRows);
   if (unit.rows <= 0) return;
   float a[E];
   float check = 0.0f;  // NaN if any cost is
   for (int first = 0; first < unit.rows; first += kRows) {
-    Packet<T, E> weights[kRows];
-    float half_g[kRows];
-    int64_t row[kRows];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      row[u] = unit.row + min(first + u, unit.rows - 1);  // the last row again where there are no more
-      weights[u].load(p.weight + row[u] * p.row_stride + unit.column);
-    }
+    Rows<T, E> rows;
+    rows.load_weights(unit, first, p.weight, p.row_stride);
     if (first == 0) cost_factors(p.a + unit.column, a);
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) half_g[u] = 0.5f * cost_factor(p.g + row[u]);
+    rows.load_g(p.g);
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      const int64_t at = row[u] * p.columns + unit.column;
+      const int64_t at = rows.row[u] * p.columns + unit.column;
       alignas(16) unsigned result[kBytes / 4];
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -75,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<M>)
         bool before = false;
 #pragma unroll
         for (int i = 0; i < M; ++i) {
-          cost[i] = element_cost(weights[u].at(group * M + i), half_g[u], a[group * M + i]);
+          cost[i] = element_cost(rows.weights[u].at(group * M + i), rows.half_g[u], a[group * M + i]);
           check += cost[i];
         }
         if (kLimited && p.previous != nullptr) {
@@ -89,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<M>)
             }
           }
         }
-        const float total = mark_cheapest<kTwo>(cost, p.m - p.n, marks);
+        const float total = mark_cheapest<kHalf>(cost, p.m - p.n, marks);
         if constexpr (kLimited) {
           const bool taken = chosen(p, total, before);
 #pragma unroll
@@ -104,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<M>)
           constexpr int kWords = M * sizeof(T) / 4;
 #pragma unroll
           for (int i = 0; i < kWords; ++i) {
-            const unsigned word = weights[u].word(group * kWords + i);
+            const unsigned word = rows.weights[u].word(group * kWords + i);
             if constexpr (sizeof(T) == 4) {
               result[group * kWords + i] = marked(marks, i) ? 0 : word;
             } else {  // each of two weights' marks, spread over its 16 bits
@@ -122,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<M>)
 
 // Any M, any alignment: a block computes the costs of some groups of one row into shared memory, a thread ranks one.
 template <typename T, Output kOutput>
-__global__ void __launch_bounds__(kThreads, kOutput == Output::kGroupCost ? 4 : 1)
+__global__ void __launch_bounds__(kGeneralThreads, kOutput == Output::kGroupCost ? 4 : 1)
     general_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
   __shared__ float costs[kLargestGroup];
   __shared__ bool pruned[kLargestGroup], taken[kLargestGroup];
@@ -134,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kOutput == Output::kGroupCost ? 4 : 
     const T* weight = p.weight + row * p.row_stride + start;
     const bool* previous = p.previous == nullptr ? nullptr : p.previous + row * p.columns + start;
     const float half_g = p.g == nullptr ? 0.0f : 0.5f * cost_factor(p.g + row);
-    for (int i = threadIdx.x; i < size; i += kThreads) {
+    for (int i = threadIdx.x; i < size; i += kGeneralThreads) {
       const float w = as_float(weight[i]);
       float cost = p.g == nullptr ? w : element_cost(w, half_g, cost_factor(p.a + start + i));
       if (isnan(cost)) *p.invalid = true;
@@ -142,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kOutput == Output::kGroupCost ? 4 : 
       costs[i] = cost;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < size; i += kThreads) {
+    for (int i = threadIdx.x; i < size; i += kGeneralThreads) {
       const int group = i / p.m * p.m;
       const float mine = costs[i];
       int rank = 0;
@@ -150,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kOutput == Output::kGroupCost ? 4 : 
       pruned[i] = rank < drop;
     }
     __syncthreads();
-    for (int group = threadIdx.x; group < size / p.m; group += kThreads) {
+    for (int group = threadIdx.x; group < size / p.m; group += kGeneralThreads) {
       float total = 0.0f;
       bool before = false;
       for (int i = group * p.m; i < (group + 1) * p.m; ++i) {
@@ -166,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kOutput == Output::kGroupCost ? 4 : 
     }
     __syncthreads();
     if constexpr (kOutput != Output::kGroupCost) {
-      for (int i = threadIdx.x; i < size; i += kThreads) {
+      for (int i = threadIdx.x; i < size; i += kGeneralThreads) {
         const bool gone = pruned[i] && taken[i / p.m];
         if constexpr (kOutput == Output::kMask) {
           out[row * p.columns + start + i] = gone;
@@ -179,43 +168,53 @@ __global__ void __launch_bounds__(kThreads, kOutput == Output::kGroupCost ? 4 : 
   }
 }
 
-template <typename T, int M, Output kOutput, bool kTwo = false>
+template <typename T, int M, Output kOutput>
 void launch_aligned(const NmProblem<T>& p, typename OutputType<T, kOutput>::type* out, cudaStream_t stream) {
   constexpr int E = kLaneColumns<T, M>;
-  const int64_t units = ceil_div(p.columns, 32 * E) * ceil_div(p.rows, kSteps<M> * kUnroll<T, E>);
+  const int64_t units = ceil_div(p.columns, 32 * E) * ceil_div(p.rows, kSteps<M> * Rows<T, E>::kCount);
   const unsigned blocks = static_cast<unsigned>(ceil_div(units, kWarps));
-  if constexpr (kOutput == Output::kMask) {
-    if (p.previous != nullptr || !p.ties || p.threshold != INFINITY) {
-      aligned_kernel<T, M, kOutput, kTwo, true><<<blocks, kThreads, 0, stream>>>(p, out);
-      return;
+  const auto run = [&](auto half) {
+    constexpr bool kHalf = decltype(half)::value;
+    if constexpr (kOutput == Output::kMask) {
+      if (p.previous != nullptr || !p.ties || p.threshold != INFINITY) {
+        aligned_kernel<T, M, kOutput, kHalf, true><<<blocks, kThreads, 0, stream>>>(p, out);
+        return;
+      }
     }
+    aligned_kernel<T, M, kOutput, kHalf, false><<<blocks, kThreads, 0, stream>>>(p, out);
+  };
+  if (2 * p.n == M) {
+    run(std::true_type());
+  } else {
+    run(std::false_type());
   }
-  aligned_kernel<T, M, kOutput, kTwo, false><<<blocks, kThreads, 0, stream>>>(p, out);
 }
 
 template <typename T>
 bool aligned(const NmProblem<T>& p) {
   const int64_t lane = p.m * sizeof(T) > 16 ? p.m : 16 / sizeof(T);
-  const auto on = [](const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
-  return p.g != nullptr && p.columns % lane == 0 && p.row_stride * sizeof(T) % 16 == 0 && on(p.weight, 16) &&
-         on(p.a, 16) && on(p.previous, 4);
+  return p.g != nullptr && p.columns % lane == 0 && p.row_stride * sizeof(T) % 16 == 0 && aligned_to(16, p.weight) &&
+         aligned_to(16, p.a) && aligned_to(4, p.previous);
 }
 
 template <typename T, Output kOutput>
 cudaError_t launch(const NmProblem<T>& p, typename OutputType<T, kOutput>::type* out, cudaStream_t stream) {
   if (p.rows == 0 || p.columns == 0) return cudaSuccess;
-  if (aligned(p) && p.m == 4 && p.n == 2) {
-    launch_aligned<T, 4, kOutput, true>(p, out, stream);
-  } else if (aligned(p) && p.m == 4) {
-    launch_aligned<T, 4, kOutput>(p, out, stream);
-  } else if (aligned(p) && p.m == 8) {
-    launch_aligned<T, 8, kOutput>(p, out, stream);
-  } else if (aligned(p) && p.m == 16) {
-    launch_aligned<T, 16, kOutput>(p, out, stream);
-  } else {
-    const int64_t pieces = p.rows * ceil_div(p.columns, kLargestGroup / p.m * p.m);
-    const unsigned blocks = static_cast<unsigned>(pieces < (1 << 20) ? pieces : 1 << 20);
-    general_kernel<T, kOutput><<<blocks, kThreads, 0, stream>>>(p, out);
+  switch (aligned(p) ? p.m : 0) {
+    case 4:
+      launch_aligned<T, 4, kOutput>(p, out, stream);
+      break;
+    case 8:
+      launch_aligned<T, 8, kOutput>(p, out, stream);
+      break;
+    case 16:
+      launch_aligned<T, 16, kOutput>(p, out, stream);
+      break;
+    default: {
+      const int64_t pieces = p.rows * ceil_div(p.columns, kLargestGroup / p.m * p.m);
+      const unsigned blocks = static_cast<unsigned>(pieces < (1 << 20) ? pieces : 1 << 20);
+      general_kernel<T, kOutput><<<blocks, kGeneralThreads, 0, stream>>>(p, out);
+    }
   }
   return cudaGetLastError();
 }

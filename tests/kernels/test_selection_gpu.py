@@ -52,17 +52,18 @@ def group_reference(costs, n, m, previous=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
-@pytest.mark.parametrize("view", VIEWS)
-def test_nm_ops_are_the_reference(n, m, dtype, view):
-    for (rows, groups), ties in itertools.product([(1, 1), (67, 48), (130, 1000 // m + 1)], [False, True]):
+def test_nm_ops_are_the_reference(n, m, dtype):
+    sizes = [(1, 1), (67, 48), (130, 1000 // m + 1)]
+    for view, (rows, groups), ties in itertools.product(VIEWS, sizes, [False, True]):
         costs = problem(rows, groups * m, dtype, ties=ties, view=view)
         pruned, total = group_reference(costs, n, m)
         assert torch.equal(nm_select(costs, n, m), pruned)
         assert torch.equal(nm_group_cost(costs, n, m), total)
         assert torch.equal(nm_prune(costs, n, m), costs.weight.masked_fill(pruned, 0.0))
-        dense = costs.dense()
-        assert torch.equal(nm_select(dense, n, m), pruned)
-        assert torch.equal(nm_group_cost(dense, n, m), total)
+        if view == "contiguous":
+            dense = costs.dense()
+            assert torch.equal(nm_select(dense, n, m), pruned)
+            assert torch.equal(nm_group_cost(dense, n, m), total)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
@@ -103,16 +104,16 @@ def test_empty_and_invalid():
         nm_select(torch.full((2, 4), float("nan"), device="cuda"), 2, 4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("pattern", [None, (2, 4), (4, 8), (8, 16), (3, 5)])
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", ["contiguous", "bias column", "misaligned"])
 def test_histograms_are_the_reference(dtype, pattern, view):
     m = pattern[1] if pattern else 16
     layers = [problem(*shape, dtype, seed=i, view=view) for i, shape in enumerate([(70, 8 * m), (1, m), (300, 33 * m)])]
     layers.insert(1, problem(0, m, dtype))
     values = [cost_threshold._dense(layer, pattern, 1) for layer in layers]
     middle = int(values[-1].median().view(torch.int32))
-    for (low, shift), step in itertools.product([(0, 20), (middle - 5000, 9), (middle, 0), (middle - 7, 3)], (1, 64)):
+    for (low, shift), step in itertools.product([(0, 20), (middle - 5000, 9), (middle - 7, 0)], (1, 64)):
         window = cost_threshold._Window(low, shift)
         expected = torch.stack(
             [
@@ -133,19 +134,19 @@ def on_cpu(layers):
     return [WeightCosts(*(tensor.cpu() for tensor in layer)) for layer in layers]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("pattern", [None, (2, 4), (8, 16), (3, 5)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_k_cheapest_are_those_of_the_cpu(dtype, pattern, ties, monkeypatch):
     m = pattern[1] if pattern else 1
-    shapes = [(100, 16 * 15), (64, 16 * 5), (300, 240)]
+    shapes = [(70, 16 * 15), (64, 16 * 5), (90, 240)]
     layers = [problem(*shape, dtype, seed=i, ties=ties) for i, shape in enumerate(shapes)]
     size = [layer.weight.numel() // m for layer in layers]
     limits = [size[0], size[1] // 4, size[2]]
     for sampled_from in (1, 1 << 26):
         monkeypatch.setattr(cost_threshold, "_SAMPLED_FROM", sampled_from)
         previous = None
-        for k in (1, sum(size) // 3, sum(limits) - 5, sum(limits)):
+        for k in (sum(size) // 3, sum(limits) - 5, sum(limits)):
             before = None if previous is None else [mask.cpu() for mask in previous]
             threshold, masks = k_cheapest(layers, k, pattern=pattern, previous=previous, at_most=limits)
             expected = k_cheapest(on_cpu(layers), k, pattern=pattern, previous=before, at_most=limits)

@@ -29,9 +29,9 @@ def without_kernels(patch):
     patch.setattr(extension, "available", lambda: False)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-@pytest.mark.parametrize("method", ["surgeon", "k-obd", "magnitude"])
+@pytest.mark.parametrize("method", ["surgeon", "magnitude"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_choose_what_the_references_choose(name, structure, method, dtype, monkeypatch):
     assert extension.available(), extension.obstacle()
@@ -56,9 +56,15 @@ def test_kernels_choose_what_the_references_choose(name, structure, method, dtyp
             linear.weight[mask] = 0.0
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-@pytest.mark.parametrize("update", ["chunked", "joint"])
+@pytest.mark.parametrize(
+    "name, structure, update",
+    [
+        ("llama", "2:4", "chunked"),
+        ("llama", "unstructured", "joint"),
+        ("opt", "2:4", "joint"),
+        ("opt", "unstructured", "chunked"),
+    ],
+)
 def test_a_model_pruned_through_kernels_is_the_one_pruned_through_references(name, structure, update, monkeypatch):
     tokens = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,40 @@
+"""N:M selection and cost thresholds under compute-sanitizer: no access out of bounds, no race, and right results."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from surgeon_kernels import extension
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
+    pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on the PATH"),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    csrc = extension.sources()[0].parent
+    target = tmp_path_factory.mktemp("sanitized") / "selection"
+    sources = [Path(__file__).with_name("selection_sanitized.cu"), csrc / "nm_select.cu", csrc / "cost_threshold.cu"]
+    flags = [*extension.NVCC_FLAGS, *extension.gencode_flags(extension._architectures())]
+    subprocess.run(["nvcc", "-std=c++17", *flags, f"-I{csrc}", *sources, "-o", target], check=True)
+    return target
+
+
+@pytest.mark.parametrize(
+    "tool, report",
+    [
+        ("memcheck", "ERROR SUMMARY: 0 errors"),
+        ("racecheck", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"),
+    ],
+)
+def test_nothing_is_found(program, tool, report):
+    command = ["compute-sanitizer", "--tool", tool, program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "0 wrong" in done.stdout and report in done.stdout, done.stdout[-2000:]
