@@ -64,12 +64,13 @@ struct ChunkBatch {
   bool shared;
 };
 struct ChunkPlan {
-  std::vector<int> order;  // chunks that are not empty
+  int count;  // of chunks that are not empty; -1 where offsets decrease
   std::vector<ChunkBatch> batches;
 };
-// offsets: [chunks + 1], in host memory; chunks of up to shared_limit weights go to shared memory; the factors of a batch
-// take at most factor_bytes unless it is a single chunk.
-ChunkPlan plan_chunks(const int64_t* offsets, int chunks, int shared_limit, int64_t factor_bytes);
+// offsets: [chunks + 1], and order: [chunks], the chunks that are not empty in the order of the batches; both in host
+// memory. Chunks of up to shared_limit weights go to shared memory; the factors of a batch take at most factor_bytes
+// unless it is a single chunk.
+ChunkPlan plan_chunks(const int64_t* offsets, int chunks, int shared_limit, int64_t factor_bytes, int* order);
 
 // Takes one solved chunk's positions begin .. end - 1, in rows first_row .. last_row - 1, up into
 //   Y[r] += Σ_i λ_i A⁻¹[c_i], and pending[r'] -= G⁻¹[r', r] (what Y[r] gained) for the rows r' that later chunks read,

@@ -1,96 +1,63 @@
-#include "chunked_solve_tile.cuh"
+#include "chunked_solve_tasks.cuh"
 
 namespace surgeon {
 namespace {
 
-using Shape = TileShape<kTile>;
 constexpr int kStages = 3;  // pairs of slabs in flight; at the end they hold two tiles
 constexpr int kBlocks = 4;  // on a multiprocessor: what one waits for hides behind the others' products
 constexpr int kShared = kStages * 2 * Shape::kSlab * sizeof(float) + 4 * kTile * sizeof(int) + 4 * sizeof(int);
 
-struct Factoring {
-  GatheredSystems systems;
-  const int* chunks;
+// The indices of a tile's rows or columns in shared memory, of which `count` are real; the others are 0.
+struct TileIndices {
+  const int* rows;
+  const int* columns;
   int count;
-  int tiles;
-  float* factors;
-  int* scratch;
-  int* level;
-  int attempt;
 };
 
-// In shared memory, which leaves registers to the products. n is -1 when no tile is left.
-struct Task {
-  int i, j, n, size, ready;
-  int64_t begin;
-  float* left;   // tiles (i, 0), (i, 1), ...
-  float* above;  // tiles (j, 0), (j, 1), ...
-  int* row;      // how many tiles of row i are finished, and of row j
-  int* other;
-  int* level;
-};
-
-// Of one attempt: the next ticket, failures, and how many tiles of each tile row are finished.
-__device__ __forceinline__ int* counters(const Factoring& f, int attempt) {
-  return f.scratch + static_cast<int64_t>(attempt) * (f.count * f.tiles + 2);
-}
-
-// The next tile to compute. Tickets go column by column, so that whatever a tile needs has an earlier ticket,
-// which a running block holds or has finished: blocks may wait for each other without deadlock. In a column the diagonal
-// tiles of all chunks come first, then the others chunk by chunk, which read the same row of tiles from the L2 cache.
-__device__ __forceinline__ void next_task(const Factoring& f, Task& task) {
-  int* ticket = counters(f, f.attempt);
-  int* progress = ticket + 2;
-  const int total = f.count * (f.tiles * (f.tiles + 1) / 2);
-  for (;;) {
-    int t = atomicAdd(ticket, 1);
-    if (t >= total) {
-      task.n = -1;
-      return;
-    }
-    int j = 0;
-    for (; t >= (f.tiles - j) * f.count; ++j) t -= (f.tiles - j) * f.count;
-    const int below = f.tiles - 1 - j;
-    const int n = t < f.count ? t : (t - f.count) / below;
-    const int i = t < f.count ? j : j + 1 + (t - f.count) % below;
-    const int chunk = f.chunks[n];
-    const int64_t begin = f.systems.offsets[chunk];
-    const int size = static_cast<int>(f.systems.offsets[chunk + 1] - begin);
-    if (i * kTile < size && load_acquire(f.level + chunk) == f.attempt) {
-      float* factors = f.factors + n * factor_floats(f.tiles);
-      int* rows = progress + n * f.tiles;
-      task = {i,
-              j,
-              n,
-              size,
-              min(load_acquire(rows + i), load_acquire(rows + j)),
-              begin,
-              factors + tile_index(i, 0) * Shape::kFloats,
-              factors + tile_index(j, 0) * Shape::kFloats,
-              rows + i,
-              rows + j,
-              f.level + chunk};
-      return;
+// S at the tile, with `shift` added on the system's diagonal and the identity where it is padded. Loads are unconditional,
+// so that many are in flight; what does not count is dropped afterwards.
+__device__ __forceinline__ void gather(Accumulator<Shape>& acc, const GatheredSystems& systems, TileIndices left,
+                                       TileIndices right, bool diagonal, float shift) {
+  const int lane = fresh(threadIdx.x & 31);
+  const int row0 = Shape::first_row() + (lane >> 2), column0 = Shape::first_column() + (lane & 3) * 2;
+  int right_row[4][2], right_column[4][2];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      right_row[n][e] = right.rows[column0 + n * 8 + e];
+      right_column[n][e] = right.columns[column0 + n * 8 + e];
     }
   }
-}
-
-// Waits until both tile rows have `need` finished tiles and returns how many they have; -1 if the chunk has failed.
-__device__ int wait_for(const int* row, const int* other, int need, const int* level, int attempt, int* message) {
-  if (threadIdx.x == 0) {
-    int ready;
-    while ((ready = min(load_acquire(row), load_acquire(other))) < need) {
-      if (load_acquire(level) != attempt) {
-        ready = -1;
-        break;
+#pragma unroll
+  for (int step = 0; step < Shape::kSteps; ++step) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + step * 16 + half * 8;
+      const float* G_row = systems.G_inv + left.rows[row] * systems.G_stride;
+      const float* A_row = systems.A_inv + left.columns[row] * systems.A_stride;
+      float G[4][2], A[4][2];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          G[n][e] = __ldg(G_row + right_row[n][e]);
+          A[n][e] = __ldg(A_row + right_column[n][e]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = column0 + n * 8 + e;
+          const bool on_diagonal = diagonal && row == column;
+          const bool inside = row < left.count && column < right.count && !(diagonal && row < column);
+          const float value = fmaf(G[n][e], A[n][e], on_diagonal ? shift : 0.0f);
+          acc.v[step][n][2 * half + e] = inside ? value : on_diagonal ? 1.0f : 0.0f;
+        }
       }
     }
-    *message = ready;
   }
-  __syncthreads();
-  const int ready = *message;
-  __syncthreads();
-  return ready;
 }
 
 __device__ __forceinline__ void copy_slab(float* to, const float* from) {
@@ -103,9 +70,10 @@ __device__ __forceinline__ void copy_slab(float* to, const float* from) {
 }
 
 // Turns the accumulated tile (i, j) into that of the factor, in `tile` (shared memory), a panel at a time. `above` is the
-// factor's tile (j, j), or for i = j this tile itself. Every thread returns whether what it saw was positive and finite.
+// factor's tile (j, j), or for i = j this tile itself. `spare`: kPanel floats. False for warp 0 if a pivot was not
+// positive and finite.
 __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulated, float* tile, const float* above,
-                                            bool diagonal) {
+                                            bool diagonal, float* spare) {
   bool ok = true;
   accumulated.store(tile);  // it lies there between panels: the solves need the registers
   __syncthreads();
@@ -116,7 +84,8 @@ __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulate
     const float* factor = above + s * Shape::kSlab;
     const float* block = factor + s * kPanel * kPanel;
     if (diagonal) {
-      if (thread < 32) ok = factor_block<false>(slab + s * kPanel * kPanel, nullptr) && ok;
+      // There is no right side yet, but without one ptxas overlaps more steps than registers hold, and spills.
+      if (thread < 32) ok = factor_block(slab + s * kPanel * kPanel, spare) && ok;
       __syncthreads();
     }
     const bool solves = thread < Shape::kSize && (!diagonal || thread >= (s + 1) * kPanel);
@@ -127,7 +96,7 @@ __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulate
 #pragma unroll
       for (int m = 0; m < kPanel; ++m) x.v[m] = thread % kPanel == m ? 1.0f : 0.0f;
     }
-    if (solves || inverts) ok = x.solve(block) && ok;
+    if (solves || inverts) x.solve(block);
     if (solves) x.store(slab, thread);
     __syncthreads();
     if (inverts) {
@@ -141,7 +110,7 @@ __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulate
     if (Shape::warp_column() > s) {
       Accumulator<Shape> acc;
       acc.load(tile);
-      subtract_product(acc, slab, factor, diagonal ? Shape::first_column() : 0);
+      subtract_product(acc, slab, factor, diagonal);
       acc.store(tile);
     }
     __syncthreads();
@@ -183,7 +152,6 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
       copy_commit();
     }
   }
-  const int top = i == j ? Shape::first_column() : 0;
   for (int s = 0; s < slabs; ++s) {
     const int ahead = s + kStages - 1;
     if (ahead < slabs && ahead / Shape::kPanels >= ready) {
@@ -195,7 +163,7 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
     if (ahead < slabs) fetch(ahead);
     copy_commit();
     const float* stage = stages + s % kStages * 2 * Shape::kSlab;
-    subtract_product(acc, stage, i == j ? stage : stage + Shape::kSlab, top);
+    subtract_product(acc, stage, i == j ? stage : stage + Shape::kSlab, i == j);
   }
 
   float* tile = stages;
@@ -209,7 +177,7 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
     copy_commit();
     copy_wait<0>();
   }
-  const bool ok = finish_tile(acc, tile, diagonal, i == j);
+  const bool ok = finish_tile(acc, tile, diagonal, i == j, reinterpret_cast<float*>(indices));
   if (__syncthreads_or(!ok)) return false;
   float4* to = reinterpret_cast<float4*>(task.left + j * Shape::kFloats);
   for (int p = threadIdx.x; p < Shape::kFloats / 4; p += Shape::kThreads) to[p] = reinterpret_cast<const float4*>(tile)[p];

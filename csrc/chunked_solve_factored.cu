@@ -1,4 +1,4 @@
-#include "chunked_solve_tile.cuh"
+#include "chunked_solve_panel.cuh"
 
 namespace surgeon {
 namespace {

@@ -53,19 +53,22 @@ std::tuple<Tensor, Tensor> chunked_solve(const Tensor& G_inv, const Tensor& A_in
   const auto stream = c10::cuda::getCurrentCUDAStream();
   int shared_limit = 0;
   C10_CUDA_CHECK(surgeon::shared_limit(&shared_limit));
-  const surgeon::ChunkPlan plan = surgeon::plan_chunks(host, static_cast<int>(chunks), shared_limit, kFactorBytes);
   // Offsets and order go to the device in one copy that nothing waits for.
   const int64_t offset_bytes = offsets.numel() * static_cast<int64_t>(sizeof(int64_t));
-  const int64_t order_bytes = static_cast<int64_t>(plan.order.size() * sizeof(int));
-  const Tensor staged = at::empty({offset_bytes + order_bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
-  std::memcpy(staged.mutable_data_ptr(), host, offset_bytes);
-  std::memcpy(static_cast<char*>(staged.mutable_data_ptr()) + offset_bytes, plan.order.data(), order_bytes);
+  const Tensor staged = at::empty({offset_bytes + chunks * static_cast<int64_t>(sizeof(int))},
+                                  at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+  char* staging = static_cast<char*>(staged.mutable_data_ptr());
+  std::memcpy(staging, host, offset_bytes);
+  const surgeon::ChunkPlan plan = surgeon::plan_chunks(host, static_cast<int>(chunks), shared_limit, kFactorBytes,
+                                                       reinterpret_cast<int*>(staging + offset_bytes));
+  TORCH_CHECK(plan.count >= 0, "chunked_solve: offsets must not decrease");
   const Tensor uploaded = staged.to(target.device(), /*non_blocking=*/true);
   const Tensor device_offsets = uploaded.narrow(0, 0, offset_bytes).view(at::kLong);
   const int* order = reinterpret_cast<const int*>(static_cast<const char*>(uploaded.const_data_ptr()) + offset_bytes);
   const surgeon::GatheredSystems systems = gathered(G_inv, A_inv, rows, columns, device_offsets);
   Tensor solution = at::empty_like(target);
-  Tensor level = at::zeros({chunks}, target.options().dtype(at::kInt));
+  Tensor level = at::empty({chunks}, target.options().dtype(at::kInt));
+  if (chunks > 0) C10_CUDA_CHECK(cudaMemsetAsync(level.mutable_data_ptr(), 0, level.nbytes(), stream));
   for (const surgeon::ChunkBatch& batch : plan.batches) {
     const int* members = order + batch.first;
     if (batch.shared) {

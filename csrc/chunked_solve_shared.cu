@@ -1,4 +1,4 @@
-#include "chunked_solve_tile.cuh"
+#include "chunked_solve_panel.cuh"
 
 // Systems in shared memory, one block of threads each: right-looking, 32 columns at a time. The lower triangle lies in
 // 32 x 32 blocks, block column after block column, each block as in a slab.
@@ -57,27 +57,34 @@ __device__ __forceinline__ void gather(const GatheredSystems& systems, const Sys
   }
 }
 
-// One warp: block (i, q) -= block (i, p) block (q, p)ᵀ.
-__device__ __forceinline__ void update(const System& s, int i, int q, int p) {
-  Accumulator<WarpShape> acc;
+// One warp: block (i, q) -= block (i, p) block (q, p)ᵀ, the 16 columns from kColumn on.
+template <int kColumn>
+__device__ __forceinline__ void update_half(const System& s, int i, int q, int p) {
+  Accumulator<WarpShape<kColumn>> acc;
   float* block = s.block(i, q);
   acc.load(block);
-  subtract_product(acc, s.block(i, p), s.block(q, p), 0);
+  subtract_product(acc, s.block(i, p), s.block(q, p), i == q);
   acc.store(block);
 }
 
+__device__ __forceinline__ void update(const System& s, int i, int q, int p) {
+  update_half<0>(s, i, q, p);
+  update_half<16>(s, i, q, p);
+}
+
 // The factor in place of S, and the solution of L y = right in place of right. False if it failed, for all threads.
+// Needs a thread for each row below the first block.
 template <int kWarps>
 __device__ __forceinline__ bool factor(const System& s) {
-  bool ok = true;
 #pragma unroll 1
   for (int p = 0; p < s.blocks; ++p) {
     const int thread = fresh(threadIdx.x), warp = thread >> 5, row = thread % kPanel;
     // Warp 0 updates the diagonal block by the last block column and factorises it; the others update the rest.
+    bool ok = true;
     if (warp == 0) {
       if (p > 0) update(s, p, p, p - 1);
       __syncwarp();
-      ok = factor_block<true>(s.block(p, p), s.right + p * kPanel) && ok;
+      ok = factor_block(s.block(p, p), s.right + p * kPanel);
     } else if (p > 0) {
       for (int i = p + warp, j = p;; i += kWarps - 1) {
         while (j < s.blocks && i >= s.blocks) i -= s.blocks - ++j;
@@ -85,42 +92,26 @@ __device__ __forceinline__ bool factor(const System& s) {
         update(s, i, j, p - 1);
       }
     }
-    __syncthreads();
-    // A thread solves each row below. Those of one warp more solve rows of the identity, which gives columns of L⁻¹.
-    const int below = (s.blocks - 1 - p) * kPanel;
-    const bool solves = thread < below, inverts = !solves && thread < below + kPanel;
-    float* diagonal = s.block(p, p);
-    float* block = s.block(p + 1 + warp, p);
-    Row x;
-    if (solves) x.load(block, row);
-    if (inverts) {
-      const int column = fresh(row);
-#pragma unroll
-      for (int m = 0; m < kPanel; ++m) x.v[m] = column == m ? 1.0f : 0.0f;
-    }
-    if (solves || inverts) ok = x.solve(diagonal) && ok;
-    if (solves) {
+    if (__syncthreads_or(!ok)) return false;
+    if (thread < (s.blocks - 1 - p) * kPanel) {
+      float* block = s.block(p + 1 + warp, p);
+      Row x;
+      x.load(block, row);
+      x.solve(s.block(p, p));
       x.store(block, row);
       s.right[(p + 1) * kPanel + thread] -= x.dot(s.right + p * kPanel);
     }
-    if (__syncthreads_or(!ok)) return false;
-    if (inverts) {
-      const int column = fresh(row);
-#pragma unroll
-      for (int m = 1; m < kPanel; ++m) {
-        if (m > column) diagonal[slab_offset(m, column)] = x.v[m];
-      }
-    }
+    __syncthreads();
   }
-  __syncthreads();
   return true;
 }
 
 // x of Lᵀ x = right, in place.
 template <int kWarps>
 __device__ __forceinline__ void solve_backward(const System& s) {
+#pragma unroll 1
   for (int p = s.blocks - 1; p >= 0; --p) {
-    if (threadIdx.x < 32) solve_block<true>(s.block(p, p), s.right + p * kPanel);
+    if (threadIdx.x < 32) substitute_backward(s.block(p, p), s.right + p * kPanel);
     __syncthreads();
     for (int column = threadIdx.x; column < p * kPanel; column += 32 * kWarps) {
       const float* block = s.block(p, column / kPanel);
@@ -200,7 +191,7 @@ cudaError_t shared_limit(int* size) {
 cudaError_t solve_in_shared(const GatheredSystems& systems, const int* chunks, int count, int blocks, const float* target,
                             float* solution, int* level, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
-  const auto run = blocks == 1 ? launch<1> : blocks == 2 ? launch<2> : blocks <= 4 ? launch<4> : launch<8>;
+  const auto run = blocks <= 2 ? launch<1> : blocks <= 4 ? launch<4> : launch<8>;
   return run(systems, chunks, count, blocks, target, solution, level, stream);
 }
 

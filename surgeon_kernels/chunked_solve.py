@@ -47,7 +47,7 @@ def chunked_solve(
     if not rows.shape == columns.shape == target.shape or target.dim() != 1:
         raise ValueError("rows, columns and target must be vectors of one length")
     if uses_extension(target):
-        return torch.ops.surgeon_kernels.chunked_solve(
+        return torch.ops.surgeon_kernels.chunked_solve.default(
             row_major(G_inv),
             row_major(A_inv),
             rows.contiguous(),
