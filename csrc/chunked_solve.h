@@ -11,9 +11,9 @@ namespace surgeon {
 // They are symmetric and only their lower triangles are read. All pointers are to device memory.
 struct GatheredSystems {
   const float* G_inv;
-  int64_t G_stride;  // elements from one row to the next
   const float* A_inv;
-  int64_t A_stride;
+  uint32_t G_stride;  // floats from one row to the next, below 2³⁰
+  uint32_t A_stride;
   const int64_t* rows;
   const int64_t* columns;
   const int64_t* offsets;

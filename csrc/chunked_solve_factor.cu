@@ -1,5 +1,10 @@
 #include "chunked_solve_tasks.cuh"
 
+// S = L Lᵀ left-looking, a tile by a block of threads at a time:
+//   L_ij = (S_ij - Σ_{k < j} L_ik L_jkᵀ) L_jj⁻ᵀ        L_jj = Cholesky factor of S_jj - Σ_{k < j} L_jk L_jkᵀ
+// S is gathered into the registers that accumulate the tile and exists nowhere else. All chunks' tiles are computed by one
+// launch: a block waits, tile by tile, for what it reads of rows i and j (chunked_solve_tasks.cuh). Every tile is computed
+// by one block in one order, so the same inputs give the same bits.
 namespace surgeon {
 namespace {
 
@@ -34,8 +39,8 @@ __device__ __forceinline__ void gather(Accumulator<Shape>& acc, const GatheredSy
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + step * 16 + half * 8;
-      const float* G_row = systems.G_inv + left.rows[row] * systems.G_stride;
-      const float* A_row = systems.A_inv + left.columns[row] * systems.A_stride;
+      const float* G_row = row_of(systems.G_inv, systems.G_stride, left.rows[row]);
+      const float* A_row = row_of(systems.A_inv, systems.A_stride, left.columns[row]);
       float G[4][2], A[4][2];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -70,10 +75,9 @@ __device__ __forceinline__ void copy_slab(float* to, const float* from) {
 }
 
 // Turns the accumulated tile (i, j) into that of the factor, in `tile` (shared memory), a panel at a time. `above` is the
-// factor's tile (j, j), or for i = j this tile itself. `spare`: kPanel floats. False for warp 0 if a pivot was not
-// positive and finite.
+// factor's tile (j, j), or for i = j this tile itself. False for warp 0 if a pivot was not positive and finite.
 __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulated, float* tile, const float* above,
-                                            bool diagonal, float* spare) {
+                                            bool diagonal) {
   bool ok = true;
   accumulated.store(tile);  // it lies there between panels: the solves need the registers
   __syncthreads();
@@ -84,8 +88,7 @@ __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulate
     const float* factor = above + s * Shape::kSlab;
     const float* block = factor + s * kPanel * kPanel;
     if (diagonal) {
-      // There is no right side yet, but without one ptxas overlaps more steps than registers hold, and spills.
-      if (thread < 32) ok = factor_block(slab + s * kPanel * kPanel, spare) && ok;
+      if (thread < 32) ok = factor_block<false>(slab + s * kPanel * kPanel, nullptr) && ok;
       __syncthreads();
     }
     const bool solves = thread < Shape::kSize && (!diagonal || thread >= (s + 1) * kPanel);
@@ -166,25 +169,25 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
     subtract_product(acc, stage, i == j ? stage : stage + Shape::kSlab, i == j);
   }
 
-  float* tile = stages;
-  float* diagonal = stages + (i == j ? 0 : Shape::kFloats);
+  float* tile = stages;  // from here on i and j are read again, where registers are short
+  float* diagonal = stages + (task.i == task.j ? 0 : Shape::kFloats);
   __syncthreads();
-  if (i != j) {
-    if (wait(task.other, j + 1) < 0) return false;
+  if (task.i != task.j) {
+    if (wait(task.other, task.j + 1) < 0) return false;
     for (int s = 0; s < Shape::kPanels; ++s) {
-      copy_slab(diagonal + s * Shape::kSlab, task.above + (j * Shape::kPanels + s) * Shape::kSlab);
+      copy_slab(diagonal + s * Shape::kSlab, task.above + (task.j * Shape::kPanels + s) * Shape::kSlab);
     }
     copy_commit();
     copy_wait<0>();
   }
-  const bool ok = finish_tile(acc, tile, diagonal, i == j, reinterpret_cast<float*>(indices));
+  const bool ok = finish_tile(acc, tile, diagonal, task.i == task.j);
   if (__syncthreads_or(!ok)) return false;
-  float4* to = reinterpret_cast<float4*>(task.left + j * Shape::kFloats);
+  float4* to = reinterpret_cast<float4*>(task.left + task.j * Shape::kFloats);
   for (int p = threadIdx.x; p < Shape::kFloats / 4; p += Shape::kThreads) to[p] = reinterpret_cast<const float4*>(tile)[p];
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    store_release(task.row, j + 1);
+    store_release(task.row, task.j + 1);
   }
   return true;
 }

@@ -1,5 +1,8 @@
 #include "chunked_solve_panel.cuh"
 
+// L y = b, then Lᵀ x = y, for factors in device memory. Memory bound: every tile is read twice. A block takes 128 rows of
+// one chunk: it multiplies what is left of them (or below) by the parts of y (or x) as other blocks finish them, which
+// hides the reads behind the waiting, and solves with the 128 x 128 on the diagonal.
 namespace surgeon {
 namespace {
 

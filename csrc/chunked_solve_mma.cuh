@@ -10,7 +10,7 @@ namespace {
 
 // A finished tile lies in slabs of 32 columns, in rows of 32 floats whose eight 16-byte groups are permuted by the row,
 // so that neither the reads of mma operands nor one thread a row have bank conflicts. The 32 x 32 blocks on the
-// diagonal hold L⁻¹ below it, 1 / L_kk on it and Lᵀ above it.
+// diagonal hold Lᵀ above it, 1 / L_kk on it and, for factors in device memory, L⁻¹ below it.
 constexpr int kPanel = 32;
 
 __device__ __forceinline__ int swizzle(int row) { return ((row & 1) << 2) | ((row >> 1) & 3); }
@@ -99,10 +99,10 @@ __device__ __forceinline__ void split(float x, uint32_t& hi, uint32_t& lo) {
 }
 
 // acc -= a bᵀ over the 32 columns of two slabs, in three tf32 products: hi hi + hi lo + lo hi, as lo lo is below fp32's
-// last bit. The tensor cores truncate their sums, so these start from zero for every 32 columns and are subtracted in
-// fp32: rounding there, once in 32 columns, is what the factor's error comes from. The order of the columns within a slab
-// is free, so a lane takes four neighbours. With `lower`, a and b are rows of a tile on the diagonal, and what is wholly
-// above the diagonal is left out.
+// last bit. The tensor cores truncate their sums, which for sums of squares is a bias: they start from zero for every 16
+// columns, two of them are added in fp32 and then subtracted from acc. Rounding there, once in 32 columns, is what the
+// factor's error comes from. The order of the columns within a slab is free, so a lane takes four neighbours. With `lower`,
+// a and b are rows of a tile on the diagonal, and what is wholly above the diagonal is left out.
 template <class Shape>
 __device__ __forceinline__ void subtract_product(Accumulator<Shape>& acc, const float* a, const float* b, bool lower) {
   constexpr int kWide = 2;  // groups of 8 columns of acc at a time: as many as registers allow
@@ -112,9 +112,10 @@ __device__ __forceinline__ void subtract_product(Accumulator<Shape>& acc, const 
 #pragma unroll
     for (int step = 0; step < Shape::kSteps; ++step) {
       if (lower && row0 + step * 16 + 15 < column0 + n0 * 8) continue;
-      float run[kWide][4] = {};
+      float sum[kWide][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        float run[kWide][4] = {};
         const int lane = fresh(threadIdx.x & 31), g = lane >> 2;  // fresh: b is split again, which takes no registers
         const int group = ((half * 4 + (lane & 3)) ^ swizzle(g)) << 2;
         uint32_t b_hi[kWide][4], b_lo[kWide][4];
@@ -149,11 +150,16 @@ __device__ __forceinline__ void subtract_product(Accumulator<Shape>& acc, const 
 #pragma unroll
           for (int n = 0; n < kWide; ++n) mma_tf32(run[n], hi[q], b_hi[n][2 * q], b_hi[n][2 * q + 1]);
         }
+#pragma unroll
+        for (int n = 0; n < kWide; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[n][e] = half == 0 ? run[n][e] : sum[n][e] + run[n][e];
+        }
       }
 #pragma unroll
       for (int n = 0; n < kWide; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc.v[step][n0 + n][e] -= run[n][e];
+        for (int e = 0; e < 4; ++e) acc.v[step][n0 + n][e] -= sum[n][e];
       }
     }
   }

@@ -14,16 +14,20 @@ constexpr int64_t kFactorBytes = int64_t{2} << 30;  // of the Cholesky factors k
 surgeon::GatheredSystems gathered(const Tensor& G_inv, const Tensor& A_inv, const Tensor& rows, const Tensor& columns,
                                   const Tensor& offsets) {
   for (const Tensor* factor : {&G_inv, &A_inv}) {
-    TORCH_CHECK(factor->is_cuda() && factor->scalar_type() == at::kFloat && factor->dim() == 2 && factor->stride(1) == 1,
-                "chunked solve: inverse factors must be float32 matrices with contiguous rows");
+    TORCH_CHECK(factor->is_cuda() && factor->scalar_type() == at::kFloat && factor->dim() == 2 && factor->stride(1) == 1 &&
+                    factor->stride(0) < (int64_t{1} << 30) && factor->device() == offsets.device(),
+                "chunked solve: inverse factors must be float32 matrices with contiguous rows, on the targets' device");
   }
   for (const Tensor* index : {&rows, &columns, &offsets}) {
-    TORCH_CHECK(index->is_cuda() && index->scalar_type() == at::kLong && index->is_contiguous(),
-                "chunked solve: indices must be contiguous int64");
+    TORCH_CHECK(index->scalar_type() == at::kLong && index->is_contiguous() && index->device() == offsets.device(),
+                "chunked solve: indices must be contiguous int64, on the targets' device");
   }
-  return {G_inv.const_data_ptr<float>(),  G_inv.stride(0),
-          A_inv.const_data_ptr<float>(),  A_inv.stride(0),
-          rows.const_data_ptr<int64_t>(), columns.const_data_ptr<int64_t>(),
+  return {G_inv.const_data_ptr<float>(),
+          A_inv.const_data_ptr<float>(),
+          static_cast<uint32_t>(G_inv.stride(0)),
+          static_cast<uint32_t>(A_inv.stride(0)),
+          rows.const_data_ptr<int64_t>(),
+          columns.const_data_ptr<int64_t>(),
           offsets.const_data_ptr<int64_t>()};
 }
 
@@ -47,8 +51,8 @@ std::tuple<Tensor, Tensor> chunked_solve(const Tensor& G_inv, const Tensor& A_in
               "chunked_solve: target must be contiguous float32");
   const int64_t* host = offsets.const_data_ptr<int64_t>();
   const int64_t chunks = offsets.numel() - 1;
-  TORCH_CHECK(host[chunks] <= target.numel() && target.numel() == rows.numel() && rows.numel() == columns.numel(),
-              "chunked_solve: rows, columns and target must be as long as the chunks");
+  TORCH_CHECK(host[0] == 0 && host[chunks] <= target.numel() && target.numel() == rows.numel() && rows.numel() == columns.numel(),
+              "chunked_solve: offsets must start at 0, and rows, columns and target be as long as the chunks");
   const c10::cuda::CUDAGuard guard(target.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   int shared_limit = 0;

@@ -13,6 +13,12 @@ constexpr float kLeastMeanDiagonal = 5.9749284e-15f;  // FLT_MIN^(3/8), as in sp
 // Where tile (i, j), j <= i, stands among those of a factor.
 __device__ __forceinline__ int tile_index(int i, int j) { return i * (i + 1) / 2 + j; }
 
+// A row of a matrix: one instruction, where 64-bit products take six.
+__device__ __forceinline__ const float* row_of(const float* matrix, uint32_t stride, int row) {
+  const uint64_t bytes = static_cast<uint64_t>(static_cast<uint32_t>(row)) * (stride * 4u);
+  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(matrix) + bytes);
+}
+
 // Indices of the `count` positions from `first` on, of a system of `size`; 0 beyond it.
 __device__ __forceinline__ void load_indices(const GatheredSystems& systems, int64_t begin, int first, int size, int count,
                                              int* rows, int* columns) {
@@ -23,9 +29,10 @@ __device__ __forceinline__ void load_indices(const GatheredSystems& systems, int
   }
 }
 
-// One warp factorises the 32 x 32 block, a lane a row, into Lᵀ above the diagonal and 1 / L_kk on it, and replaces
-// right[0:32] by the solution of L y = right. Below the diagonal nothing is kept. False if a pivot was not positive and
-// finite: its root is NaN then, and so are all later pivots, of which the last is looked at.
+// One warp factorises the 32 x 32 block, a lane a row, into Lᵀ above the diagonal and 1 / L_kk on it; with kSolve it
+// replaces right[0:32] by the solution of L y = right. Below the diagonal nothing is kept. False if a pivot was not
+// positive, normal and finite: its root is NaN then, and so are all later pivots, of which the last is looked at.
+template <bool kSolve>
 __device__ __forceinline__ bool factor_block(float* block, float* right) {
   const int lane = fresh(threadIdx.x & 31);
   float a[kPanel];
@@ -35,11 +42,11 @@ __device__ __forceinline__ bool factor_block(float* block, float* right) {
     a[4 * c] = v.x, a[4 * c + 1] = v.y, a[4 * c + 2] = v.z, a[4 * c + 3] = v.w;
   }
   __syncwarp();
-  float w = right[lane];
+  float w = kSolve ? right[lane] : 0.0f;
   float pivot = __shfl_sync(~0u, a[0], 0), inverse;
 #pragma unroll
   for (int k = 0; k < kPanel; ++k) {
-    inverse = rsqrtf(pivot);
+    inverse = rsqrt_flushed(pivot);
     inverse = fmaf(0.5f * inverse, fmaf(-pivot * inverse, inverse, 1.0f), inverse);  // NaN for a pivot of 0 or infinity
     const float l = a[k] * inverse;
     if (lane >= k) block[slab_offset(k, lane)] = lane == k ? inverse : l;
@@ -49,19 +56,23 @@ __device__ __forceinline__ bool factor_block(float* block, float* right) {
       pivot = __shfl_sync(~0u, fmaf(-l, l, a[next]), next);
       a[next] = fmaf(-l, __shfl_sync(~0u, l, next), a[next]);
       __syncwarp();
+      if (lane > k) {  // a branch, which keeps ptxas from overlapping more steps than registers hold
 #pragma unroll
-      for (int c = (k + 2) / 4; c < 8; ++c) {
-        const float4 v = load4(block + k * kPanel + ((c ^ swizzle(k)) << 2));
-        if (4 * c > next) a[4 * c] = fmaf(-l, v.x, a[4 * c]);
-        if (4 * c + 1 > next) a[4 * c + 1] = fmaf(-l, v.y, a[4 * c + 1]);
-        if (4 * c + 2 > next) a[4 * c + 2] = fmaf(-l, v.z, a[4 * c + 2]);
-        if (4 * c + 3 > next) a[4 * c + 3] = fmaf(-l, v.w, a[4 * c + 3]);
+        for (int c = (k + 2) / 4; c < 8; ++c) {
+          const float4 v = load4(block + k * kPanel + ((c ^ swizzle(k)) << 2));
+          if (4 * c > next) a[4 * c] = fmaf(-l, v.x, a[4 * c]);
+          if (4 * c + 1 > next) a[4 * c + 1] = fmaf(-l, v.y, a[4 * c + 1]);
+          if (4 * c + 2 > next) a[4 * c + 2] = fmaf(-l, v.z, a[4 * c + 2]);
+          if (4 * c + 3 > next) a[4 * c + 3] = fmaf(-l, v.w, a[4 * c + 3]);
+        }
       }
     }
-    const float y = __shfl_sync(~0u, w, k) * inverse;
-    w = lane == k ? y : lane > k ? fmaf(-l, y, w) : w;
+    if (kSolve) {
+      const float y = __shfl_sync(~0u, w, k) * inverse;
+      w = lane == k ? y : lane > k ? fmaf(-l, y, w) : w;
+    }
   }
-  right[lane] = w;
+  if (kSolve) right[lane] = w;
   return inverse == inverse;
 }
 
@@ -162,8 +173,8 @@ __device__ __forceinline__ float jitter_shift(const GatheredSystems& systems, in
   if (attempt == 0) return 0.0f;
   float sum = 0.0f;
   for (int p = threadIdx.x; p < size; p += blockDim.x) {
-    const int64_t r = systems.rows[begin + p], c = systems.columns[begin + p];
-    sum += systems.G_inv[r * systems.G_stride + r] * systems.A_inv[c * systems.A_stride + c];
+    const int r = static_cast<int>(systems.rows[begin + p]), c = static_cast<int>(systems.columns[begin + p]);
+    sum += row_of(systems.G_inv, systems.G_stride, r)[r] * row_of(systems.A_inv, systems.A_stride, c)[c];
   }
   __syncthreads();
   partial[threadIdx.x] = sum;

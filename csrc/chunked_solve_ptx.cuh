@@ -12,6 +12,13 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// 1 / sqrt(x) to two units in the last place, x = 0 where it is subnormal.
+__device__ __forceinline__ float rsqrt_flushed(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Copies 16 bytes from device to shared memory past the L1 cache, which may be stale.
 __device__ __forceinline__ void copy_async(float* to, const float* from) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));

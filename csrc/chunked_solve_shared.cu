@@ -1,7 +1,13 @@
 #include "chunked_solve_panel.cuh"
 
-// Systems in shared memory, one block of threads each: right-looking, 32 columns at a time. The lower triangle lies in
-// 32 x 32 blocks, block column after block column, each block as in a slab.
+// x = S⁻¹ b for systems in shared memory, one block of threads each: S = L Lᵀ right-looking, 32 columns at a time, with
+// L y = b on the way, then Lᵀ x = y. S is gathered once and never leaves shared memory, where its lower triangle lies in
+// 32 x 32 blocks, block column after block column, each as in a slab. At the start of step p the blocks (i, j), j < p, are
+// final, those from p on lack the products of block column p - 1 only, and b has become y up to block p. A failed attempt
+// starts again from the gather.
+//
+// Small systems wait for latencies, not for arithmetic, and idle warps keep others from the multiprocessor: up to 64
+// weights, one warp does it all.
 namespace surgeon {
 namespace {
 
@@ -24,9 +30,9 @@ struct System {
   }
 };
 
-// S, a block by each warp at a time and a column by each lane; the identity where it is padded.
+// S, a block by each warp at a time and a column by each lane. The rows beyond its size are any numbers.
 template <int kWarps>
-__device__ __forceinline__ void gather(const GatheredSystems& systems, const System& s, float shift) {
+__device__ __forceinline__ void gather(const GatheredSystems& systems, const System& s) {
   const int lane = threadIdx.x & 31;
   int i = threadIdx.x >> 5, j = 0;
   for (;; i += kWarps) {
@@ -35,25 +41,33 @@ __device__ __forceinline__ void gather(const GatheredSystems& systems, const Sys
       if (j == s.blocks) return;
     }
     float* block = s.block(i, j);
-    const int column = j * kPanel + lane;
-    const float* G = systems.G_inv + s.rows[column];
-    const float* A = systems.A_inv + s.columns[column];
+    const float* G = systems.G_inv + s.rows[j * kPanel + lane];
+    const float* A = systems.A_inv + s.columns[j * kPanel + lane];
 #pragma unroll 1
     for (int half = 0; half < kPanel; half += 16) {
       const int row = i * kPanel + half;
-      float g[16], a[16];  // loaded whatever counts, so that all are in flight
+      float g[16], a[16];  // all in flight together
 #pragma unroll
       for (int m = 0; m < 16; ++m) {
-        g[m] = __ldg(G + s.rows[row + m] * systems.G_stride);
-        a[m] = __ldg(A + s.columns[row + m] * systems.A_stride);
+        g[m] = __ldg(row_of(G, systems.G_stride, s.rows[row + m]));
+        a[m] = __ldg(row_of(A, systems.A_stride, s.columns[row + m]));
       }
 #pragma unroll
-      for (int m = 0; m < 16; ++m) {
-        const bool on_diagonal = row + m == column, inside = row + m < s.size && column < s.size;
-        const float value = fmaf(g[m], a[m], on_diagonal ? shift : 0.0f);
-        block[slab_offset(half + m, lane)] = inside ? value : on_diagonal ? 1.0f : 0.0f;
-      }
+      for (int m = 0; m < 16; ++m) block[slab_offset(half + m, lane)] = g[m] * a[m];
     }
+  }
+}
+
+// Adds the shift to the diagonal, and makes rows of the identity of those beyond the system's size.
+template <int kWarps>
+__device__ __forceinline__ void shift_and_pad(const System& s, float shift) {
+  for (int p = threadIdx.x; p < s.size; p += 32 * kWarps) {
+    s.block(p / kPanel, p / kPanel)[slab_offset(p % kPanel, p % kPanel)] += shift;
+  }
+  const int last = s.blocks - 1, beyond = s.blocks * kPanel - s.size;
+  for (int p = threadIdx.x; p < beyond * s.blocks * kPanel; p += 32 * kWarps) {
+    const int row = s.size + p / (s.blocks * kPanel), column = p % (s.blocks * kPanel);
+    s.block(last, column / kPanel)[slab_offset(row % kPanel, column % kPanel)] = row == column ? 1.0f : 0.0f;
   }
 }
 
@@ -84,7 +98,7 @@ __device__ __forceinline__ bool factor(const System& s) {
     if (warp == 0) {
       if (p > 0) update(s, p, p, p - 1);
       __syncwarp();
-      ok = factor_block(s.block(p, p), s.right + p * kPanel);
+      ok = factor_block<true>(s.block(p, p), s.right + p * kPanel);
     } else if (p > 0) {
       for (int i = p + warp, j = p;; i += kWarps - 1) {
         while (j < s.blocks && i >= s.blocks) i -= s.blocks - ++j;
@@ -147,8 +161,12 @@ __global__ __launch_bounds__(32 * kWarps, 16 / kWarps) void solve_in_shared_kern
     const float shift = jitter_shift(systems, begin, size, attempt, matrix);
     for (int p = threadIdx.x; p < s.blocks * kPanel; p += blockDim.x) right[p] = p < size ? target[begin + p] : 0.0f;
     __syncthreads();
-    gather<kWarps>(systems, s, shift);
+    gather<kWarps>(systems, s);
     __syncthreads();
+    if (attempt > 0 || size % kPanel > 0) {
+      shift_and_pad<kWarps>(s, shift);
+      __syncthreads();
+    }
     done = factor<kWarps>(s);
     attempt += !done;
   }

@@ -55,6 +55,8 @@ def chunked_solve(
             offsets.contiguous(),
             target.contiguous(),
         )
+    if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):  # the extension's op looks itself
+        raise ValueError("offsets must start at 0 and must not decrease")
     return chunked_solve_reference(G_inv, A_inv, rows, columns, offsets, target)
 
 

@@ -85,6 +85,8 @@ def test_offsets_and_lengths_must_agree():
         chunked_solve(G_inv, A_inv, rows, columns, offsets[:-1], target)
     with pytest.raises(ValueError, match="offsets"):
         chunked_solve(G_inv, A_inv, rows, columns, offsets[:0], target)
+    with pytest.raises(ValueError, match="must not decrease"):
+        chunked_solve(G_inv, A_inv, rows, columns, torch.tensor([0, 6, 4, 10]), target)
     with pytest.raises(ValueError, match="one length"):
         chunked_solve(G_inv, A_inv, rows[:-1], columns, offsets, target)
 
