@@ -159,7 +159,10 @@ class _Planner:
         masks, dense_here = (0, 0) if streamed else (self.weights, dense)
         factors = 0 if self.hosted else sum(self.factor_bytes)
         batch_size, per_pass = self._layout(weights + masks + dense_here + factors)
-        hosted = self.hosted * sum(self.factor_bytes) + self.offload * (sum(blocks) + self.weights + dense)
+        hosted = self.hosted * sum(pinned_bytes(_FLOAT * SymmetricAccumulator.elements(n)) for n in self._factors())
+        if self.offload:
+            inside = (p for block in self.decoder.blocks for p in block.parameters())
+            hosted += self.weights + dense + sum(pinned_bytes(p.nbytes) for p in inside)
         return Plan(
             device=self.device,
             batch_size=batch_size,
@@ -197,6 +200,9 @@ class _Planner:
         if self.config.curvature_layers is None:
             per_pass = -(-blocks // -(-blocks // per_pass))  # as few passes, of equal size
         return windows, per_pass
+
+    def _factors(self) -> list[int]:
+        return [size for sizes in self.factor_sizes for size in sizes]
 
     @property
     def _on_gpu(self) -> bool:
@@ -260,7 +266,7 @@ class _Planner:
         dtype = next(self.model.parameters()).dtype if self._on_gpu else torch.float32
         half, single = matmul_rate(self.device, dtype), matmul_rate(self.device, torch.float32)
         forward = 2 * P * tokens / (half * _PASS_EFFICIENCY)
-        n = [size for sizes in self.factor_sizes for size in sizes]
+        n = self._factors()
         times = 1 if not self.gradients else 3 if self.checkpointed else 2
         seconds = passes * times * forward * self.factored + tokens * sum(x**2 for x in n) / (half * _GRAM_EFFICIENCY)
         if config.method == "surgeon":
@@ -274,6 +280,11 @@ class _Planner:
                 iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
                 seconds += (1 + config.exchanges) * (iterations + checks) * products / (single * faster)
         return self.shots * seconds + forward
+
+
+def pinned_bytes(size: int) -> int:
+    """What ``size`` bytes of pinned memory take: PyTorch rounds them up to a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:
