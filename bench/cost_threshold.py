@@ -127,12 +127,14 @@ def main() -> None:
             sizes = [number_of_costs(cost, pattern) for cost in part]
             ms = wall_ms(partial(kth_cost, part, sum(sizes) // 2, sizes, pattern))
             for row in rows:
-                row |= {
-                    "kthvalue_costs": costs,
-                    "kthvalue_ms": f"{kthvalue_ms:.1f}",
-                    "threshold_of_as_many_ms": f"{ms:.2f}",
-                    "speedup": f"{kthvalue_ms / ms:.0f}",
-                }
+                row |= {"kthvalue_costs": "", "kthvalue_ms": "", "threshold_of_as_many_ms": "", "speedup": ""}
+                if row["result"] == "threshold":
+                    row |= {
+                        "kthvalue_costs": costs,
+                        "kthvalue_ms": f"{kthvalue_ms:.1f}",
+                        "threshold_of_as_many_ms": f"{ms:.2f}",
+                        "speedup": f"{kthvalue_ms / ms:.0f}",
+                    }
                 print(*row.values(), flush=True)
                 append_row(options.out, {**row, **about})
         del layers, part
