@@ -13,7 +13,7 @@ from surgeon_kernels.triangular import cholesky_inverse_, triangular_inverse_
 # Jitter escalation, relative to the mean diagonal: tried in this order when a factorisation meets a pivot <= 0.
 JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 # Float32 matrices on a GPU from this size on are inverted in blocks; the library is as fast for smaller ones.
-_BLOCKED_FROM = 1024
+_BLOCKED_FROM = 2048
 
 
 class NotPositiveDefiniteError(ArithmeticError):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgeon_kernels.split_matmul import SPLIT_FROM, mm
+from surgeon_kernels.split_matmul import mm
 
 # Diagonal blocks that the library inverts.
 _BASE = 64
+# Merged blocks that are smaller are so in batches, in plain float32: one by one they are mostly launches.
+_BATCHED_BELOW = 2048
 # Side of the blocks that products are taken in: bounds the workspace and fills a GPU.
 _PANEL = 2048
 
@@ -20,20 +22,26 @@ _PANEL = 2048
 def cholesky_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> Tensor:
     """``(L Lᵀ)⁻¹``, exactly symmetric, in place of the lower triangular ``L`` ``[n, n]`` (zeros above the diagonal).
 
-    The workspace stays below ``n²`` numbers. The same ``L`` gives the same bits.
+    The workspace is at most ``n²`` numbers. The same ``L`` gives the same bits.
     """
     X = triangular_inverse_(L, base=base, panel=panel)
-    n = len(X)
+    panel = min(panel, max(base, len(X) // 2))  # of half the size, a block and its split operands take n²
     # (XᵀX)_ij = Σ_{k >= i} X_kiᵀ X_kj for i >= j: from left to right and downwards, what is read is still X.
-    for j in range(0, n, panel):
-        for i in range(j, n, panel):
-            left, right = X[i:, i : i + panel], X[i:, j : j + panel]
-            block = mm(left.T, right)
-            if i == j:
-                block = block.tril() + block.tril(-1).T
-            X[i : i + panel, j : j + panel] = block
-            X[j : j + panel, i : i + panel] = block.T
+    for j in range(0, len(X), panel):
+        for i in range(j, len(X), panel):
+            _gram_block_(X, i, j, panel)
     return X
+
+
+def _gram_block_(X: Tensor, i: int, j: int, panel: int) -> None:
+    """Put ``(XᵀX)_ij`` and its transpose in place."""
+    block = mm(X[i:, i : i + panel].T, X[i:, j : j + panel])
+    if i == j:
+        block.tril_()
+        block += block.tril(-1).T
+    X[i : i + panel, j : j + panel] = block
+    if i != j:
+        X[j : j + panel, i : i + panel] = block.T
 
 
 def triangular_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> Tensor:
@@ -50,9 +58,9 @@ def triangular_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) ->
     size = base
     while size < n:
         pairs, end = n // (2 * size), n - n % (2 * size)
-        if size < SPLIT_FROM and pairs:
+        if size < _BATCHED_BELOW and pairs:
             X11, L21, X22 = (_blocks(L, size, pairs, i, j, step=2) for i, j in ((0, 0), (1, 0), (1, 1)))
-            L21.copy_(torch.bmm(X22, torch.bmm(L21, X11)).neg_())
+            L21.baddbmm_(X22, torch.bmm(L21, X11), beta=0, alpha=-1)
         else:
             for start in range(0, end, 2 * size):
                 _merge_(L[start : start + 2 * size, start : start + 2 * size], size, panel)
