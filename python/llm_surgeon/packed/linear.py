@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
 
     values: nn.Parameter | None
     indices: Tensor | None
-    fragments: Tensor | None
+    fragments: nn.Parameter | None
     bias: nn.Parameter | None
     replaces: type[nn.Module] = nn.Linear  # or transformers' Conv1D: the class that its dense twin has
     streamed = False  # its tensors come to the device for each pass only: no dense weight is kept there
@@ -54,11 +54,12 @@ class PackedLinear(nn.Module):
         R, C = out_features, in_features
         self.values = nn.Parameter(torch.empty(R, C // 2, device=device, dtype=dtype), requires_grad=False)
         self.register_buffer("indices", torch.empty(R, -(-C // 8), dtype=torch.uint8, device=device))
-        # A buffer, so that torch.compile and CUDA graphs know its address to be constant.
-        self.register_buffer("fragments", None, persistent=False)
+        # A parameter, as the weights of dense layers are: torch.compile takes their addresses for constant, and checks
+        # at each call (there are hundreds) no more of them than it has to.
+        self.register_parameter("fragments", None)
         self.bias = nn.Parameter(torch.empty(R, device=device, dtype=dtype)) if bias else None
         self.kept_dense: Tensor | None = None  # where there is no kernel
-        self._dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._dtype = _name_of(torch.get_default_dtype() if dtype is None else dtype)
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: nn.Parameter | None = None) -> PackedLinear:
@@ -88,7 +89,7 @@ class PackedLinear(nn.Module):
             return linear_2_4(x, self._kernel_weight(fragments), self.bias)
         if self.kept_dense is None and not self.streamed and not torch.compiler.is_compiling():
             assert self.values is not None
-            _say_unpacked(self.values.device.type, str(self.values.dtype).removeprefix("torch."))
+            _say_unpacked(self.values.device.type, _name_of(self.values.dtype))
             self.kept_dense = self.weight
         return functional.linear(x, self.weight if self.kept_dense is None else self.kept_dense, self.bias)
 
@@ -97,12 +98,12 @@ class PackedLinear(nn.Module):
         packed = self.packed
         if _may_have_kernel(packed) and (prepared := prepare_2_4(packed)).kernel:
             _tune_once(prepared)
-            self._dtype = packed.values.dtype
+            self._dtype = _name_of(packed.values.dtype)
             self.values = self.indices = None
-            self.fragments = prepared.fragments
+            self.fragments = nn.Parameter(prepared.fragments, requires_grad=False)
 
     def _kernel_weight(self, fragments: Tensor) -> Linear24Weight:
-        return Linear24Weight(fragments, self.out_features, self.in_features, self._dtype, True)
+        return Linear24Weight(fragments, self.out_features, self.in_features, getattr(torch, self._dtype), True)
 
     def _set_packed(self, packed: Packed24) -> None:
         self.values = nn.Parameter(packed.values, requires_grad=False)
@@ -120,6 +121,7 @@ class PackedLinear(nn.Module):
         if self.fragments is not None:
             values, indices = self.packed
             destination[f"{prefix}values"], destination[f"{prefix}indices"] = values.cpu(), indices.cpu()
+            del destination[f"{prefix}fragments"]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._set_packed(self.packed)
@@ -128,6 +130,12 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """A string in place of the dtype: torch.compile skips the checks of a module that holds nothing but constants,
+    tensors and modules, and a dtype is none of these."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _may_have_kernel(packed: Packed24) -> bool:
