@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.models import find_decoder
-from surgeon_kernels import nm_select
+from llm_surgeon.packed import fuse as fuse_module
+from llm_surgeon.packed import linear as linear_module
+from surgeon_kernels import nm_select, unpack_2_4
 from tests.surgeon.tiny_models import build
 
 IDS = torch.arange(12).view(2, 6) * 5
@@ -35,3 +39,20 @@ def continuation(model: PreTrainedModel, **options) -> list[list[int]]:
     return model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False, **options
     ).tolist()
+
+
+def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From here on packed layers of 16 bits hold fragments, as they do on CUDA; the outputs of every launch."""
+    rows: list[int] = []
+
+    def linear_2_4(x, weight, bias=None):
+        rows.append(weight.rows)
+        return functional.linear(x, unpack_2_4(weight.packed()), bias)
+
+    prepare = linear_module.prepare_2_4
+    monkeypatch.setenv("SURGEON_TUNE", "0")
+    monkeypatch.setattr(linear_module, "_may_have_kernel", lambda packed: packed.values.element_size() == 2)
+    for module in (linear_module, fuse_module):
+        monkeypatch.setattr(module, "prepare_2_4", lambda packed: prepare(packed)._replace(kernel=True))
+        monkeypatch.setattr(module, "linear_2_4", linear_2_4)
+    return rows

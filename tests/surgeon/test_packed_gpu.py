@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
-from llm_surgeon.packed import PackedLinear, pack_model, to_torch_sparse
+from llm_surgeon.packed import PackedLinear, fuse_linears, pack_model, to_torch_sparse
 from llm_surgeon.packed import linear as linear_module
 from llm_surgeon.packed.decoding import Decoding, GreedyDecoder
 from llm_surgeon.packed.speed import measure_speed
@@ -144,6 +144,20 @@ def test_generation_compiled_by_transformers(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
     options = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
     assert continuation(model, **options) == continuation(model)
+
+
+def test_fused_layers(tmp_path):
+    dense = save_packed(tmp_path, "llama", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+    assert len(fuse_linears(model)) == 4
+    assert_as_good_as_dense(logits(model), dense)
+    decoder = GreedyDecoder(model, IDS.cuda(), 7, Decoding.GRAPH)
+    with torch.no_grad():
+        decoder.restart()
+        decoder.run()
+    assert decoder.tokens.tolist() == [row[6:] for row in continuation(model)]
+    model.save_pretrained(tmp_path / "again")
+    assert filecmp.cmp(tmp_path / "model.safetensors", tmp_path / "again" / "model.safetensors", shallow=False)
 
 
 def test_two_gpus(tmp_path):

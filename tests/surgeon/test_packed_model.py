@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from llm_surgeon import InputError
 from llm_surgeon.packed import PackedLinear, pack_model, to_torch_sparse, unpack_model
 from llm_surgeon.packed import linear as linear_module
-from surgeon_kernels import nm_select, pack_2_4, unpack_2_4
-from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits
+from surgeon_kernels import nm_select, pack_2_4
+from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits, pretend_kernels
 from tests.surgeon.tiny_models import NAMES, build
 
 
@@ -157,17 +157,14 @@ def test_torch_sparse_needs_cuda_and_half_precision():
 
 def test_kernels_keep_the_weight_in_their_own_order(packed_folder, tmp_path, monkeypatch):
     """As on CUDA: the layers hold fragments, and everything that leaves them is in the packed format."""
-    monkeypatch.setattr(linear_module, "_may_have_kernel", lambda packed: packed.values.element_size() == 2)
-    monkeypatch.setenv("SURGEON_TUNE", "0")
-    prepare = linear_module.prepare_2_4
-    monkeypatch.setattr(linear_module, "prepare_2_4", lambda packed: prepare(packed)._replace(kernel=True))
-    monkeypatch.setattr(
-        linear_module, "linear_2_4", lambda x, w, bias: nn.functional.linear(x, unpack_2_4(w.packed()), bias)
-    )
+    pretend_kernels(monkeypatch)
     dense, folder = packed_folder("opt", torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(folder)
     layers = packed_layers(model).values()
     assert all(m.fragments is not None and m.values is None and m.indices is None for m in layers)
+    # Or torch.compile would check every part of every layer at each call, not only whether something was assigned.
+    assert not any(isinstance(v, torch.dtype | torch.device | torch.Tensor) for m in layers for v in vars(m).values())
+    assert all(m._parameters["fragments"] is m.fragments for m in layers)
     assert torch.equal(logits(model), logits(dense)) and torch.equal(logits(copy.deepcopy(model)), logits(dense))
     assert all(m.kept_dense is None for m in layers)
     model.save_pretrained(tmp_path / "again")

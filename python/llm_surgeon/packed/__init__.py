@@ -11,13 +11,16 @@ Importing this package registers the format with transformers (:mod:`quantizer`)
 
 from llm_surgeon.packed.convert import pack_model, to_torch_sparse, unpack_model
 from llm_surgeon.packed.format import Surgeon24Config
+from llm_surgeon.packed.fuse import FusedLinear, fuse_linears
 from llm_surgeon.packed.linear import PackedLinear
 from llm_surgeon.packed.quantizer import Surgeon24Quantizer
 
 __all__ = [
+    "FusedLinear",
     "PackedLinear",
     "Surgeon24Config",
     "Surgeon24Quantizer",
+    "fuse_linears",
     "pack_model",
     "to_torch_sparse",
     "unpack_model",

@@ -97,7 +97,7 @@ class PackedLinear(nn.Module):
         """Rearrange the weight for the kernel where there is one for its device, dtype and shape."""
         packed = self.packed
         if _may_have_kernel(packed) and (prepared := prepare_2_4(packed)).kernel:
-            _tune_once(prepared)
+            tune_once(prepared)
             self._dtype = _name_of(packed.values.dtype)
             self.values = self.indices = None
             self.fragments = nn.Parameter(prepared.fragments, requires_grad=False)
@@ -143,7 +143,7 @@ def _may_have_kernel(packed: Packed24) -> bool:
     return values.is_cuda and values.dtype in (torch.bfloat16, torch.float16) and packed.columns % 8 == 0
 
 
-def _tune_once(weight: Linear24Weight) -> None:
+def tune_once(weight: Linear24Weight) -> None:
     """Measure which kernel is fastest for a weight of this size, the first time that one is met: about 0.2 s."""
     size = (weight.rows, weight.columns, weight.dtype, weight.fragments.device)
     if size not in _tuned and os.environ.get("SURGEON_TUNE") != "0":

@@ -131,6 +131,7 @@ def measure_speed(
 
 def _resident_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters and buffers, shared ones once, and of dense weights kept beside packed ones."""
-    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
-    kept = (module.kept_dense for module in model.modules() if isinstance(module, PackedLinear))
-    return sum(t.nbytes for t in tensors.values()) + sum(t.nbytes for t in kept if t is not None)
+    kept = [module.kept_dense for module in model.modules() if isinstance(module, PackedLinear)]
+    tensors = (t for t in (*model.parameters(), *model.buffers(), *kept) if t is not None)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}
+    return sum(storages.values())

@@ -1,0 +1,133 @@
+"""Packed layers that read the same input, such as q, k and v, or gate and up, computed by one launch.
+
+One large product fills a GPU better than several small ones, and decoding is a long chain of small ones. The modules
+stay as they are: the first of a group to be called computes the outputs of all, and the others, called next with the
+very same tensor, take theirs. A layer that finds no output waiting computes its own. Nothing changes on disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_surgeon.packed.convert import packed_linears
+from llm_surgeon.packed.linear import PackedLinear, tune_once
+from surgeon_kernels import Packed24
+from surgeon_kernels.linear_2_4 import linear_2_4, prepare_2_4
+from surgeon_kernels.linear_2_4_layout import UNIT_ROWS
+
+_numbers = itertools.count(1)
+
+
+class _Waiting:
+    """Input, its version, number of the group and outputs of the group whose first layer was called last."""
+
+    entry: tuple[Tensor, int | None, int, Tensor] | None = None
+
+
+_waiting = _Waiting()
+
+
+class FusedLinear(PackedLinear):
+    """A layer of a group; the first one's ``fragments`` hold the weights of all, the others' are views of them.
+
+    Once it is moved, cast or loaded anew it is an ordinary :class:`PackedLinear` again.
+    """
+
+    group = 0  # none
+    group_rows = 0
+    first_row = 0
+    last = False
+
+    @property
+    def packed(self) -> Packed24:
+        if self.fragments is None:
+            return super().packed
+        return self._kernel_weight(self.fragments[: -(-self.out_features // UNIT_ROWS)]).packed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.group or self.fragments is None:
+            return super().forward(x)
+        # A tensor written to in between is another input; torch.compile sees such writes, and has no versions.
+        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        if self.first_row == 0:
+            outputs = linear_2_4(x, self._kernel_weight(self.fragments)._replace(rows=self.group_rows))
+            _waiting.entry = x, version, self.group, outputs
+        else:
+            entry = _waiting.entry
+            if entry is None or entry[0] is not x or entry[1] != version or entry[2] != self.group:
+                return super().forward(x)
+            outputs = entry[3]
+            if self.last:
+                _waiting.entry = None
+        return outputs[..., self.first_row : self.first_row + self.out_features]
+
+    def _set_packed(self, packed: Packed24) -> None:
+        super()._set_packed(packed)
+        self.group = 0
+
+
+def fuse_linears(model: PreTrainedModel) -> list[list[str]]:
+    """Let one launch compute the packed layers without biases that are called one after the other with one input.
+
+    Which ones these are, a forward pass over two tokens shows. Outputs may differ in rounding from those of the
+    layers alone, as a product of another size can be summed in another order. Layers that have no kernel (not on
+    CUDA, say) stay as they are.
+
+    Returns:
+        The names of the layers of each group.
+    """
+    fused = []
+    for group in _same_inputs(model):
+        if not _can_be_fused(group):
+            continue
+        prepared = prepare_2_4(Packed24(*map(torch.cat, zip(*(layer.packed for _, layer in group), strict=True))))
+        tune_once(prepared)
+        number, row = next(_numbers), 0
+        for name, layer in group:
+            rows = prepared.fragments[row // UNIT_ROWS : -(-(row + layer.out_features) // UNIT_ROWS)]
+            layer.__class__ = FusedLinear
+            assert isinstance(layer, FusedLinear)
+            layer.fragments = nn.Parameter(rows if row else prepared.fragments, requires_grad=False)
+            layer.group, layer.group_rows, layer.first_row = number, prepared.rows, row
+            layer.last = name == group[-1][0]
+            row += layer.out_features
+        fused.append([name for name, _ in group])
+    return fused
+
+
+def _same_inputs(model: PreTrainedModel) -> list[list[tuple[str, PackedLinear]]]:
+    """The packed layers in the order of a forward pass, those together that one tensor goes to one after the other."""
+    names = {layer: name for name, layer in packed_linears(model)}
+    groups: list[list[tuple[str, PackedLinear]]] = []
+    inputs: list[Any] = []  # kept alive, so that no two have one address
+
+    def note(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        assert isinstance(layer, PackedLinear)
+        if not inputs or arguments[0] is not inputs[-1]:
+            groups.append([])
+        inputs.append(arguments[0])
+        groups[-1].append((names[layer], layer))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in names]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return groups
+
+
+def _can_be_fused(group: list[tuple[str, PackedLinear]]) -> bool:
+    layers = [layer for _, layer in group]
+    if len(set(layers)) < max(2, len(layers)):  # one alone, or one called twice
+        return False
+    if any(layer.fragments is None or layer.bias is not None or getattr(layer, "group", 0) for layer in layers):
+        return False
+    kinds = {(layer.in_features, layer.packed.values.dtype, layer.packed.values.device) for layer in layers}
+    return len(kinds) == 1 and not any(layer.out_features % UNIT_ROWS for layer in layers)

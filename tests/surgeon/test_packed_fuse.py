@@ -1,0 +1,110 @@
+"""Packed layers that read one input, computed by one launch."""
+
+import copy
+import filecmp
+
+import pytest
+import torch
+from torch import nn
+
+from llm_surgeon.packed import FusedLinear, PackedLinear, fuse_linears, pack_model, unpack_model
+from llm_surgeon.packed import fuse as fuse_module
+from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits, pretend_kernels
+
+BLOCK = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    return pretend_kernels(monkeypatch)
+
+
+def packed_model(name, dtype=torch.bfloat16):
+    dense = build_2_4(name, dtype)
+    model = copy.deepcopy(dense)
+    pack_model(model)
+    return dense, model
+
+
+def test_one_launch_for_each_input(launches):
+    dense, model = packed_model("llama")
+    expected = [[f"model.layers.{i}.{name}" for name in group] for i in range(2) for group in BLOCK]
+    assert fuse_linears(model) == expected
+    launches.clear()
+    assert torch.equal(logits(model), logits(dense))
+    assert launches == 2 * [32 + 16 + 16, 32, 96, 32]  # q and k and v, o, gate and up, down
+    assert continuation(model) == continuation(dense)
+    assert fuse_module._waiting.entry is None
+    assert fuse_linears(model) == []  # they are already
+
+
+def test_weights_are_held_once_and_saved_as_before(launches, tmp_path):
+    dense, model = packed_model("llama")
+    model.save_pretrained(tmp_path / "before")
+    before = sum(p.nbytes for p in model.parameters())
+    fuse_linears(model)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == before
+    model.save_pretrained(tmp_path / "after")
+    for file in ("model.safetensors", "config.json"):
+        assert filecmp.cmp(tmp_path / "before" / file, tmp_path / "after" / file, shallow=False)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(dense))
+    unpack_model(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+def test_a_model_that_is_moved_falls_apart(launches):
+    dense, model = packed_model("llama")
+    fuse_linears(model)
+    model.to(torch.float32)
+    assert torch.equal(logits(model), logits(copy.deepcopy(dense).float()))
+    model.to(torch.bfloat16)
+    launches.clear()
+    assert torch.equal(logits(model), logits(dense)) and len(launches) == 14
+    assert len(fuse_linears(model)) == 4
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model), logits(dense))
+    assert not any(m.group for m in model.modules() if isinstance(m, FusedLinear))
+
+
+def test_layers_called_out_of_turn_compute_their_own(launches):
+    _, model = packed_model("llama")
+    fuse_linears(model)
+    q, k, v = (model.get_submodule(f"model.layers.0.{name}") for name in BLOCK[0])
+    x, other = torch.randn(2, 1, 3, 32, dtype=torch.bfloat16).unbind()
+    for order, inputs, rows in (
+        ((k, q, v), (x, x, x), [16, 64]),
+        ((q, k, v), (x, other, x), [64, 16]),
+        ((q, q, k), (x, other, x), [64, 64, 16]),
+    ):
+        launches.clear()
+        for layer, one in zip(order, inputs, strict=True):
+            assert torch.equal(layer(one), nn.functional.linear(one, layer.weight))
+        assert launches == rows
+    q(x)
+    x += 1
+    assert torch.equal(k(x), nn.functional.linear(x, k.weight))
+    with torch.inference_mode():
+        inferred = torch.randn(3, 32, dtype=torch.bfloat16)
+        for layer in (q, k, v):
+            assert torch.equal(layer(inferred), nn.functional.linear(inferred, layer.weight))
+
+
+def test_compiled_into_one_graph_with_one_launch(launches):
+    dense, model = packed_model("llama")
+    fuse_linears(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        launches.clear()
+        assert torch.equal(compiled(IDS).logits, logits(dense))
+    assert launches == 2 * [64, 32, 96, 32] and fuse_module._waiting.entry is None
+
+
+def test_what_stays_alone(launches):
+    _, model = packed_model("opt")  # its layers have biases
+    assert fuse_linears(model) == []
+    _, model = packed_model("llama", torch.float32)  # no kernel
+    assert fuse_linears(model) == [] and not any(isinstance(m, FusedLinear) for m in model.modules())
+    _, model = packed_model("qwen2")  # biases in q, k and v
+    assert fuse_linears(model) == [[f"model.layers.{i}.{name}" for name in BLOCK[1]] for i in range(2)]
+    assert all(type(m) is PackedLinear for n, m in model.named_modules() if n.endswith("q_proj"))
