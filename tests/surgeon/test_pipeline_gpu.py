@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
 TOKENS = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
-# What the joint solver asks for to decide whether to go on.
-SOLVER = ("joint_update.py", "masked_cg.py")
+# The function of llm_surgeon.update in which the joint solver asks how far it has come, to decide whether to go on.
+SOLVER = "_solve"
 
 
 class Phases(Progress):
@@ -28,13 +28,12 @@ class Phases(Progress):
 
 
 def waits(blocks, structure):
-    """How often the host waited for the device in each phase of a shot, the solver's looks apart."""
+    """How often the host waited for the device in each phase of a shot, the solver's own questions apart."""
     config = LlamaConfig(vocab_size=512, num_hidden_layers=blocks, max_position_embeddings=64, **SIZES)
     model, phases, counts = LlamaForCausalLM(config).bfloat16().cuda(), Phases(), collections.Counter()
 
     def count(message, *_, **__):
-        stack = [frame.filename for frame in traceback.extract_stack()]
-        if "synchronizing" in str(message) and not any(name.endswith(SOLVER) for name in stack):
+        if "synchronizing" in str(message) and SOLVER not in {frame.name for frame in traceback.extract_stack()}:
             counts[phases.current] += 1
 
     with warnings.catch_warnings():
