@@ -30,7 +30,7 @@ _SLACK = 0.08
 # Shares of the rate of large matrix products that passes, Gram matrices and factorisations reach.
 _PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.83, 0.65
 # What the joint solver takes to one per cent of the optimum, and how much faster than float32 it multiplies on a GPU.
-_SOLVER_ITERATIONS, _TF32_SPEED = 30, 5.0
+_SOLVER_ITERATIONS, _TF32_SPEED = 20, 5.0
 # Products in full precision by which it checks its result, and how much slower than in the iterations they are.
 _SOLVER_CHECKS, _CHECK_COST = 2, 2.5
 _OTHER_FILES = 32 * 2**20  # tokenizer, configuration, reports
