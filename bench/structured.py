@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--batches", type=int, nargs="+", choices=(1, 8), default=[1, 8])
     parser.add_argument("--modes", nargs="+", choices=("plain", "fused", "compiled"), default=["plain", "fused"])
+    parser.add_argument("--no-dense", action="store_true", help="do not measure the dense model (again)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead: to try this script")
     parser.add_argument("--device", default="cuda")
@@ -139,7 +140,8 @@ def main() -> None:
     options = parser.parse_args()
     about = {**environment(options.device), "model": "llama-2-7b shape", "layers": options.layers}
     model = build(options)
-    measure(model, {**about, "state": "dense", **dict.fromkeys(RUN_FIELDS, "")}, options)
+    if not options.no_dense:
+        measure(model, {**about, "state": "dense", **dict.fromkeys(RUN_FIELDS, "")}, options)
     fits = options.reconstruct if options.structure == "groups" else ["no"]
     for index, (shots, reconstruct) in enumerate(product(options.shots, fits)):
         if index:
