@@ -51,7 +51,8 @@ std::tuple<Tensor, Tensor> chunked_solve(const Tensor& G_inv, const Tensor& A_in
               "chunked_solve: target must be contiguous float32");
   const int64_t* host = offsets.const_data_ptr<int64_t>();
   const int64_t chunks = offsets.numel() - 1;
-  TORCH_CHECK(host[0] == 0 && host[chunks] <= target.numel() && target.numel() == rows.numel() && rows.numel() == columns.numel(),
+  TORCH_CHECK(host[0] == 0 && host[chunks] <= target.numel() && target.numel() == rows.numel() &&
+                  rows.numel() == columns.numel(),
               "chunked_solve: offsets must start at 0, and rows, columns and target be as long as the chunks");
   const c10::cuda::CUDAGuard guard(target.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();

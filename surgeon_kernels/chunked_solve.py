@@ -31,8 +31,8 @@ def chunked_solve(
     diagonal added, in this order; only the lower triangles of the systems count.
 
     On CUDA devices, in float32, systems of up to 256 weights are gathered, factorised and solved by one block each in
-    shared memory; larger ones are factorised in tiles by all blocks together, with three tf32 products for one of
-    float32. The same inputs give the same bits.
+    shared memory, those of up to 64 by one warp; larger ones are factorised in tiles by all blocks together. Products
+    are three of tf32 for one of float32; a subnormal pivot counts as zero. The same inputs give the same bits.
 
     Args:
         G_inv: ``[R, R]``; A_inv: ``[C, C]``; rows, columns: int64 ``[n]``; target: ``[n]``.
@@ -41,6 +41,9 @@ def chunked_solve(
     Returns:
         The solutions ``[n]``, and int32 ``[B]``: the index into ``JITTERS`` of what each system needed, normally 0, or
         ``len(JITTERS)`` for a system that none was enough for; its solution is 0.
+
+    Raises:
+        ValueError: offsets or lengths that do not agree (RuntimeError for decreasing offsets on CUDA devices).
     """
     if offsets.dim() != 1 or offsets.numel() == 0 or offsets.is_cuda or int(offsets[-1]) != target.numel():
         raise ValueError("offsets must be a vector on the CPU that ends with the number of positions")

@@ -1,5 +1,5 @@
 // Small problems of all kernels of N:M selection and cost thresholds, against loops on the host: for compute-sanitizer,
-// which test_selection_sanitized_gpu.py runs it under.
+// which test_sanitized_gpu.py runs it under.
 
 #include <cmath>
 #include <cstdio>

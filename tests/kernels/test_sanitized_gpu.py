@@ -1,4 +1,4 @@
-"""N:M selection and cost thresholds under compute-sanitizer: no access out of bounds, no race, and right results."""
+"""CUDA kernels under compute-sanitizer: no access out of bounds, no race, and right results."""
 
 import shutil
 import subprocess
@@ -17,12 +17,26 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
+# A program of small problems, and the sources in csrc/ that it checks.
+PROGRAMS = {
+    "selection": ["nm_select.cu", "cost_threshold.cu"],
+    "chunked_solve": [
+        "chunked_solve_plan.cpp",
+        "chunked_solve_shared.cu",
+        "chunked_solve_factor.cu",
+        "chunked_solve_factored.cu",
+        "chunked_solve_apply.cu",
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=PROGRAMS)
+def program(request, tmp_path_factory):
     csrc = extension.sources()[0].parent
-    target = tmp_path_factory.mktemp("sanitized") / "selection"
-    sources = [Path(__file__).with_name("selection_sanitized.cu"), csrc / "nm_select.cu", csrc / "cost_threshold.cu"]
-    flags = [*extension.NVCC_FLAGS, *extension.gencode_flags(extension._architectures())]
+    target = tmp_path_factory.mktemp("sanitized") / request.param
+    sources = [Path(__file__).with_name(f"{request.param}_sanitized.cu")]
+    sources += [csrc / name for name in PROGRAMS[request.param]]
+    flags = [*extension.NVCC_FLAGS, *extension.gencode_flags(extension._architectures()), "--threads", "0"]
     subprocess.run(["nvcc", "-std=c++17", *flags, f"-I{csrc}", *sources, "-o", target], check=True)
     return target
 
