@@ -1,7 +1,7 @@
 """Gram accumulation against ``out.add_(torch.mm(x.T, x, out_dtype=torch.float32))``, on a CUDA device.
 
     python bench/gram.py            # every shape, appended to results/gram.csv
-    python bench/gram.py --tune     # launch configurations on a few shapes; nothing is recorded
+    python bench/gram.py --tune     # launch configurations on a few shapes, beside estimates; nothing is recorded
 
 Times are medians of CUDA graph replays (device time) and of plain calls (with the launches' host time), the inputs
 rotated so that they come from memory, not from L2. Errors are Frobenius norms against a float64 product. The roofline
@@ -22,7 +22,7 @@ from torch import Tensor
 from environment import append_row, environment
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, gram_triton
 from surgeon_kernels.gram import kernel_config
-from surgeon_kernels.gram_plan import GramConfig
+from surgeon_kernels.gram_plan import GramConfig, schedule
 from timing import eager_ms, graph_ms
 
 DEVICE = "cuda"
@@ -63,8 +63,8 @@ TUNED = [
     *(Case(t, c) for t, c in ((16384, 4096), (16384, 11008), (16384, 2048), (2048, 2048), (2048, 2560), (2048, 3072))),
     *(Case(t, c, torch.float32) for t, c in ((8192, 4096), (4096, 1024))),
 ]
-_WIDE = GramConfig(128, 256, 64, 8, 3, 1, True)
-_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True)
+_WIDE = GramConfig(128, 256, 64, 8, 3, 1, True, step=0.63)
+_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
 CONFIGS = {
     torch.bfloat16: [
         *(config._replace(run=run) for config in (_WIDE, _SQUARE) for run in (32, 64, 128, 256)),
@@ -155,7 +155,9 @@ def tune(case: Case) -> None:
     for config in CONFIGS[case.dtype]:
         plan = gram_triton.plan(case.columns, case.tokens, case.dtype, True, config, xs[0].device)
         ms = graph_ms([partial(gram_triton.accumulate_, packed, x, 1.0, plan) for x in xs])
-        print(f"    {tuple(config)}: {ms:.4f} ms, {base / ms:.2f}x", flush=True)
+        programs = config.programs_per_sm * torch.cuda.get_device_properties(DEVICE).multi_processor_count
+        estimate = schedule(case.columns, -(-case.tokens // config.block_k), config, programs).time / 1e3
+        print(f"    {tuple(config)}: {ms:.4f} ms (estimated {estimate:.4f}), {base / ms:.2f}x", flush=True)
 
 
 def main() -> None:

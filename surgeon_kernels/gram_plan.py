@@ -12,7 +12,7 @@ import torch
 # Cost of one more unit of work (prologue, read and write of the block), in steps of block_k tokens.
 _UNIT_COST = 10
 # Microseconds of the second launch that adds up parts, the host's share included, and the bytes it reads in one.
-_REDUCTION_COST = 8.0
+_REDUCTION_COST = 15.0
 _REDUCTION_BYTES = 4e6
 # The most partial sums of one tile: bounds the workspace and the time of adding them up.
 MAX_SPLITS = 16
@@ -41,11 +41,9 @@ _WIDE = GramConfig(128, 256, 64, 8, 3, 1, True, step=0.63)
 _SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
 _AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=256, step=0.5)
 # By major compute capability and type of x; where there are several, the one whose schedule takes the least time by
-# the figures above. Measured by `bench/gram.py --tune` (on sm_80 estimated). 128x256 blocks feed wgmma at the least
-# shared-memory and L2 traffic per product, but a small matrix has too few of them. tf32x3 splits its operands in
-# registers, which leaves room for less.
-# With _WIDE and 16384 tokens on an H200, tensor pipes are busy 86 % (4096 columns) to 90 % (11008) of the time and L2
-# 61 to 66 % (ncu), at the clock that the power limit leaves: 1.6 of 1.98 GHz.
+# the figures above, which `bench/gram.py --tune` prints beside measured times (those of sm_80 are not measured).
+# 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product, but a small matrix has too few of
+# them. tf32x3 splits its operands in registers, which leaves room for less.
 CONFIGS: dict[tuple[int, torch.dtype], list[GramConfig]] = {
     (9, torch.bfloat16): [_WIDE, _SQUARE],
     (9, torch.float16): [_WIDE, _SQUARE],
@@ -56,12 +54,12 @@ CONFIGS: dict[tuple[int, torch.dtype], list[GramConfig]] = {
 }
 # Fewer rows are not worth a kernel, and the last digit of tf32x3 would show.
 _LEAST_TOKENS = 64
-# Dense matrices need one more launch, which mirrors them. Multiplications, tokens x columns², from which that pays:
-_LEAST_WORK = 1 << 31
-# For 16-bit matrices, whose product cuBLAS adds to the output in one call, only from here on.
-_LEAST_HALF_COLUMNS, _LEAST_HALF_TOKENS = 2048, 4096
-# Those of a width that is no multiple of 8 excepted: cuBLAS has no fast product for them, but the one it has sums in
-# short runs, so that these are shorter here as well.
+# Multiplications, tokens x columns², that are worth the launches for a matrix that is not packed. Of 16-bit operands
+# they are more: cuBLAS, too, adds such a product to the output in one call.
+_LEAST_WORK = 1 << 32
+_LEAST_HALF_WORK = 1 << 34
+# Widths that are no multiple of 8 excepted: cuBLAS has no fast product for them, but the one it has sums in short
+# runs, so that these are shorter here as well.
 _UNALIGNED_RUN = 16
 
 
@@ -87,11 +85,8 @@ def choose(
     n = columns + ones_column
     half = dtype != torch.float32
     unaligned = half and n % 8 > 0
-    if not packed:
-        if tokens * n * n < _LEAST_WORK:
-            return None
-        if half and not unaligned and (n < _LEAST_HALF_COLUMNS or tokens < _LEAST_HALF_TOKENS):
-            return None
+    if not packed and tokens * n * n < (_LEAST_HALF_WORK if half and not unaligned else _LEAST_WORK):
+        return None
     best, least = None, math.inf
     for config in CONFIGS.get((major, dtype), []):
         if config.block_n > 128 and (unaligned or not packed):
@@ -123,6 +118,7 @@ class Schedule(NamedTuple):
     units: list[Unit]  # in the order in which programs take them
     reductions: list[tuple[int, int, int]]  # row, column and first slot of every block computed in parts
     splits: int  # parts of each of those
+    time: float  # microseconds, estimated
 
 
 def blocks_in_order(n: int, config: GramConfig) -> list[tuple[int, int]]:
@@ -152,7 +148,7 @@ def schedule(n: int, steps: int, config: GramConfig, programs: int) -> Schedule:
     added up afterwards, always in the same order.
     """
     order = blocks_in_order(n, config)
-    whole, splits, _ = _split(len(order), steps, config, programs)
+    whole, splits, time = _split(len(order), steps, config, programs)
     runs = _ranges(steps, -(-steps // config.run))
     units = []
     for start in range(0, whole, programs):
@@ -166,7 +162,7 @@ def schedule(n: int, steps: int, config: GramConfig, programs: int) -> Schedule:
         reductions.append((row, column, index * splits))
         parts = _ranges(steps, splits)
         units += [Unit(row, column, first, last, index * splits + p) for p, (first, last) in enumerate(parts)]
-    return Schedule(units, reductions, splits)
+    return Schedule(units, reductions, splits, time)
 
 
 def _ranges(steps: int, parts: int) -> list[tuple[int, int]]:

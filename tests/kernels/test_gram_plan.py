@@ -102,11 +102,12 @@ def test_the_rule_for_packed_outputs(columns, tokens, dtype, out_dtype, major, b
         (11008, 16384, torch.bfloat16, True),
         (2048, 4096, torch.bfloat16, True),
         (2048, 2048, torch.bfloat16, False),
-        (2040, 16384, torch.bfloat16, False),
-        (1025, 2048, torch.bfloat16, True),
-        (1023, 2048, torch.bfloat16, False),
-        (1024, 2048, torch.float32, True),
-        (1016, 2048, torch.float32, False),
+        (1024, 16384, torch.bfloat16, True),
+        (1016, 16384, torch.bfloat16, False),
+        (1025, 4096, torch.bfloat16, True),
+        (1023, 4096, torch.bfloat16, False),
+        (1024, 4096, torch.float32, True),
+        (1016, 4096, torch.float32, False),
     ],
 )
 def test_the_rule_for_dense_outputs(columns, tokens, dtype, kernel):
@@ -120,7 +121,7 @@ def test_the_rule_for_dense_outputs(columns, tokens, dtype, kernel):
     [(4096, False, False), (4096, True, True), (4095, True, False), (1025, False, True)],
 )
 def test_widths_that_are_no_multiple_of_8_are_summed_in_short_runs(columns, ones_column, short):
-    config = choose(columns, 2048, torch.bfloat16, torch.float32, 9, packed=columns > 2000, ones_column=ones_column)
+    config = choose(columns, 4096, torch.bfloat16, torch.float32, 9, packed=columns > 2000, ones_column=ones_column)
     assert (config.run == 16) == short
 
 

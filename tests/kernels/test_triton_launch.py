@@ -42,6 +42,14 @@ def test_what_compiles_nothing_is_launched_in_full_every_time(monkeypatch):
     assert len(kernel.searched) == 3 and not kernel.launched
 
 
+def test_kinds_tell_apart_what_triton_compiles_anew_for():
+    x = torch.zeros(64)
+    assert triton_launch.kind(x) == triton_launch.kind(x[4:]) != triton_launch.kind(x[1:])
+    kinds = [triton_launch.kind(value) for value in (1, 2, 16, 1 << 31)]
+    assert len(set(kinds)) == len(kinds)
+    assert triton_launch.kind(3) == kinds[1] and triton_launch.kind(32) == triton_launch.kind(0) == kinds[2]
+
+
 def test_the_cpu_is_no_device_to_switch_to():
     with triton_launch.on_device(torch.zeros(1).get_device()):
         pass

@@ -12,19 +12,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-CONFIGS = [
-    LlamaConfig(
-        hidden_size=64, intermediate_size=2180, num_hidden_layers=2, num_attention_heads=2, vocab_size=100
-    ),
-    OPTConfig(
-        hidden_size=64, ffn_dim=2048, num_hidden_layers=2, num_attention_heads=2, vocab_size=100,
-        word_embed_proj_dim=64, max_position_embeddings=128,
-    ),
-]  # fmt: skip
+# Of both kinds of storage.
+SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}
+LLAMA = LlamaConfig(intermediate_size=2180, **SIZES)
+OPT = OPTConfig(ffn_dim=2048, word_embed_proj_dim=64, max_position_embeddings=128, **SIZES)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["llama", "opt"])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("config", "padded"), [(LLAMA, False), (OPT, True)], ids=["llama", "opt, padded"])
 def test_factors_are_those_of_the_cpu(config, padded):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
