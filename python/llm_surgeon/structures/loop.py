@@ -71,20 +71,14 @@ class GroupLoop(ShotLoop):
             ]
             weights = sum(selection.pruned.numel() for selection in self.selections)
             target, final = (math.ceil(part * weights - 1e-6) for part in (share, config.sparsity))
-            self.removed, threshold = select_groups(
-                self.dimensions,
-                costs,
-                self.removed,
-                config,
-                target,
-                final,
-            )
+            self.removed, threshold = select_groups(self.dimensions, costs, self.removed, config, target, final)
             self.selections = self._as_selections()
         with self._phase("update", seconds):
             self._before_update()
             increases = [
                 self._update_dimension(dimension, removed, curvature) for dimension, removed in self._each_dimension()
             ]
+        curvature = gradients = None  # what follows needs the memory
         if config.reconstruct and index == config.shots:
             with self._phase("reconstruction", seconds):
                 self._reconstruct()

@@ -56,6 +56,7 @@ def reconstruct(
             for group in dict.fromkeys(linear.input_group for linear in linears):
                 fit.update([linear for linear in linears if linear.input_group == group], damping)
             streams = fit.targets_out
+            del fit  # the next block's activations would lie beside this one's
             for batch in batches:
                 batch.hidden = batch.run(block)
             if progress is not None:
