@@ -67,7 +67,8 @@ def gram_accumulate_(
         add_gram_reference_(target, rows, alpha)
     elif rows.is_cuda and rows.dtype in _HALF and target.dtype == torch.float32:
         # Half-precision products are exact in float32: the tensor cores read x as it is, no upcast copy.
-        rows = rows.detach()  # results are written to the output, which autograd does not follow
+        if rows.requires_grad:
+            rows = rows.detach()  # results are written to the output, which autograd does not follow
         torch.addmm(target, rows.T, rows, alpha=alpha, out_dtype=torch.float32, out=target)
     else:
         gram_reference_(target, rows, alpha)
@@ -86,10 +87,7 @@ def kernel_config(target: Tensor, rows: Tensor, packed: bool, ones_column: bool 
         return None
     tokens, columns = rows.shape
     major, processors = _properties(rows.device)
-    return choose(
-        columns, tokens, rows.dtype, target.dtype, major,
-        packed=packed, ones_column=ones_column, processors=processors,
-    )  # fmt: skip
+    return choose(columns, tokens, rows.dtype, target.dtype, major, packed, ones_column, processors)
 
 
 @functools.cache

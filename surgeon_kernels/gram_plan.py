@@ -70,12 +70,11 @@ def choose(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     major: int,
-    *,
     packed: bool,
     ones_column: bool = False,
     processors: int = 132,
 ) -> GramConfig | None:
-    """The kernel's configuration for the Gram matrix of ``tokens`` rows on compute capability ``major``.
+    """The kernel's configuration for the Gram matrix of ``tokens`` rows on multiprocessors of capability ``major``.
 
     None stands for the PyTorch path: float64 on either side, architectures without a tuned configuration, and small
     products.

@@ -29,7 +29,8 @@ def fused(model: nn.Module) -> Iterator[None]:
 
     A part is replaced where it is built like one of these three and computes the same, which is tried on a few
     numbers. Every other part, and any module whose ``forward`` somebody has replaced already, runs as it is. Linear
-    layers are called as before: hooks on them see what they saw. Afterwards the model is as it was.
+    layers are called as before: hooks on them see what they saw. A rotary embedding is a function of the module that
+    defines the model's class, and so replaced for all models of that class. Afterwards everything is as it was.
     """
     with contextlib.ExitStack() as stack:
         for module in model.modules():

@@ -72,11 +72,7 @@ OTHER_SHAPES = [(16384, 3072), (2047, 2500), (300, 2051), (16400, 515)]  # of th
     ("dtype", "tokens", "columns"),
     [
         *((torch.bfloat16, *shape) for shape in SHAPES),
-        *(
-            (dtype, *shape)
-            for dtype in DTYPES[1:]
-            for shape in ((16384, 3072), (2047, 2500), (300, 2051), (16400, 515))
-        ),
+        *((dtype, *shape) for dtype in DTYPES[1:] for shape in OTHER_SHAPES),
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
