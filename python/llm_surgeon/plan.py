@@ -33,6 +33,8 @@ _PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.83, 0.65
 _SOLVER_ITERATIONS, _TF32_SPEED = 20, 5.0
 # Products in full precision by which it checks its result, and how much slower than in the iterations they are.
 _SOLVER_CHECKS, _CHECK_COST = 2, 2.5
+# Bytes a second at which main memory is pinned, once: measured on a machine with an H200.
+_PINNING_RATE = 1e9
 _OTHER_FILES = 32 * 2**20  # tokenizer, configuration, reports
 
 
@@ -143,8 +145,7 @@ class _Planner:
         self.weights = sum(linear.rows * linear.columns for linear in decoder.linears)
         self.itemsize = next(model.parameters()).element_size()
         self.factor_sizes = factor_sizes(decoder, config)
-        block_bytes = [_FLOAT * sum(map(SymmetricAccumulator.elements, sizes)) for sizes in self.factor_sizes]
-        self.factor_bytes = block_bytes
+        self.factor_bytes = [_FLOAT * sum(map(SymmetricAccumulator.elements, sizes)) for sizes in self.factor_sizes]
         self.kept = measure_activations(model, decoder, self.seqlen) if self.gradients else None
 
     def plan(self, saved_dtype: torch.dtype | None) -> Plan:
@@ -159,10 +160,7 @@ class _Planner:
         masks, dense_here = (0, 0) if streamed else (self.weights, dense)
         factors = 0 if self.hosted else sum(self.factor_bytes)
         batch_size, per_pass = self._layout(weights + masks + dense_here + factors)
-        hosted = self.hosted * sum(pinned_bytes(_FLOAT * SymmetricAccumulator.elements(n)) for n in self._factors())
-        if self.offload:
-            inside = (p for block in self.decoder.blocks for p in block.parameters())
-            hosted += self.weights + dense + sum(pinned_bytes(p.nbytes) for p in inside)
+        pinned = self._pinned_bytes() if self._on_gpu else 0
         return Plan(
             device=self.device,
             batch_size=batch_size,
@@ -177,9 +175,9 @@ class _Planner:
             selection_bytes=self._selection_bytes(),
             update_bytes=self._update_bytes(),
             snapshot_bytes=snapshot,
-            host_bytes=snapshot + hosted if self.device.type == "cuda" else 0,
+            host_bytes=snapshot + pinned + self.offload * self.weights if self._on_gpu else 0,
             disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters) + _OTHER_FILES,
-            seconds=self._seconds(-(-len(blocks) // per_pass)),
+            seconds=self._seconds(-(-len(blocks) // per_pass)) + pinned / _PINNING_RATE,
         )
 
     def _layout(self, resident: int) -> tuple[int, int]:
@@ -203,6 +201,14 @@ class _Planner:
 
     def _factors(self) -> list[int]:
         return [size for sizes in self.factor_sizes for size in sizes]
+
+    def _pinned_bytes(self) -> int:
+        """Pinned memory for what is kept there: factors, streamed weights, dense weights."""
+        sizes = [_FLOAT * SymmetricAccumulator.elements(n) for n in self._factors()] if self.hosted else []
+        if self.offload:
+            sizes += [p.nbytes for block in self.decoder.blocks for p in block.parameters()]
+            sizes += [self.itemsize * R * C for R, C in self.sizes] if self.config.around_dense_weights else []
+        return sum(1 << (size - 1).bit_length() for size in sizes)  # PyTorch takes powers of two
 
     @property
     def _on_gpu(self) -> bool:
@@ -280,11 +286,6 @@ class _Planner:
                 iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
                 seconds += (1 + config.exchanges) * (iterations + checks) * products / (single * faster)
         return self.shots * seconds + forward
-
-
-def pinned_bytes(size: int) -> int:
-    """What ``size`` bytes of pinned memory take: PyTorch rounds them up to a power of two."""
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:

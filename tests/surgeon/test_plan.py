@@ -51,7 +51,8 @@ def test_offloaded_parts_are_in_main_memory(monkeypatch):
     assert plan.weights_bytes == everything  # two blocks in all: both may be on the device at once
     # Pinned memory comes in powers of two: 9216 bytes of a factor of width 48 take 16384, its 6144 of weights 8192.
     factors, block = FACTORS + 3 * (16384 - 9216), BLOCK_BYTES + 3 * (8192 - 6144)
-    assert plan.host_bytes == 2 * 4 * WEIGHTS + 2 * factors + 2 * block + WEIGHTS
+    dense = 4 * WEIGHTS + 2 * 3 * (8192 - 6144)
+    assert plan.host_bytes == 4 * WEIGHTS + dense + 2 * factors + 2 * block + WEIGHTS
     _, alone = plan_of(curvature_layers=1, device="cuda", monkeypatch=monkeypatch)
     assert alone.factors_bytes == 0 and alone.masks_bytes == WEIGHTS
     assert alone.host_bytes == 4 * WEIGHTS + 2 * factors
