@@ -1,4 +1,4 @@
-"""How a run is laid out: windows per pass, blocks per pass, what lies where; and the memory, disk and time it takes."""
+"""How a run is laid out: windows per pass, blocks per pass, what lies where; and the memory and disk it takes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from llm_surgeon.activations import measure_activations
 from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
 from llm_surgeon.loss import CHUNK
 from llm_surgeon.models import Decoder
+from llm_surgeon.plan_time import PINNING_RATE, run_seconds
 from llm_surgeon.resources import available_memory, matmul_rate
 from surgeon_kernels import SymmetricAccumulator
 
@@ -27,14 +28,6 @@ _BACKWARD_COPIES = 3
 _STREAMED_BLOCKS = 3
 # Share of the memory that is left free: what allocators waste between tensors, and libraries' own workspaces.
 _SLACK = 0.08
-# Shares of the rate of large matrix products that passes, Gram matrices and factorisations reach.
-_PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.83, 0.65
-# What the joint solver takes to one per cent of the optimum, and how much faster than float32 it multiplies on a GPU.
-_SOLVER_ITERATIONS, _TF32_SPEED = 20, 5.0
-# Products in full precision by which it checks its result, and how much slower than in the iterations they are.
-_SOLVER_CHECKS, _CHECK_COST = 2, 2.5
-# Bytes a second at which main memory is pinned, once: measured on a machine with an H200.
-_PINNING_RATE = 1e9
 _OTHER_FILES = 32 * 2**20  # tokenizer, configuration, reports
 
 
@@ -161,11 +154,16 @@ class _Planner:
         factors = 0 if self.hosted else sum(self.factor_bytes)
         batch_size, per_pass = self._layout(weights + masks + dense_here + factors)
         pinned = self._pinned_bytes() if self._on_gpu else 0
+        passes = -(-len(blocks) // per_pass) if self.factored else 1
+        # Forward, backward, and forward again where activations are computed again.
+        times = 1 if not self.gradients else 3 if self.checkpointed else 2
+        head = self.model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+        dtype = parameters[0].dtype if self._on_gpu else torch.float32
         return Plan(
             device=self.device,
             batch_size=batch_size,
             blocks_per_pass=per_pass,
-            passes=-(-len(blocks) // per_pass) if self.factored else 1,
+            passes=passes,
             checkpoint_activations=self.checkpointed,
             weights_bytes=weights,
             masks_bytes=masks,
@@ -177,7 +175,16 @@ class _Planner:
             snapshot_bytes=snapshot,
             host_bytes=snapshot + pinned + self.offload * self.weights if self._on_gpu else 0,
             disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters) + _OTHER_FILES,
-            seconds=self._seconds(-(-len(blocks) // per_pass)) + pinned / _PINNING_RATE,
+            seconds=run_seconds(
+                self.config,
+                self.sizes,
+                self._factors(),
+                head=head,
+                passes=times * passes * self.factored,
+                rates=(matmul_rate(self.device, dtype), matmul_rate(self.device, torch.float32)),
+                on_gpu=self._on_gpu,
+            )
+            + pinned / PINNING_RATE,
         )
 
     def _layout(self, resident: int) -> tuple[int, int]:
@@ -258,34 +265,6 @@ class _Planner:
             return 0
         squares = [C**2 + self.gradients * R**2 for R, C in self.sizes]
         return _FLOAT * (copies * max(squares) + max(max(R, C) for R, C in self.sizes) ** 2)
-
-    def _seconds(self, passes: int) -> float:
-        """Operations over measured rates, with P weights of the linears and the output embedding, N tokens::
-
-        shots * (passes * (2 P N forward, as much backward, and once more where activations are computed again)
-                 + N sum(n²) for the factors, the half that is computed
-                 + 5/3 sum(n³) for two factorisations and inverses + the solver's products)
-        + 2 P N for the final loss
-        """
-        config, tokens = self.config, self.config.samples * self.seqlen
-        P = self.weights + self.model.get_output_embeddings().weight.numel()  # type: ignore[operator]
-        dtype = next(self.model.parameters()).dtype if self._on_gpu else torch.float32
-        half, single = matmul_rate(self.device, dtype), matmul_rate(self.device, torch.float32)
-        forward = 2 * P * tokens / (half * _PASS_EFFICIENCY)
-        n = self._factors()
-        times = 1 if not self.gradients else 3 if self.checkpointed else 2
-        seconds = passes * times * forward * self.factored + tokens * sum(x**2 for x in n) / (half * _GRAM_EFFICIENCY)
-        if config.method == "surgeon":
-            seconds += 5 / 3 * sum(x**3 for x in n) / (single * _FACTORISATION_EFFICIENCY)
-            products = sum(2 * R * C * (R + C) for R, C in self.sizes)
-            if not config.pattern.single_weights:
-                seconds += 3 * products / single
-            elif config.update == "joint":
-                faster, checks = (_TF32_SPEED, _SOLVER_CHECKS * _CHECK_COST) if self._on_gpu else (1.0, _SOLVER_CHECKS)
-                assert config.exchanges is not None
-                iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
-                seconds += (1 + config.exchanges) * (iterations + checks) * products / (single * faster)
-        return self.shots * seconds + forward
 
 
 def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:

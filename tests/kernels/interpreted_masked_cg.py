@@ -1,5 +1,8 @@
 """Checks MaskedCG's passes in Triton's interpreter; run by test_masked_cg_interpreted.py in a process of its own."""
 
+import gc
+import weakref
+
 import torch
 
 from surgeon_kernels.masked_cg import MaskedCG, product
@@ -42,6 +45,11 @@ def main() -> None:
         product(pairs, solver.direction, out=solver.image, half=solver.half)
         passes.finish(k)
     assert solver.x.eq(0).all() and passes.decreases.eq(0).all()
+    # A solver's memory is free as soon as nobody has it any more.
+    gc.disable()
+    solver._passes, gone = passes, weakref.ref(solver)
+    del solver
+    assert gone() is None
     print("agrees")
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llm_surgeon.plan
+import llm_surgeon.plan_time
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.models import find_decoder
 from llm_surgeon.plan import factor_sizes, make_plan
@@ -88,7 +89,7 @@ def test_factor_sizes_count_shared_inputs_once_and_biases():
 
 def test_seconds_are_operations_over_rates(monkeypatch):
     for name in ("_PASS_EFFICIENCY", "_GRAM_EFFICIENCY", "_FACTORISATION_EFFICIENCY"):
-        monkeypatch.setattr(llm_surgeon.plan, name, 1.0)
+        monkeypatch.setattr(llm_surgeon.plan_time, name, 1.0)
     tokens, P = 8 * 16, WEIGHTS + 64 * 32
     forward = 2 * P * tokens
     grams, cubes = 2 * FACTORS // 4, 2 * sum(n**3 for n in [*SHARED_INPUTS, *(R for R, _ in BLOCK)])
