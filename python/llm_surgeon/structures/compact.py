@@ -56,8 +56,8 @@ def compact(model: PreTrainedModel, multiple: int = 8) -> Compacted:
     their matrices, gathering inputs and outputs, where that saves a twentieth of their weights at least.
 
     Args:
-        multiple: zeros stay where they fill sizes up to multiples of this. Tensor cores want rows of 16 bytes, 8
-            numbers of 16 bits: a product of other sizes takes several times as long.
+        multiple: zeros stay where they fill sizes up to multiples of this: tensor cores want rows of 16 bytes, 8
+            numbers of 16 bits.
 
     Raises:
         NumericalError: the compact model computes something else; the model is as it was.
