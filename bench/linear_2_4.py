@@ -2,11 +2,11 @@
 
     python bench/linear_2_4.py            # every shape and number of tokens, appended to results/linear_2_4.csv
 
-Both sides run in the same process, by turns: in a CUDA graph (device time) and called plainly (what a Python
-loop sees); weights rotate among copies several times the L2 cache, so that they come from memory. Host times are those
-of issuing a call, the device never waited for. Times are medians; errors are Frobenius norms against a float64 product.
-The floor is the larger of reading the packed weight once at the copy bandwidth measured here, and the operations at
-twice NVIDIA's dense rate.
+The kernels are those that `tune_2_4` chooses, our own or, in a second row, with cuSPARSELt among them. All run in the
+same process, by turns: in a CUDA graph (device time) and called plainly (what a Python loop sees); weights rotate among
+copies several times the L2 cache, so that they come from memory. Host times are those of issuing a call, the device
+never waited for. Times are medians; errors are Frobenius norms against a float64 product. The floor is the larger of
+reading the packed weight once at the copy bandwidth measured here, and the operations at twice NVIDIA's dense rate.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from environment import append_row, environment
 from surgeon_kernels.linear_2_4 import linear_2_4, prepare_2_4
+from surgeon_kernels.linear_2_4_tune import tune_2_4
 from surgeon_kernels.pack_2_4 import pack_2_4
 
 DEVICE = "cuda"
@@ -108,7 +109,7 @@ def bandwidth() -> float:
 
 
 def measure(
-    weight: Tensor, tokens: Iterable[int], copy_rate: float, dtype: torch.dtype, bias: bool = False
+    weight: Tensor, tokens: list[int], copy_rate: float, dtype: torch.dtype, bias: bool = False
 ) -> Iterable[dict[str, Any]]:
     rows, columns = weight.shape
     dense = copies(weight)
@@ -117,6 +118,8 @@ def measure(
     ways = {"own": packed}
     if prepared.compressed is not None:
         ways["cusparselt"] = [prepared._replace(compressed=data) for data in copies(prepared.compressed)]
+        tune_2_4(prepared, [n for n in tokens if n >= LIBRARY_TOKENS])
+    tune_2_4(packed[0], tokens)
     b = torch.randn(rows, device=DEVICE).to(dtype) if bias else None
     for n in tokens:
         xs = [torch.randn(n, columns, device=DEVICE).to(dtype) for _ in range(4)]

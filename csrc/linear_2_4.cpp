@@ -43,7 +43,9 @@ const Kernel24& kernel_of(int number) {
 bool allowed(const Linear24& call, int number, int split, const Device& device) {
   if (number >= kMmaCount && device.capability != 9) return false;
   if (split > 1 && device.capability < 9) return false;  // no clusters
-  return split == 1 || split * kernel_of(number).step <= call.units;
+  const Kernel24& kernel = kernel_of(number);
+  if (kernel.tokens < (device.capability == 9 ? 128 : 32) && call.tokens > 8 * kernel.tokens) return false;  // hopeless
+  return split == 1 || split * kernel.step <= call.units;
 }
 
 int concurrent_clusters(const Linear24& call, int number, int index, Device& device) {
@@ -82,10 +84,10 @@ int choice_for_few(const Linear24& call, Device& device) {
   return number * kSplitCount + best;
 }
 
-// Nanoseconds of a tile of each of Wgmma24 a unit of columns, all multiprocessors busy; of its beginning and end; and
-// of adding up the sums of a cluster. Measured on an H200.
-constexpr float kUnitTime[kWgmmaCount] = {450, 600, 1050, 1000};
-constexpr float kTileTime = 3000, kClusterTime = 2000;
+// Nanoseconds, measured on an H200: of a unit of columns of a tile of each of Wgmma24, all multiprocessors busy; of the
+// beginning and end of a tile; of adding up the sums of a cluster; and of a second launch.
+constexpr float kUnitTime[kWgmmaCount] = {450, 700, 1050, 600, 1000, 980};
+constexpr float kTileTime = 3000, kClusterTime = 5000, kLaunchTime = 4000;
 
 // Many tokens: the least estimated time. Whole waves of tiles take their columns alone, the blocks of a cluster share
 // those of the tiles that are left.
@@ -101,8 +103,9 @@ int choice_for_many(const Linear24& call, Device& device) {
       if (clusters <= 0 || (index > 0 && left == 0)) continue;
       const float wave = call.units * unit + kTileTime;
       const float shared = ceil_div(call.units, kSplits[index]) * unit + kTileTime + kClusterTime;
-      const float time =
-          index == 0 ? ceil_div(tiles, at_once) * wave : tiles / at_once * wave + ceil_div(left, clusters) * shared;
+      const int whole = tiles / at_once;
+      const float time = index == 0 ? ceil_div(tiles, at_once) * wave
+                                    : whole * wave + (whole > 0) * kLaunchTime + ceil_div(left, clusters) * shared;
       if (best < 0 || time < least) best = number * kSplitCount + index, least = time;
     }
   }
@@ -143,11 +146,11 @@ cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream
   with.overlap = device.capability < 9 ? Overlap::kNone : kernel.overlap;
   const int tiles = tiles_of(call, kernel);
   if (number < kMmaCount) return run(with, {0, tiles, split, tiles}, stream, nullptr);
-  // Blocks take tile after tile where they have all columns; an activation ends in the memory of the next tile.
+  // An activation is applied in the memory of the next tile: no loop then.
   const int at_once = std::max(1, concurrent_clusters(call, number, 0, device));
   const int alone = split == 1 ? tiles : tiles / at_once * at_once;
   if (alone > 0) {
-    const int clusters = call.activation == Activation::kNone ? std::min(alone, at_once) : alone;
+    const int clusters = kernel.loops && call.activation == Activation::kNone ? std::min(alone, at_once) : alone;
     const cudaError_t status = run(with, {0, alone, 1, clusters}, stream, nullptr);
     if (status != cudaSuccess || alone == tiles) return status;
   }

@@ -8,8 +8,9 @@
 namespace surgeon {
 
 // A block of two groups of four warps computes tiles of 128*MI rows, half of them each group, for BN tokens. x passes
-// through a ring of STAGES tiles one unit wide. A warp holds UNITS units of its part of W in registers: those that were
-// multiplied GROUP steps of 32 columns at a time are loaded anew while the others are multiplied.
+// through a ring of STAGES tiles one unit wide. A warp holds two units of its part of W in registers: as soon as GROUP
+// steps of 32 columns are multiplied, those of the unit after the next are loaded in their place. Where a block takes
+// tile after tile (LOOP), loads for the next are under way while y is stored.
 template <class T, int BN, int MI, int STAGES>
 struct WgmmaTile {
   static constexpr int kThreads = 256;
@@ -116,7 +117,7 @@ struct XLoader {  // what is loaded next, and into which stage of the ring
 
 #endif
 
-template <class T, int BN, int MI, int STAGES, int BLOCKS, int UNITS, int GROUP, int PREFETCH>
+template <class T, int BN, int MI, int STAGES, int BLOCKS, int GROUP, bool LOOP>
 __global__ void __launch_bounds__(256, BLOCKS)
     linear_2_4_wgmma(const Linear24 p, const Part24 part, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -149,8 +150,8 @@ __global__ void __launch_bounds__(256, BLOCKS)
 
   const uint8_t* weight = nullptr;  // of this lane, in the next unit to load
   uint32_t below[MI];               // from the first 16 rows of this warp to the others
-  uint4 a[4 * UNITS][MI];  // by step of 32 columns
-  uint2 e[2][MI];          // by unit
+  uint4 a[8][MI];                   // two units, by step of 32 columns
+  uint2 e[2][MI];                   // their positions
   float sums[MI][BN / 2];
   // `ahead` counts units from the one being multiplied.
   auto load_steps = [&](int slot, int ahead, int step, int steps) {
@@ -165,11 +166,6 @@ __global__ void __launch_bounds__(256, BLOCKS)
     for (int m = 0; m < MI; ++m)
       e[set][m] = load_stream2(weight + below[m] + ahead * kUnitBytes + 2048 - 8 * lane);
   };
-  auto prefetch_weight = [&](int ahead) {
-#pragma unroll
-    for (int m = 0; m < MI; ++m)
-      if (lane == 0) prefetch_bulk(weight + below[m] + ahead * kUnitBytes, kUnitBytes);
-  };
   auto begin_tile = [&](int row0) {  // the first units of W on their way
     const int last = (p.rows - 1) / 16, first = min((row0 + warp_row<MI>(0)) / 16, last);
     weight = static_cast<const uint8_t*>(p.weight) + (static_cast<size_t>(first) * p.units + begin) * kUnitBytes +
@@ -179,13 +175,12 @@ __global__ void __launch_bounds__(256, BLOCKS)
       below[m] = m == 0 ? 0 : (min(first + 4 * m, last) - first) * p.units * kUnitBytes;
     load_positions(0, 0);
     load_steps(0, 0, 0, 4);
-    for (int u = 1; u < min(PREFETCH, count); ++u) prefetch_weight(u);
   };
 
   auto load_second_unit = [&] {
     if (count == 1) return;
     load_positions(1, 1);
-    if (UNITS == 2) load_steps(4, 1, 0, 4);
+    load_steps(4, 1, 0, 4);
   };
 
   // x, loaded by the first thread, which keeps in shared memory what it alone needs: registers are scarce.
@@ -216,7 +211,7 @@ __global__ void __launch_bounds__(256, BLOCKS)
 
   int stage = 0, parity = 0;
   auto multiply = [&](auto set_constant, int unit) {
-    constexpr int set = decltype(set_constant)::value, slot = UNITS == 2 ? 4 * set : 0;
+    constexpr int set = decltype(set_constant)::value, slot = 4 * set;
     if (threadIdx.x == 0) load_x();
     __syncwarp();
     barrier_wait(full + 8 * stage, parity);
@@ -238,15 +233,15 @@ __global__ void __launch_bounds__(256, BLOCKS)
       wgmma_commit();
       wgmma_wait<1>();  // the group before has ended: what it used is free
       if (s > 0) {
-        if (unit + UNITS < count) load_steps(slot + s - GROUP, UNITS, s - GROUP, GROUP);
+        if (unit + 2 < count) load_steps(slot + s - GROUP, 2, s - GROUP, GROUP);
       } else if (unit > 0) {
         if (lane == 0) barrier_arrive(empty + 8 * (stage > 0 ? stage - 1 : STAGES - 1));
-        if (unit + 1 < count) load_positions(1 - set, 1);
-        if (unit - 1 + UNITS < count)
-          load_steps((UNITS == 2 ? 4 - slot : 0) + 4 - GROUP, UNITS - 1, 4 - GROUP, GROUP);
+        if (unit + 1 < count) {
+          load_positions(1 - set, 1);
+          load_steps(4 - slot + 4 - GROUP, 1, 4 - GROUP, GROUP);
+        }
       }
     }
-    if (PREFETCH > 0 && unit + PREFETCH < count) prefetch_weight(PREFETCH);
     weight += kUnitBytes;
     if (++stage == STAGES) stage = 0, parity ^= 1;
   };
@@ -268,7 +263,7 @@ __global__ void __launch_bounds__(256, BLOCKS)
     if (p.overlap == Overlap::kLate) let_next_kernel_start();
     wgmma_wait<0>();
     if (lane == 0) barrier_arrive(empty + 8 * (stage > 0 ? stage - 1 : STAGES - 1));
-    const bool more = tile + part.clusters < part.end;
+    const bool more = LOOP && tile + part.clusters < part.end;
     if (more) begin_tile(place_of(tile + part.clusters).y);
     const int2 place = place_of(tile);
     if (part.split == 1 && p.activation == Activation::kNone) {
@@ -277,15 +272,16 @@ __global__ void __launch_bounds__(256, BLOCKS)
       __syncthreads();
       store_cluster<T, BN, MI, STAGES>(p, shared, bias, sums, place.x, place.y, part.split, rank);
     }
+    if constexpr (!LOOP) break;
     if (more) load_second_unit();
   }
 #endif
 }
 
-template <class T, int BN, int MI, int STAGES, int BLOCKS, int UNITS, int GROUP, int PREFETCH>
+template <class T, int BN, int MI, int STAGES, int BLOCKS, int GROUP, bool LOOP>
 cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const Part24& part, cudaStream_t stream, int* capacity) {
   using Tile = WgmmaTile<T, BN, MI, STAGES>;
-  auto kernel = linear_2_4_wgmma<T, BN, MI, STAGES, BLOCKS, UNITS, GROUP, PREFETCH>;
+  auto kernel = linear_2_4_wgmma<T, BN, MI, STAGES, BLOCKS, GROUP, LOOP>;
   static std::atomic<bool> ready[kMaxDevices];
   const cudaError_t status = allow_shared_bytes(reinterpret_cast<const void*>(kernel), Tile::kSharedBytes, ready);
   if (status != cudaSuccess) return status;
