@@ -125,7 +125,7 @@ def test_long_batches_are_cut_into_chunks_of_logits(monkeypatch: pytest.MonkeyPa
     decoder = find_decoder(model)
     calibration = Calibration(tokens(3, 11))
     whole = estimate_curvature(model, decoder, calibration, batch_size=3)
-    monkeypatch.setattr("llm_surgeon.loss._CHUNK", 7)
+    monkeypatch.setattr("llm_surgeon.loss.CHUNK", 7 * VOCABULARY)
     cut = estimate_curvature(model, decoder, calibration, batch_size=3)
     assert cut.loss == pytest.approx(whole.loss, rel=1e-12)
     assert_factors(cut, decoder, all_factors(whole, decoder), rtol=1e-10, atol=1e-14)
