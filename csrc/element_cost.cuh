@@ -9,8 +9,6 @@
 
 namespace surgeon {
 
-// Reads of a matrix by warps: a unit is a strip of 32 E columns, E for each lane, by some rows.
-
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool aligned_to(int bytes, const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
@@ -68,8 +66,8 @@ __device__ inline void store(void* to, const void* from) {
   }
 }
 
-// Unit `index` of a matrix: the first row, the number of rows, and this lane's first column; no rows past the last
-// column.
+// What a warp reads of a matrix: some rows of a strip of 32 E columns, E for each lane. The first row, the number of rows,
+// and this lane's first column; no rows past the last column.
 struct Unit {
   int64_t column, row;
   int rows;

@@ -37,6 +37,33 @@ __device__ bool chosen(const NmProblem<T>& p, float total, bool before) {
   return before || !(p.ties ? total > p.threshold : total >= p.threshold);  // true for inf - inf
 }
 
+// Costs of weights that are pruned already become -1, to come before all others. Whether there are any.
+template <int M>
+__device__ bool put_first(const bool* previous, float (&cost)[M]) {
+  bool any = false;
+#pragma unroll
+  for (int word = 0; word < M / 4; ++word) {
+    const unsigned gone = __ldcs(reinterpret_cast<const unsigned*>(previous) + word);
+    any |= gone != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (gone & 0xffu << 8 * i) cost[4 * word + i] = -1.0f;
+    }
+  }
+  return any;
+}
+
+// Word `i` of a group of T, zero in the weights that are marked.
+template <typename T>
+__device__ unsigned without_marked(unsigned word, const unsigned* marks, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return marked(marks, i) ? 0 : word;
+  } else {  // two weights: each one's mark, spread over its 16 bits
+    const unsigned ones = __byte_perm(marks[i / 2], 0, i % 2 ? 0x4342 : 0x4140);
+    return word & ~(ones * 0xffffu);
+  }
+}
+
 // Aligned rows: a lane holds whole groups of some rows, reads 16 bytes at a time, all rows before it uses one, and ranks
 // the costs in registers. kHalf: N = M / 2. kLimited: there is a threshold or a mask of earlier choices.
 template <typename T, int M, Output kOutput, bool kHalf, bool kLimited>
@@ -67,17 +94,7 @@ __global__ void __launch_bounds__(kThreads, M == 4 ? 8 : 4)
           cost[i] = element_cost(rows.weights[u].at(group * M + i), rows.half_g[u], a[group * M + i]);
           check += cost[i];
         }
-        if (kLimited && p.previous != nullptr) {
-#pragma unroll
-          for (int word = 0; word < M / 4; ++word) {
-            const unsigned gone = __ldcs(reinterpret_cast<const unsigned*>(p.previous + at + group * M) + word);
-            before |= gone != 0;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if (gone & 0xffu << 8 * i) cost[4 * word + i] = -1.0f;  // before all others
-            }
-          }
-        }
+        if (kLimited && p.previous != nullptr) before = put_first(p.previous + at + group * M, cost);
         const float total = mark_cheapest<kHalf>(cost, p.m - p.n, marks);
         if constexpr (kLimited) {
           const bool taken = chosen(p, total, before);
@@ -93,13 +110,7 @@ __global__ void __launch_bounds__(kThreads, M == 4 ? 8 : 4)
           constexpr int kWords = M * sizeof(T) / 4;
 #pragma unroll
           for (int i = 0; i < kWords; ++i) {
-            const unsigned word = rows.weights[u].word(group * kWords + i);
-            if constexpr (sizeof(T) == 4) {
-              result[group * kWords + i] = marked(marks, i) ? 0 : word;
-            } else {  // each of two weights' marks, spread over its 16 bits
-              const unsigned ones = __byte_perm(marks[i / 2], 0, i % 2 ? 0x4342 : 0x4140);
-              result[group * kWords + i] = word & ~(ones * 0xffffu);
-            }
+            result[group * kWords + i] = without_marked<T>(rows.weights[u].word(group * kWords + i), marks, i);
           }
         }
       }
