@@ -4,9 +4,9 @@
 
 The model is of Llama-2-7B's shape: 224 matrices, 6.5 billion weights, of random values and diagonals that differ from
 layer to layer. Rows say what was selected (weights or 2:4 groups), what was asked for (the threshold alone, or the
-masks too), the median time, and the memory allocated beyond weights and masks. ``torch.kthvalue`` gets the costs of the
-bfloat16 model, already computed: of all blocks, or of half as many until it succeeds and finds the same value; it is
-compared with the threshold of as many blocks.
+masks too), the median time, and the memory allocated beyond weights and masks. Rows of ``torch.kthvalue`` give it the
+same costs, already computed: of all blocks, or of half as many until it fits into memory and ``--seconds``, and finds
+the same value; ``speedup`` compares it with the threshold of as many blocks.
 """
 
 from __future__ import annotations
@@ -57,26 +57,51 @@ def extra_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def kthvalue(layers: list[WeightCosts], pattern: tuple[int, int] | None) -> tuple[int, float]:
-    """The most costs, of all blocks or of halves of them, for which torch.kthvalue works; its milliseconds."""
+def kthvalue(layers: list[WeightCosts], pattern: tuple[int, int] | None, seconds: float) -> dict[str, Any]:
+    """The row of ``torch.kthvalue`` for the most costs, of all blocks or halves of them, for which it works."""
+    trial = torch.rand(1 << 26, device="cuda")
+    torch.kthvalue(trial, 1)
+    rate = wall_ms(lambda: torch.kthvalue(trial, len(trial) // 2), 1) / len(trial)
     while True:
         sizes = [number_of_costs(cost, pattern) for cost in layers]
+        total = sum(sizes)
         try:
-            costs = torch.empty(sum(sizes), device="cuda")
+            if rate * total > 1e3 * seconds:
+                raise RuntimeError(f"would take {rate * total / 1e3:.0f} s")
+            costs = torch.empty(total, device="cuda")
             for part, layer in zip(costs.split(sizes), layers, strict=True):
                 part.copy_((nm_group_cost(layer, *pattern) if pattern else layer.dense()).flatten())
             torch.cuda.synchronize()
             begun = time.perf_counter()
-            value = float(torch.kthvalue(costs, len(costs) // 2).values)
+            value = float(torch.kthvalue(costs, total // 2).values)
             ms = 1e3 * (time.perf_counter() - begun)
+            ours = bits_to_float(kth_cost(layers, total // 2, sizes, pattern)[0])
+            if ours != value:
+                raise RuntimeError(f"finds {value}, not {ours}")
         except RuntimeError as error:
-            print(f"torch.kthvalue of {sum(sizes)} costs: {str(error).splitlines()[0]}", flush=True)
+            print(f"torch.kthvalue of {total} costs: {str(error).splitlines()[0]}", flush=True)
+            layers = layers[: len(layers) // 2]
         else:
-            ours = bits_to_float(kth_cost(layers, sum(sizes) // 2, sizes, pattern)[0])
-            if ours == value:
-                return len(costs), ms
-            print(f"torch.kthvalue of {sum(sizes)} costs: {value}, not {ours}", flush=True)
-        layers = layers[: len(layers) // 2]
+            threshold_ms = wall_ms(partial(kth_cost, layers, total // 2, sizes, pattern))
+            return {
+                **labels(layers, pattern, "torch.kthvalue", ms),
+                "threshold_ms": f"{threshold_ms:.2f}",
+                "speedup": f"{ms / threshold_ms:.0f}",
+            }
+
+
+def labels(layers: list[WeightCosts], pattern: tuple[int, int] | None, result: str, ms: float) -> dict[str, Any]:
+    return {
+        "of": "weights" if pattern is None else "groups {}:{}".format(*pattern),
+        "result": result,
+        "costs": sum(number_of_costs(cost, pattern) for cost in layers),
+        "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
+        "ms": f"{ms:.2f}",
+        "one_read_ms": "",
+        "extra_mb": "",
+        "threshold_ms": "",
+        "speedup": "",
+    }
 
 
 def bits_to_float(bits: int) -> float:
@@ -92,52 +117,33 @@ def measure(layers: list[WeightCosts], pattern: tuple[int, int] | None, copy: fl
         ("threshold", lambda: kth_cost(layers, k, sizes, pattern), 0),
         ("masks", lambda: k_cheapest(layers, k, pattern=pattern), masks),
     ):
-        ms = wall_ms(call)
-        rows.append(
-            {
-                "of": "weights" if pattern is None else "groups {}:{}".format(*pattern),
-                "result": what,
-                "costs": sum(sizes),
-                "dtype": str(layers[0].weight.dtype).removeprefix("torch."),
-                "ms": f"{ms:.2f}",
-                "one_read_ms": f"{1e3 * read / copy:.2f}",
-                "extra_mb": f"{(extra_bytes(call) - output) / 1e6:.0f}",
-            }
-        )
+        row = labels(layers, pattern, what, wall_ms(call))
+        row["one_read_ms"] = f"{1e3 * read / copy:.2f}"
+        row["extra_mb"] = f"{(extra_bytes(call) - output) / 1e6:.0f}"
+        rows.append(row)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=60.0, help="longest that torch.kthvalue may take")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cost_threshold.csv")
     options = parser.parse_args()
     torch.manual_seed(0)
     copy, about = copy_bandwidth(), environment("cuda")
-    baseline: dict[object, tuple[int, float]] = {}
-    for dtype in (torch.bfloat16, torch.float32):
+
+    def record(row: dict[str, Any]) -> None:
+        print(*row.values(), flush=True)
+        append_row(options.out, {**row, **about})
+
+    for dtype in (torch.float32, torch.bfloat16):
         layers = model(options.blocks, dtype)
         for pattern in (None, (2, 4)):
-            rows = measure(layers, pattern, copy)
-            print(*rows[0].values(), flush=True)
-            if pattern not in baseline:
-                baseline[pattern] = kthvalue(layers, pattern)
-            costs, kthvalue_ms = baseline[pattern]
-            part = layers[: len(layers) * costs // rows[0]["costs"]]
-            sizes = [number_of_costs(cost, pattern) for cost in part]
-            ms = wall_ms(partial(kth_cost, part, sum(sizes) // 2, sizes, pattern))
-            for row in rows:
-                row |= {"kthvalue_costs": "", "kthvalue_ms": "", "threshold_of_as_many_ms": "", "speedup": ""}
-                if row["result"] == "threshold":
-                    row |= {
-                        "kthvalue_costs": costs,
-                        "kthvalue_ms": f"{kthvalue_ms:.1f}",
-                        "threshold_of_as_many_ms": f"{ms:.2f}",
-                        "speedup": f"{kthvalue_ms / ms:.0f}",
-                    }
-                print(*row.values(), flush=True)
-                append_row(options.out, {**row, **about})
-        del layers, part
+            for row in measure(layers, pattern, copy):
+                record(row)
+    for pattern in (None, (2, 4)):
+        record(kthvalue(layers, pattern, options.seconds))
 
 
 if __name__ == "__main__":

@@ -50,5 +50,5 @@ def program(request, tmp_path_factory):
 )
 def test_nothing_is_found(program, tool, report):
     command = ["compute-sanitizer", "--tool", tool, program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0 and "0 wrong" in done.stdout and report in done.stdout, done.stdout[-2000:]
