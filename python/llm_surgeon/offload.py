@@ -81,6 +81,8 @@ def offloaded(model: nn.Module, decoder: Decoder, device: torch.device) -> Itera
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # weights may still be on their way back
         for tensor, home in homes:
             tensor.data = tensor.data.to(home)
 
@@ -118,7 +120,8 @@ def copies_in_main_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
                     receive()
                 buffer = next(buffers)[: len(source)]
                 buffer.copy_(source, non_blocking=True)
-                on_their_way.append((stream.record_event(), buffer, target))
+                # Of tensors on further devices, the streams that are current there make the copies.
+                on_their_way.append((torch.cuda.current_stream(tensor.device).record_event(), buffer, target))
     while on_their_way:
         receive()
     return copies
