@@ -3,12 +3,12 @@
     python bench/generate.py
 
 The decoder's linears are made 2:4 by magnitude, measured dense, packed in place and measured again, and once more with
-the layers fused that read the same input (llm_surgeon.packed.fuse_linears). Decoding is greedy, with a static cache: a
-CUDA graph of the plain forward pass, one of the pass compiled by torch.compile, and transformers' generate, which
-compiles and captures by itself. Prefill is one forward pass, plain or compiled. Rows are appended to
-results/generate.csv; rates are tokens per second, all sequences together. The floor of a decoding step is the time to
-read every weight that it needs and the filled part of the cache once, at the copy bandwidth measured here. For any
-model there is surgeon bench generate.
+the layers fused that read the same input (llm_surgeon.packed.fuse_linears), and with cuSPARSELt for the prompts besides
+(use_cusparselt). Decoding is greedy, with a static cache: a CUDA graph of the plain forward pass, one of the pass
+compiled by torch.compile, and transformers' generate, which compiles and captures by itself. Prefill is one forward
+pass, plain or compiled. Rows are appended to results/generate.csv; rates are tokens per second, all sequences together.
+The floor of a decoding step is the time to read every weight that it needs and the filled part of the cache once, at
+the copy bandwidth measured here. For any model there is surgeon bench generate.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from environment import append_row, environment
 from llm_surgeon.cli.bench import speed_record
 from llm_surgeon.models import find_decoder
-from llm_surgeon.packed import fuse_linears, pack_model, unpack_model
+from llm_surgeon.packed import fuse_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.packed.decoding import Decoding
 from llm_surgeon.packed.speed import Speed, measure_speed
 from surgeon_kernels import nm_select
 from timing import copy_bandwidth
 
-CONVERSIONS = {"dense": unpack_model, "packed": pack_model, "fused": fuse_linears}  # each from the one before it
+WEIGHTS = ["dense", "packed", "fused", "cusparselt"]
 # Batch size, prompt, new tokens; compiling takes most of the time, so each size is compiled for one purpose only.
 CASES = {
     Decoding.GRAPH: [(1, 128, 128), (16, 128, 128), (1, 4096, 0)],
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--decoding", nargs="+", type=Decoding, default=list(CASES), help="graph, compiled, generate")
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--weights", nargs="+", default=list(CONVERSIONS), help="dense, packed, fused, in this order")
+    parser.add_argument("--weights", nargs="+", default=WEIGHTS, help="dense first")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "generate.csv")
     options = parser.parse_args()
@@ -57,8 +57,10 @@ def main() -> None:
         cases = [case for case in CASES[decoding] if case[0] in options.batch_size]
         dense: dict[tuple[int, int, int], tuple[float, float]] = {}
         for weights in options.weights:
-            CONVERSIONS[weights](model)
+            convert(model, weights)
             for case in cases:
+                if weights == "cusparselt" and case[1] < 1024:  # it has no part in these
+                    continue
                 print(f"{time.perf_counter() - begun:.1f} s", end=" ", flush=True)
                 batch_size, prompt, new_tokens = case
                 speed = measure_speed(
@@ -83,6 +85,16 @@ def main() -> None:
                 }
                 print(*row.values(), flush=True)
                 append_row(options.out, row)
+
+
+def convert(model: PreTrainedModel, weights: str) -> None:
+    unpack_model(model)
+    if weights != "dense":
+        pack_model(model)
+    if weights == "cusparselt":
+        use_cusparselt(model)
+    if weights in ("fused", "cusparselt"):
+        fuse_linears(model)
 
 
 def bytes_of_a_step(model: PreTrainedModel, speed: Speed) -> float:

@@ -53,6 +53,6 @@ def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setenv("SURGEON_TUNE", "0")
     monkeypatch.setattr(linear_module, "_may_have_kernel", lambda packed: packed.values.element_size() == 2)
     for module in (linear_module, fuse_module):
-        monkeypatch.setattr(module, "prepare_2_4", lambda packed: prepare(packed)._replace(kernel=True))
+        monkeypatch.setattr(module, "prepare_2_4", lambda packed, **_: prepare(packed)._replace(kernel=True))
         monkeypatch.setattr(module, "linear_2_4", linear_2_4)
     return rows

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_surgeon.packed import FusedLinear, PackedLinear, fuse_linears, pack_model, unpack_model
+from llm_surgeon.packed import FusedLinear, PackedLinear, fuse_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.packed import fuse as fuse_module
 from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits, pretend_kernels
 
@@ -108,3 +108,11 @@ def test_what_stays_alone(launches):
     _, model = packed_model("qwen2")  # biases in q, k and v
     assert fuse_linears(model) == [[f"model.layers.{i}.{name}" for name in BLOCK[1]] for i in range(2)]
     assert all(type(m) is PackedLinear for n, m in model.named_modules() if n.endswith("q_proj"))
+
+
+def test_cusparselt_is_for_layers_that_have_a_kernel(launches):
+    _, model = packed_model("qwen2")
+    alone = {name for name, m in model.named_modules() if isinstance(m, PackedLinear) and m.bias is None}
+    assert set(use_cusparselt(model)) == alone and len(alone) == 8
+    _, model = packed_model("qwen2", torch.float32)
+    assert use_cusparselt(model) == []

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
-from llm_surgeon.packed import PackedLinear, fuse_linears, pack_model, to_torch_sparse
+from llm_surgeon.packed import PackedLinear, fuse_linears, pack_model, to_torch_sparse, use_cusparselt
 from llm_surgeon.packed import linear as linear_module
 from llm_surgeon.packed.decoding import Decoding, GreedyDecoder
 from llm_surgeon.packed.speed import measure_speed
@@ -158,6 +158,19 @@ def test_fused_layers(tmp_path):
     assert decoder.tokens.tolist() == [row[6:] for row in continuation(model)]
     model.save_pretrained(tmp_path / "again")
     assert filecmp.cmp(tmp_path / "model.safetensors", tmp_path / "again" / "model.safetensors", shallow=False)
+
+
+def test_cusparselt_for_long_prompts():
+    weight = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
+    weight.view(-1, 4)[:, 1:3] = 0
+    model = torch.nn.Sequential(PackedLinear.from_dense(weight))
+    assert use_cusparselt(model) == ["0"] and model[0].compressed is not None
+    for tokens in (1, 1500):
+        x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+        exact = x.double() @ weight.double().T
+        assert (model(x) - exact).norm() <= 2 * (x @ weight.T - exact).norm()
+    assert sorted(model.state_dict()) == ["0.indices", "0.values"] and torch.equal(model[0].weight, weight)
+    assert model.to(torch.float16)[0].compressed is None
 
 
 def test_two_gpus(tmp_path):

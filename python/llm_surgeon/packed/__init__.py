@@ -9,7 +9,7 @@ Importing this package registers the format with transformers (:mod:`quantizer`)
 :mod:`surgeon_kernels.pack_2_4` what a packed weight is.
 """
 
-from llm_surgeon.packed.convert import pack_model, to_torch_sparse, unpack_model
+from llm_surgeon.packed.convert import pack_model, to_torch_sparse, unpack_model, use_cusparselt
 from llm_surgeon.packed.format import Surgeon24Config
 from llm_surgeon.packed.fuse import FusedLinear, fuse_linears
 from llm_surgeon.packed.linear import PackedLinear
@@ -24,4 +24,5 @@ __all__ = [
     "pack_model",
     "to_torch_sparse",
     "unpack_model",
+    "use_cusparselt",
 ]

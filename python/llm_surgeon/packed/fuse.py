@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.packed.convert import packed_linears
-from llm_surgeon.packed.linear import PackedLinear, tune_once
+from llm_surgeon.packed.linear import PackedLinear, frozen, tune_once
 from surgeon_kernels import Packed24
 from surgeon_kernels.linear_2_4 import linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_layout import UNIT_ROWS
@@ -85,14 +85,16 @@ def fuse_linears(model: PreTrainedModel) -> list[list[str]]:
     for group in _same_inputs(model):
         if not _can_be_fused(group):
             continue
-        prepared = prepare_2_4(Packed24(*map(torch.cat, zip(*(layer.packed for _, layer in group), strict=True))))
+        together = Packed24(*map(torch.cat, zip(*(layer.packed for _, layer in group), strict=True)))
+        prepared = prepare_2_4(together, cusparselt=all(layer.compressed is not None for _, layer in group))
         tune_once(prepared)
         number, row = next(_numbers), 0
         for name, layer in group:
             rows = prepared.fragments[row // UNIT_ROWS : -(-(row + layer.out_features) // UNIT_ROWS)]
             layer.__class__ = FusedLinear
             assert isinstance(layer, FusedLinear)
-            layer.fragments = nn.Parameter(rows if row else prepared.fragments, requires_grad=False)
+            layer.fragments = frozen(rows if row else prepared.fragments)
+            layer.compressed = frozen(None if row else prepared.compressed)
             layer.group, layer.group_rows, layer.first_row = number, prepared.rows, row
             layer.last = name == group[-1][0]
             row += layer.out_features

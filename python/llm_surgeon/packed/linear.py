@@ -19,7 +19,7 @@ from surgeon_kernels.linear_2_4_tune import tune_2_4
 _logger = logging.getLogger(__name__)
 # Numbers of tokens of the decoding steps; for prefill the kernels' own estimates serve.
 _TUNED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-_tuned: set[tuple[int, int, torch.dtype, torch.device]] = set()
+_tuned: set[tuple[int, int, torch.dtype, torch.device, bool]] = set()
 
 
 class PackedLinear(nn.Module):
@@ -35,6 +35,7 @@ class PackedLinear(nn.Module):
     values: nn.Parameter | None
     indices: Tensor | None
     fragments: nn.Parameter | None
+    compressed: nn.Parameter | None
     bias: nn.Parameter | None
     replaces: type[nn.Module] = nn.Linear  # or transformers' Conv1D: the class that its dense twin has
     streamed = False  # its tensors come to the device for each pass only: no dense weight is kept there
@@ -57,6 +58,7 @@ class PackedLinear(nn.Module):
         # A parameter, as the weights of dense layers are: torch.compile takes their addresses for constant, and checks
         # at each call (there are hundreds) no more of them than it has to.
         self.register_parameter("fragments", None)
+        self.register_parameter("compressed", None)  # beside the fragments, where cuSPARSELt was asked for
         self.bias = nn.Parameter(torch.empty(R, device=device, dtype=dtype)) if bias else None
         self.kept_dense: Tensor | None = None  # where there is no kernel
         self._dtype = _name_of(torch.get_default_dtype() if dtype is None else dtype)
@@ -93,22 +95,27 @@ class PackedLinear(nn.Module):
             self.kept_dense = self.weight
         return functional.linear(x, self.weight if self.kept_dense is None else self.kept_dense, self.bias)
 
-    def prepare(self) -> None:
-        """Rearrange the weight for the kernel where there is one for its device, dtype and shape."""
+    def prepare(self, *, cusparselt: bool = False) -> None:
+        """Rearrange the weight for the kernel where there is one for its device, dtype and shape.
+
+        Args:
+            cusparselt: as in :func:`~surgeon_kernels.linear_2_4.prepare_2_4`.
+        """
         packed = self.packed
-        if _may_have_kernel(packed) and (prepared := prepare_2_4(packed)).kernel:
+        if _may_have_kernel(packed) and (prepared := prepare_2_4(packed, cusparselt=cusparselt)).kernel:
             tune_once(prepared)
             self._dtype = _name_of(packed.values.dtype)
             self.values = self.indices = None
-            self.fragments = nn.Parameter(prepared.fragments, requires_grad=False)
+            self.fragments, self.compressed = map(frozen, (prepared.fragments, prepared.compressed))
 
     def _kernel_weight(self, fragments: Tensor) -> Linear24Weight:
-        return Linear24Weight(fragments, self.out_features, self.in_features, getattr(torch, self._dtype), True)
+        dtype = getattr(torch, self._dtype)
+        return Linear24Weight(fragments, self.out_features, self.in_features, dtype, True, None, self.compressed)
 
     def _set_packed(self, packed: Packed24) -> None:
         self.values = nn.Parameter(packed.values, requires_grad=False)
         self.indices = packed.indices
-        self.fragments = self.kept_dense = None
+        self.fragments = self.compressed = self.kept_dense = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         self._set_packed(self.packed)  # fn may change the device or the dtype
@@ -121,7 +128,8 @@ class PackedLinear(nn.Module):
         if self.fragments is not None:
             values, indices = self.packed
             destination[f"{prefix}values"], destination[f"{prefix}indices"] = values.cpu(), indices.cpu()
-            del destination[f"{prefix}fragments"]
+            for name in ("fragments", "compressed"):
+                destination.pop(f"{prefix}{name}", None)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._set_packed(self.packed)
@@ -138,6 +146,10 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
 def _may_have_kernel(packed: Packed24) -> bool:
     values = packed.values
     return values.is_cuda and values.dtype in (torch.bfloat16, torch.float16) and packed.columns % 8 == 0
@@ -145,7 +157,7 @@ def _may_have_kernel(packed: Packed24) -> bool:
 
 def tune_once(weight: Linear24Weight) -> None:
     """Measure which kernel is fastest for a weight of this size, the first time that one is met: about 0.2 s."""
-    size = (weight.rows, weight.columns, weight.dtype, weight.fragments.device)
+    size = (weight.rows, weight.columns, weight.dtype, weight.fragments.device, weight.compressed is not None)
     if size not in _tuned and os.environ.get("SURGEON_TUNE") != "0":
         _tuned.add(size)
         tune_2_4(weight, _TUNED_TOKENS)
