@@ -83,7 +83,7 @@ def measure_calls(contenders: list[list[Callable[[], object]]]) -> list[Times]:
     replayed = median_us([graph.replay for graph in graphs], count)
     eager = median_us([partial(run, calls) for calls in contenders], count)
     issued: list[list[float]] = [[] for _ in contenders]
-    for _ in range(20):
+    for _ in range(10):
         for calls, times in zip(contenders, issued, strict=True):
             torch.cuda.synchronize()
             begin = time.perf_counter()
