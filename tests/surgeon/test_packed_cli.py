@@ -134,7 +134,20 @@ def test_weights_are_packed_in_their_own_dtype_to_the_bit(tmp_path):
 
 def test_bench_generate(pruned, packed, tmp_path, capsys):
     figures = tmp_path / "speed.csv"
-    options = ["--prompt", 8, "--new-tokens", 4, "--batch-size", 1, "--batch-size", 3, "--repeats", 1, "--fuse"]
+    options = [
+        "--prompt",
+        8,
+        "--new-tokens",
+        4,
+        "--batch-size",
+        1,
+        "--batch-size",
+        3,
+        "--repeats",
+        1,
+        "--fuse",
+        "--cusparselt",
+    ]
     options += ["--decoding", "generate", "--decoding", "eager"]
     assert surgeon("bench", "generate", pruned, "--packed", packed, *options, "--csv", figures, "--quiet") == 0
     text = capsys.readouterr().out

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.cli.options import Device, Quiet, TrustRemoteCode, console, parse_dtype
 from llm_surgeon.errors import InputError
-from llm_surgeon.packed import fuse_linears, pack_model, unpack_model
+from llm_surgeon.packed import fuse_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.packed.checkpoint import model_bytes
 from llm_surgeon.packed.decoding import Decoding
 from llm_surgeon.packed.speed import Speed, measure_speed
@@ -54,6 +54,7 @@ def generate(
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Packed layers that read the same input run as one (see fuse_linears).")
     ] = False,
+    cusparselt: Annotated[bool, typer.Option("--cusparselt", help="Long prompts through NVIDIA's library.")] = False,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the figures to this file.")] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -76,6 +77,8 @@ def generate(
             unpack_model(causal_lm)
         disk = model_bytes(causal_lm)
         causal_lm.to(place)
+        if name == "packed" and cusparselt:
+            use_cusparselt(causal_lm)
         if name == "packed" and fuse:
             fuse_linears(causal_lm)
         for way, size in itertools.product(ways, batch_size or [1, 16]):
