@@ -1,4 +1,4 @@
-"""Small problems of the Gram kernels and of those between linears, for compute-sanitizer.
+"""Small problems of the Gram kernels, quadratic forms and what is between linears, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m tests.kernels.triton_sanitized
     compute-sanitizer --tool racecheck python -m tests.kernels.triton_sanitized
@@ -8,7 +8,7 @@ No product is cuBLAS's: its kernels do things that racecheck reports.
 
 import torch
 
-from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, rms_norm, rotary, swiglu
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, quadratic_form, rms_norm, rotary, swiglu
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 # tokens, columns, dtype, ones_column, masked, packed
@@ -39,10 +39,19 @@ def check_product(tokens, columns, dtype, ones_column, masked, packed):
     assert (full - truth).norm() <= 1e-4 * truth.norm(), (tokens, columns)
 
 
+def check_forms():
+    x, S = torch.randn(1100, 1030), torch.randn(1030, 1030)
+    S = S @ S.T
+    truth = ((x.double() @ S.double()) * x.double()).sum(dim=1)
+    for rows in (x.cuda(), x.T.contiguous().cuda().T):  # the latter is copied
+        assert (quadratic_form(rows, S.cuda()).cpu() - truth).norm() <= 1e-4 * truth.norm()
+
+
 def main():
     torch.manual_seed(0)
     for product in PRODUCTS:
         check_product(*product)
+    check_forms()
     x = torch.randn(7, 100).cuda().to(HALF).requires_grad_()
     y = swiglu(rms_norm(x, torch.ones(100, dtype=HALF, device="cuda"), 1e-5), x)
     angles = torch.rand(1, 7, 20).cuda().to(HALF)
