@@ -14,6 +14,7 @@ from llm_surgeon import InputError
 from llm_surgeon.packed import PackedLinear, pack_model, to_torch_sparse, unpack_model
 from llm_surgeon.packed import linear as linear_module
 from surgeon_kernels import nm_select, pack_2_4
+from surgeon_kernels.linear_2_4 import prepare_2_4
 from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits, pretend_kernels
 from tests.surgeon.tiny_models import NAMES, build
 
@@ -177,6 +178,18 @@ def test_kernels_keep_the_weight_in_their_own_order(packed_folder, tmp_path, mon
     assert torch.equal(logits(model.to(torch.bfloat16)), logits(dense)) and all(m.fragments is not None for m in layers)
     model.dequantize()
     assert torch.equal(logits(model), logits(dense))
+
+
+def test_every_size_is_tuned_once_and_never_with_cusparselt(monkeypatch):
+    monkeypatch.delenv("SURGEON_TUNE", raising=False)
+    tuned = []
+    monkeypatch.setattr(linear_module, "_tuned", set())
+    monkeypatch.setattr(linear_module, "tune_2_4", lambda weight, tokens: tuned.append(weight.rows))
+    weights = [prepare_2_4(pack_2_4(torch.zeros(rows, 16).half())) for rows in (16, 32, 16)]
+    linear_module.tune_once(weights[0]._replace(compressed=torch.zeros(1)))
+    for weight in weights:
+        linear_module.tune_once(weight)
+    assert tuned == [16, 32]
 
 
 def test_packed_weight_is_that_of_pack_2_4():

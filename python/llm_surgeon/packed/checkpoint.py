@@ -112,7 +112,8 @@ model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="aut
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```
 
-`model.dequantize()` gives the dense model back, zeros included.
+On a GPU `llm_surgeon.packed.fuse_linears(model)` and then `model.generate(..., cache_implementation="static")`
+generate fastest. `model.dequantize()` gives the dense model back, zeros included.
 """
 
 

@@ -19,7 +19,7 @@ from surgeon_kernels.linear_2_4_tune import tune_2_4
 _logger = logging.getLogger(__name__)
 # Numbers of tokens of the decoding steps; for prefill the kernels' own estimates serve.
 _TUNED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-_tuned: set[tuple[int, int, torch.dtype, torch.device, bool]] = set()
+_tuned: set[tuple[int, int, torch.dtype, torch.device]] = set()
 
 
 class PackedLinear(nn.Module):
@@ -156,9 +156,12 @@ def _may_have_kernel(packed: Packed24) -> bool:
 
 
 def tune_once(weight: Linear24Weight) -> None:
-    """Measure which kernel is fastest for a weight of this size, the first time that one is met: about 0.2 s."""
-    size = (weight.rows, weight.columns, weight.dtype, weight.fragments.device, weight.compressed is not None)
-    if size not in _tuned and os.environ.get("SURGEON_TUNE") != "0":
+    """Measure which kernel is fastest for a weight of this size, the first time that one is met: under a second.
+
+    Not where cuSPARSELt takes part: it is for many tokens, and has no algorithm for the few that are measured.
+    """
+    size = (weight.rows, weight.columns, weight.dtype, weight.fragments.device)
+    if weight.compressed is None and size not in _tuned and os.environ.get("SURGEON_TUNE") != "0":
         _tuned.add(size)
         tune_2_4(weight, _TUNED_TOKENS)
 
