@@ -52,7 +52,7 @@ class FusedLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.group or self.fragments is None:
             return super().forward(x)
-        # A tensor written to in between is another input; torch.compile sees such writes, and has no versions.
+        # A tensor written to in between is another input. torch.compile traces no versions.
         version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
         if self.first_row == 0:
             outputs = linear_2_4(x, self._kernel_weight(self.fragments)._replace(rows=self.group_rows))
@@ -76,7 +76,7 @@ def fuse_linears(model: PreTrainedModel) -> list[list[str]]:
 
     Which ones these are, a forward pass over two tokens shows. Outputs may differ in rounding from those of the
     layers alone, as a product of another size can be summed in another order. Layers that have no kernel (not on
-    CUDA, say) stay as they are.
+    CUDA, say) stay as they are. A model to be compiled must not write to the input between two layers of a group.
 
     Returns:
         The names of the layers of each group.
