@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgeon_kernels.split_matmul import mm
+from surgeon_kernels.split_matmul import SPLIT_FROM, mm
 
 # Diagonal blocks that the library inverts.
 _BASE = 64
-# Merged blocks that are smaller are so in batches, in plain float32: one by one they are mostly launches.
-_BATCHED_BELOW = 2048
 # Side of the blocks that products are taken in: bounds the workspace and fills a GPU.
 _PANEL = 2048
 
@@ -37,11 +35,9 @@ def _gram_block_(X: Tensor, i: int, j: int, panel: int) -> None:
     """Put ``(XᵀX)_ij`` and its transpose in place."""
     block = mm(X[i:, i : i + panel].T, X[i:, j : j + panel])
     if i == j:
-        block.tril_()
-        block += block.tril(-1).T
+        block = block.tril() + block.tril(-1).T
     X[i : i + panel, j : j + panel] = block
-    if i != j:
-        X[j : j + panel, i : i + panel] = block.T
+    X[j : j + panel, i : i + panel] = block.T
 
 
 def triangular_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> Tensor:
@@ -58,9 +54,9 @@ def triangular_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) ->
     size = base
     while size < n:
         pairs, end = n // (2 * size), n - n % (2 * size)
-        if size < _BATCHED_BELOW and pairs:
+        if size < SPLIT_FROM and pairs:
             X11, L21, X22 = (_blocks(L, size, pairs, i, j, step=2) for i, j in ((0, 0), (1, 0), (1, 1)))
-            L21.baddbmm_(X22, torch.bmm(L21, X11), beta=0, alpha=-1)
+            L21.copy_(torch.bmm(X22, torch.bmm(L21, X11)).neg_())
         else:
             for start in range(0, end, 2 * size):
                 _merge_(L[start : start + 2 * size, start : start + 2 * size], size, panel)

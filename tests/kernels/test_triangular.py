@@ -8,9 +8,9 @@ from .dense import factor, relative_error, with_condition
 
 
 @pytest.fixture(autouse=True, params=[8, 1024])
-def batched_below(request, monkeypatch):
+def large_from(request, monkeypatch):
     """Blocks are merged in batches below this size and pair by pair from it on."""
-    monkeypatch.setattr(triangular, "_BATCHED_BELOW", request.param)
+    monkeypatch.setattr(triangular, "SPLIT_FROM", request.param)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 31, 33, 64, 65, 100])
