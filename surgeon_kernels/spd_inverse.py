@@ -112,7 +112,11 @@ def _cholesky(M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_(L: Tensor) -> Tensor:
-    return cholesky_inverse_(L) if _blocked(L) else torch.cholesky_inverse(L)
+    """``(L Lᵀ)⁻¹``, exactly symmetric; ``L`` may be overwritten."""
+    if _blocked(L):
+        return cholesky_inverse_(L)
+    inverse = torch.cholesky_inverse(L)  # on a GPU two triangular solves, whose result is symmetric up to rounding
+    return inverse.tril() + inverse.tril(-1).T
 
 
 def _blocked(M: Tensor) -> bool:
