@@ -44,7 +44,8 @@ bool allowed(const Linear24& call, int number, int split, const Device& device) 
   if (number >= kMmaCount && device.capability != 9) return false;
   if (split > 1 && device.capability < 9) return false;  // no clusters
   const Kernel24& kernel = kernel_of(number);
-  if (kernel.tokens < (device.capability == 9 ? 128 : 32) && call.tokens > 8 * kernel.tokens) return false;  // hopeless
+  if (kernel.tokens < (device.capability == 9 ? 128 : 32) && call.tokens > 8 * kernel.tokens)
+    return false;  // never the fastest, and long to try
   return split == 1 || split * kernel.step <= call.units;
 }
 
@@ -84,10 +85,12 @@ int choice_for_few(const Linear24& call, Device& device) {
   return number * kSplitCount + best;
 }
 
-// Nanoseconds, measured on an H200: of a unit of columns of a tile of each of Wgmma24, all multiprocessors busy; of the
-// beginning and end of a tile; of adding up the sums of a cluster; and of a second launch.
-constexpr float kUnitTime[kWgmmaCount] = {450, 700, 1050, 600, 1000, 980};
-constexpr float kTileTime = 3000, kClusterTime = 5000, kLaunchTime = 4000;
+// Nanoseconds, measured on an H200: of a unit of columns of a tile of each of Wgmma24, all multiprocessors busy; of
+// adding up the sums of a cluster for it; of the beginning and end of a tile; of a second launch; and, because blocks
+// that have run for long end at different times, of each wave before it.
+constexpr float kUnitTime[kWgmmaCount] = {450, 700, 1250, 660, 1000, 970};
+constexpr float kClusterTime[kWgmmaCount] = {5000, 5000, 5000, 5000, 8000, 5000};
+constexpr float kTileTime = 3000, kLaunchTime = 4000, kUnevenTime = 800;
 
 // Many tokens: the least estimated time. Whole waves of tiles take their columns alone, the blocks of a cluster share
 // those of the tiles that are left.
@@ -102,10 +105,11 @@ int choice_for_many(const Linear24& call, Device& device) {
       const int clusters = concurrent_clusters(call, number, index, device), left = tiles % at_once;
       if (clusters <= 0 || (index > 0 && left == 0)) continue;
       const float wave = call.units * unit + kTileTime;
-      const float shared = ceil_div(call.units, kSplits[index]) * unit + kTileTime + kClusterTime;
+      const float shared = ceil_div(call.units, kSplits[index]) * unit + kTileTime + kClusterTime[number - kMmaCount];
       const int whole = tiles / at_once;
       const float time = index == 0 ? ceil_div(tiles, at_once) * wave
-                                    : whole * wave + (whole > 0) * kLaunchTime + ceil_div(left, clusters) * shared;
+                                    : whole * (wave + kUnevenTime) + (whole > 0) * kLaunchTime +
+                                          ceil_div(left, clusters) * shared;
       if (best < 0 || time < least) best = number * kSplitCount + index, least = time;
     }
   }

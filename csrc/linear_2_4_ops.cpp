@@ -95,6 +95,11 @@ std::optional<Tensor> linear_2_4_run(const Tensor& x, const Tensor& weight, int6
   return linear.y;
 }
 
+int64_t linear_2_4_choice(const Tensor& x, const Tensor& weight, int64_t rows, bool library) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  return surgeon::linear_2_4_choice(Linear24(x, weight, std::nullopt, rows, 0).call, library);
+}
+
 void linear_2_4_pin(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice, bool library) {
   const c10::cuda::CUDAGuard guard(x.device());
   surgeon::linear_2_4_pin(Linear24(x, weight, std::nullopt, rows, 0).call, library, static_cast<int>(choice));
@@ -124,6 +129,7 @@ Tensor linear_2_4_compress(const Tensor& dense) {
 TORCH_LIBRARY_FRAGMENT(surgeon_kernels, m) {
   m.def("linear_2_4(Tensor x, Tensor weight, Tensor? bias, int rows, int activation, Tensor? compressed=None) -> Tensor");
   m.def("linear_2_4_choices() -> int", [] { return static_cast<int64_t>(surgeon::linear_2_4_choices()); });
+  m.def("linear_2_4_choice(Tensor x, Tensor weight, int rows, bool library=False) -> int");
   m.def("linear_2_4_run(Tensor x, Tensor weight, int rows, int choice, Tensor? compressed=None) -> Tensor?");
   m.def("linear_2_4_pin(Tensor x, Tensor weight, int rows, int choice, bool library=False) -> ()");
   m.def("linear_2_4_compress(Tensor dense) -> Tensor");
@@ -132,6 +138,7 @@ TORCH_LIBRARY_FRAGMENT(surgeon_kernels, m) {
 
 TORCH_LIBRARY_IMPL(surgeon_kernels, CUDA, m) {
   m.impl("linear_2_4", &linear_2_4);
+  m.impl("linear_2_4_choice", &linear_2_4_choice);
   m.impl("linear_2_4_run", &linear_2_4_run);
   m.impl("linear_2_4_pin", &linear_2_4_pin);
   m.impl("linear_2_4_compress", &linear_2_4_compress);

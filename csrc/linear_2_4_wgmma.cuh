@@ -9,22 +9,23 @@ namespace surgeon {
 
 // A block of two groups of four warps computes tiles of 128*MI rows, half of them each group, for BN tokens. x passes
 // through a ring of STAGES tiles one unit wide. A warp holds two units of its part of W in registers: as soon as GROUP
-// steps of 32 columns are multiplied, those of the unit after the next are loaded in their place. Where a block takes
-// tile after tile (LOOP), loads for the next are under way while y is stored.
+// steps of 32 columns are multiplied, those of the unit after the next are loaded in their place; PREFETCH units ahead
+// they are asked for from memory. Where a block takes tile after tile (LOOP), loads for the next are under way while y is
+// stored.
 template <class T, int BN, int MI, int STAGES>
 struct WgmmaTile {
   static constexpr int kThreads = 256;
   static constexpr int kRows = 128 * MI;
   static constexpr int kStageBytes = BN * kUnitColumns * 2;
   static constexpr int kRingBytes = STAGES * kStageBytes;
-  static constexpr int kOutPitch = 64 * MI + 8;                // of a token of a group's rows of y, in elements
-  static constexpr int kOutBytes = 2 * 32 * kOutPitch * 2;     // behind the ring: 32 tokens of both groups
-  static constexpr int kSumPitch = kRows + 4;                  // of a token's sums, where blocks share the columns
-  static constexpr int kSumBytes = BN * kSumPitch * 4;         // in place of the ring
+  static constexpr int kOutPitch = 64 * MI + 8;             // of a token of a group's rows of y, in elements
+  static constexpr int kOutBytes = 2 * 32 * kOutPitch * 2;  // behind the ring: 32 tokens of both groups
+  static constexpr int kSumPitch = kRows + 4;               // of a token's sums, where blocks share the columns
+  static constexpr int kSumBytes = BN * kSumPitch * 4;      // in place of the ring
   static constexpr int kBiasAt = kRingBytes + kOutBytes > kSumBytes ? kRingBytes + kOutBytes : kSumBytes;
   static constexpr int kBarriersAt = kBiasAt + kRows * 4;
   static constexpr int kLoaderAt = kBarriersAt + 16 * STAGES;
-  static constexpr int kSharedBytes = 1024 + kLoaderAt + 32;
+  static constexpr int kSharedBytes = 1024 + kLoaderAt + 32;  // the ring begins at a multiple of 1024
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -117,7 +118,7 @@ struct XLoader {  // what is loaded next, and into which stage of the ring
 
 #endif
 
-template <class T, int BN, int MI, int STAGES, int BLOCKS, int GROUP, bool LOOP>
+template <class T, int BN, int MI, int STAGES, int BLOCKS, int GROUP, int PREFETCH, bool LOOP>
 __global__ void __launch_bounds__(256, BLOCKS)
     linear_2_4_wgmma(const Linear24 p, const Part24 part, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -148,8 +149,8 @@ __global__ void __launch_bounds__(256, BLOCKS)
     return make_int2((patch * kPatch + place % width) * BN, place / width * Tile::kRows);
   };
 
-  const uint8_t* weight = nullptr;  // of this lane, in the next unit to load
-  uint32_t below[MI];               // from the first 16 rows of this warp to the others
+  const uint8_t* weight = nullptr;  // where this lane reads in the unit being multiplied, of its warp's first rows
+  uint32_t below[MI];               // bytes from there to the warp's other rows
   uint4 a[8][MI];                   // two units, by step of 32 columns
   uint2 e[2][MI];                   // their positions
   float sums[MI][BN / 2];
@@ -166,6 +167,11 @@ __global__ void __launch_bounds__(256, BLOCKS)
     for (int m = 0; m < MI; ++m)
       e[set][m] = load_stream2(weight + below[m] + ahead * kUnitBytes + 2048 - 8 * lane);
   };
+  auto prefetch_weight = [&](int ahead) {  // into L2: the rows of this warp
+#pragma unroll
+    for (int m = 0; m < MI; ++m)
+      if (lane == 0) prefetch_bulk(weight + below[m] + ahead * kUnitBytes, kUnitBytes);
+  };
   auto begin_tile = [&](int row0) {  // the first units of W on their way
     const int last = (p.rows - 1) / 16, first = min((row0 + warp_row<MI>(0)) / 16, last);
     weight = static_cast<const uint8_t*>(p.weight) + (static_cast<size_t>(first) * p.units + begin) * kUnitBytes +
@@ -175,6 +181,7 @@ __global__ void __launch_bounds__(256, BLOCKS)
       below[m] = m == 0 ? 0 : (min(first + 4 * m, last) - first) * p.units * kUnitBytes;
     load_positions(0, 0);
     load_steps(0, 0, 0, 4);
+    for (int unit = 1; unit < min(PREFETCH, count); ++unit) prefetch_weight(unit);
   };
 
   auto load_second_unit = [&] {
@@ -201,7 +208,7 @@ __global__ void __launch_bounds__(256, BLOCKS)
   begin_tile(place_of(tile).y);
   load_second_unit();
   __syncthreads();
-  constexpr int kAhead = STAGES - 2;
+  constexpr int kAhead = STAGES - 2;  // the other two: the unit being multiplied and the one that ends meanwhile
   if (threadIdx.x == 0) {
     wait_for_previous_kernel();
     loader = {tile, place_of(tile).x, begin, begin, begin + count, 0, 0};
@@ -242,6 +249,7 @@ __global__ void __launch_bounds__(256, BLOCKS)
         }
       }
     }
+    if (PREFETCH > 0 && unit + PREFETCH < count) prefetch_weight(PREFETCH);
     weight += kUnitBytes;
     if (++stage == STAGES) stage = 0, parity ^= 1;
   };
@@ -278,10 +286,10 @@ __global__ void __launch_bounds__(256, BLOCKS)
 #endif
 }
 
-template <class T, int BN, int MI, int STAGES, int BLOCKS, int GROUP, bool LOOP>
+template <class T, int BN, int MI, int STAGES, int BLOCKS, int GROUP, int PREFETCH, bool LOOP>
 cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const Part24& part, cudaStream_t stream, int* capacity) {
   using Tile = WgmmaTile<T, BN, MI, STAGES>;
-  auto kernel = linear_2_4_wgmma<T, BN, MI, STAGES, BLOCKS, GROUP, LOOP>;
+  auto kernel = linear_2_4_wgmma<T, BN, MI, STAGES, BLOCKS, GROUP, PREFETCH, LOOP>;
   static std::atomic<bool> ready[kMaxDevices];
   const cudaError_t status = allow_shared_bytes(reinterpret_cast<const void*>(kernel), Tile::kSharedBytes, ready);
   if (status != cudaSuccess) return status;

@@ -2,8 +2,9 @@
 
 On CUDA a kernel takes W as the sparse operand of the tensor cores, from the layout of
 :mod:`surgeon_kernels.linear_2_4_layout`. Few tokens: ``mma.sp``, bound by the time to read W. Many tokens, on Hopper:
-sparse ``wgmma``. Sums are fp32, added in an order that depends on the sizes and the device only: the same inputs give
-the same bits. Everywhere else the reference multiplies by the unpacked weight.
+sparse ``wgmma``, or cuSPARSELt where the caller keeps the weight in its form as well. Sums are fp32, added in an order
+that depends on the sizes, the device and the kernel that :func:`~surgeon_kernels.linear_2_4_tune.tune_2_4` may have
+chosen: the same inputs give the same bits. Everywhere else the reference multiplies by the unpacked weight.
 """
 
 from __future__ import annotations
