@@ -56,8 +56,10 @@ def test_three_parts_of_eight_bits_hold_a_float32():
     assert split_reference(torch.zeros(0, 3)).shape == (3, 0, 3)
 
 
+@pytest.mark.parametrize("run", [split_matmul.RUN, 64, 300])
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.5])
-def test_products_of_parts_are_as_exact_as_float32(beta):
+def test_products_of_parts_are_as_exact_as_float32(beta, run, monkeypatch):
+    monkeypatch.setattr(split_matmul, "RUN", run)
     generator = torch.Generator().manual_seed(1)
     A, B = torch.randn(40, 300, generator=generator), torch.randn(300, 20, generator=generator)
     before = torch.randn(40, 20, generator=generator)
