@@ -199,7 +199,7 @@ class PruneConfig:
             require_number(name, getattr(self, name), 0.0, math.inf)
         require_number("lora_learning_rate", self.lora_learning_rate, 0.0, math.inf)
         require_positive_int("lora_steps", self.lora_steps)
-        if self.lora_rank != 0:
+        if self.lora_rank != 0 or isinstance(self.lora_rank, bool):
             require_positive_int("lora_rank", self.lora_rank)
         require_number("min_kept", self.min_kept, 0.0, 1.0, low_allowed=True)
         assert self.sparsity is not None
@@ -207,8 +207,7 @@ class PruneConfig:
             raise InputError(
                 f"sparsity {self.sparsity} cannot be met while min_kept keeps {self.min_kept} of every layer"
             )
-        if not isinstance(self.checkpoint_activations, bool):
-            raise InputError(f"checkpoint_activations must be true or false, not {self.checkpoint_activations!r}")
+        require_bool("checkpoint_activations", self.checkpoint_activations)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed must be a whole number of at least 0, not {self.seed!r}")
 
@@ -305,8 +304,9 @@ class PruneConfig:
             self._set("allocation", "global" if self.importance == "kronecker" else "local")
         require_choice("allocation", self.allocation, ALLOCATIONS)
         require_positive_int("round_to", self.round_to)
-        if not isinstance(self.uniform, bool):
-            raise InputError(f"uniform must be true or false, not {self.uniform!r}")
+        require_bool("uniform", self.uniform)
+        if not isinstance(self.skip_layers, str):
+            raise InputError(f"skip_layers must be text such as '0-3,30,31', not {self.skip_layers!r}")
         self.skipped_layers  # noqa: B018 (refuses what it cannot read)
         if structure.coupled and self.method != "surgeon":
             raise InputError(f"structure {structure.kind!r} needs method 'surgeon': choose an importance instead")
@@ -335,6 +335,11 @@ class PruneConfig:
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+
+
+def require_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, not {value!r}")
 
 
 def require_positive_int(name: str, value: object) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llm_surgeon.config import require_positive_int
 from llm_surgeon.errors import InputError
 from llm_surgeon.text import read_text as read_text
 
@@ -121,6 +122,7 @@ def choose_seqlen(wanted: int | None, model: nn.Module) -> int:
     longest = getattr(model.config, "max_position_embeddings", None)
     if wanted is None:
         return min(2048, longest or 2048)
+    require_positive_int("seqlen", wanted)
     if longest is not None and wanted > longest:
         raise InputError(f"seqlen {wanted} is longer than the {longest} positions of the model")
     return wanted

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.config import require_positive_int
 from llm_surgeon.data import require_windows
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models import evaluation_mode
@@ -46,7 +47,9 @@ def perplexity(
     if largest >= len(embeddings):
         raise InputError(f"evaluation windows hold token id {largest}, and the model has {len(embeddings)} embeddings")
     count, seqlen = windows.shape
-    batch_size = batch_size or max(1, _BATCH_TOKENS // seqlen)
+    if batch_size is None:
+        batch_size = max(1, _BATCH_TOKENS // seqlen)
+    require_positive_int("batch_size", batch_size)
     total = 0.0
     with evaluation_mode(model):
         for start in range(0, count, batch_size):

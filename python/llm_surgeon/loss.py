@@ -77,9 +77,13 @@ def next_token_loss(
 
 
 def _overwritable(logits: Tensor) -> bool:
-    """Whether the logits come straight from a matrix product, whose backward pass reads only its factors."""
+    """Whether the logits come straight from a matrix product, whose backward pass reads only its factors.
+
+    Not where they are a view of that product (a head with a bias): autograd derives the backward step of a changed view
+    anew, and the interpreter dies when a hook is then added to it.
+    """
     step = logits.grad_fn
-    while step is not None and step.name() in ("UnsafeViewBackward0", "ViewBackward0"):
+    if step is not None and step.name() == "UnsafeViewBackward0":
         step = step.next_functions[0][0]
     return step is not None and step.name() in ("MmBackward0", "AddmmBackward0")
 

@@ -266,14 +266,15 @@ def _probe(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, s
         groups[name] = readers.setdefault((id(x), x._version), name)
 
     embedding = model.get_input_embeddings().weight
-    ids = torch.arange(_PROBE_SHAPE[0] * _PROBE_SHAPE[1], device=embedding.device) % embedding.shape[0]
+    ids = torch.arange(_PROBE_SHAPE[1], device=embedding.device).repeat(_PROBE_SHAPE[0], 1)
+    ids[1, -1] += 1  # the sequences differ in their last token alone
     hooks = [
         linear.register_forward_hook(lambda _, args, y, name=name: record(name, args[0], y))
         for name, linear in linears.items()
     ]
     try:
         with evaluation_mode(model):
-            output = model(input_ids=ids.view(_PROBE_SHAPE), use_cache=False)
+            output = model(input_ids=ids % embedding.shape[0], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -281,6 +282,12 @@ def _probe(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, s
     if logits is None or logits.shape[:-1] != _PROBE_SHAPE:
         raise UnsupportedModelError(
             f"{type(model).__name__} gives no logits for every token: load a causal language model"
+        )
+    earlier = logits[:, :-1]
+    if bool(((earlier[0] - earlier[1]).abs() > torch.finfo(logits.dtype).eps ** 0.5 * earlier.abs().max()).any()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads ahead: a later token changes the logits of those before it, so that they "
+            "predict nothing; load a causal language model"
         )
     for name in linears:
         if name not in groups:

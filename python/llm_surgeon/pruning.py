@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.config import PruneConfig, require_bool
 from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import Decoder, check_finite, find_decoder
@@ -156,6 +156,8 @@ class CheckpointJob:
         trust_remote_code: bool = False,
         device: str | None = None,
     ) -> None:
+        require_bool("overwrite", overwrite)  # "no" in quotes, from a YAML file, must not delete anything
+        require_bool("trust_remote_code", trust_remote_code)
         self.source, self.out, self.overwrite = str(source), Path(out), overwrite
         check_output(self.out, self.source, overwrite)
         text = read_text(str(calibration), "calibration")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 import llm_surgeon.checkpoint.load as load_module
 from llm_surgeon.checkpoint import load_model
@@ -141,8 +142,9 @@ def test_configurations_that_cannot_be_loaded(changes: dict[str, Any], message: 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen2"])
 def test_a_missing_tokenizer(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="tokenizer"):
+    with pytest.raises(InputError, match=r"without a tokenizer|tokenizer of model .* is missing") as caught:
         load_model(tmp_path)
+    assert not str(caught.value).endswith(":")
 
 
 def test_a_damaged_tokenizer(tmp_path: Path) -> None:
@@ -150,6 +152,28 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(tmp_path)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    size = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**size)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="is a t5, not a causal language model"):
+        load_model(tmp_path)
+
+
+def test_no_name_is_not_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no model folder ''"):
+        load_model("")
+
+
+def test_weights_that_are_not_used_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_folder(tmp_path, build("llama"))
+    edit_json(tmp_path / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    model, _, _ = load_model(tmp_path)
+    assert len(model.model.layers) == 1
+    assert "does not use: model.layers.1.input_layernorm.weight (9 in all)" in caplog.text
 
 
 def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -94,6 +94,22 @@ def test_eval_prints_the_perplexity(tmp_path, capsys):
     assert float(capsys.readouterr().out) == pytest.approx(22.795, abs=0.005)
 
 
+def test_eval_refuses_windows_and_batches_of_no_size(capsys):
+    for options in (("--seqlen", 1), ("--seqlen", -5), ("--batch-size", 0), ("--limit", 0)):
+        assert surgeon("eval", MODEL, "--data", TEXT, *options) == 2
+        assert f"Invalid value for '{options[0]}'" in capsys.readouterr().err
+
+
+def test_running_out_of_gpu_memory_is_one_sentence(tmp_path, sentence, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("llm_surgeon.pruning.prune", exhausted)
+    assert surgeon("prune", MODEL, tmp_path / "out", *SMALL) == 1
+    assert "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. A smaller --batch-size" in sentence()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_info_and_summary_are_readable(tmp_path, capsys):
     assert surgeon("info") == 0
     text = capsys.readouterr().out
@@ -139,7 +155,13 @@ def test_unknown_flags_and_missing_arguments_are_usage_errors(capsys):
     [
         ("sparsity: [", "cannot be read"),
         ("- 1", "must hold option: value"),
-        ("sparsty: 0.5", "unknown option 'sparsty'"),
+        ("sparsty: 0.5", "unknown option 'sparsty': do you mean 'sparsity'?"),
+        ("dry-run: true", "unknown option 'dry_run': choose among allocation"),
+        ("overwrite: 'no'", "overwrite must be true or false, not 'no'"),
+        ("trust_remote_code: 'no'", "trust_remote_code must be true or false, not 'no'"),
+        ("{structure: groups, skip_layers: 3}", "skip_layers must be text such as '0-3,30,31', not 3"),
+        ("lora_rank: false", "lora_rank must be a whole number"),
+        ("device: [cpu]", "device ['cpu'] cannot be used here"),
     ],
 )
 def test_bad_config_files(tmp_path, sentence, content, words):
@@ -147,6 +169,13 @@ def test_bad_config_files(tmp_path, sentence, content, words):
     config.write_text(content)
     assert surgeon("prune", MODEL, tmp_path / "out", *SMALL, "--config", config) == 2
     assert words in sentence()
+
+
+def test_the_calibration_in_a_config_file_is_text(tmp_path, sentence):
+    config = tmp_path / "prune.yaml"
+    config.write_text("calibration:")
+    assert surgeon("prune", MODEL, tmp_path / "out", "--config", config) == 2
+    assert "calibration must be text, not None" in sentence()
 
 
 def test_text_that_is_empty_or_too_short(tmp_path, sentence):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import NumericalError, UnsupportedModelError
@@ -48,6 +48,14 @@ PHI3 = [
     ("mlp.gate_up_proj", "mlp.gate_up_proj", (96, 32), False),
     ("mlp.down_proj", "mlp.down_proj", (32, 48), False),
 ]
+PHI = [
+    ("self_attn.q_proj", "self_attn.q_proj", (32, 32), True),
+    ("self_attn.k_proj", "self_attn.q_proj", (32, 32), True),
+    ("self_attn.v_proj", "self_attn.q_proj", (32, 32), True),
+    ("self_attn.dense", "self_attn.dense", (32, 32), True),
+    ("mlp.fc1", "self_attn.q_proj", (48, 32), True),
+    ("mlp.fc2", "mlp.fc2", (32, 48), True),
+]
 EXPECTED = {
     "llama": ("model.layers", LLAMA),
     "mistral": ("model.layers", LLAMA),
@@ -57,6 +65,7 @@ EXPECTED = {
     "opt": ("model.decoder.layers", OPT),
     "gpt_neox": ("gpt_neox.layers", GPT_NEOX),
     "phi3": ("model.layers", PHI3),
+    "phi": ("model.layers", PHI),
     "gpt2": ("transformer.h", GPT2),
 }
 
@@ -326,3 +335,18 @@ def test_the_probe_fits_a_tiny_vocabulary() -> None:
     model = build("llama")
     model.resize_token_embeddings(3)
     assert len(find_decoder(model).linears) == 14
+
+
+def test_a_model_that_reads_ahead_is_refused() -> None:
+    config = BertConfig(
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=1.0,
+    )
+    with pytest.raises(UnsupportedModelError, match=r"^BertLMHeadModel reads ahead: a later token changes"):
+        find_decoder(BertLMHeadModel(config).eval())
+    config.is_decoder = True
+    assert len(find_decoder(BertLMHeadModel(config).eval()).linears) == 6

@@ -49,6 +49,11 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3", {key: value for key, value in _LLAMA_LIKE.items() if key != "head_dim"}),
+    # Its output head has a bias.
+    "phi": (
+        "Phi",
+        {key: value for key, value in _LLAMA_LIKE.items() if key not in ("head_dim", "num_key_value_heads")},
+    ),
     "gpt2": ("GPT2", {"n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     # Refused (fused experts): not among NAMES.
     "mixtral": ("Mixtral", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),

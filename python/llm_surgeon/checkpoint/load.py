@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,9 @@ from llm_surgeon.packed.format import QUANT_METHOD
 from llm_surgeon.resources import hub_reachable, require_memory
 from llm_surgeon.stored import StoredTensor, read_headers
 from llm_surgeon.structures import modeling_pruned
+
+_REMOTE_CODE = "model {!r} needs the code that comes with it: read that code, then pass --trust-remote-code"
+_logger = logging.getLogger(__name__)
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a model needs from its hub repository: no pickles, and no other formats, which lie in subfolders.
@@ -65,6 +69,7 @@ def load_model(
         numbers += 2 * sum(tensor.numbers for key, tensor in stored.items() if key.endswith(".values"))
     for place in {torch.device("cpu"), torch.device(device or "cpu")}:  # read into main memory, then moved
         require_memory(numbers * dtype.itemsize, place)
+    tokenizer = _load_tokenizer(name, folder, trust_remote_code)  # before the weights, which may take minutes
     model: PreTrainedModel
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -75,15 +80,14 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if device is not None:
             model.to(device)
-    # Readers of configurations, weights and tokenizers raise whatever they please, even plain Exception.
+    # Readers of configurations and weights raise whatever they please, even plain Exception.
     except Exception as error:
-        if "trust_remote_code" in str(error) and not trust_remote_code:
-            raise InputError(
-                f"model {name!r} needs the code that comes with it: read that code, then pass --trust-remote-code"
-            ) from error
+        _refuse_remote_code(name, error, trust_remote_code)
+        if "Unrecognized configuration class" in str(error):
+            kind = config.get("model_type")
+            raise UnsupportedModelError(f"model {name!r} is a {kind}, not a causal language model") from error
         raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     # transformers fills what it does not find with random numbers.
     if missing := sorted(info["missing_keys"]):
@@ -93,11 +97,30 @@ def load_model(
         raise InputError(
             f"model {name!r} stores {key} as {tuple(stored)}, where its configuration says {tuple(expected)}"
         )
+    if unused := sorted(info["unexpected_keys"]):
+        _logger.warning("model %r stores weights it does not use: %s (%d in all)", name, unused[0], len(unused))
+    model.config.name_or_path = name  # the hub id rather than the cache folder it lies in
+    return model, tokenizer, own_dtype
+
+
+def _load_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the reader of that kind of tokenizer pleases to raise
+        _refuse_remote_code(name, error, trust_remote_code)
+        raise InputError(
+            f"the tokenizer of model {name!r} is missing or cannot be loaded: {first_line(error)}"
+        ) from error
     # A folder without the tokenizer's files can give a tokenizer that knows special tokens only.
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise InputError(f"model {name!r} comes without a tokenizer")
-    model.config.name_or_path = name  # the hub id rather than the cache folder it lies in
-    return model, tokenizer, own_dtype
+    return tokenizer
+
+
+def _refuse_remote_code(name: str, error: Exception, trust_remote_code: bool) -> None:
+    """Raise :class:`InputError` where ``error`` says that code which comes with the model would have to run."""
+    if "trust_remote_code" in str(error) and not trust_remote_code:
+        raise InputError(_REMOTE_CODE.format(name)) from error
 
 
 def _trusted(name: str, folder: Path, trust_remote_code: bool) -> bool:
@@ -109,14 +132,14 @@ def _trusted(name: str, folder: Path, trust_remote_code: bool) -> bool:
     named = all(str(value).startswith("modeling_pruned.") for value in auto_map.values())
     if named and shipped.is_file() and shipped.read_bytes() == own.read_bytes():
         return True
-    raise InputError(f"model {name!r} needs the code that comes with it: read that code, then pass --trust-remote-code")
+    raise InputError(_REMOTE_CODE.format(name))
 
 
 def _folder_of(name: str) -> Path:
     """The local folder of a model, downloaded first where ``name`` is a hub id."""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():  # the path of no name is the current folder
         return Path(name)
-    if Path(name).exists():
+    if name and Path(name).exists():
         raise InputError(f"model {name!r} is a file: pass the folder that holds it, with its config.json")
     try:
         huggingface_hub.utils.validate_repo_id(name)
@@ -183,4 +206,4 @@ def _weight_files(name: str, folder: Path) -> list[Path]:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, with the second where that is only announced, or the error's name."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])

@@ -6,16 +6,19 @@ Exit codes: 0 done, 1 failure, 2 bad usage or input.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 import typer
 import yaml
 
 from llm_surgeon.checkpoint import load_model
+from llm_surgeon.checkpoint.load import first_line
 from llm_surgeon.cli import views
 from llm_surgeon.cli.bench import bench_app
 from llm_surgeon.cli.compact import compact
@@ -79,18 +82,21 @@ def _option(name: str, text: str, *flags: str) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and turns errors into one line on stderr and an exit code."""
     transformers.utils.logging.disable_progress_bar()  # its bars would run through ours
+    transformers.utils.logging.set_verbosity_error()  # what is wrong with a model is said here, in one sentence
     try:
         app(args=arguments, prog_name="surgeon")
     except InputError as error:
         _fail(error, 2)
     except SurgeonError as error:
         _fail(error, 1)
+    except torch.OutOfMemoryError as error:
+        _fail(f"out of GPU memory: {first_line(error)} A smaller --batch-size takes less, and prune --offload cpu", 1)
 
 
 @app.command()
 def prune(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")],
     structure: Annotated[
         str | None, _option("structure", "2:4, any N:M, unstructured, rows-columns, groups, width, layers.")
     ] = None,
@@ -183,7 +189,7 @@ def prune(
         for name, value in locals().items()
         if value is not None and name not in ("model", "out", "config", "dry_run", "quiet")
     }
-    options = {**_read_yaml(config), **flags}
+    options = {**_read_yaml(config, known={*_DEFAULTS, *_JOB_OPTIONS}), **flags}
     job_options = {name: options.pop(name) for name in _JOB_OPTIONS if name in options}
     job_options.setdefault("calibration", "wikitext2")
     settings = PruneConfig.from_mapping(options)
@@ -202,15 +208,15 @@ def prune(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
     data: Annotated[str, typer.Option(help=f"{DATA_HELP}; its test part is used.")] = "wikitext2",
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per pass.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.", min=2)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per pass.", min=1)] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="Instead: zero-shot accuracy on these of lm-eval's tasks (a,b,c); llm-pruner: its seven."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "float32",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -239,7 +245,7 @@ app.add_typer(bench_app, name="bench")
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("demo-output"),
+    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="Folder to write.")] = Path("demo-output"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -255,7 +261,7 @@ def info() -> None:
     views.print_info(console)
 
 
-def _read_yaml(path: Path | None) -> dict[str, Any]:
+def _read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
@@ -265,9 +271,17 @@ def _read_yaml(path: Path | None) -> dict[str, Any]:
         raise InputError(f"config file {path} cannot be read: {reason}") from error
     if not isinstance(options, dict):
         raise InputError(f"config file {path} must hold option: value lines")
-    return {str(name).replace("-", "_"): value for name, value in options.items()}
+    options = {str(name).replace("-", "_"): value for name, value in options.items()}
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            advice = f"do you mean {nearest[0]!r}?" if nearest else f"choose among {', '.join(sorted(known))}"
+            raise InputError(f"config file {path} holds the unknown option {name!r}: {advice}")
+    if not isinstance(options.get("calibration", ""), str):
+        raise InputError(f"calibration must be text, not {options['calibration']!r}, in config file {path}")
+    return options
 
 
-def _fail(error: SurgeonError, code: int) -> None:
+def _fail(error: SurgeonError | str, code: int) -> None:
     print(f"surgeon: {error}", file=sys.stderr)
     sys.exit(code)

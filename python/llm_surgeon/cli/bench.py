@@ -34,7 +34,7 @@ def bench() -> None:
 
 @bench_app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a 2:4 model, dense or packed.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a 2:4 model, dense or packed.")],
     packed: Annotated[Path | None, typer.Option(help="MODEL packed; left out, it is packed in memory.")] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option(help="Sequences at once, repeatable (default: 1, 16).")

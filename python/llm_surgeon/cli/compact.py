@@ -13,8 +13,10 @@ from llm_surgeon.structures.compact import compact_checkpoint
 
 
 def compact(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a model with zero rows and columns.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub id of a model with zero rows and columns.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")],
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,

@@ -12,8 +12,10 @@ from llm_surgeon.packed.checkpoint import pack_checkpoint
 
 
 def pack(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a 2:4 model, as `surgeon prune` writes it.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or hub id of a 2:4 model, as `surgeon prune` writes it.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")],
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,

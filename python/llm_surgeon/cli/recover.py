@@ -22,8 +22,8 @@ def _option(name: str, text: str) -> Any:
 
 
 def recover(
-    model: Annotated[str, typer.Argument(help="A pruned checkpoint folder.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pruned checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")],
     teacher: Annotated[str | None, typer.Option(help="The dense checkpoint: distil from it.")] = None,
     method: Annotated[str | None, _option("method", " | ".join(METHODS))] = None,
     preset: Annotated[str | None, typer.Option(help="Settings of a paper: " + " | ".join(PRESETS))] = None,

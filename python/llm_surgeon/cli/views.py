@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llm_surgeon.demo import DemoResult
 from llm_surgeon.pruning import CheckpointJob
-from llm_surgeon.report.text import duration
+from llm_surgeon.report.text import duration, plural
 from llm_surgeon.resources import human_bytes
 from llm_surgeon.zero_shot import TaskScore
 from surgeon_kernels import build_info
@@ -20,7 +20,8 @@ def print_plan(console: Console, job: CheckpointJob) -> None:
     """What a run would prune, and the memory, disk and time it would take."""
     config, linears, plan = job.config, job.decoder.linears, job.plan()
     weights = sum(linear.rows * linear.columns for linear in linears)
-    assert config.sparsity is not None
+    sparsity, shots = config.sparsity, config.shots
+    assert sparsity is not None and shots is not None
     table = Table("layers", "kind", "rows × columns", title=f"{job.source}: {len(linears)} linear layers")
     shapes = Counter((linear.kind, linear.rows, linear.columns) for linear in linears)
     for (kind, rows, columns), count in shapes.items():
@@ -30,8 +31,8 @@ def print_plan(console: Console, job: CheckpointJob) -> None:
     host = f" and {human_bytes(plan.host_bytes)} of main memory" if plan.host_bytes else ""
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.by_kind().items() if size)
     console.print(
-        f"method {config.method}, structure {config.structure}, update {config.update}, {config.shots} shots: "
-        f"would remove {round(config.sparsity * weights):,} of {weights:,} weights\n"
+        f"method {config.method}, structure {config.structure}, update {config.update}, {plural(shots, 'shot')}: "
+        f"would remove {round(sparsity * weights):,} of {weights:,} weights\n"
         f"{plan.batch_size} windows of {config.seqlen} tokens at a time, {config.samples} in all, "
         f"{passes} for the curvature of a shot\n"
         f"memory {human_bytes(plan.memory_bytes)}{host}, disk {human_bytes(plan.disk_bytes)}, "
