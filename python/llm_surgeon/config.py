@@ -112,7 +112,8 @@ class PruneConfig:
             class derives the width of a head from the number of heads (OPT, GPT-NeoX, GPT-2), all heads stay.
         skip_layers: decoder blocks that lose no groups: ``"0-3,30,31"``.
         reconstruct: after the last shot fit every linear, by least squares with ``damp_a``, to what the dense model
-            computes on the calibration data. Left out: where groups are compensated for (``update="joint"``).
+            computes on the calibration data. Left out: where groups or layers are compensated for
+            (``update="joint"``).
         samples, seqlen: calibration windows and their length in tokens (``seqlen`` left out: 2048 or the
             model's own limit, whichever is shorter).
         batch_size: windows per forward and backward pass (left out: about 4096 tokens, or by a GPU's free memory).
@@ -288,11 +289,13 @@ class PruneConfig:
         require_choice("update", self.update, UPDATES)
         if self.method != "surgeon" and self.update != "none":
             raise InputError(f"update {self.update!r} needs method 'surgeon', not {self.method!r}")
-        fits = structure.kind == "groups" and self.update == "joint"
+        fits = structure.kind in ("groups", "layers") and self.update == "joint"
         if self.reconstruct is None:
             self._set("reconstruct", fits)
-        if not isinstance(self.reconstruct, bool) or (self.reconstruct and structure.kind != "groups"):
-            raise InputError(f"reconstruct must be true or false, and true for groups only, not {self.reconstruct!r}")
+        if not isinstance(self.reconstruct, bool) or (self.reconstruct and structure.kind not in ("groups", "layers")):
+            raise InputError(
+                f"reconstruct must be true or false, and true for groups and layers only, not {self.reconstruct!r}"
+            )
         if structure.kind == "rows-columns" and self.update == "chunked":
             raise InputError("update 'chunked' has no meaning for rows-columns: 'joint' is their exact closed form")
         if structure.coupled and self.update not in ("joint", "none"):

@@ -50,7 +50,7 @@ def test_the_block_with_the_smallest_measured_rise_goes():
         with skipped(decoder.blocks, [depth]):
             losses.append(mean_loss(model, data, 6))
     kept = decoder.blocks[losses.index(max(losses))]
-    report = prune(model, TOKENS, structure="layers", sparsity=0.5)
+    report = prune(model, TOKENS, structure="layers", sparsity=0.5, reconstruct=False)
     assert list(model.model.layers) == [kept]
     assert report.sparsity == 0.5 and sorted(layer.sparsity for layer in report.layers) == [0.0] * 7 + [1.0] * 7
     shot = report.shots[0]

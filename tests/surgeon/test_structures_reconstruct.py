@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from llm_surgeon import InputError, PruneConfig, prune
+from llm_surgeon.capture import mean_loss
 from llm_surgeon.data import Calibration
 from llm_surgeon.models import find_decoder
+from llm_surgeon.structures.blocks import skipped
 from llm_surgeon.structures.reconstruct import reconstruct
-from tests.surgeon.tiny_models import VOCABULARY, build
+from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(0))
 WRITERS = {
@@ -81,6 +83,42 @@ def test_post_norm_blocks_are_fitted_output_by_output():
     torch.testing.assert_close(logits(model), logits(dense), rtol=0.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("depth, left", [(1, 1e-6), (0, 0.1)])
+def test_blocks_that_stay_take_over_what_a_skipped_one_added(depth, left):
+    """An OPT block that adds a constant: biases before it make up for all, after it (behind a norm) for most of it."""
+    dense = build("opt", torch.float64)
+    linears = {linear.name: linear for linear in find_decoder(dense).linears if linear.depth == depth}
+    for linear in linears.values():
+        if linear.kind in WRITERS["opt"]:
+            constant = torch.zeros_like(linear.matrix(torch.float64))
+            constant[:, -1] = torch.linspace(-1.0, 1.0, linear.rows)
+            linear.write(constant)
+    model = copy.deepcopy(dense)
+    decoder = find_decoder(model)
+    with skipped(decoder.blocks, [depth]):
+        before = float((logits(model) - logits(dense)).norm())
+    own = copy.deepcopy(decoder.blocks[depth].state_dict())
+    data = Calibration(TOKENS)
+    reconstruct(model, decoder, decoder.blocks, set(WRITERS["opt"]), data, damping=1e-12, batch_size=5, skipped=[depth])
+    with skipped(decoder.blocks, [depth]):
+        assert float((logits(model) - logits(dense)).norm()) < left * before
+    assert all(torch.equal(value, own[name]) for name, value in decoder.blocks[depth].state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_blocks_are_made_up_for(name):
+    dense = build(name)
+    distances = []
+    for chosen in (False, True):
+        model = build(name)
+        report = prune(model, TOKENS, structure="layers", sparsity=0.5, reconstruct=chosen)
+        distances.append(float((logits(model) - logits(dense)).norm()))
+        assert ("reconstruction" in report.shots[-1].seconds) == chosen
+    assert distances[1] < distances[0]
+    rise = mean_loss(model, Calibration(TOKENS), 6) - mean_loss(dense, Calibration(TOKENS), 6)
+    assert report.shots[-1].measured_increase == pytest.approx(rise, abs=1e-5)
+
+
 def test_pruned_groups_come_closer_to_the_dense_model_and_stay_removed():
     dense = build("llama")
     distances, sizes = [], []
@@ -98,6 +136,8 @@ def test_it_is_the_default_where_groups_are_compensated_for_and_refused_elsewher
     assert PruneConfig(structure="groups", update="none").reconstruct is False
     assert PruneConfig(structure="groups", importance="vector").reconstruct is False
     assert PruneConfig(structure="2:4").reconstruct is False
-    for structure in ("2:4", "layers"):
+    assert PruneConfig(structure="layers").reconstruct is True
+    assert PruneConfig(structure="layers", importance="taylor1").reconstruct is False
+    for structure in ("2:4", "width"):
         with pytest.raises(InputError, match="reconstruct"):
             PruneConfig(structure=structure, reconstruct=True)

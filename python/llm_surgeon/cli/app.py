@@ -150,7 +150,7 @@ def prune(
     skip_layers: Annotated[str | None, _option("skip_layers", "Groups: blocks left alone, 0-3,30,31.")] = None,
     reconstruct: Annotated[
         bool | None,
-        _option("reconstruct", "Groups: at the end, fit all linears to the dense model's activations (default: yes)."),
+        _option("reconstruct", "Groups, layers: fit linears to the dense model's activations at last (default: yes)."),
     ] = None,
     calibration: Annotated[str | None, _option("calibration", f"{DATA_HELP} (default: wikitext2).")] = None,
     samples: Annotated[int | None, _option("samples", "Calibration windows.")] = None,

@@ -20,13 +20,17 @@ from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.importance import line_importance, weight_gradients
 from llm_surgeon.structures.narrow import probe_logits, same_logits, undone_on_failure
+from llm_surgeon.structures.reconstruct import reconstruct
+from llm_surgeon.structures.residual import find_ends
 
 
 class BlockLoop(ShotLoop):
     """Removes the fewest whole blocks that hold the sparsity asked for, one per shot.
 
     With ``importance="kronecker"`` a block's cost is the rise of the calibration loss without it, measured by a
-    forward pass for every block still there; the other importances are those of its weights, summed.
+    forward pass for every block still there: a block is no small perturbation that curvature could tell of. The other
+    importances are those of its weights, summed. With ``reconstruct`` the blocks that stay take over, by least squares,
+    what a linear map can of those that go.
     """
 
     def _run(self) -> None:
@@ -46,6 +50,11 @@ class BlockLoop(ShotLoop):
         self.removed: list[int] = []
         while sum(self._sizes[depth] for depth in self.removed) < target:
             self._shot(len(self.removed) + 1)
+        if config.reconstruct:
+            with self._phase("reconstruction", self.reports[-1].seconds):
+                self._reconstruct()
+        with skipped(self.decoder.blocks, self.removed):
+            self._record_loss_after(self.reports[-1], mean_loss(self.model, self.calibration, self.batch_size))
 
     def finish(self) -> None:
         """Take the blocks out of the model."""
@@ -69,8 +78,20 @@ class BlockLoop(ShotLoop):
         self.reports.append(ShotReport(index, gone, gone, loss_before=loss, predicted_increase=after, seconds=seconds))
         if index > 1:
             self._record_loss_after(self.reports[-2], loss)
-        with skipped(self.decoder.blocks, self.removed):
-            self._record_loss_after(self.reports[-1], mean_loss(self.model, self.calibration, self.batch_size))
+
+    def _reconstruct(self) -> None:
+        self._before_update()
+        reconstruct(
+            self.model,
+            self.decoder,
+            self.decoder.blocks,
+            {writer.kind for writer in find_ends(self.model, self.decoder)[1]},
+            self.calibration,
+            damping=self.config.damp_a,
+            batch_size=self.batch_size,
+            skipped=self.removed,
+            progress=self.progress.step,
+        )
 
     def _costs(self, left: list[int], loss: float) -> dict[int, float]:
         importance = self.config.importance

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -29,76 +30,82 @@ def reconstruct(
     *,
     damping: float,
     batch_size: int,
+    skipped: Collection[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Change every linear so that the residual stream follows the dense model's as closely as it can.
 
     In order of execution, with ``a`` the pruned model's input of a linear (all linears before it being fitted already)
     and ``r`` what its output lacks, ``W += E[r aᵀ] (E[a aᵀ] + λ mean(diag) I)⁻¹``. For a linear that writes to the
-    residual stream ``r`` also holds what the stream lacked before it. Rows that are zero stay so, and so do the columns
-    of inputs that are always zero.
+    residual stream ``r`` also holds what the stream lacked before it and, for the last one before skipped blocks, what
+    these would have added. Rows that are zero stay so, and so do the columns of inputs that are always zero.
 
     Args:
-        dense: the decoder's blocks before pruning.
+        dense: the decoder's blocks before pruning; where blocks are skipped and nothing else, they may be its own.
         writers: kinds of the linears whose outputs are added to the residual stream.
         damping: λ.
+        skipped: depths of the blocks that the pruned model goes without.
 
     Raises:
         NumericalError: a moment matrix is not positive definite; the message names the layer.
     """
-    device = model.get_input_embeddings().weight.device
+    device, blocks = model.get_input_embeddings().weight.device, decoder.blocks
+    kept = [depth for depth in range(len(blocks)) if depth not in skipped]
     with evaluation_mode(model), fused(nn.ModuleList([model, *dense])):
         batches = [record_batch(model, decoder, *batch) for batch in calibration.batches(batch_size, device)]
         streams = [batch.hidden for batch in batches]  # the dense model's
-        for depth, block in enumerate(decoder.blocks):
+
+        def advance(depths: range) -> None:
+            for depth in depths:
+                for index, batch in enumerate(batches):
+                    streams[index] = replace(batch, hidden=streams[index]).run(dense[depth], like=blocks[depth])
+
+        advance(range(kept[0]))
+        for depth, end in zip(kept, [*kept[1:], len(blocks)], strict=True):
             linears = [linear for linear in decoder.linears if linear.depth == depth]
-            fit = _BlockFit(block, dense[depth], linears, writers, batches, streams)
+            fit = _BlockFit(blocks[depth], linears, writers, batches)
+            fit.run_dense(dense[depth], streams)
+            advance(range(depth + 1, end))
             for group in dict.fromkeys(linear.input_group for linear in linears):
-                fit.update([linear for linear in linears if linear.input_group == group], damping)
-            streams = fit.targets_out
+                fit.update([linear for linear in linears if linear.input_group == group], streams, damping)
+            fit.finish()
             del fit  # the next block's activations would lie beside this one's
-            for batch in batches:
-                batch.hidden = batch.run(block)
             if progress is not None:
-                progress(depth + 1, len(decoder.blocks))
+                progress(depth + 1, len(blocks))
 
 
 class _BlockFit:
-    """One block's linears, their outputs in the dense model, and what the residual stream lacks."""
+    """One block's linears, with what they put out in the dense model and, once they are fitted, in the pruned one."""
 
     def __init__(
-        self,
-        block: nn.Module,
-        dense: nn.Module,
-        linears: list[PrunableLinear],
-        writers: set[str],
-        batches: list[BlockBatch],
-        streams: list[Tensor],
+        self, block: nn.Module, linears: list[PrunableLinear], writers: set[str], batches: list[BlockBatch]
     ) -> None:
         self._block, self._linears, self._batches = block, linears, batches
         self._writers = [linear for linear in linears if linear.kind in writers]
-        self._lacking = [stream - batch.hidden for stream, batch in zip(streams, batches, strict=True)]
-        self.targets: list[dict[str, Tensor]] = []  # per batch: outputs of the dense linears
-        self.targets_out: list[Tensor] = []
-        for batch, stream in zip(batches, streams, strict=True):
-            own, batch.hidden = batch.hidden, stream
+        self._wanted: list[dict[str, Tensor]] = []  # by batch: the dense model's outputs of linears yet to be fitted
+        self._fitted: list[dict[nn.Module, Tensor]] = [{} for _ in batches]
+        self._lacking: list[Tensor] = []  # by batch: what the stream lacks where the next writer adds to it
+        self._adds = False
+
+    def run_dense(self, dense: nn.Module, streams: list[Tensor]) -> None:
+        """Run the dense model's block on its streams, and note what its linears put out."""
+        for index, batch in enumerate(self._batches):
             outputs: dict[str, Tensor] = {}
+            stream = streams[index]
             with ExitStack() as hooks:
-                for linear in linears:
+                for linear in self._linears:
                     module = dense.get_submodule(linear.kind)
                     hooks.enter_context(module.register_forward_hook(partial(_note, outputs, linear.kind)))
-                self.targets_out.append(batch.run(dense, like=block))
-            batch.hidden = own
-            self.targets.append(outputs)
-        # With a norm behind a writer its output is not what is added to the stream.
-        self._adds = self._is_sum(streams[0])
+                streams[index] = replace(batch, hidden=stream).run(dense, like=self._block)
+            if index == 0:  # with a norm behind a writer its output is not what is added to the stream
+                parts = [outputs[writer.kind].view_as(stream) for writer in self._writers]
+                self._adds = bool(parts) and agree(stream + torch.stack(parts).sum(dim=0), streams[0])
+            self._wanted.append(outputs)
+            self._lacking.append(stream - batch.hidden)
+        self._own = list(streams)
 
-    def _is_sum(self, stream: Tensor) -> bool:
-        parts = [self.targets[0][writer.kind].view_as(stream) for writer in self._writers]
-        return agree(stream + torch.stack(parts).sum(dim=0), self.targets_out[0]) if parts else False
-
-    def update(self, readers: list[PrunableLinear], damping: float) -> None:
-        """Fit the linears that read one input."""
+    def update(self, readers: list[PrunableLinear], streams: list[Tensor], damping: float) -> None:
+        """Fit the linears that read one input; ``streams`` are the dense model's where the next block begins."""
         ones = any(linear.has_bias for linear in readers)
         first = readers[0]
         dtype = torch.promote_types(first.module.get_parameter("weight").dtype, torch.float32)
@@ -106,44 +113,48 @@ class _BlockFit:
         moment = SymmetricAccumulator.zeros(first.columns + ones, dtype=dtype, device=device)
         cross = {x.name: torch.zeros(x.rows, first.columns + ones, dtype=dtype, device=device) for x in readers}
         tokens = sum(batch.tokens for batch in self._batches)
+        inputs = []
         for index, batch in enumerate(self._batches):
-            a, outputs = self._run_up_to(first, batch)
-            outputs |= {linear.kind: linear.module(a) for linear in readers}
+            a = self._input_of(first, index)
+            inputs.append(a)
             mask = None if batch.mask is None else batch.mask.to(a.device).view(a.shape[:-1])
             gram_accumulate_(moment, a, mask=mask, ones_column=ones)
-            a = a.reshape(-1, a.shape[-1])
             for linear in readers:
-                lack = (self.targets[index][linear.kind] - outputs[linear.kind]).reshape(len(a), -1)
+                lack = self._wanted[index][linear.kind] - linear.module(a)
                 if linear in self._writers and self._adds:
-                    lack = lack + self._lack_before(linear, index, outputs).view_as(lack)
+                    lack += self._lacking[index].view_as(lack)
+                    if linear is self._writers[-1] and streams[index] is not self._own[index]:
+                        lack += (streams[index] - self._own[index]).view_as(lack)
+                lack = lack.reshape(-1, linear.rows)
                 if mask is not None:
                     lack = lack * mask.reshape(-1, 1)
-                cross[linear.name][:, : first.columns] += _product(lack.to(a.dtype), a)
+                cross[linear.name][:, : first.columns] += _product(lack, a.reshape(-1, a.shape[-1]))
                 if ones:
                     cross[linear.name][:, -1] += lack.to(dtype).sum(dim=0)
         self._solve(readers, moment.full().div_(tokens), cross, tokens, damping)
+        for index, a in enumerate(inputs):
+            for linear in readers:
+                output, wanted = linear.module(a), self._wanted[index].pop(linear.kind)
+                self._fitted[index][linear.module] = output
+                if linear in self._writers and self._adds:
+                    self._lacking[index] = self._lacking[index] + (wanted - output).view_as(self._lacking[index])
 
-    def _run_up_to(self, linear: PrunableLinear, batch: BlockBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The input of ``linear``, and the outputs of the writers that run before it."""
-        outputs: dict[str, Tensor] = {}
-        with ExitStack() as hooks:
-            for writer in self._writers:
-                hooks.enter_context(writer.module.register_forward_hook(partial(_note, outputs, writer.kind)))
-            hooks.enter_context(linear.module.register_forward_pre_hook(_stop))
-            try:
-                batch.run(self._block)
-            except _Reached as reached:
-                return reached.input, outputs
+    def finish(self) -> None:
+        """Take the pruned model's streams through the fitted block."""
+        for batch, known in zip(self._batches, self._fitted, strict=True):
+            with _answering(known):
+                batch.hidden = batch.run(self._block)
+
+    def _input_of(self, linear: PrunableLinear, index: int) -> Tensor:
+        handle = linear.module.register_forward_pre_hook(_stop)
+        try:
+            with _answering(self._fitted[index]):
+                self._batches[index].run(self._block)
+        except _Reached as reached:
+            return reached.input
+        finally:
+            handle.remove()
         raise AssertionError(f"{linear.name} was not reached")
-
-    def _lack_before(self, linear: PrunableLinear, index: int, outputs: dict[str, Tensor]) -> Tensor:
-        """What the residual stream lacks when the output of ``linear`` is added to it."""
-        lack = self._lacking[index]
-        for writer in self._writers:
-            if writer is linear:
-                break
-            lack = lack + (self.targets[index][writer.kind] - outputs[writer.kind]).view_as(lack)
-        return lack
 
     def _solve(
         self, readers: list[PrunableLinear], moment: Tensor, cross: dict[str, Tensor], tokens: int, damping: float
@@ -170,6 +181,22 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
         return torch.mm(x.T, y, out_dtype=torch.float32)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.to(dtype).T @ y.to(dtype)
+
+
+@contextmanager
+def _answering(outputs: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Linears return what they are known to, whatever they are given, for a while."""
+    for module, output in outputs.items():
+        module.forward = partial(_known, output)
+    try:
+        yield
+    finally:
+        for module in outputs:
+            del module.forward
+
+
+def _known(output: Tensor, _: Tensor) -> Tensor:
+    return output
 
 
 def _note(found: dict[str, Tensor], kind: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -52,7 +52,7 @@ def find_residual(model: PreTrainedModel, decoder: Decoder) -> Residual:
     """
     width = model.get_input_embeddings().weight.shape[1]
     head = model.get_output_embeddings()
-    readers, writers = _ends(model, decoder)
+    readers, writers = find_ends(model, decoder)
     explained = {id(linear.module) for linear in decoder.linears} | {id(head)}
     embeddings, norms = [], []
     for name, module in model.named_modules():
@@ -79,7 +79,8 @@ def find_residual(model: PreTrainedModel, decoder: Decoder) -> Residual:
     return Residual(width, readers, writers, embeddings, norms, outside[-1], head, tied)
 
 
-def _ends(model: PreTrainedModel, decoder: Decoder) -> tuple[list[PrunableLinear], list[PrunableLinear]]:
+def find_ends(model: PreTrainedModel, decoder: Decoder) -> tuple[list[PrunableLinear], list[PrunableLinear]]:
+    """The linears that read the residual stream, and those that write to it."""
     known: dict[Any, Dependencies] = {}
     readers, writers = [], []
     for depth, block in enumerate(decoder.blocks):
