@@ -317,6 +317,8 @@ class PruneConfig:
             raise InputError("uniform keeps one width for all blocks: leave skip_layers out")
         if structure.kind == "width" and self.skip_layers:
             raise InputError("skip_layers has no meaning for width: channels leave every block")
+        if structure.kind in ("width", "layers") and self.lora_rank:
+            raise InputError(f"lora_rank has no meaning for {structure.kind}: recover the pruned model instead")
         defaults = {"importance": "kronecker", "round_to": 1, "uniform": False, "skip_layers": ""}
         for name, default in defaults.items():
             if not structure.coupled and getattr(self, name) != default:

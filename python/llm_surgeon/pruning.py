@@ -38,6 +38,7 @@ def prune(
     structure: str = "2:4",
     *,
     config: PruneConfig | None = None,
+    correction_data: Any = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneReport:
@@ -50,6 +51,8 @@ def prune(
             mappings with ``input_ids`` and, optionally, ``attention_mask``.
         structure: ``"2:4"``, any ``"N:M"``, ``"unstructured"``, ``"rows-columns"`` or ``"groups"`` (a smaller model).
         config: every option at once, in place of ``structure`` and ``options``.
+        correction_data: what low-rank corrections (``lora_rank``) learn from, given like ``calibration``, which they
+            learn from where it is left out.
         progress: receiver of progress; none by default.
         **options: fields of :class:`PruneConfig`.
 
@@ -65,6 +68,8 @@ def prune(
     elif options or structure != "2:4":
         raise InputError("give either config or single options, not both")
     windows = Calibration.of(calibration)
+    if correction_data is not None and not config.lora_rank:
+        raise InputError("data for low-rank corrections mean nothing without lora_rank")
     samples, seqlen = windows.input_ids.shape
     config = dataclasses.replace(config, samples=samples, seqlen=seqlen)
     decoder = find_decoder(model)
@@ -79,6 +84,8 @@ def prune(
     kind = loops.get(config.pattern.kind, ShotLoop)
     with _memory_capped(config):
         loop = kind(model, decoder, windows, config, progress or Progress())
+        if correction_data is not None:
+            loop.correction_data = Calibration.of(correction_data)
         with _restored_on_failure(decoder, wait=config.offload == "cpu") as saved:
             loop.run(before_update=saved)
             loop.finish()
@@ -106,6 +113,7 @@ def prune_checkpoint(
     config: PruneConfig | None = None,
     *,
     calibration: str = "wikitext2",
+    lora_data: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     device: str | None = None,
@@ -121,6 +129,7 @@ def prune_checkpoint(
 
     Args:
         calibration: ``"wikitext2"``, ``"c4"`` or a path, see :func:`~llm_surgeon.data.read_text`.
+        lora_data: the same for what low-rank corrections learn from (left out: the calibration windows).
         overwrite: replace an ``out`` that is not empty.
         trust_remote_code: run model code that comes with the checkpoint.
         **options: fields of :class:`PruneConfig`, where ``config`` is not given.
@@ -135,6 +144,7 @@ def prune_checkpoint(
         out,
         config or PruneConfig(**options),
         calibration=calibration,
+        lora_data=lora_data,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         device=device,
@@ -152,6 +162,7 @@ class CheckpointJob:
         config: PruneConfig,
         *,
         calibration: str,
+        lora_data: str | None = None,
         overwrite: bool = False,
         trust_remote_code: bool = False,
         device: str | None = None,
@@ -160,7 +171,10 @@ class CheckpointJob:
         require_bool("trust_remote_code", trust_remote_code)
         self.source, self.out, self.overwrite = str(source), Path(out), overwrite
         check_output(self.out, self.source, overwrite)
+        if lora_data is not None and not config.lora_rank:
+            raise InputError("lora_data means nothing without lora_rank")
         text = read_text(str(calibration), "calibration")
+        lora_text = None if lora_data is None else read_text(str(lora_data), "calibration")
         self.device = choose_device(device)
         # What is offloaded never lies on the GPU as a whole. A CPU computes faster, and no less exactly, in float32.
         home = torch.device("cpu") if config.offload == "cpu" else self.device
@@ -174,8 +188,10 @@ class CheckpointJob:
         assert self.config.seqlen is not None
         self.decoder = find_decoder(self.model)
         _check_model(self.model, self.decoder, self.config)
-        self.calibration = calibration_windows(
-            tokenize(text, self.tokenizer), self.config.samples, self.config.seqlen, self.config.seed
+        shape = self.config.samples, self.config.seqlen, self.config.seed
+        self.calibration = calibration_windows(tokenize(text, self.tokenizer), *shape)
+        self.correction_data = (
+            None if lora_text is None else calibration_windows(tokenize(lora_text, self.tokenizer), *shape)
         )
 
     def plan(self) -> Plan:
@@ -193,7 +209,13 @@ class CheckpointJob:
             require_memory(plan.host_bytes - loaded, "cpu")
         require_disk(self.out, plan.disk_bytes)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            report = prune(self.model, self.calibration, config=self.config, progress=progress)
+            report = prune(
+                self.model,
+                self.calibration,
+                config=self.config,
+                correction_data=self.correction_data,
+                progress=progress,
+            )
         write_pruned(self.model, self.tokenizer, self.out, self.dtype, report, self.source, self.overwrite)
         return report
 

@@ -45,6 +45,7 @@ class ShotLoop:
         self, model: nn.Module, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
     ) -> None:
         self.model, self.decoder, self.calibration = model, decoder, calibration
+        self.correction_data = calibration  # what low-rank corrections learn from
         self.config, self.progress = config, progress
         self.device = compute_device(model, config)
         # Where curvature and masks are kept between the passes and the layers' turns.
@@ -119,7 +120,7 @@ class ShotLoop:
             with self._phase("correction", seconds):
                 from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
 
-                correct(self.model, self.decoder, self.calibration, config, index, self.progress)
+                correct(self.model, self.decoder, self.correction_data, config, index, self.progress)
         self.reports.append(
             ShotReport(
                 index=index,

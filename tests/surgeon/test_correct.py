@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llm_surgeon import prune
+from llm_surgeon import prune, prune_checkpoint
 from llm_surgeon.capture import mean_loss
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import Calibration
@@ -13,6 +13,7 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.models import find_decoder
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.correct import correct
+from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.test_recovery import half_zero, text_windows, weights
 from tests.surgeon.tiny_models import build
 
@@ -61,6 +62,41 @@ def test_in_a_run_every_shot_is_corrected_and_the_report_says_so():
     for linear in find_decoder(corrected).linears:
         groups = linear.matrix()[:, : linear.columns].unflatten(1, (-1, 4))
         assert int((groups != 0).sum(-1).max()) <= 2
+
+
+def test_corrections_learn_from_a_text_of_their_own():
+    other = (IDS * 7) % 61 + 1  # another order of the tokens
+    losses = []
+    for data in (None, other):
+        model = build("llama")
+        options = {"structure": "2:4", "shots": 1, "lora_rank": 4, "lora_steps": 16, "lora_learning_rate": 1e-2}
+        prune(model, IDS, **options, correction_data=data)
+        losses.append(mean_loss(model, Calibration(other), 8))
+    assert losses[1] < losses[0] - 0.3
+
+
+def test_the_text_of_corrections_is_an_option_of_checkpoints(tmp_path, monkeypatch):
+    source = save_folder(tmp_path / "dense", build("llama"))
+    for name, seed in (("text", 0), ("other", 1)):
+        words = " ".join(f"w{int(token)}" for token in text_windows(40, seed).flatten())
+        (tmp_path / f"{name}.txt").write_text(words)
+    common = {"calibration": str(tmp_path / "text.txt"), "samples": 8, "seqlen": 16, "device": "cpu", "shots": 1}
+    found = []
+    monkeypatch.setattr("llm_surgeon.pruning.write_pruned", lambda model, *rest: found.append(weights(model)))
+    for data in (None, str(tmp_path / "text.txt"), str(tmp_path / "other.txt")):
+        prune_checkpoint(source, tmp_path / "out", **common, lora_data=data, lora_rank=2, lora_steps=2)
+    assert all(torch.equal(found[1][name], weight) for name, weight in found[0].items())
+    assert not all(torch.equal(found[2][name], weight) for name, weight in found[0].items())
+    with pytest.raises(InputError, match="lora_data means nothing without lora_rank"):
+        prune_checkpoint(source, tmp_path / "none", **common, lora_data=common["calibration"])
+    with pytest.raises(InputError, match="without lora_rank"):
+        prune(build("llama"), IDS, correction_data=IDS)
+
+
+@pytest.mark.parametrize("structure", ["width", "layers"])
+def test_structures_without_corrections_refuse_them(structure):
+    with pytest.raises(InputError, match=f"lora_rank has no meaning for {structure}"):
+        PruneConfig(structure=structure, lora_rank=2)
 
 
 @pytest.mark.parametrize("options", [{"lora_rank": -1}, {"lora_rank": 2, "lora_steps": 0}, {"lora_learning_rate": 0.0}])

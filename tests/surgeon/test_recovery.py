@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from llm_surgeon import prune_checkpoint
+from llm_surgeon import prune, prune_checkpoint
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import find_decoder
 from llm_surgeon.recovery.config import RecoverConfig
@@ -124,10 +124,40 @@ def test_the_best_state_is_kept_and_training_stops_early():
     assert math.isclose(report.loss_after, min(held_out), rel_tol=1e-4)
 
 
+def test_the_learning_rate_rises_and_falls_along_a_cosine():
+    options = OPTIONS | {"steps": 20, "eval_every": 1, "warmup_steps": 4, "patience": 100}
+    report = recover(half_zero("llama"), WINDOWS, HELD_OUT, learning_rate=1e-3, **options)
+    rates = {int(entry["step"]): entry["learning_rate"] for entry in report.log if "learning_rate" in entry}
+    assert sorted(rates) == list(range(1, 21))
+    for step, rate in rates.items():  # of the step that was made
+        done = step - 1
+        share = done / 4 if done < 4 else 0.5 * (1 + math.cos(math.pi * (done - 4) / 16))
+        assert rate == pytest.approx(1e-3 * share, abs=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured", "groups"])
+def test_every_structure_is_recovered(structure):
+    """By distillation from the dense model, what prune() has just left."""
+    model, dense = build("llama"), build("llama")
+    prune(model, WINDOWS, structure=structure, shots=1)
+    zeros = [linear.module.weight == 0 for linear in find_decoder(model).linears]
+    report = recover(model, WINDOWS, WINDOWS[:8], teacher=dense, method="full", learning_rate=3e-3, **OPTIONS)
+    assert [entry["step"] for entry in report.log if "loss" in entry] == [4, 8, 12]
+    losses = [entry["loss"] for entry in report.log if "loss" in entry]
+    assert losses[-1] < losses[0]
+    after = [linear.module.weight == 0 for linear in find_decoder(model).linears]
+    assert all(map(torch.equal, after, zeros))
+    assert report.zeros == sum(int(zero.sum()) for zero in zeros) and (report.zeros > 0) == (structure != "groups")
+
+
 def test_refusals():
     model, frozen = build("llama"), build("llama").requires_grad_(False)
     with pytest.raises(InputError, match="frozen"):
         recover(frozen, WINDOWS, HELD_OUT)
+    quantized = build("llama")
+    quantized.is_quantized = True
+    with pytest.raises(InputError, match="quantized"):
+        recover(quantized, WINDOWS, HELD_OUT)
     with pytest.raises(InputError, match="unknown option 'stepz'"):
         recover(model, WINDOWS, HELD_OUT, stepz=3)
     with pytest.raises(InputError, match="batch_size 4 is not divisible by micro_batch_size 3"):
@@ -140,7 +170,11 @@ def test_refusals():
         recover(model, WINDOWS, HELD_OUT, teacher=small)
 
 
-def test_preset_gives_way_to_options():
+def test_preset_is_the_papers_and_gives_way_to_options():
+    config = RecoverConfig.from_mapping({"preset": "llm-pruner"})
+    assert (config.method, config.rank, config.alpha, config.dropout) == ("lora", 8, 16.0, 0.05)
+    assert (config.learning_rate, config.batch_size, config.seqlen, config.warmup_steps) == (1e-4, 64, 256, 100)
+    assert config.steps * config.batch_size == pytest.approx(2 * 49_600, rel=0.01)  # epochs of cleaned Alpaca
     config = RecoverConfig.from_mapping({"preset": "llm-pruner", "steps": 7, "warmup_steps": 1})
     assert (config.rank, config.alpha, config.learning_rate, config.steps) == (8, 16.0, 1e-4, 7)
 

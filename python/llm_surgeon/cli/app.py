@@ -50,7 +50,7 @@ app = typer.Typer(
     add_completion=False,
 )
 # Options that prune() takes beside the fields of PruneConfig.
-_JOB_OPTIONS = ("calibration", "overwrite", "trust_remote_code", "device")
+_JOB_OPTIONS = ("calibration", "lora_data", "overwrite", "trust_remote_code", "device")
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PruneConfig)}
 
@@ -61,7 +61,7 @@ _PANELS = {
         "update", "max_correlated", "tolerance", "max_iterations", "exchanges", "fisher", "kron_rank",
         "damp_g", "damp_a",
     ),
-    "Shots": ("shots", "schedule", "min_kept", "lora_rank", "lora_steps", "lora_learning_rate"),
+    "Shots": ("shots", "schedule", "min_kept", "lora_rank", "lora_steps", "lora_learning_rate", "lora_data"),
     "Smaller models (groups, width, layers)": (
         "importance", "allocation", "round_to", "uniform", "skip_layers", "reconstruct",
     ),
@@ -166,6 +166,7 @@ def prune(
     ] = None,
     lora_steps: Annotated[int | None, _option("lora_steps", "Training steps of each correction.")] = None,
     lora_learning_rate: Annotated[float | None, _option("lora_learning_rate", "Their peak learning rate.")] = None,
+    lora_data: Annotated[str | None, _option("lora_data", "Text they learn from (default: the windows).")] = None,
     offload: Annotated[
         str | None, _option("offload", " | ".join(OFFLOADS) + ": stream weights and factors through main memory.")
     ] = None,

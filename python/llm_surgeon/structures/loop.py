@@ -86,7 +86,7 @@ class GroupLoop(ShotLoop):
             with self._phase("correction", seconds):
                 from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
 
-                correct(self.model, self.decoder, self.calibration, config, index, self.progress)
+                correct(self.model, self.decoder, self.correction_data, config, index, self.progress)
         self.reports.append(
             ShotReport(
                 index=index,
