@@ -219,7 +219,7 @@ __global__ __launch_bounds__(Shape::kThreads, kBlocks) void factor_kernel(Factor
 
 cudaError_t factor_chunks(const GatheredSystems& systems, const int* chunks, int count, int tiles, float* factors,
                           int* scratch, int* level, cudaStream_t stream) {
-  if (count == 0) return cudaSuccess;
+  if (count == 0 || tiles == 0) return cudaSuccess;
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);

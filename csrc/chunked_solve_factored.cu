@@ -235,7 +235,7 @@ __global__ __launch_bounds__(Shape::kThreads, 2) void solve_kernel(Solving f) {
 cudaError_t solve_factored(const GatheredSystems& systems, const int* chunks, int count, int tiles, const float* factors,
                            const Targets& targets, float* solution, const int* level, float* scratch,
                            cudaStream_t stream) {
-  if (count == 0) return cudaSuccess;
+  if (count == 0 || tiles == 0) return cudaSuccess;
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);

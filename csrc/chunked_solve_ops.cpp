@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> chunked_solve(const Tensor& G_inv, const Tensor& A_in
               "chunked_solve: target must be contiguous float32");
   const int64_t* ends = offsets.const_data_ptr<int64_t>();
   const int64_t chunks = offsets.numel() - 1;
-  TORCH_CHECK(ends[0] == 0 && ends[chunks] <= target.numel() && target.numel() == rows.numel() &&
+  TORCH_CHECK(ends[0] == 0 && ends[chunks] == target.numel() && target.numel() == rows.numel() &&
                   rows.numel() == columns.numel() && rows.device() == target.device(),
               "chunked_solve: offsets must start at 0, and rows, columns and target be as long as the chunks");
   const c10::cuda::CUDAGuard guard(target.device());

@@ -9,10 +9,15 @@ namespace {
 
 using at::Tensor;
 
+void check_pattern(const Tensor& weight, int64_t n, int64_t m) {
+  TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.numel() == 0), "weights must be [R, C], rows dense");
+  TORCH_CHECK(0 < n && n < m && m <= surgeon::kLargestGroup && weight.size(1) % m == 0, "no N:M pattern of the weights");
+}
+
 template <typename T>
 surgeon::NmProblem<T> nm_problem(const Tensor& weight, const std::optional<Tensor>& g, const std::optional<Tensor>& a,
                                  int64_t n, int64_t m, Tensor& invalid) {
-  TORCH_CHECK(0 < n && n < m && m <= surgeon::kLargestGroup && weight.size(1) % m == 0, "no N:M pattern of the weights");
+  check_pattern(weight, n, m);
   TORCH_CHECK(g.has_value() == a.has_value(), "both factors or none");
   TORCH_CHECK(invalid.scalar_type() == at::kBool && invalid.numel() == 1 && invalid.device() == weight.device(),
               "invalid must be one bool on the weights' device");
@@ -43,6 +48,7 @@ Tensor nm_select(const Tensor& weight, const std::optional<Tensor>& g, const std
 Tensor nm_group_cost(const Tensor& weight, const std::optional<Tensor>& g, const std::optional<Tensor>& a, int64_t n,
                      int64_t m, Tensor& invalid) {
   const c10::cuda::CUDAGuard guard(weight.device());
+  check_pattern(weight, n, m);  // before m divides
   const Tensor cost = at::empty({weight.size(0), weight.size(1) / m}, weight.options().dtype(at::kFloat));
   C10_CUDA_CHECK(surgeon::with_type(weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

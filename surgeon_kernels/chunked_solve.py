@@ -35,7 +35,8 @@ def chunked_solve(
     are three of tf32 for one of float32; a subnormal pivot counts as zero. The same inputs give the same bits.
 
     Args:
-        G_inv: ``[R, R]``; A_inv: ``[C, C]``; rows, columns: int64 ``[n]``; target: ``[n]``.
+        G_inv: ``[R, R]``; A_inv: ``[C, C]``; rows, columns: int64 ``[n]``, inside them (the extension does not look);
+            target: ``[n]``.
         offsets: int64 ``[B + 1]``, from 0 to n, on the CPU.
 
     Returns:

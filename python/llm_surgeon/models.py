@@ -144,6 +144,29 @@ def check_finite(decoder: Decoder) -> None:
             raise NumericalError(f"{name} holds NaN or infinity")
 
 
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """One forward pass over two short sequences: every token gets logits, and they depend on no later token.
+
+    Raises:
+        UnsupportedModelError: otherwise: it is no causal language model.
+    """
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(_PROBE_SHAPE[1], device=embedding.device).repeat(_PROBE_SHAPE[0], 1)
+    ids[1, -1] += 1  # the sequences differ in their last token alone
+    logits = getattr(model(input_ids=ids % embedding.shape[0], use_cache=False), "logits", None)
+    if logits is None or logits.shape[:-1] != _PROBE_SHAPE:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives no logits for every token: load a causal language model"
+        )
+    earlier = logits[:, :-1]
+    if bool(((earlier[0] - earlier[1]).abs() > torch.finfo(logits.dtype).eps ** 0.5 * earlier.abs().max()).any()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads ahead: a later token changes the logits of those before it, so that they "
+            "predict nothing; load a causal language model"
+        )
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """``model.eval()`` for a while; afterwards every module has its own ``training`` flag back."""
@@ -265,30 +288,16 @@ def _probe(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, s
         # The version tells a tensor from the same tensor changed in place since.
         groups[name] = readers.setdefault((id(x), x._version), name)
 
-    embedding = model.get_input_embeddings().weight
-    ids = torch.arange(_PROBE_SHAPE[1], device=embedding.device).repeat(_PROBE_SHAPE[0], 1)
-    ids[1, -1] += 1  # the sequences differ in their last token alone
     hooks = [
         linear.register_forward_hook(lambda _, args, y, name=name: record(name, args[0], y))
         for name, linear in linears.items()
     ]
     try:
         with evaluation_mode(model):
-            output = model(input_ids=ids % embedding.shape[0], use_cache=False)
+            check_causal(model)
     finally:
         for hook in hooks:
             hook.remove()
-    logits = getattr(output, "logits", None)
-    if logits is None or logits.shape[:-1] != _PROBE_SHAPE:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} gives no logits for every token: load a causal language model"
-        )
-    earlier = logits[:, :-1]
-    if bool(((earlier[0] - earlier[1]).abs() > torch.finfo(logits.dtype).eps ** 0.5 * earlier.abs().max()).any()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} reads ahead: a later token changes the logits of those before it, so that they "
-            "predict nothing; load a causal language model"
-        )
     for name in linears:
         if name not in groups:
             raise UnsupportedModelError(f"{name} does not run in a forward pass: it cannot be pruned")

@@ -18,7 +18,7 @@ from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
 from llm_surgeon.config import PruneConfig, require_bool
 from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
-from llm_surgeon.models import Decoder, check_finite, find_decoder
+from llm_surgeon.models import Decoder, check_causal, check_finite, evaluation_mode, find_decoder
 from llm_surgeon.offload import copies_in_main_memory
 from llm_surgeon.plan import Plan, compute_device, make_plan
 from llm_surgeon.progress import Progress
@@ -259,6 +259,8 @@ def load_for_evaluation(
     model, tokenizer, _ = load_model(
         source, dtype, choose_device(device), trust_remote_code=trust_remote_code, packed=True
     )
+    with evaluation_mode(model):
+        check_causal(model)
     return model, evaluation_windows(tokenize(text, tokenizer), choose_seqlen(seqlen, model))
 
 

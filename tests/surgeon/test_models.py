@@ -9,7 +9,7 @@ from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import NumericalError, UnsupportedModelError
-from llm_surgeon.models import check_finite, find_decoder
+from llm_surgeon.models import check_causal, check_finite, find_decoder
 from tests.surgeon.tiny_models import NAMES, build
 
 LLAMA = [
@@ -348,5 +348,7 @@ def test_a_model_that_reads_ahead_is_refused() -> None:
     )
     with pytest.raises(UnsupportedModelError, match=r"^BertLMHeadModel reads ahead: a later token changes"):
         find_decoder(BertLMHeadModel(config).eval())
+    with pytest.raises(UnsupportedModelError, match="reads ahead"):
+        check_causal(BertLMHeadModel(config).eval())
     config.is_decoder = True
     assert len(find_decoder(BertLMHeadModel(config).eval()).linears) == 6

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM
 
 from llm_surgeon import NumericalError, UnsupportedModelError
 from llm_surgeon.models import find_decoder
@@ -234,3 +234,23 @@ def test_a_failed_cut_leaves_the_model_as_it_was():
     assert type(model).__name__ == "LlamaForCausalLM"
     assert torch.equal(logits(model), before) and set(model.state_dict()) == names
     assert model.config.to_json_string() == config
+
+
+def test_a_block_that_adds_in_place_to_what_a_linear_returns() -> None:
+    config = FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    model = FalconForCausalLM(config).double().eval()
+    decoder = find_decoder(model)
+    heads, neurons = find_dimensions(model, decoder)
+    assert (heads.groups, heads.parts, neurons.groups) == (1, 4, 128)
+    removed = [(heads, torch.tensor([[True, False, False, False]])), (neurons, choose(neurons, 0, 7, 127))]
+    zero(removed)
+    before = logits(model)
+    narrow(model, decoder, removed)
+    torch.testing.assert_close(logits(model), before, rtol=0.0, atol=1e-8)
+
+
+def test_a_block_that_does_not_run_on_its_own_is_refused() -> None:
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
+    model = BloomForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModelError, match="a BloomBlock cannot be probed on its own: structured pruning"):
+        find_dimensions(model, find_decoder(model))

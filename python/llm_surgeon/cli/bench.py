@@ -37,7 +37,7 @@ def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a 2:4 model, dense or packed.")],
     packed: Annotated[Path | None, typer.Option(help="MODEL packed; left out, it is packed in memory.")] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(help="Sequences at once, repeatable (default: 1, 16).")
+        list[int] | None, typer.Option(help="Sequences at once, repeatable (default: 1, 16).", min=1)
     ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=1)] = 64,
@@ -63,6 +63,10 @@ def generate(
     """Prefill and decode speed of a 2:4 MODEL, dense against packed: tokens per second, memory, bytes on disk."""
     place, number = choose_device(device), None if dtype is None else parse_dtype(dtype)
     ways = decoding or ([Decoding.GENERATE, Decoding.GRAPH] if place.type == "cuda" else [Decoding.EAGER])
+    if cusparselt and place.type != "cuda":
+        raise InputError(f"cuSPARSELt needs an NVIDIA GPU, not {place}")
+    if csv_file is not None and not csv_file.absolute().parent.is_dir():
+        raise InputError(f"{str(csv_file)!r} cannot be written: there is no folder {str(csv_file.parent)!r}")
     causal_lm = _load(model if packed is None else str(packed), number, trust_remote_code)
     if packed is not None and not _is_packed(causal_lm):
         raise InputError(f"{str(packed)!r} is not packed: make it with surgeon pack")

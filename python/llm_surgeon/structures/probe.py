@@ -39,7 +39,8 @@ class Stub(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen = x.detach().reshape(-1, TOKENS, x.shape[-1])
-        return self.output.expand(len(self.seen), -1, -1).reshape(*x.shape[:-1], -1)
+        # A tensor of its own: some models add to what a linear returns in place.
+        return self.output.expand(len(self.seen), -1, -1).reshape(*x.shape[:-1], -1).clone()
 
 
 class StubbedBlock:
@@ -61,8 +62,16 @@ class StubbedBlock:
             stub.output = outputs[kind]
         batch = max(len(hidden), *(len(output) for output in outputs.values()))
         inputs = {key: _expand(value, batch) for key, value in self.inputs.items()}
-        with torch.no_grad():
-            out = self.block(hidden.expand(batch, -1, -1), **inputs)
+        try:
+            with torch.no_grad():
+                out = self.block(hidden.expand(batch, -1, -1).clone(), **inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the model's own code makes of such a batch
+            raise UnsupportedModelError(
+                f"a {type(self.block).__name__} cannot be probed on its own: structured pruning of this architecture "
+                "is not supported"
+            ) from error
         out = out[0] if isinstance(out, tuple) else out
         return {kind: stub.seen for kind, stub in self.stubs.items()}, out
 
