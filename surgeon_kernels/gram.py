@@ -46,7 +46,7 @@ def gram_accumulate_(
         ``out``.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
     """
     _check(out, x, mask, ones_column)
     rows, mask = _rows(x, mask)
@@ -147,5 +147,8 @@ def _check(out: Tensor | SymmetricAccumulator, x: Tensor, mask: Tensor | None, o
         raise ValueError(
             f"out must be float32 or float64 [{size}, {size}] for x {list(x.shape)}, not {out.dtype} {list(shape)}"
         )
+    if x.device != out.device or (mask is not None and mask.device != x.device):
+        places = ", ".join(str(t.device) for t in (out, x, mask) if t is not None)
+        raise ValueError(f"out, x and mask must be on one device, not {places}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
         raise ValueError(f"mask must be bool {list(x.shape[:-1])}, not {mask.dtype} {list(mask.shape)}")

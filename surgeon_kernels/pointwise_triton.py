@@ -75,7 +75,7 @@ def rotary_kernel(
     """All heads of one token: ``y = R x``, or ``Rᵀ x``, ``R`` rotating the pairs ``(x_d, x_(d + half))``."""
     batch = (tl.program_id(0) // length).to(tl.int64)
     token = (tl.program_id(0) % length).to(tl.int64)
-    h = tl.arange(0, BLOCK_H)[:, None]
+    h = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]  # heads may lie far apart
     d = tl.arange(0, BLOCK_D)[None, :]
     cos += batch * cos_batch + token * cos_token + d
     sin += batch * sin_batch + token * sin_token + d

@@ -160,6 +160,8 @@ OUT, X = torch.zeros(3, 3), torch.zeros(2, 4, 3)
         (OUT, X, {"mask": torch.ones(2, 4)}, "bool"),
         (OUT, X, {"mask": torch.ones(4, 2, dtype=torch.bool)}, r"\[2, 4\]"),
         (OUT, X, {"mask": torch.ones(2, 4, 1, dtype=torch.bool)}, r"\[2, 4\]"),
+        (OUT, X.to("meta"), {}, "one device, not cpu, meta"),
+        (OUT, X, {"mask": torch.ones(2, 4, dtype=torch.bool, device="meta")}, "one device, not cpu, cpu, meta"),
     ],
 )
 def test_what_does_not_fit_is_refused(out, x, options, message):

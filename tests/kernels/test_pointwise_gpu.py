@@ -62,6 +62,16 @@ def test_rotary(dtype, batch, heads, length, dim, angles_per_sequence):
     assert rotary(x, cos, sin).stride() == x.stride()
 
 
+def test_heads_that_lie_more_than_2_31_numbers_apart():
+    length, dim, apart = 3, 4, 1 << 30
+    memory = torch.empty(2 * apart + length * dim, dtype=torch.bfloat16, device="cuda")  # 4.3 GB
+    x = memory.as_strided((1, 3, length, dim), (0, apart, dim, 1))
+    x.copy_(randn(1, 3, length, dim, dtype=torch.bfloat16))
+    cos, sin = (randn(1, length, dim, dtype=torch.bfloat16, seed=s) for s in (1, 2))
+    close = x.contiguous()
+    torch.testing.assert_close(rotary(x, cos, sin), rotary(close, cos, sin), rtol=0.0, atol=0.0)
+
+
 def test_non_contiguous_and_empty():
     x = randn(6, 200, dtype=torch.bfloat16)
     w = randn(100, dtype=torch.bfloat16)
