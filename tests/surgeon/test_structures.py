@@ -236,7 +236,7 @@ def test_a_failed_cut_leaves_the_model_as_it_was():
     assert model.config.to_json_string() == config
 
 
-def test_a_block_that_adds_in_place_to_what_a_linear_returns() -> None:
+def test_a_block_that_adds_in_place_to_what_a_linear_returns(tmp_path) -> None:
     config = FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     model = FalconForCausalLM(config).double().eval()
     decoder = find_decoder(model)
@@ -247,6 +247,9 @@ def test_a_block_that_adds_in_place_to_what_a_linear_returns() -> None:
     before = logits(model)
     narrow(model, decoder, removed)
     torch.testing.assert_close(logits(model), before, rtol=0.0, atol=1e-8)
+    model.save_pretrained(tmp_path)  # its configuration computes the width of a head, and would not be told
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, trust_remote_code=True)
+    torch.testing.assert_close(logits(again), before, rtol=0.0, atol=1e-8)
 
 
 def test_a_block_that_does_not_run_on_its_own_is_refused() -> None:

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, OPTConfig, PersimmonConfig, PersimmonForCausalLM
 
-from llm_surgeon import InputError, NumericalError, PruneConfig, prune
+from llm_surgeon import InputError, NumericalError, PruneConfig, UnsupportedModelError, prune
 from llm_surgeon.config import IMPORTANCES
 from llm_surgeon.models import find_decoder
 from llm_surgeon.structures.residual import find_residual, kept_width, remove_channels, zero_channels
@@ -137,3 +137,15 @@ def test_what_cannot_be_narrowed_is_refused_and_left_as_it_was(name, error, word
 def test_blocks_cannot_be_skipped():
     with pytest.raises(InputError, match="skip_layers has no meaning for width"):
         PruneConfig(structure="width", skip_layers="0")
+
+
+def test_a_model_that_could_not_be_loaded_again_is_left_as_it_was():
+    """Its configuration cannot tell that the norms of a head keep their width."""
+    config = PersimmonConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = PersimmonForCausalLM(config).eval()
+    before = logits(model)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be loaded again: its class builds .*layernorm"):
+        prune(model, TOKENS, structure="width", sparsity=0.25, shots=1)
+    assert torch.equal(logits(model), before) and model.config.hidden_size == 32

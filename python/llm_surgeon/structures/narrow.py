@@ -16,7 +16,7 @@ from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode
 from llm_surgeon.structures import modeling_pruned
 from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.probe import TOKENS
-from llm_surgeon.structures.rebuild import adopt, build_block, layer_config, weight_shape
+from llm_surgeon.structures.rebuild import adopt, build_block, check_rebuilds, layer_config, weight_shape
 
 # Logits may differ by rounding, as sums are made over fewer (zero) terms.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -46,6 +46,7 @@ def narrow(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Dim
         after = probe_logits(model)
         if not same_logits(after, before):
             raise NumericalError("the smaller model's logits differ from the zeroed model's")
+        check_rebuilds(model)
 
 
 def _cuts(decoder: Decoder, removed: Sequence[tuple[Dimension, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from llm_surgeon.errors import UnsupportedModelError
 
 
 def layer_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
@@ -32,6 +35,23 @@ def build_block(like: nn.Module, config: PreTrainedConfig, depth: int) -> nn.Mod
     except (ValueError, RuntimeError, ZeroDivisionError, TypeError):  # what classes say to sizes that do not fit
         return None
     return built if dict(built.named_modules()).keys() == dict(like.named_modules()).keys() else None
+
+
+def check_rebuilds(model: PreTrainedModel) -> None:
+    """Raise :class:`UnsupportedModelError` unless the model's class builds it from the configuration that is stored."""
+    name = type(model).__name__
+    try:
+        config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
+        with torch.device("meta"):
+            shapes = {key: parameter.shape for key, parameter in type(model)(config).named_parameters()}
+    except Exception as error:  # whatever a class says to a configuration that does not fit
+        raise UnsupportedModelError(f"{name} of these sizes cannot be loaded again: {error}".splitlines()[0]) from error
+    for key, parameter in model.named_parameters():
+        if shapes.get(key) != parameter.shape:
+            raise UnsupportedModelError(
+                f"{name} of these sizes cannot be loaded again: its class builds {key} otherwise than as "
+                f"{list(parameter.shape)}"
+            )
 
 
 def adopt(block: nn.Module, like: nn.Module) -> None:

@@ -35,7 +35,9 @@ def find_size_rule(
     if not checks:
         return None
     full = dimension.quantities(dimension.groups, dimension.parts)
-    head = {"head_dim": dimension.part_columns.shape[2]} if dimension.is_heads else {}
+    derived = getattr(type(config), "head_dim", None)
+    fixed = isinstance(derived, property) and derived.fset is None  # the configuration has its own way to tell it
+    head = {"head_dim": dimension.part_columns.shape[2]} if dimension.is_heads and not fixed else {}
     plain = {name: value for name, value in vars(config).items() if type(value) is int}
     for constants in [{}] if getattr(config, "head_dim", None) else [{}, head]:
         for chosen in _subsets(plain, full):
