@@ -113,7 +113,7 @@ int choice_for_many(const Linear24& call, Device& device) {
       if (best < 0 || time < least) best = number * kSplitCount + index, least = time;
     }
   }
-  return best;
+  return best < 0 ? choice_for_few(call, device) : best;  // where nothing is known to run
 }
 
 // Of cuSPARSELt 0.8's algorithms the one that was fastest, or nearly, at all sizes from this number of tokens on.

@@ -150,6 +150,26 @@ def test_the_same_seed_gives_the_same_weights_and_another_fisher_other_ones():
     assert not torch.equal(sampled, weights(fisher="empirical", seed=3))
 
 
+def test_a_schedule_removes_more_in_the_early_shots():
+    options = {"structure": "unstructured", "method": "magnitude", "sparsity": 0.4, "shots": 4}
+    for schedule, targets in ((1.0, [0.1, 0.2, 0.3, 0.4]), (2.0, [0.175, 0.3, 0.375, 0.4])):
+        report = prune(build("llama"), TOKENS, schedule=schedule, **options)
+        assert [shot.target_sparsity for shot in report.shots] == pytest.approx(targets)
+        assert [shot.sparsity for shot in report.shots] == pytest.approx(targets, abs=1e-3)
+
+
+def test_sampled_labels_are_fresh_in_every_shot(monkeypatch):
+    seeds = []
+
+    def spy(*args, **options):
+        seeds.append((options["fisher"], options["seed"]))
+        return estimate_curvature(*args, **options)
+
+    monkeypatch.setattr("llm_surgeon.shots.estimate_curvature", spy)
+    prune(build("llama"), TOKENS, method="k-obd", fisher="sampled", shots=3, seed=5)
+    assert seeds == [("sampled", 6), ("sampled", 7), ("sampled", 8)]
+
+
 def test_padding_does_not_change_what_is_pruned():
     padded = torch.nn.functional.pad(TOKENS, (0, 5), value=1)
     mask = torch.nn.functional.pad(torch.ones_like(TOKENS), (0, 5)).bool()

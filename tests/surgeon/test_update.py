@@ -138,6 +138,20 @@ def test_exchanges_lower_the_objective_at_the_same_count_and_pattern(structure, 
     assert bool((better.weight[:, :C][chosen] == 0.0).all())
 
 
+def test_an_exchange_that_does_not_pay_is_taken_back(monkeypatch):
+    linear, curvature = layer(False)
+    config = PruneConfig(structure="unstructured", tolerance=1e-9, exchanges=0)
+    g, a = DampedFactors(curvature, config, [linear], CPU).of(linear)
+    weight = linear.matrix(torch.float64)
+    selection, worst = (Selection(k_smallest([sign * weight.abs()], 20)[1][0]) for sign in (1.0, -1.0))
+    monkeypatch.setattr("llm_surgeon.update.reselect", lambda *_: worst.pruned)
+    plain, bad = (remove_and_compensate(weight, chosen, g, a, config, linear.name) for chosen in (selection, worst))
+    assert bad.objective[-1] > 1.5 * plain.objective[-1]
+    tried = remove_and_compensate(weight, selection, g, a, dataclasses.replace(config, exchanges=2), linear.name)
+    assert tried.selection is selection
+    assert torch.equal(tried.weight, plain.weight) and tried.objective == plain.objective
+
+
 def test_remove_only_zeroes():
     weight = torch.randn(R, C)
     selection = Selection(torch.rand(R, C) < 0.5)
