@@ -172,8 +172,6 @@ def test_bench_refuses_what_it_cannot_measure(pruned, sentence):  # noqa: F811
     assert "more than the 512 positions" in sentence()
     assert surgeon("bench", "generate", pruned, "--csv", "nowhere/speed.csv", "--quiet") == 2
     assert "there is no folder 'nowhere'" in sentence()
-    assert surgeon("bench", "generate", pruned, "--cusparselt", "--device", "cpu", "--quiet") == 2
-    assert "cuSPARSELt needs an NVIDIA GPU, not cpu" in sentence()
     assert surgeon("bench", "generate", pruned, "--dtype", "int8", "--quiet") == 2
     assert "unknown dtype 'int8'" in sentence()
 

@@ -236,6 +236,18 @@ def test_shared_inputs_are_inverted_once_and_jitter_is_noted(monkeypatch):
     assert factors.jitter == {"layers.0.proj": 1e-3}
 
 
+def test_the_jitter_found_for_a_factor_is_in_it_ever_after():
+    linear, curvature = layer(False)
+    A = curvature.sums(linear)[0].storage
+    A[0], A[:, 0] = 0.0, 0.0
+    A[0, 0] = -3e-5 * A.diagonal().mean()
+    factors = DampedFactors(curvature, PruneConfig(structure="unstructured", damp_a=1e-9), [linear], CPU)
+    for _ in range(2):
+        a = factors.of(linear)[1]
+        assert a.jitter == factors.jitter[linear.name] == 1e-4
+        assert bool((torch.linalg.eigvalsh(a.damped) > 0.0).all())
+
+
 def test_a_factor_that_is_not_positive_definite_names_the_layer():
     linear, curvature = layer(False)
     gram_accumulate_(curvature._gradients[linear.name], 10 * torch.eye(R, dtype=torch.float64), alpha=-1e3)

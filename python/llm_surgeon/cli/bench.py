@@ -63,8 +63,6 @@ def generate(
     """Prefill and decode speed of a 2:4 MODEL, dense against packed: tokens per second, memory, bytes on disk."""
     place, number = choose_device(device), None if dtype is None else parse_dtype(dtype)
     ways = decoding or ([Decoding.GENERATE, Decoding.GRAPH] if place.type == "cuda" else [Decoding.EAGER])
-    if cusparselt and place.type != "cuda":
-        raise InputError(f"cuSPARSELt needs an NVIDIA GPU, not {place}")
     if csv_file is not None and not csv_file.absolute().parent.is_dir():
         raise InputError(f"{str(csv_file)!r} cannot be written: there is no folder {str(csv_file.parent)!r}")
     causal_lm = _load(model if packed is None else str(packed), number, trust_remote_code)
