@@ -42,14 +42,14 @@ def residuals(arguments, solution):
 
 
 def check(arguments):
-    """Residuals are at most twice PyTorch's, which one system alone may miss by chance."""
+    """Every residual is at most twice PyTorch's."""
     arguments = on_device(arguments)
     solution, level = chunked_solve(*arguments)
     assert not level.any()
     theirs, _ = chunked_solve_reference(*arguments)
     ratio = residuals(arguments, solution) / residuals(arguments, theirs).clamp_min(2**-22)
     report = torch.stack([arguments[4].diff().double(), ratio], dim=1).tolist()
-    assert ratio.square().mean().sqrt() <= 2 and ratio.max() <= 4, report
+    assert ratio.max() <= 2, report
 
 
 @pytest.mark.parametrize("size", SIZES)
