@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from llm_surgeon import prune, prune_checkpoint
+from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import find_decoder
 from llm_surgeon.recovery.config import RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
-from llm_surgeon.recovery.recover import recover, recover_checkpoint
-from llm_surgeon.recovery.training import distillation_loss
+from llm_surgeon.recovery.recover import _split, recover, recover_checkpoint
+from llm_surgeon.recovery.training import Windows, distillation_loss
 from llm_surgeon.recovery.zeros import zero_masks
 from tests.surgeon.checkpoints import save_folder, tree
 from tests.surgeon.tiny_models import VOCABULARY, build
@@ -258,3 +259,20 @@ def test_a_model_made_smaller_is_recovered_with_its_code(folders):
     before, after = (AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) for path in (small, out))
     assert [p.shape for p in after.parameters()] == [p.shape for p in before.parameters()]
     assert sum(p.numel() for p in after.parameters()) < sum(p.numel() for p in build("llama").parameters())
+
+
+def test_neither_padding_nor_what_follows_it_is_a_label() -> None:
+    ids = torch.arange(1, 11).view(2, 5)
+    mask = torch.tensor([[False, False, True, True, True], [True, True, True, False, False]])
+    first, second = Windows(Calibration(ids, mask))
+    assert first["labels"].tolist() == [-100, -100, -100, 4, 5]
+    assert second["labels"][1:].tolist() == [7, 8, -100, -100]  # the first one predicts nothing in any case
+    assert torch.equal(first["attention_mask"], mask[0]) and torch.equal(second["input_ids"], ids[1])
+
+
+def test_training_sees_nothing_of_what_is_held_out() -> None:
+    windows, held_out = _split(torch.arange(200), RecoverConfig(seqlen=16, steps=500, batch_size=8))
+    assert windows.shape == (4000, 16) and held_out.tolist() == [list(range(184, 200))]
+    assert int(windows.min()) == 0 and int(windows.max()) == 183
+    with pytest.raises(InputError, match="the text has 31 tokens: training and held-out data need 32"):
+        _split(torch.arange(31), RecoverConfig(seqlen=16))

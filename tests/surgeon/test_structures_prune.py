@@ -15,6 +15,7 @@ from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.importance import group_importance, weight_gradients
+from llm_surgeon.structures.moves import State
 from llm_surgeon.structures.select import check_reachable, select_groups
 from surgeon_kernels import damp, objective, rows_columns_update, spd_inverse
 from tests.surgeon.checkpoints import save_folder
@@ -315,3 +316,20 @@ def test_checkpoints_of_uneven_models_load_with_the_code_that_came_with_us_only(
         file.write("# changed\n")
     with pytest.raises(InputError, match="trust-remote-code"):
         load_model(out)
+
+
+def test_a_group_that_lost_a_part_costs_what_its_other_parts_cost():
+    model = build("llama")
+    heads = find_dimensions(model, find_decoder(model))[0]
+    assert (heads.groups, heads.parts) == (2, 2)
+    costs = DimensionCosts(torch.tensor([3.0, 3.1]), torch.tensor([[2.0, 0.1], [1.0, 2.0]]))
+    state = State(heads, costs, torch.zeros(2, 2, dtype=torch.bool), PruneConfig(structure="groups"))
+    group, part = state.moves()
+    assert (group.cost, group.groups) == (3.0, 1) and (part.cost, part.parts) == (pytest.approx(1.1), 1)
+    state.apply(part)
+    assert state.mask().tolist() == [[False, True], [True, False]]
+    (group,) = state.moves()
+    assert group.cost == pytest.approx(2.1)  # of the second group now
+    state.apply(group)
+    assert state.mask().tolist() == [[False, True], [True, True]]
+    assert state.taken == heads.weights(2, 2) - heads.weights(1, 1)

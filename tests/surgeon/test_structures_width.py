@@ -69,6 +69,21 @@ def test_zero_channels_and_channels_removed_agree(name, tmp_path):
     assert torch.equal(loaded.generate(TOKENS, **options), loaded.generate(TOKENS, use_cache=False, **options))
 
 
+def test_a_head_tied_to_the_embedding_keeps_its_logits():
+    """The embedding is scaled where the stream is written, and with it the head: the last norm takes that back."""
+    config = build("llama").config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    removed = torch.arange(32) % 4 == 1
+    residual = zeroed(model, removed)
+    assert residual.tied
+    before = logits(model)
+    remove_channels(model, find_decoder(model), residual, removed)
+    torch.testing.assert_close(logits(model), before, rtol=0.0, atol=1e-5)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.shape == (VOCABULARY, 24)
+
+
 def test_every_reader_writer_and_norm_is_found():
     model = build("llama")
     residual = find_residual(model, find_decoder(model))
