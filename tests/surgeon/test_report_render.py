@@ -20,7 +20,7 @@ def test_html_tells_the_numbers(html):
     page = Page(html)
     for words in ("facebook/opt-125m", "50.0%", "27.65 → 34.00", "+22.9%", "+0.065", "predicted +0.058", "3 min 12 s"):
         assert words in page.text
-    assert "peak memory 1.5 GiB" in page.text and "1.2 M parameters" in page.text
+    assert "peak memory 1.61 GB" in page.text and "1.2 M parameters" in page.text
     assert ["1", "25.0%", "25.0%", "3.0000", "+0.0123", "+0.0150", "2.0 s", "0.5 s", "2.5 s"] in page.rows
     assert ["2", "50.0%", "50.0%", "3.0150", "+0.0456", "+0.0500", "2.5 s", "–", "2.5 s"] in page.rows
     assert [f"model.layers.1.{DOWN}", "10 × 30", "200", "66.7%"] in page.rows

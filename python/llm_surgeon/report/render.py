@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from llm_surgeon.report import plots, text
 from llm_surgeon.report.schema import PruneReport
+from llm_surgeon.resources import human_bytes
 
 METHODS = {
     "surgeon": "LLM Surgeon: Kronecker-factored curvature of the loss",
@@ -75,7 +76,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    formats = (text.percent, text.signed, text.compact, text.duration, text.memory, text.plural)
+    formats = (text.percent, text.signed, text.compact, text.duration, human_bytes, text.plural)
     environment.filters.update({function.__name__: function for function in formats})
     return environment
 

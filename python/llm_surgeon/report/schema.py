@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 import torch
 
 from llm_surgeon.errors import InputError, NumericalError
-from llm_surgeon.report.text import duration, memory, percent, plural, signed, size_table
+from llm_surgeon.report.text import duration, percent, plural, signed, size_table
+from llm_surgeon.resources import human_bytes
 
 SCHEMA_VERSION = 1
 
@@ -180,7 +181,7 @@ class PruneReport:
     def summary(self) -> str:
         """A few lines for the terminal: what was done, each shot's predicted and measured cost, perplexity."""
         options = f"structure {self.config.get('structure')}, update {self.config.get('update')}"
-        peak = f", peak memory {memory(self.peak_memory_bytes)}" if self.peak_memory_bytes else ""
+        peak = f", peak memory {human_bytes(self.peak_memory_bytes)}" if self.peak_memory_bytes else ""
         lines = [
             f"Pruned {self.model} with {self.config.get('method')} ({options}) on {self.device}",
             f"Removed {self.removed:,} of {self.weights:,} weights ({percent(self.sparsity)}) in "

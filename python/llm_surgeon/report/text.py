@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from llm_surgeon.resources import human_bytes
+
 MISSING = "–"
 
 
@@ -34,11 +36,6 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def memory(size: int) -> str:
-    """Bytes -> ``"2.1 GiB"``, or MiB below a tenth of a GiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
-
-
 def plural(count: int, noun: str) -> str:
     """``(5, "shot")`` -> ``"5 shots"``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
@@ -50,7 +47,7 @@ def size_table(sizes: dict[str, dict[str, float]]) -> list[list[str]]:
     rows = [["", "before", "after", "ratio"]]
     for key, name in names.items():
         values = [sizes[state][key] for state in ("before", "after")]
-        shown = {"bytes": lambda x: memory(int(x)), "seconds": lambda x: f"{1000 * x:.1f} ms"}.get(
+        shown = {"bytes": lambda x: human_bytes(int(x)), "seconds": lambda x: f"{1000 * x:.1f} ms"}.get(
             key, lambda x: compact(int(x))
         )
         rows.append([name, *map(shown, values), f"{values[1] / values[0]:.2f}"])
