@@ -43,14 +43,16 @@ def rms_norm_backward_kernel(gradient, x, weight, rstd, dx, columns, BLOCK: tl.c
 
 
 @triton.jit
-def swiglu_kernel(gate, up, y, elements, BLOCK: tl.constexpr):
-    """``y = silu(gate) up``."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < elements
-    g = tl.load(gate + i, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + i, mask=inside, other=0.0).to(tl.float32)
+def swiglu_kernel(gate, up, y, columns, gate_row, up_row, BLOCK: tl.constexpr):
+    """A part of one row: ``y = silu(gate) up``."""
+    parts = tl.cdiv(columns, BLOCK)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    c = (tl.program_id(0) % parts).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < columns
+    g = tl.load(gate + row * gate_row + c, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + c, mask=inside, other=0.0).to(tl.float32)
     silu = (g * tl.sigmoid(g)).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + i, silu * u, mask=inside)
+    tl.store(y + row * columns + c, silu * u, mask=inside)
 
 
 @triton.jit
@@ -119,9 +121,13 @@ def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, rstd: Tensor)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.empty_like(gate)
+    """``gate`` and ``up`` ``[rows, columns]``, last strides 1: they may be halves of one tensor."""
+    rows, columns = gate.shape
+    y = gate.new_empty(rows, columns)
     with torch.cuda.device_of(gate):
-        swiglu_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, y, gate.numel(), BLOCK=_BLOCK)
+        swiglu_kernel[(rows * triton.cdiv(columns, _BLOCK),)](
+            gate, up, y, columns, gate.stride(0), up.stride(0), BLOCK=_BLOCK
+        )
     return y
 
 

@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     On CUDA devices a Triton kernel computes it, and another the gradient with respect to ``x``, where ``x`` and
     ``weight`` have one dtype of at most 32 bits, ``C <= 16384`` and the weight's gradient is not asked for. Everything
-    else is the PyTorch reference.
+    else is the PyTorch reference, under torch.compile too: it fuses by itself.
 
     Args:
         x: ``[..., C]``.
@@ -37,6 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         and 0 < x.shape[-1] <= _MAX_COLUMNS
         and x.numel() > 0
         and not (weight.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
     ):
         return _RmsNorm.apply(x, weight, eps)
     return rms_norm_reference(x, weight, eps)

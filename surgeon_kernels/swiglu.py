@@ -16,7 +16,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     On CUDA devices Triton kernels compute it and its gradients, where both have one shape and one dtype of at most 32
     bits; the activation is computed again in the backward pass instead of being kept. Everything else is the PyTorch
-    reference.
+    reference, under torch.compile too: it fuses by itself.
     """
     if (
         gate.is_cuda
@@ -24,7 +24,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         and gate.shape == up.shape
         and gate.dtype == up.dtype
         and gate.dtype in HALF_OR_SINGLE
+        and gate.dim() > 0
         and gate.numel() > 0
+        and not torch.compiler.is_compiling()
     ):
         return _SwiGLU.apply(gate, up)
     return swiglu_reference(gate, up)
@@ -39,13 +41,18 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         from surgeon_kernels import pointwise_triton
 
-        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return pointwise_triton.swiglu(gate, up)
+        return pointwise_triton.swiglu(_rows(gate), _rows(up)).view(gate.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         from surgeon_kernels import pointwise_triton
 
-        return pointwise_triton.swiglu_backward(gradient.contiguous(), *ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
+        return pointwise_triton.swiglu_backward(gradient.contiguous(), gate.contiguous(), up.contiguous())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[rows, columns]`` with neighbours in memory along a row."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_surgeon.packed.linear import PackedLinear
 from surgeon_kernels import rms_norm, rotary, swiglu
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -66,7 +67,7 @@ def is_swiglu(module: nn.Module) -> bool:
     """Whether ``module`` computes ``down_proj(silu(gate_proj(x)) ∘ up_proj(x))``."""
     if module._parameters or set(module._modules) != {*_LINEARS, "act_fn"} or not _takes_one_tensor(module):
         return False
-    if not all(isinstance(module._modules[name], nn.Linear) for name in _LINEARS):
+    if not all(isinstance(module._modules[name], (nn.Linear, PackedLinear)) for name in _LINEARS):
         return False
     activation = module._modules["act_fn"]
     if activation is None or activation._parameters or any(getattr(activation, hooks) for hooks in _HOOKS):

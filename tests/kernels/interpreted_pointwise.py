@@ -29,6 +29,9 @@ def main() -> None:
     close((pointwise_triton.swiglu(gate.detach(), up.detach()), y))
     backwards = pointwise_triton.swiglu_backward(gradient, gate.detach(), up.detach())
     close(*zip(backwards, torch.autograd.grad(y, (gate, up), gradient), strict=True))
+    halves = torch.randn(3, 3200)
+    gate, up = halves[:, 100:1500], halves[:, 1600:3000]
+    close((pointwise_triton.swiglu(gate, up), swiglu_reference(gate, up)))
 
     x = torch.randn(2, 7, 3, 10).transpose(1, 2).requires_grad_()
     cos, sin = (torch.randn(1, 7, 10).expand(2, 7, 10) for _ in range(2))

@@ -121,6 +121,7 @@ def test_pointwise_kernels():
     for kernel, constants in (
         (pointwise_triton.rms_norm_backward_kernel, {"BLOCK": 4096}),
         (pointwise_triton.rotary_kernel, {"TRANSPOSED": True, "BLOCK_H": 32, "BLOCK_D": 64}),
+        (pointwise_triton.swiglu_kernel, {"BLOCK": 1024}),
     ):
         signature = {name: types.get(name, "i32") for name in kernel.arg_names}
         aligned = [name for name in kernel.arg_names if signature[name].startswith("*")]

@@ -77,6 +77,8 @@ def test_non_contiguous_and_empty():
     w = randn(100, dtype=torch.bfloat16)
     torch.testing.assert_close(rms_norm(x[:, ::2], w, 1e-6), rms_norm_reference(x[:, ::2], w, 1e-6))
     torch.testing.assert_close(swiglu(x.T, x.T), swiglu_reference(x.T, x.T))
+    gate, up = x.view(2, 3, 200).chunk(2, dim=-1)
+    torch.testing.assert_close(swiglu(gate, up), swiglu_reference(gate, up))
     assert rms_norm(x[:0], randn(200, dtype=torch.bfloat16), 1e-6).shape == (0, 200)
     assert swiglu(x[:0], x[:0]).shape == (0, 200)
 

@@ -1,5 +1,6 @@
 """surgeon pack, eval and bench generate, as a user types them."""
 
+import contextlib
 import csv
 import json
 import math
@@ -193,7 +194,8 @@ def test_the_time_of_generate_is_that_of_its_steps(monkeypatch):
     model, passes = build_2_4("llama"), []
     model.register_forward_hook(lambda *_: passes.append(None))
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: float(len(passes)))
-    assert decoding.generate_seconds(model, IDS, 5) == 5 and len(passes) == 6
+    assert decoding.generate_seconds(model, IDS, 5) == (1, 5) and len(passes) == 6
+    assert decoding.generate_seconds(model, IDS, 0) == (1, 0)
 
 
 @pytest.mark.parametrize("way", [Decoding.EAGER, Decoding.COMPILED, Decoding.GENERATE])
@@ -216,9 +218,27 @@ def test_speed_of_a_model(way, monkeypatch):
     assert packed.weight_bytes == speed.weight_bytes + linears // 2 + linears // 32
 
 
-def test_prefill_alone():
-    speed = measure_speed(build_2_4("opt"), prompt=6, new_tokens=0, repeats=1)
+@pytest.mark.parametrize("way", [Decoding.EAGER, Decoding.GENERATE])
+def test_prefill_alone(way):
+    speed = measure_speed(build_2_4("opt"), prompt=6, new_tokens=0, repeats=1, decoding=way)
     assert speed.prefill_seconds > 0 and speed.decode_seconds == 0 and math.isnan(speed.decode_rate)
+
+
+def test_only_the_timed_runs_take_their_turn():
+    model, passes = build_2_4("llama"), []
+    model.register_forward_hook(lambda *_: passes.append(None))
+    seen = []
+
+    @contextlib.contextmanager
+    def turn():
+        seen.append(len(passes))
+        yield
+        seen.append(len(passes))
+
+    measure_speed(model, prompt=6, new_tokens=3, repeats=2, turn=turn())
+    before, after = seen
+    # a pass of the prompt, timed, and another with the steps after it
+    assert before >= 5 and after - before == 2 * 5 and len(passes) == after
 
 
 def test_speed_that_cannot_be_measured():

@@ -83,7 +83,7 @@ def use_cusparselt(model: PreTrainedModel) -> list[str]:
     names = []
     for name, packed in packed_linears(model):
         if packed.fragments is not None and packed.bias is None and not any(side % 16 for side in _shape(packed)):
-            packed.prepare(cusparselt=True)
+            packed.compress()
             names.append(name)
     return names
 

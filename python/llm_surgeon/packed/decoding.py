@@ -77,10 +77,13 @@ class GreedyDecoder:
         self._graph = graph
 
 
-def generate_seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> float:
-    """Seconds that ``model.generate`` with a static cache takes for ``new_tokens`` steps after the prompt's pass."""
+def generate_seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds that ``model.generate`` with a static cache takes to the logits after the prompt, and from there on for
+    ``new_tokens`` steps."""
     clock = _Clock(ids, new_tokens)
     length: dict[str, Any] = {"min_new_tokens": 1 + new_tokens, "max_new_tokens": 1 + new_tokens}
+    wait(ids.device)
+    begun = time.perf_counter()
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -90,8 +93,8 @@ def generate_seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> fl
         logits_processor=LogitsProcessorList([clock]),
         **length,
     )
-    begun, ended = clock.times
-    return ended - begun
+    first, last = clock.times[0], clock.times[-1]
+    return first - begun, last - first
 
 
 class _Clock(LogitsProcessor):

@@ -2,7 +2,8 @@
 
 One large product fills a GPU better than several small ones, and decoding is a long chain of small ones. The modules
 stay as they are: the first of a group to be called computes the outputs of all, and the others, called next with the
-very same tensor, take theirs. A layer that finds no output waiting computes its own. Nothing changes on disk.
+very same tensor, take theirs. A layer that finds no output waiting computes its own, and so does every layer of a long
+prompt, which fills a GPU anyway. Nothing changes on disk.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from transformers import PreTrainedModel
 from llm_surgeon.packed.convert import packed_linears
 from llm_surgeon.packed.linear import PackedLinear, frozen, tune_once
 from surgeon_kernels import Packed24
-from surgeon_kernels.linear_2_4 import linear_2_4, prepare_2_4
+from surgeon_kernels.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_layout import UNIT_ROWS
 
+# Tokens from which a layer alone is as fast as its share of the group, and leaves its outputs contiguous.
+_ALONE_FROM = 1024
 _numbers = itertools.count(1)
 
 
@@ -47,24 +50,31 @@ class FusedLinear(PackedLinear):
     def packed(self) -> Packed24:
         if self.fragments is None:
             return super().packed
-        return self._kernel_weight(self.fragments[: -(-self.out_features // UNIT_ROWS)]).packed()
+        return self._own(self.fragments).packed()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.group or self.fragments is None:
+        fragments = self.fragments
+        if not self.group or fragments is None:
             return super().forward(x)
+        if x.numel() >= _ALONE_FROM * self.in_features:
+            return linear_2_4(x, self._own(fragments))
         # A tensor written to in between is another input. torch.compile traces no versions.
         version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
         if self.first_row == 0:
-            outputs = linear_2_4(x, self._kernel_weight(self.fragments)._replace(rows=self.group_rows))
+            outputs = linear_2_4(x, self._kernel_weight(fragments)._replace(rows=self.group_rows, compressed=None))
             _waiting.entry = x, version, self.group, outputs
         else:
             entry = _waiting.entry
             if entry is None or entry[0] is not x or entry[1] != version or entry[2] != self.group:
-                return super().forward(x)
+                return linear_2_4(x, self._own(fragments))
             outputs = entry[3]
             if self.last:
                 _waiting.entry = None
         return outputs[..., self.first_row : self.first_row + self.out_features]
+
+    def _own(self, fragments: Tensor) -> Linear24Weight:
+        """This layer's weight; ``fragments`` of the first layer go on with those of the others."""
+        return self._kernel_weight(fragments[: -(-self.out_features // UNIT_ROWS)])
 
     def _set_packed(self, packed: Packed24) -> None:
         super()._set_packed(packed)
@@ -86,7 +96,7 @@ def fuse_linears(model: PreTrainedModel) -> list[list[str]]:
         if not _can_be_fused(group):
             continue
         together = Packed24(*map(torch.cat, zip(*(layer.packed for _, layer in group), strict=True)))
-        prepared = prepare_2_4(together, cusparselt=all(layer.compressed is not None for _, layer in group))
+        prepared = prepare_2_4(together)
         tune_once(prepared)
         number, row = next(_numbers), 0
         for name, layer in group:
@@ -94,7 +104,6 @@ def fuse_linears(model: PreTrainedModel) -> list[list[str]]:
             layer.__class__ = FusedLinear
             assert isinstance(layer, FusedLinear)
             layer.fragments = frozen(rows if row else prepared.fragments)
-            layer.compressed = frozen(None if row else prepared.compressed)
             layer.group, layer.group_rows, layer.first_row = number, prepared.rows, row
             layer.last = name == group[-1][0]
             row += layer.out_features

@@ -95,18 +95,18 @@ class PackedLinear(nn.Module):
             self.kept_dense = self.weight
         return functional.linear(x, self.weight if self.kept_dense is None else self.kept_dense, self.bias)
 
-    def prepare(self, *, cusparselt: bool = False) -> None:
-        """Rearrange the weight for the kernel where there is one for its device, dtype and shape.
-
-        Args:
-            cusparselt: as in :func:`~surgeon_kernels.linear_2_4.prepare_2_4`.
-        """
+    def prepare(self) -> None:
+        """Rearrange the weight for the kernel where there is one for its device, dtype and shape."""
         packed = self.packed
-        if _may_have_kernel(packed) and (prepared := prepare_2_4(packed, cusparselt=cusparselt)).kernel:
+        if _may_have_kernel(packed) and (prepared := prepare_2_4(packed)).kernel:
             tune_once(prepared)
             self._dtype = _name_of(packed.values.dtype)
             self.values = self.indices = None
-            self.fragments, self.compressed = map(frozen, (prepared.fragments, prepared.compressed))
+            self.fragments = frozen(prepared.fragments)
+
+    def compress(self) -> None:
+        """Keep the weight as cuSPARSELt has it, too; raises what :func:`~surgeon_kernels.linear_2_4.prepare_2_4` does."""
+        self.compressed = frozen(prepare_2_4(self.packed, cusparselt=True).compressed)
 
     def _kernel_weight(self, fragments: Tensor) -> Linear24Weight:
         dtype = getattr(torch, self._dtype)
@@ -156,12 +156,9 @@ def _may_have_kernel(packed: Packed24) -> bool:
 
 
 def tune_once(weight: Linear24Weight) -> None:
-    """Measure which kernel is fastest for a weight of this size, the first time that one is met: under a second.
-
-    Not where cuSPARSELt takes part: it is for many tokens, and has no algorithm for the few that are measured.
-    """
+    """Measure which kernel is fastest for a weight of this size, the first time that one is met: under a second."""
     size = (weight.rows, weight.columns, weight.dtype, weight.fragments.device)
-    if weight.compressed is None and size not in _tuned and os.environ.get("SURGEON_TUNE") != "0":
+    if size not in _tuned and os.environ.get("SURGEON_TUNE") != "0":
         _tuned.add(size)
         tune_2_4(weight, _TUNED_TOKENS)
 

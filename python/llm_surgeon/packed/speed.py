@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,8 @@ class Speed:
     """Median times of one batch of equally long prompts.
 
     Attributes:
-        decoding: how the steps ran; with ``compiled`` the prompts' pass was compiled, too.
+        decoding: how the steps ran; with ``compiled`` the prompts' pass was compiled, too, and with ``generate`` it
+            is generate's, from the call on.
         batch_size, prompt, new_tokens: sequences, tokens of each prompt, tokens decoded after the first new one.
         prefill_seconds: the prompts' forward pass, up to the first new token.
         decode_seconds: of ``new_tokens`` greedy steps with a static cache.
@@ -57,6 +58,7 @@ def measure_speed(
     new_tokens: int = 64,
     repeats: int = 3,
     decoding: Decoding | None = None,
+    turn: contextlib.AbstractContextManager[object] | None = None,
 ) -> Speed:
     """Time ``model`` on random prompts; the first, untimed run of each part compiles and tunes what is to be.
 
@@ -68,6 +70,7 @@ def measure_speed(
         new_tokens: 0 to measure the prefill alone.
         repeats: timed runs; the medians are returned.
         decoding: left out, ``graph`` on a GPU and ``eager`` elsewhere.
+        turn: entered for the timed runs, so that other processes can use the device before and afterwards.
 
     Raises:
         InputError: the model has too few positions or sits on several devices, or a CUDA graph is wanted elsewhere.
@@ -91,32 +94,32 @@ def measure_speed(
     ids = ids.to(device)
     forward = torch.compile(model, dynamic=False) if decoding is Decoding.COMPILED else model
 
-    def prefill() -> None:
-        forward(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-
-    def timed(work: Callable[[], None]) -> float:
+    def prefill() -> float:
         wait(device)
         begun = time.perf_counter()
-        work()
+        forward(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
         wait(device)
         return time.perf_counter() - begun
 
-    def median(seconds: Callable[[], float]) -> float:
-        return statistics.median([seconds() for _ in range(1 + repeats)][1:])
+    def decode(decoder: GreedyDecoder) -> float:
+        decoder.restart()
+        wait(device)
+        begun = time.perf_counter()
+        decoder.run()
+        wait(device)
+        return time.perf_counter() - begun
 
-    prefill_seconds = median(lambda: timed(prefill))
-    if not new_tokens:
-        decode_seconds = 0.0
-    elif decoding is Decoding.GENERATE:
-        decode_seconds = median(lambda: generate_seconds(model, ids, new_tokens))
-    else:
-        decoder = GreedyDecoder(model, ids, new_tokens, decoding)
+    def both() -> tuple[float, float]:
+        if decoding is Decoding.GENERATE:
+            return generate_seconds(model, ids, new_tokens)
+        return prefill(), 0.0 if decoder is None else decode(decoder)
 
-        def decode() -> float:
-            decoder.restart()
-            return timed(decoder.run)
-
-        decode_seconds = median(decode)
+    decodes = new_tokens > 0 and decoding is not Decoding.GENERATE
+    decoder = GreedyDecoder(model, ids, new_tokens, decoding) if decodes else None
+    both()
+    with turn or contextlib.nullcontext():
+        times = [both() for _ in range(repeats)]
+    prefill_seconds, decode_seconds = map(statistics.median, zip(*times, strict=True))
     return Speed(
         decoding,
         batch_size,
