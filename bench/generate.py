@@ -2,26 +2,34 @@
 
     python bench/generate.py
 
-The decoder's linears are made 2:4 by magnitude, measured dense, packed in place and measured again, and once more with
-the layers fused that read the same input (llm_surgeon.packed.fuse_linears), and with cuSPARSELt for the prompts besides
-(use_cusparselt). Decoding is greedy, with a static cache: a CUDA graph of the plain forward pass, one of the pass
-compiled by torch.compile, and transformers' generate, which compiles and captures by itself. Prefill is one forward
-pass, plain or compiled. Rows are appended to results/generate.csv; rates are tokens per second, all sequences together.
-The floor of a decoding step is the time to read every weight that it needs and the filled part of the cache once, at
-the copy bandwidth measured here. For any model there is surgeon bench generate.
+The decoder's linears are made 2:4 by magnitude and measured dense, packed, packed with the layers fused that read the
+same input (llm_surgeon.packed.fuse_linears), and so with cuSPARSELt for the prompts besides (use_cusparselt). Decoding
+is greedy, with a static cache: a CUDA graph of the plain forward pass, one of the pass compiled by torch.compile, and
+transformers' generate, which compiles and captures by itself. Prefill is one forward pass, plain or compiled, or
+generate's own. ``--parts fused``: norms, rotary embeddings and SwiGLU are one kernel each (llm_surgeon.fused), on the
+dense side, too. What is compiled runs in a process for each row: they compile at the same time and are timed one after
+the other. Rows are appended to results/generate.csv; rates are tokens per second, all sequences together. The floor of
+a decoding step is the time to read every weight that it needs and the filled part of the cache once, at the copy
+bandwidth measured here. For any model there is surgeon bench generate.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import contextlib
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from environment import append_row, environment
 from llm_surgeon.cli.bench import speed_record
+from llm_surgeon.fused import fused
 from llm_surgeon.models import find_decoder
 from llm_surgeon.packed import fuse_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.packed.decoding import Decoding
@@ -30,12 +38,27 @@ from surgeon_kernels import nm_select
 from timing import copy_bandwidth
 
 WEIGHTS = ["dense", "packed", "fused", "cusparselt"]
-# Batch size, prompt, new tokens; compiling takes most of the time, so each size is compiled for one purpose only.
-CASES = {
-    Decoding.GRAPH: [(1, 128, 128), (16, 128, 128), (1, 4096, 0)],
-    Decoding.COMPILED: [(16, 128, 128), (1, 128, 128), (1, 4096, 0)],
-    Decoding.GENERATE: [(16, 128, 128), (1, 128, 128)],
-}
+# Batch size, tokens of a prompt, new tokens.
+CASES = {"1": (1, 128, 128), "16": (16, 128, 128), "prefill": (1, 4096, 0)}
+
+
+class Setting(NamedTuple):
+    weights: str
+    decoding: Decoding
+    parts: str
+    case: str
+
+    @property
+    def compiles(self) -> bool:
+        return self.decoding is Decoding.COMPILED or (self.decoding is Decoding.GENERATE and self.case != "prefill")
+
+    @property
+    def differs(self) -> bool:
+        """From the others: cuSPARSELt takes no part in short products, nor fused parts in what is compiled; and the
+        steps of generate are compiled ones."""
+        if self.case != "prefill" and (self.weights == "cusparselt" or self.decoding is Decoding.COMPILED):
+            return False
+        return self.parts == "plain" or not self.compiles
 
 
 def main() -> None:
@@ -43,48 +66,115 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--decoding", nargs="+", type=Decoding, default=list(CASES), help="graph, compiled, generate")
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--weights", nargs="+", default=WEIGHTS, help="dense first")
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="dense first")
+    parser.add_argument("--decoding", nargs="+", type=Decoding, default=[Decoding.GRAPH, Decoding.GENERATE])
+    parser.add_argument("--parts", nargs="+", choices=["plain", "fused"], default=["plain", "fused"])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "generate.csv")
     options = parser.parse_args()
-    begun = time.perf_counter()
-    model = random_llama(options.layers, options.hidden, options.device)
+    settings = [
+        setting
+        for setting in itertools.starmap(
+            Setting, itertools.product(options.weights, options.decoding, options.parts, options.cases)
+        )
+        if setting.differs
+    ]
     about = environment(options.device)
-    bandwidth = copy_bandwidth()
-    for decoding in options.decoding:
-        cases = [case for case in CASES[decoding] if case[0] in options.batch_size]
-        dense: dict[tuple[int, int, int], tuple[float, float]] = {}
-        for weights in options.weights:
-            convert(model, weights)
-            for case in cases:
-                if weights == "cusparselt" and case[1] < 1024:  # it has no part in these
-                    continue
-                print(f"{time.perf_counter() - begun:.1f} s", end=" ", flush=True)
-                batch_size, prompt, new_tokens = case
-                speed = measure_speed(
-                    model,
-                    batch_size=batch_size,
-                    prompt=prompt,
-                    new_tokens=new_tokens,
-                    repeats=options.repeats,
-                    decoding=decoding,
-                )
-                base = dense.setdefault(case, (speed.prefill_rate, speed.decode_rate))
-                row = {
-                    "model": "llama-2-7b shape",
-                    "layers": options.layers,
-                    "dtype": "bfloat16",
-                    "weights": weights,
-                    **speed_record(speed),
-                    "prefill_over_dense": f"{speed.prefill_rate / base[0]:.3f}",
-                    "decode_over_dense": f"{speed.decode_rate / base[1]:.3f}",
-                    "decode_step_floor_ms": f"{1e3 * bytes_of_a_step(model, speed) / bandwidth:.4g}",
-                    **about,
-                }
-                print(*row.values(), flush=True)
-                append_row(options.out, row)
+    bandwidth = copy_bandwidth() if options.device == "cuda" else float("nan")
+    free_memory()
+    compiled, others = ([s for s in settings if s.compiles is compiles] for compiles in (True, False))
+    dense: dict[tuple[object, ...], Speed] = {}
+    for setting, speed, step_bytes in itertools.chain(in_processes(compiled, options), here(others, options)):
+        base = dense.setdefault(setting[1:], speed)
+        row = {
+            "model": "llama-2-7b shape",
+            "layers": options.layers,
+            "dtype": "bfloat16",
+            "weights": setting.weights,
+            "parts": setting.parts,
+            **speed_record(speed),
+            "prefill_over_dense": f"{speed.prefill_rate / base.prefill_rate:.3f}",
+            "decode_over_dense": f"{speed.decode_rate / base.decode_rate:.3f}",
+            "decode_step_floor_ms": f"{1e3 * step_bytes / bandwidth:.4g}",
+            **about,
+        }
+        print(*row.values(), flush=True)
+        append_row(options.out, row)
+
+
+Measured = tuple[Setting, Speed, float]
+
+
+def measure(
+    model: PreTrainedModel, setting: Setting, repeats: int, turn: AbstractContextManager[object] | None = None
+) -> Measured:
+    batch_size, prompt, new_tokens = CASES[setting.case]
+    with fused(model) if setting.parts == "fused" else contextlib.nullcontext():
+        speed = measure_speed(
+            model,
+            batch_size=batch_size,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            decoding=setting.decoding,
+            turn=turn,
+        )
+    return setting, speed, bytes_of_a_step(model, speed)
+
+
+def here(settings: list[Setting], options: argparse.Namespace) -> Iterator[Measured]:
+    if settings:
+        model = random_llama(options.layers, options.hidden, options.device)
+    for weights, with_these in itertools.groupby(settings, key=lambda setting: setting.weights):
+        convert(model, weights)
+        for setting in with_these:
+            yield measure(model, setting, options.repeats)
+
+
+def in_processes(settings: list[Setting], options: argparse.Namespace) -> Iterator[Measured]:
+    """Each setting in a process of its own: they compile at the same time, and are timed when all have."""
+    context = multiprocessing.get_context("spawn")
+    device, ready, results = context.Lock(), context.Barrier(max(1, len(settings))), context.Queue()
+    arguments = [(setting, options, Turn(device, ready), results) for setting in settings]
+    processes = [context.Process(target=process, args=each) for each in arguments]
+    for started in processes:
+        started.start()
+    found = [result for result in (results.get() for _ in processes) if result is not None]
+    for started in processes:
+        started.join()
+    yield from sorted(found, key=lambda measured: settings.index(measured[0]))
+
+
+class Turn:
+    """On a device that is ``lock``'s, as soon as everybody is ``ready``."""
+
+    def __init__(self, lock: Any, ready: Any) -> None:
+        self.lock, self._ready, self._arrived = lock, ready, False
+
+    def arrive(self) -> None:
+        if not self._arrived:
+            self._arrived = True
+            self._ready.wait()
+
+    def __enter__(self) -> None:
+        self.arrive()
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def process(setting: Setting, options: argparse.Namespace, turn: Turn, results: Any) -> None:
+    result = None
+    try:
+        with turn.lock:  # kernels are chosen by measurement
+            model = random_llama(options.layers, options.hidden, options.device)
+            convert(model, setting.weights)
+        result = measure(model, setting, options.repeats, turn)
+    finally:
+        turn.arrive()
+        results.put(result)
 
 
 def convert(model: PreTrainedModel, weights: str) -> None:
@@ -95,6 +185,13 @@ def convert(model: PreTrainedModel, weights: str) -> None:
         use_cusparselt(model)
     if weights in ("fused", "cusparselt"):
         fuse_linears(model)
+    free_memory()
+
+
+def free_memory() -> None:
+    """For other processes."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def bytes_of_a_step(model: PreTrainedModel, speed: Speed) -> float:

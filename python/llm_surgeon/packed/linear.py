@@ -105,7 +105,7 @@ class PackedLinear(nn.Module):
             self.fragments = frozen(prepared.fragments)
 
     def compress(self) -> None:
-        """Keep the weight as cuSPARSELt has it, too; raises what :func:`~surgeon_kernels.linear_2_4.prepare_2_4` does."""
+        """Keep the weight as cuSPARSELt has it, too; raises what `prepare_2_4` raises."""
         self.compressed = frozen(prepare_2_4(self.packed, cusparselt=True).compressed)
 
     def _kernel_weight(self, fragments: Tensor) -> Linear24Weight:
