@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from llm_surgeon.fused import fused, is_rms_norm, is_rotary, is_swiglu
+from llm_surgeon.packed import pack_model
+from tests.surgeon.packed_models import IDS, build_2_4, logits
 from tests.surgeon.test_capture import tokens
 from tests.surgeon.tiny_models import NAMES, build
 
@@ -56,6 +58,20 @@ def test_every_part_of_a_llama_is_replaced_and_put_back() -> None:
         raise RuntimeError("in between")
     assert not replaced(model)
     assert modeling_llama.apply_rotary_pos_emb is rotary
+
+
+def test_a_packed_model_has_the_same_parts() -> None:
+    model = build_2_4("llama", torch.bfloat16)
+    expected = logits(model)
+    with fused(model):
+        dense = replaced(model)
+    pack_model(model)
+    with fused(model):
+        assert replaced(model) == dense
+        assert torch.equal(logits(model), expected)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(IDS).logits, expected)
 
 
 def test_hooks_fire_as_before_and_not_for_the_trial() -> None:

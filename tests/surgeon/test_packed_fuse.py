@@ -9,6 +9,8 @@ from torch import nn
 
 from llm_surgeon.packed import FusedLinear, PackedLinear, fuse_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.packed import fuse as fuse_module
+from llm_surgeon.packed import linear as linear_module
+from llm_surgeon.packed.convert import packed_linears
 from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits, pretend_kernels
 
 BLOCK = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
@@ -88,6 +90,40 @@ def test_layers_called_out_of_turn_compute_their_own(launches):
         inferred = torch.randn(3, 32, dtype=torch.bfloat16)
         for layer in (q, k, v):
             assert torch.equal(layer(inferred), nn.functional.linear(inferred, layer.weight))
+
+
+def test_long_prompts_fill_the_device_layer_by_layer(launches, monkeypatch):
+    dense, model = packed_model("llama")
+    fuse_linears(model)
+    monkeypatch.setattr(fuse_module, "_ALONE_FROM", IDS.numel())
+    q = model.model.layers[0].self_attn.q_proj
+    for tokens, rows in ((IDS.numel() - 1, [64]), (IDS.numel(), [32])):
+        x = torch.randn(tokens, 32, dtype=torch.bfloat16)
+        launches.clear()
+        assert torch.equal(q(x), nn.functional.linear(x, q.weight)) and launches == rows
+    fuse_module._waiting.entry = None
+    launches.clear()
+    assert torch.equal(logits(model), logits(dense))
+    assert launches == 2 * [32, 16, 16, 32, 48, 48, 32]
+
+
+@pytest.mark.parametrize("compress_first", [True, False])
+def test_cusparselt_has_no_part_in_a_groups_launch(launches, monkeypatch, compress_first):
+    dense, model = packed_model("llama")
+    taken = []
+    linear, prepare = fuse_module.linear_2_4, linear_module.prepare_2_4
+    marker = torch.zeros(1)
+    monkeypatch.setattr(
+        linear_module, "prepare_2_4", lambda packed, cusparselt=False: prepare(packed)._replace(compressed=marker)
+    )
+    monkeypatch.setattr(fuse_module, "linear_2_4", lambda x, w: taken.append(w.compressed is not None) or linear(x, w))
+    for step in (use_cusparselt, fuse_linears)[:: 1 if compress_first else -1]:
+        assert len(step(model)) == (14 if step is use_cusparselt else 4)
+    assert torch.equal(logits(model), logits(dense))
+    assert taken == 4 * [False] and all(m.compressed is not None for _, m in packed_linears(model))
+    monkeypatch.setattr(fuse_module, "_ALONE_FROM", 1)
+    logits(model)
+    assert taken == 4 * [False] + 10 * [True]
 
 
 def test_compiled_into_one_graph_with_one_launch(launches):
