@@ -148,11 +148,13 @@ def test_bench_generate(pruned, packed, tmp_path, capsys):
         1,
         "--fuse",
         "--cusparselt",
+        "--fused-parts",
     ]
     options += ["--decoding", "generate", "--decoding", "eager"]
     assert surgeon("bench", "generate", pruned, "--packed", packed, *options, "--csv", figures, "--quiet") == 0
     text = capsys.readouterr().out
     assert "dense" in text and "packed" in text and "×" in text
+    assert "packed with linears fused; packed with cuSPARSELt; both with fused parts" in " ".join(text.split())
     rows = list(csv.DictReader(figures.open()))
     assert [(row["weights"], row["decoding"], row["batch_size"]) for row in rows] == [
         (weights, way, size) for weights in ("dense", "packed") for way in ("generate", "eager") for size in "13"

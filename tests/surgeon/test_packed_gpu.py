@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
+from llm_surgeon.fused import fused
 from llm_surgeon.packed import PackedLinear, fuse_linears, pack_model, to_torch_sparse, use_cusparselt
 from llm_surgeon.packed import linear as linear_module
 from llm_surgeon.packed.decoding import Decoding, GreedyDecoder
@@ -144,6 +145,17 @@ def test_generation_compiled_by_transformers(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
     options = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
     assert continuation(model, **options) == continuation(model)
+
+
+def test_generation_with_everything_fused(tmp_path):
+    save_packed(tmp_path, "llama", torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+    expected = continuation(model)
+    assert len(fuse_linears(model)) == 4
+    options = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
+    with fused(model):
+        assert continuation(model) == expected
+        assert continuation(model, **options) == expected
 
 
 def test_fused_layers(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.cli.options import Device, Quiet, TrustRemoteCode, console, parse_dtype
 from llm_surgeon.errors import InputError
+from llm_surgeon.fused import fused
 from llm_surgeon.packed import fuse_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.packed.checkpoint import model_bytes
 from llm_surgeon.packed.decoding import Decoding
@@ -54,7 +56,13 @@ def generate(
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Packed layers that read the same input run as one (see fuse_linears).")
     ] = False,
-    cusparselt: Annotated[bool, typer.Option("--cusparselt", help="Long prompts through NVIDIA's library.")] = False,
+    cusparselt: Annotated[
+        bool, typer.Option("--cusparselt", help="Long prompts of the packed model through NVIDIA's library.")
+    ] = False,
+    fused_parts: Annotated[
+        bool,
+        typer.Option("--fused-parts", help="Norms, SwiGLU and rotary embeddings as one kernel each, in both models."),
+    ] = False,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the figures to this file.")] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -86,15 +94,22 @@ def generate(
         for way, size in itertools.product(ways, batch_size or [1, 16]):
             if not quiet:
                 console.print(f"{name}, {way.value}, batch size {size} …", highlight=False)
-            speed = measure_speed(
-                causal_lm, batch_size=size, prompt=prompt, new_tokens=new_tokens, repeats=repeats, decoding=way
-            )
+            with fused(causal_lm) if fused_parts else contextlib.nullcontext():
+                speed = measure_speed(
+                    causal_lm, batch_size=size, prompt=prompt, new_tokens=new_tokens, repeats=repeats, decoding=way
+                )
             rows.append((name, disk, speed))
     rows.sort(key=lambda row: row[0])
+    chosen = {
+        "packed with linears fused": fuse,
+        "packed with cuSPARSELt": cusparselt,
+        "both with fused parts": fused_parts,
+    }
+    how = "; ".join(words for words, given in chosen.items() if given)
     for way in ways:
-        console.print(_table(model, [row for row in rows if row[2].decoding is way], place))
+        console.print(_table(model, [row for row in rows if row[2].decoding is way], how, place))
     if csv_file is not None:
-        _write_csv(csv_file, model, rows, place)
+        _write_csv(csv_file, model, rows, how, place)
 
 
 def _load(model: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -105,13 +120,15 @@ def _is_packed(model: PreTrainedModel) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
 
 
-def _table(model: str, rows: list[tuple[str, int, Speed]], device: torch.device) -> Table:
+def _table(model: str, rows: list[tuple[str, int, Speed]], how: str, device: torch.device) -> Table:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     first = rows[0][2]
     table = Table(
         title=f"{model}, {first.prompt} + {first.new_tokens} tokens on {where}, tokens per second, decoding: "
         f"{first.decoding.value}",
         title_justify="left",
+        caption=how or None,
+        caption_justify="left",
     )
     for column in ("", "batch", "prefill", "decode", "weights", "peak", "on disk"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -129,11 +146,11 @@ def _table(model: str, rows: list[tuple[str, int, Speed]], device: torch.device)
     return table
 
 
-def _write_csv(path: Path, model: str, rows: list[tuple[str, int, Speed]], device: torch.device) -> None:
+def _write_csv(path: Path, model: str, rows: list[tuple[str, int, Speed]], how: str, device: torch.device) -> None:
     about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)}
     about |= {name: str(version) for name, version in collect_versions().items()}
     records = [
-        {"model": model, "weights": name, **speed_record(speed), "disk_bytes": disk, **about}
+        {"model": model, "options": how, "weights": name, **speed_record(speed), "disk_bytes": disk, **about}
         for name, disk, speed in rows
     ]
     try:
