@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ def main() -> None:
     free_memory()
     compiled, others = ([s for s in settings if s.compiles is compiles] for compiles in (True, False))
     dense: dict[tuple[object, ...], Speed] = {}
-    for setting, speed, step_bytes in itertools.chain(in_processes(compiled, options), here(others, options)):
+    for setting, speed, step_bytes in itertools.chain(here(others, options), in_processes(compiled, options)):
         base = dense.setdefault(setting[1:], speed)
         row = {
             "model": "llama-2-7b shape",
@@ -134,23 +135,39 @@ def here(settings: list[Setting], options: argparse.Namespace) -> Iterator[Measu
 
 def in_processes(settings: list[Setting], options: argparse.Namespace) -> Iterator[Measured]:
     """Each setting in a process of its own: they compile at the same time, and are timed when all have."""
+    if not settings:
+        return
+    free_memory()
     context = multiprocessing.get_context("spawn")
-    device, ready, results = context.Lock(), context.Barrier(max(1, len(settings))), context.Queue()
-    arguments = [(setting, options, Turn(device, ready), results) for setting in settings]
-    processes = [context.Process(target=process, args=each) for each in arguments]
-    for started in processes:
-        started.start()
-    found = [result for result in (results.get() for _ in processes) if result is not None]
-    for started in processes:
-        started.join()
-    yield from sorted(found, key=lambda measured: settings.index(measured[0]))
+    common = context.Lock(), context.Barrier(len(settings))
+    with ProcessPoolExecutor(len(settings), mp_context=context, initializer=set_common, initargs=common) as pool:
+        yield from pool.map(in_process, settings, itertools.repeat(options))
+
+
+_common: list[Any] = []  # in such a process: the device's lock, and the barrier at which all wait
+
+
+def set_common(*common: object) -> None:
+    _common[:] = common
+
+
+def in_process(setting: Setting, options: argparse.Namespace) -> Measured:
+    device, ready = _common
+    turn = Turn(device, ready)
+    try:
+        with device:  # kernels are chosen by measurement
+            model = random_llama(options.layers, options.hidden, options.device)
+            convert(model, setting.weights)
+        return measure(model, setting, options.repeats, turn)
+    finally:
+        turn.arrive()
 
 
 class Turn:
     """On a device that is ``lock``'s, as soon as everybody is ``ready``."""
 
     def __init__(self, lock: Any, ready: Any) -> None:
-        self.lock, self._ready, self._arrived = lock, ready, False
+        self._lock, self._ready, self._arrived = lock, ready, False
 
     def arrive(self) -> None:
         if not self._arrived:
@@ -159,22 +176,10 @@ class Turn:
 
     def __enter__(self) -> None:
         self.arrive()
-        self.lock.acquire()
+        self._lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self.lock.release()
-
-
-def process(setting: Setting, options: argparse.Namespace, turn: Turn, results: Any) -> None:
-    result = None
-    try:
-        with turn.lock:  # kernels are chosen by measurement
-            model = random_llama(options.layers, options.hidden, options.device)
-            convert(model, setting.weights)
-        result = measure(model, setting, options.repeats, turn)
-    finally:
-        turn.arrive()
-        results.put(result)
+        self._lock.release()
 
 
 def convert(model: PreTrainedModel, weights: str) -> None:

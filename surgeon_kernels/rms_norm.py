@@ -31,13 +31,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if (
         x.is_cuda
+        and not torch.compiler.is_compiling()
         and has_kernels()
         and x.dtype == weight.dtype
         and x.dtype in HALF_OR_SINGLE
         and 0 < x.shape[-1] <= _MAX_COLUMNS
         and x.numel() > 0
         and not (weight.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
     ):
         return _RmsNorm.apply(x, weight, eps)
     return rms_norm_reference(x, weight, eps)

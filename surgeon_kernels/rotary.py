@@ -25,13 +25,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if (
         x.is_cuda
+        and not torch.compiler.is_compiling()
         and has_kernels()
         and x.dtype == cos.dtype == sin.dtype
         and x.dtype in HALF_OR_SINGLE
         and x.shape[-1] % 2 == 0
         and x.numel() > 0
         and not ((cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
     ):
         batch, _, length, dim = x.shape
         return _Rotary.apply(x, cos.expand(batch, length, dim), sin.expand(batch, length, dim))

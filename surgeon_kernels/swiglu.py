@@ -20,13 +20,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if (
         gate.is_cuda
+        and not torch.compiler.is_compiling()
         and has_kernels()
         and gate.shape == up.shape
         and gate.dtype == up.dtype
         and gate.dtype in HALF_OR_SINGLE
         and gate.dim() > 0
         and gate.numel() > 0
-        and not torch.compiler.is_compiling()
     ):
         return _SwiGLU.apply(gate, up)
     return swiglu_reference(gate, up)

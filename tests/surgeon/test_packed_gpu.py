@@ -148,14 +148,16 @@ def test_generation_compiled_by_transformers(tmp_path):
 
 
 def test_generation_with_everything_fused(tmp_path):
-    save_packed(tmp_path, "llama", torch.float16)
+    dense = save_packed(tmp_path, "llama", torch.float16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
     expected = continuation(model)
     assert len(fuse_linears(model)) == 4
-    options = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}
     with fused(model):
-        assert continuation(model) == expected
-        assert continuation(model, **options) == expected
+        assert_as_good_as_dense(logits(model), dense)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+        with torch.no_grad():
+            assert_as_good_as_dense(compiled(IDS.cuda()).logits, dense)
+        assert continuation(model, cache_implementation="static") == expected
 
 
 def test_fused_layers(tmp_path):
