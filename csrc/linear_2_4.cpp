@@ -11,7 +11,7 @@
 namespace surgeon {
 namespace {
 
-constexpr int kSplits[] = {1, 2, 3, 4, 6, 8};  // blocks of a cluster that share the columns
+constexpr int kSplits[] = {1, 2, 3, 4, 5, 6, 8};  // blocks of a cluster that share the columns
 constexpr int kSplitCount = sizeof(kSplits) / sizeof(kSplits[0]);
 constexpr int kKernelCount = kMmaCount + kWgmmaCount;
 
@@ -70,34 +70,32 @@ int tiles_of(const Linear24& call, const Kernel24& kernel) {
 // Few tokens: the smallest tile that holds them, and as many blocks share the columns as still run at the same time,
 // because more would wait for a second wave.
 int choice_for_few(const Linear24& call, Device& device) {
-  const bool hopper = device.capability == 9;
+  constexpr int kMostSplit = 4;
   const int number = call.tokens <= 2 && call.rows <= 8192 ? kMma8Narrow
                      : call.tokens <= 8                    ? kMma8
                      : call.tokens <= 16                   ? kMma16
-                     : !hopper                             ? kMma32
-                                                           : kMmaCount + (call.tokens <= 32 ? kWgmma32 : kWgmma64);
-  const int tiles = tiles_of(call, kernel_of(number)), most = number < kMmaCount ? 4 : 8;
+                                                           : kMma32;
+  const int tiles = tiles_of(call, kernel_of(number));
   int best = 0;
-  for (int index = 1; index < kSplitCount && kSplits[index] <= most; ++index) {
+  for (int index = 1; index < kSplitCount && kSplits[index] <= kMostSplit; ++index) {
     if (!allowed(call, number, kSplits[index], device)) break;
     if (tiles <= concurrent_clusters(call, number, index, device)) best = index;
   }
   return number * kSplitCount + best;
 }
 
-// Nanoseconds, measured on an H200: of a unit of columns of a tile of each of Wgmma24, all multiprocessors busy; of
-// adding up the sums of a cluster for it; of the beginning and end of a tile; of a second launch; and, because blocks
-// that have run for long end at different times, of each wave before it.
-constexpr float kUnitTime[kWgmmaCount] = {450, 700, 1250, 660, 1000, 970};
-constexpr float kClusterTime[kWgmmaCount] = {5000, 5000, 5000, 5000, 8000, 5000};
-constexpr float kTileTime = 3000, kLaunchTime = 4000, kUnevenTime = 800;
+// Nanoseconds, fitted to measurements on an H200: of a unit of columns of a tile of each of Wgmma24; of adding up the sums
+// of a cluster for it; of the beginning and end of a tile; of a second launch.
+constexpr float kUnitTime[kWgmmaCount] = {510, 395, 535, 565, 790, 920};
+constexpr float kClusterTime[kWgmmaCount] = {2500, 3500, 4000, 3500, 4600, 7000};
+constexpr float kTileTime = 1700, kLaunchTime = 2700;
 
 // Many tokens: the least estimated time. Whole waves of tiles take their columns alone, the blocks of a cluster share
 // those of the tiles that are left.
 int choice_for_many(const Linear24& call, Device& device) {
   int best = -1;
   float least = 0;
-  for (int number = kMmaCount + kWgmma64; number < kKernelCount; ++number) {
+  for (int number = kMmaCount; number < kKernelCount; ++number) {
     const int tiles = tiles_of(call, kernel_of(number)), at_once = concurrent_clusters(call, number, 0, device);
     if (at_once <= 0) continue;
     const float unit = kUnitTime[number - kMmaCount];
@@ -108,8 +106,7 @@ int choice_for_many(const Linear24& call, Device& device) {
       const float shared = ceil_div(call.units, kSplits[index]) * unit + kTileTime + kClusterTime[number - kMmaCount];
       const int whole = tiles / at_once;
       const float time = index == 0 ? ceil_div(tiles, at_once) * wave
-                                    : whole * (wave + kUnevenTime) + (whole > 0) * kLaunchTime +
-                                          ceil_div(left, clusters) * shared;
+                                    : whole * wave + (whole > 0) * kLaunchTime + ceil_div(left, clusters) * shared;
       if (best < 0 || time < least) best = number * kSplitCount + index, least = time;
     }
   }
@@ -121,7 +118,7 @@ constexpr int kLibraryTokens = 1024, kLibraryAlgorithm = 17;
 
 int choice_for(const Linear24& call, bool library, Device& device) {
   if (library && call.tokens >= kLibraryTokens) return linear_2_4_choices() + kLibraryAlgorithm;
-  return call.tokens <= 64 || device.capability != 9 ? choice_for_few(call, device) : choice_for_many(call, device);
+  return call.tokens <= 16 || device.capability != 9 ? choice_for_few(call, device) : choice_for_many(call, device);
 }
 
 // Sizes that share a pinned choice: tokens up to the same power of two.
@@ -154,7 +151,7 @@ cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream
   const int at_once = std::max(1, concurrent_clusters(call, number, 0, device));
   const int alone = split == 1 ? tiles : tiles / at_once * at_once;
   if (alone > 0) {
-    const int clusters = kernel.loops && call.activation == Activation::kNone ? std::min(alone, at_once) : alone;
+    const int clusters = call.activation == Activation::kNone ? std::min(alone, at_once) : alone;
     const cudaError_t status = run(with, {0, alone, 1, clusters}, stream, nullptr);
     if (status != cudaSuccess || alone == tiles) return status;
   }

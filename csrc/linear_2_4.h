@@ -40,21 +40,19 @@ struct Part24 {
   int clusters;
 };
 
-// A kernel for tiles of `rows` x `tokens`, whose warps take `step` units at a time and whose blocks may take several
-// tiles (`loops`). `run` launches it or, where `capacity` is given, only says how many clusters of `split` blocks run at
-// once.
+// A kernel for tiles of `rows` x `tokens`, whose warps take `step` units at a time. `run` launches it or, where `capacity`
+// is given, only says how many clusters of `split` blocks run at once.
 struct Kernel24 {
   int tokens;
   int rows;
   int step;
-  bool loops;
   Overlap overlap;
   cudaError_t (*run[2])(const Linear24& call, const Part24& part, cudaStream_t stream, int* capacity);  // bf16, fp16
 };
 
 // Kernels on mma.sp (every device from capability 8.0) and on wgmma.sp (9.0).
 enum Mma24 { kMma8Narrow, kMma8, kMma16, kMma32, kMmaCount };
-enum Wgmma24 { kWgmma32, kWgmma64, kWgmma128, kWgmma128Deep, kWgmma128Wide, kWgmma256, kWgmmaCount };
+enum Wgmma24 { kWgmma32, kWgmma64, kWgmma64Wide, kWgmma128, kWgmma128Wide, kWgmma256, kWgmmaCount };
 const Kernel24& linear_2_4_mma_kernel(int which);
 const Kernel24& linear_2_4_wgmma_kernel(int which);
 

@@ -3,7 +3,7 @@
 namespace surgeon {
 
 #define SURGEON_KERNEL(NT, MT, WM, WK, STAGES, BLOCKS, OVERLAP)          \
-  {8 * NT, 16 * MT * WM, WK, false, OVERLAP,                                 \
+  {8 * NT, 16 * MT * WM, WK, OVERLAP,                                        \
    {launch_linear_2_4_mma<__nv_bfloat16, NT, MT, WM, WK, STAGES, BLOCKS>, \
     launch_linear_2_4_mma<__half, NT, MT, WM, WK, STAGES, BLOCKS>}}
 
