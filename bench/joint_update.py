@@ -3,9 +3,10 @@
     python bench/joint_update.py           # every shape, appended to results/joint_update.csv
     python bench/joint_update.py --tune    # launch configurations of the passes; nothing is recorded
 
-``product`` is the iteration's two TF32 matrix products alone, ``passes`` the kernels alone, ``torch`` the same
-iteration in PyTorch calls; ``floor`` counts the products at a measured rate and the passes' bytes at a measured
-bandwidth. ``workspace`` is the solve's peak beyond its inputs, in matrices of the weight's size.
+``product`` is the iteration's two float16 matrix products alone, ``passes`` the kernels alone, ``torch`` the same
+iteration in PyTorch calls with TF32 products, ``exact_product`` a product as exact as in float32; ``floor`` counts the
+products at a measured rate and the passes' bytes at a measured bandwidth. ``workspace`` is the solve's peak beyond its
+inputs, in matrices of the weight's size.
 Factors have spectra that fall as k^-1 (A) and k^-0.5 (G), damped as by default, half of the weights go as 2:4.
 """
 
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from environment import append_row, environment
 from surgeon_kernels import joint_update, nm_select, spd_inverse
-from surgeon_kernels.masked_cg import MaskedCG, product, tf32
+from surgeon_kernels.kron_product import kron_product
+from surgeon_kernels.masked_cg import MaskedCG
+from surgeon_kernels.masked_cg_triton import FusedCG
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
-# TF32 rate and bandwidth measured on an H200 (torch 2.11): 8192^3 products, copies.
-TF32, BANDWIDTH = 390e12, 4.2e12
-_BYTES = 41  # an iteration's passes, for each entry
+# Rate of half-precision products (8192^3) and bandwidth of copies, measured on an H200 (torch 2.11).
+HALF, BANDWIDTH = 685e12, 4.2e12
+_BYTES = 35  # an iteration's passes, for each entry
 _ITERATIONS = 20
 
 
@@ -65,36 +68,32 @@ def milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
 def iteration_times(inputs: tuple[Tensor, ...], iterations: int = _ITERATIONS) -> dict[str, float]:
     """Milliseconds of one iteration: with the kernels, in PyTorch calls, and of its product alone."""
     weight, pruned, _, _, G_inv, A_inv = inputs
-    terms = [(G_inv, A_inv)]
-    fused, plain = (MaskedCG(terms, pruned, weight.masked_fill(~pruned, 0.0)) for _ in range(2))
-    plain._passes = None
-    image, half = torch.empty_like(weight), torch.empty_like(weight)
+    terms, residual = [(G_inv, A_inv)], weight.masked_fill(~pruned, 0.0)
+    fused, plain = FusedCG(terms, pruned, residual.clone()), MaskedCG(terms, pruned, residual)
 
     def products() -> None:
-        with tf32():
-            for _ in range(iterations):
-                product(terms, weight, out=image, half=half)
+        for _ in range(iterations):
+            fused._multiply()
 
-    passes = fused._passes
-    assert passes is not None
-
-    def without_products() -> None:
-        passes.begin(iterations, fused._energy)
-        for k in range(iterations):
-            passes.finish(k)
-
-    return {
+    times = {
         "fused_ms": milliseconds(lambda: fused.run(iterations)) / iterations,
         "torch_ms": milliseconds(lambda: plain.run(iterations)) / iterations,
         "product_ms": milliseconds(products) / iterations,
-        "passes_ms": milliseconds(without_products) / iterations,
+        "passes_ms": _passes_ms(fused, iterations),
+        "exact_product_ms": milliseconds(lambda: kron_product(G_inv, weight, A_inv)),
     }
+    return times
+
+
+def _passes_ms(fused: FusedCG, iterations: int) -> float:
+    fused._multiply = lambda: None  # type: ignore[method-assign]
+    return milliseconds(lambda: fused.run(iterations)) / iterations
 
 
 def measure(rows: int, columns: int) -> dict[str, object]:
     inputs = problem(rows, columns)
     times = iteration_times(inputs)
-    floor = 2 * rows * columns * (rows + columns) / TF32 + _BYTES * rows * columns / BANDWIDTH
+    floor = 2 * rows * columns * (rows + columns) / HALF + _BYTES * rows * columns / BANDWIDTH
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, begun = torch.cuda.memory_allocated(), time.perf_counter()
@@ -117,22 +116,16 @@ def measure(rows: int, columns: int) -> dict[str, object]:
 
 
 def tune() -> None:
-    from surgeon_kernels import masked_cg_triton
-
     for rows, columns in SHAPES[:2]:
-        inputs = problem(rows, columns)
-        weight, pruned, _, _, G_inv, A_inv = inputs
-        solver = MaskedCG([(G_inv, A_inv)], pruned, weight.masked_fill(~pruned, 0.0))
+        weight, pruned, _, _, G_inv, A_inv = problem(rows, columns)
+        residual = weight.masked_fill(~pruned, 0.0)
         for block, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8)):
             for resident in (2, 4, 8):
-                passes = masked_cg_triton.Passes(solver, resident=resident, block=block, warps=warps)
-
-                def run(passes: masked_cg_triton.Passes = passes, solver: MaskedCG = solver) -> None:
-                    passes.begin(_ITERATIONS, solver._energy)
-                    for k in range(_ITERATIONS):
-                        passes.finish(k)
-
-                ms = milliseconds(run) / _ITERATIONS
+                solver = FusedCG(
+                    [(G_inv, A_inv)], pruned, residual.clone(), resident=resident, block=block, warps=warps
+                )
+                solver.run(1)
+                ms = _passes_ms(solver, _ITERATIONS)
                 rate = _BYTES * rows * columns / ms / 1e9
                 print(
                     f"{rows} x {columns} block {block} warps {warps} resident {resident}: {ms:.4f} ms {rate:.2f} TB/s"

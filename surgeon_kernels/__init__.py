@@ -13,7 +13,7 @@ from surgeon_kernels.chunked_solve import chunked_solve
 from surgeon_kernels.chunked_update import ChunkedUpdate, chunked_update, independent_update
 from surgeon_kernels.costs import WeightCosts, column_block_cost, column_cost, element_cost, exchange_cost, row_cost
 from surgeon_kernels.gram import gram_accumulate_
-from surgeon_kernels.joint_update import JointUpdate, joint_update, objective
+from surgeon_kernels.joint_update import JointUpdate, joint_estimate, joint_update, objective
 from surgeon_kernels.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_tune import tune_2_4
 from surgeon_kernels.nm_select import nm_group_cost, nm_prune, nm_select
@@ -59,6 +59,7 @@ __all__ = [
     "independent_update",
     "inverse_diagonal",
     "is_2_4",
+    "joint_estimate",
     "joint_update",
     "k_cheapest",
     "k_smallest",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from surgeon_kernels.masked_cg import MaskedCG, Terms, product
+from surgeon_kernels.kron_product import fits_split, kron_product_split
+from surgeon_kernels.masked_cg import MaskedCG, Terms, masked_cg, product
 from surgeon_kernels.spd_inverse import NotPositiveDefiniteError
 
 # Iterations between two looks at the progress, each of which waits for the device.
@@ -49,7 +50,7 @@ def joint_update(
 ) -> JointUpdate:
     """Minimise ``½ tr(Δᵀ G Δ A)`` subject to ``Δ = -W`` on every pruned weight (eq. 8 with all K weights at once).
 
-    Two problems in turn, both by :class:`~surgeon_kernels.masked_cg.MaskedCG`, whose iterations are one product with
+    Two problems in turn, both by :func:`~surgeon_kernels.masked_cg.masked_cg`, whose iterations are one product with
     two matrices each:
 
     1. The dual, ``P ∘ (G⁻¹ Λ A⁻¹) = P ∘ W`` for multipliers ``Λ`` on the pruned positions ``P``. Its value
@@ -61,8 +62,8 @@ def joint_update(
 
     It stops when the objective is within ``tolerance`` of the lower bound. Where few weights are kept, and without
     the inverses, there is the second part only, from ``Δ = 0`` on the kept weights, and the gap is an estimate from
-    the objective's trace (:func:`estimated_gap`). Products within the iterations are in TF32 on CUDA; after each part
-    value and residual are computed anew in full precision, and the part goes on from there if it is not finished.
+    the objective's trace (:func:`estimated_gap`). Products within the iterations round to 11 bits on CUDA; after each
+    part value and residual are computed anew in full precision, and the part goes on from there if it is not finished.
 
     Args:
         weight: ``[R, C]``; pruned: bool ``[R, C]``; G: damped ``[R, R]``; A: damped ``[C, C]``; G_inv, A_inv: their
@@ -78,13 +79,12 @@ def joint_update(
     if (G_inv is None) != (A_inv is None) or (second is not None and G_inv is not None):
         raise ValueError("give both inverses or neither, and none beside a second pair")
     terms = [(G, A)] if second is None else [(G, A), second]
-    diagonal = torch.stack([L.diagonal() for L, _ in terms]).T @ torch.stack([M.diagonal() for _, M in terms])
-    if not bool((diagonal > 0.0).all()):
+    if not bool(_positive_diagonal(terms)):
         raise NotPositiveDefiniteError("the curvature's diagonal is not positive throughout")
-    del diagonal
-    delta, bound = torch.where(pruned, -weight, 0.0), [0.0]
     if G_inv is not None and A_inv is not None and _kept_fraction(pruned) >= _DUAL_FROM:
         delta, bound = _solve_dual(weight, pruned, [(G_inv, A_inv)], tolerance, max_iterations)
+    else:
+        delta, bound = torch.where(pruned, -weight, 0.0), [0.0]
     gradient = product(terms, delta)
     trace = [0.5 * _dot(delta, gradient)]
     certified = bound[-1] > 0.0
@@ -97,7 +97,7 @@ def joint_update(
         left, begun = max_iterations + 2 - len(trace) - len(bound), trace[-1]
         if left <= 0 or last_gap <= tolerance:
             break
-        solver = MaskedCG(terms, ~pruned, gradient.neg_().masked_fill_(pruned, 0.0))
+        solver = masked_cg(terms, ~pruned, gradient.neg_().masked_fill_(pruned, 0.0))
         del gradient
         solved = _run(solver, trace, -1.0, left, lambda: gap() <= tolerance)
         delta += solver.x
@@ -111,6 +111,35 @@ def joint_update(
     return JointUpdate(delta, trace, bound, gradient, last_gap)
 
 
+def joint_estimate(
+    weight: Tensor,
+    pruned: Tensor,
+    G: Tensor,
+    A: Tensor,
+    G_inv: Tensor,
+    A_inv: Tensor,
+    *,
+    tolerance: float = 0.01,
+    max_iterations: int = 200,
+) -> JointUpdate:
+    """What :func:`joint_update` is about to find, for choosing other weights: the dual alone, and no certificate.
+
+    The optimum's gradient is ``-Λ``, to which the multipliers of the dual converge long before ``G Δ A`` does: there
+    what is left of the violation of the constraint stands multiplied by the large eigenvalues of ``G`` and ``A``.
+    ``bound`` is within about ``tolerance`` of the optimum's value, ``gradient`` is ``-Λ``, ``objective`` is empty and
+    ``gap`` infinite. Where few weights are kept this is :func:`joint_update`.
+    """
+    options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
+    if _kept_fraction(pruned) < _DUAL_FROM:
+        return joint_update(weight, pruned, G, A, G_inv, A_inv, **options)
+    solver, bound = masked_cg([(G_inv, A_inv)], pruned, weight.masked_fill(~pruned, 0.0)), [0.0]
+    _run(solver, bound, 1.0, max_iterations, lambda: still_to_rise(bound) <= tolerance)
+    gradient = solver.x.neg_()
+    del solver
+    rough = kron_product_split(G_inv, gradient, A_inv, parts=1) if fits_split(weight) else G_inv @ gradient @ A_inv
+    return JointUpdate(torch.where(pruned, -weight, rough), [], bound, gradient, math.inf)
+
+
 def _solve_dual(
     weight: Tensor, pruned: Tensor, inverse: Terms, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, list[float]]:
@@ -118,7 +147,7 @@ def _solve_dual(
     wanted = weight.masked_fill(~pruned, 0.0)
     multipliers, full, bound = torch.zeros_like(weight), torch.zeros_like(weight), [0.0]
     for _ in range(_REPLACEMENTS):
-        solver = MaskedCG(inverse, pruned, (wanted + full).masked_fill_(~pruned, 0.0))
+        solver = masked_cg(inverse, pruned, (wanted + full).masked_fill_(~pruned, 0.0))
         left = max_iterations + 1 - len(bound)
         _run(solver, bound, 1.0, left, lambda: still_to_rise(bound) <= _BOUND_TOLERANCE * tolerance)
         multipliers += solver.x
@@ -191,8 +220,15 @@ def estimated_gap(trace: list[float]) -> float:
     return to_come / optimum if optimum > 0.0 else math.inf
 
 
+def _positive_diagonal(terms: Terms) -> Tensor:
+    if len(terms) == 1:
+        return torch.stack([(M.diagonal() > 0.0).all() for M in terms[0]]).all()
+    row_scales = torch.stack([L.diagonal() for L, _ in terms])
+    return (row_scales.T @ torch.stack([M.diagonal() for _, M in terms]) > 0.0).all()
+
+
 def _kept_fraction(pruned: Tensor) -> float:
-    return 1.0 - float(pruned.double().mean()) if pruned.numel() else 1.0
+    return 1.0 - int(pruned.count_nonzero()) / pruned.numel() if pruned.numel() else 1.0
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

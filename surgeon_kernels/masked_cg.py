@@ -8,10 +8,20 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from surgeon_kernels.split_matmul import mm
+from surgeon_kernels.kron_product import LARGEST, kron_product
 from surgeon_kernels.triton_support import has_kernels
 
 Terms = Sequence[tuple[Tensor, Tensor]]  # symmetric (L_i [R, R], M_i [C, C]) of the operator Σ_i L_i X M_i
+
+
+def masked_cg(terms: Terms, free: Tensor, residual: Tensor) -> MaskedCG:
+    """The solver for these operands: on CUDA, in float32, :class:`~surgeon_kernels.masked_cg_triton.FusedCG`."""
+    on_gpu = residual.is_cuda and residual.dtype == torch.float32 and has_kernels()
+    if on_gpu and residual.numel() and max(residual.shape) <= LARGEST:
+        from surgeon_kernels.masked_cg_triton import FusedCG
+
+        return FusedCG(terms, free, residual)
+    return MaskedCG(terms, free, residual)
 
 
 class MaskedCG:
@@ -24,65 +34,54 @@ class MaskedCG:
 
     with ``S = 1 / Σ_i diag(L_i) diag(M_i)ᵀ`` (Hestenes and Stiefel, 1952). It lowers ``½⟨X, KX⟩ - ⟨B, X⟩`` by
     ``½ l e``. Inner products are summed in float64, and all scalars stay on the device: iterations follow each other
-    without the host. On CUDA, in float32, products are in TF32 and the rest of an iteration is three kernels (see
-    :mod:`surgeon_kernels.masked_cg_triton`); everything else is done by PyTorch. The same inputs give the same bits.
-
-    Attributes:
-        x: the iterate; residual: ``B - free ∘ K(x)`` as the recursion has it. They belong to this object.
+    without the host. This class calls PyTorch for all of it; :func:`masked_cg` chooses what is faster.
     """
 
     def __init__(self, terms: Terms, free: Tensor, residual: Tensor) -> None:
         """Begin at ``x = 0``. ``residual`` is ``B``, contiguous and zero off ``free``; it is taken over and changed."""
-        self.terms, self.free, self.residual = terms, free.contiguous(), residual
-        self.x = torch.zeros_like(residual)
-        self.image, self.half = torch.empty_like(residual), torch.empty_like(residual)
-        self.row_scales = torch.stack([L.diagonal() for L, _ in terms])  # [terms, R]
-        self.column_scales = torch.stack([M.diagonal() for _, M in terms])  # [terms, C]
-        self.direction = self._precondition(residual)
-        self._energy = _dot(residual, self.direction)
-        self._passes = None
-        if residual.is_cuda and residual.dtype == torch.float32 and residual.numel() and has_kernels():
-            from surgeon_kernels.masked_cg_triton import Passes
+        self._terms, self._free, self._residual = terms, free, residual
+        self._x = torch.zeros_like(residual)
+        row_scales = torch.stack([L.diagonal() for L, _ in terms])  # [terms, R]
+        self._diagonal = row_scales.T @ torch.stack([M.diagonal() for _, M in terms])  # 1 / S
+        self._direction = residual / self._diagonal
+        self._energy = _dot(residual, self._direction)
 
-            self._passes = Passes(self)
+    @property
+    def x(self) -> Tensor:
+        """The iterate."""
+        return self._x
+
+    @property
+    def residual(self) -> Tensor:
+        """``B - free ∘ K(x)`` as the recursion has it."""
+        return self._residual
 
     def run(self, iterations: int) -> list[float]:
         """Iterate; what each iteration lowered the quadratic function by (0 once the residual has vanished)."""
         with tf32():
-            if self._passes is None:
-                decreases = [self._step() for _ in range(iterations)]
-                return torch.stack(decreases).tolist() if decreases else []
-            self._passes.begin(iterations, self._energy)
-            for k in range(iterations):
-                product(self.terms, self.direction, out=self.image, half=self.half)
-                self._passes.finish(k)
-            self._energy = self._passes.energies[-1]
-            return self._passes.decreases.tolist()
+            decreases = [self._step() for _ in range(iterations)]
+        return torch.stack(decreases).tolist() if decreases else []
 
     def _step(self) -> Tensor:
-        product(self.terms, self.direction, out=self.image, half=self.half)
-        curvature = _dot(self.direction, self.image)
+        image = product(self._terms, self._direction)
+        curvature = _dot(self._direction, image)
         before, usable = self._energy, (self._energy > 0.0) & (curvature > 0.0)
         length = torch.where(usable, before / curvature, 0.0)
-        self.residual.addcmul_(length.to(self.x.dtype), self.image, value=-1.0).masked_fill_(~self.free, 0.0)
-        self.x.addcmul_(length.to(self.x.dtype), self.direction)
-        z = self._precondition(self.residual)
-        self._energy = _dot(self.residual, z)
+        self._residual.addcmul_(length.to(self._x.dtype), image, value=-1.0).masked_fill_(~self._free, 0.0)
+        self._x.addcmul_(length.to(self._x.dtype), self._direction)
+        z = self._residual / self._diagonal
+        self._energy = _dot(self._residual, z)
         ratio = torch.where(usable, self._energy / before, 0.0)
-        self.direction = z.addcmul_(ratio.to(z.dtype), self.direction)
+        self._direction = z.addcmul_(ratio.to(z.dtype), self._direction)
         return 0.5 * length * before
 
-    def _precondition(self, residual: Tensor) -> Tensor:
-        return residual / (self.row_scales.T @ self.column_scales)
 
-
-def product(terms: Terms, X: Tensor, *, out: Tensor | None = None, half: Tensor | None = None) -> Tensor:
-    """``Σ_i L_i X M_i``; ``out`` and ``half`` are room of the shape of ``X``."""
+def product(terms: Terms, X: Tensor) -> Tensor:
+    """``Σ_i L_i X M_i``."""
     (L, M), *others = terms
-    half = mm(L, X, out=half)
-    out = mm(half, M, out=out)
+    out = kron_product(L, X, M)
     for L, M in others:
-        out.addmm_(torch.mm(L, X, out=half), M)
+        out += kron_product(L, X, M)
     return out
 
 

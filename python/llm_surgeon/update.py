@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from surgeon_kernels import (
     chunked_update,
     exchange_cost,
     independent_update,
+    joint_estimate,
     joint_update,
     rows_columns_update,
 )
@@ -86,43 +88,51 @@ def remove_and_compensate(
 def _solve(
     weight: Tensor, selection: Selection, g: DampedFactor, a: DampedFactor, config: PruneConfig
 ) -> tuple[JointUpdate, Selection]:
-    """The joint update, after ``config.exchanges`` rounds of a better selection found from the last one's solution."""
+    """The joint update, after ``config.exchanges`` rounds of a better selection from the last one's multipliers."""
 
-    def solve(pruned: Tensor) -> JointUpdate:
-        return joint_update(
-            weight,
-            pruned,
-            g.damped,
-            a.damped,
-            g.inverse,
-            a.inverse,
-            tolerance=config.tolerance,
-            max_iterations=config.max_iterations,
-        )
+    def solve(selection: Selection) -> JointUpdate:
+        return joint_update(weight, with_bias(selection, weight.shape[1]), *factors, **options)
 
     assert config.exchanges is not None
-    pruned = with_bias(selection, weight.shape[1])
-    best, advantage, columns = solve(pruned), _ADVANTAGE, selection.pruned.shape[1]
-    for _ in range(config.exchanges):
+    factors = g.damped, a.damped, g.inverse, a.inverse
+    options: dict[str, Any] = {"tolerance": config.tolerance, "max_iterations": config.max_iterations}
+    if not config.exchanges:
+        return solve(selection), selection
+    advantage, columns = _ADVANTAGE, selection.pruned.shape[1]
+    estimate = joint_estimate(weight, with_bias(selection, weight.shape[1]), *factors, **options)
+    for left in reversed(range(config.exchanges)):
         cost = exchange_cost(
-            weight + best.delta,
-            pruned,
-            best.gradient,
+            weight + estimate.delta,
+            with_bias(selection, weight.shape[1]),
+            estimate.gradient,
             g.damped,
             a.damped,
             g.inverse.diagonal(),
             a.inverse.diagonal(),
         )[:, :columns]
         changed = Selection(reselect(selection.pruned, torch.where(selection.pruned, cost / advantage, cost), config))
+        del cost
         if torch.equal(changed.pruned, selection.pruned):
             break
-        changed_pruned = with_bias(changed, weight.shape[1])
-        solved = solve(changed_pruned)
-        if solved.objective[-1] < best.objective[-1]:
-            best, selection, pruned = solved, changed, changed_pruned
-        else:
-            advantage *= 2.0
-    return best, selection
+        if left:
+            other = joint_estimate(weight, with_bias(changed, weight.shape[1]), *factors, **options)
+            if _value(other) < _value(estimate):
+                selection, estimate = changed, other
+            else:
+                advantage *= 2.0
+            continue
+        value = _value(estimate)
+        del estimate
+        solved = solve(changed)
+        if solved.objective[-1] < value:
+            return solved, changed
+        before = solve(selection)
+        return (solved, changed) if solved.objective[-1] < before.objective[-1] else (before, selection)
+    return solve(selection), selection
+
+
+def _value(estimate: JointUpdate) -> float:
+    return estimate.objective[-1] if estimate.objective else estimate.bound[-1]
 
 
 def with_bias(selection: Selection, width: int) -> Tensor:

@@ -1,14 +1,31 @@
-"""Checks MaskedCG's passes in Triton's interpreter; run by test_masked_cg_interpreted.py in a process of its own."""
+"""Checks FusedCG in Triton's interpreter; run by test_masked_cg_interpreted.py in a process of its own."""
 
 import gc
+import sys
 import weakref
+from unittest import mock
 
 import torch
 
-from surgeon_kernels.masked_cg import MaskedCG, product
-from surgeon_kernels.masked_cg_triton import Passes
+from surgeon_kernels import joint_update
+from surgeon_kernels.kron_product import scaled_parts_reference
+from surgeon_kernels.kron_product_triton import scaled_parts_rows, scaled_rows
+from surgeon_kernels.masked_cg import MaskedCG
+from surgeon_kernels.masked_cg_triton import FusedCG
 
-from .dense import factor
+from .dense import factor, random_mask, random_weight
+
+
+class InSingle(FusedCG):
+    """The kernels around a product in float32, which the reference can be compared with closely."""
+
+    operands = torch.float32
+
+    def _multiply(self) -> None:
+        if len(self._terms) > 1:
+            return super()._multiply()
+        (L, M), g, a = self._terms[0], self._row_scales, self._column_scales
+        torch.mm((g[:, None] * L * g) @ self._direction, a[:, None] * M * a, out=self._image)
 
 
 def problem(rows: int, columns: int, terms: int) -> tuple[list, torch.Tensor, torch.Tensor]:
@@ -19,37 +36,66 @@ def problem(rows: int, columns: int, terms: int) -> tuple[list, torch.Tensor, to
     return pairs, free, torch.randn(rows, columns).masked_fill_(~free, 0.0)
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def the_iterations() -> None:
     for rows, columns, terms, block in ((5, 7, 1, 2048), (3, 300, 2, 64), (17, 33, 1, 32), (1, 1, 2, 32)):
         pairs, free, b = problem(rows, columns, terms)
         expected = MaskedCG(pairs, free, b.clone())
-        decreases = expected.run(5)
-        solver = MaskedCG(pairs, free, b.clone())
-        passes = Passes(solver, resident=2, block=block, warps=1)
-        passes.begin(5, solver._energy)
-        for k in range(5):
-            product(pairs, solver.direction, out=solver.image, half=solver.half)
-            passes.finish(k)
-        for name in ("x", "residual", "direction"):
+        solver = InSingle(pairs, free, b.clone(), resident=2, block=block, warps=1)
+        solver._image.fill_(torch.nan)
+        solver._half.fill_(torch.nan)
+        for iterations in (3, 2):
+            decreases = torch.tensor(solver.run(iterations))
+            torch.testing.assert_close(decreases, torch.tensor(expected.run(iterations)), rtol=1e-3, atol=1e-6)
+        for name in ("x", "residual"):
             actual, reference = getattr(solver, name), getattr(expected, name)
             torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
-        torch.testing.assert_close(passes.decreases, torch.tensor(decreases, dtype=torch.float64), rtol=1e-3, atol=1e-6)
         assert solver.x[~free].eq(0).all() and solver.residual[~free].eq(0).all()
     # Nothing is left to do: nothing moves, and nothing is divided by zero.
     pairs, free, b = problem(4, 6, 1)
-    solver = MaskedCG(pairs, free, torch.zeros_like(b))
-    passes = Passes(solver, warps=1)
-    passes.begin(2, solver._energy)
-    for k in range(2):
-        product(pairs, solver.direction, out=solver.image, half=solver.half)
-        passes.finish(k)
-    assert solver.x.eq(0).all() and passes.decreases.eq(0).all()
+    solver = FusedCG(pairs, free, torch.zeros_like(b), warps=1)
+    assert solver.run(2) == [0.0, 0.0] and solver.x.eq(0).all()
     # A solver's memory is free as soon as nobody has it any more.
     gc.disable()
-    solver._passes, gone = passes, weakref.ref(solver)
+    gone = weakref.ref(solver)
     del solver
     assert gone() is None
+
+
+def in_half_precision() -> None:
+    """Whole solves with float16 operands end within the tolerance of the optimum in float64's eyes."""
+    # The weights' scale is that of the operands, which must fit the range of float16.
+    for kinds, scale in ((("plain", "outlier"), 1e-6), (("outlier", "deficient"), 1e4)):
+        W, pruned = random_weight(12, 16, 0), random_mask(12, 16, "random", 1)
+        G, A = factor(12, kinds[0], 2), factor(16, kinds[1], 3)
+        inputs = [W, pruned, G, A, torch.linalg.inv(G), torch.linalg.inv(A)]
+        best = joint_update(*inputs, tolerance=1e-6, max_iterations=2000).objective[-1]
+        half = [x if x.dtype == torch.bool else x.float() for x in inputs]
+        half[0] = half[0] * scale
+        with mock.patch.object(sys.modules["surgeon_kernels.joint_update"], "masked_cg", FusedCG):
+            result = joint_update(*half)
+        delta = result.delta.double() / scale
+        true = 0.5 * float((delta * (G @ delta @ A)).sum())
+        assert result.gap <= 0.01 and best * (1 - 1e-4) <= true <= 1.015 * best, (kinds, scale, true / best)
+
+
+def the_parts() -> None:
+    x, rows, columns = torch.randn(3, 2100)[:, ::2], torch.rand(3), torch.rand(1050)
+    for parts in (1, 2):
+        expected = scaled_parts_reference(x, rows, columns, parts)
+        torch.testing.assert_close(scaled_parts_rows(x, rows, columns, parts)[0], expected[0], rtol=2e-3, atol=1e-7)
+    expected = x * rows[:, None] * columns
+    torch.testing.assert_close(scaled_rows(x, rows, columns, torch.empty(3, 1050)), expected)
+    own = x.contiguous()
+    torch.testing.assert_close(scaled_rows(own, rows, columns, own), expected)
+    hi, lo = scaled_parts_rows(x, rows, columns, 2).double()
+    torch.testing.assert_close(hi + lo / 2**11, x.double() * rows[:, None] * columns, rtol=2**-21, atol=1e-9)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    the_iterations()
+    in_half_precision()
+    the_parts()
     print("agrees")
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from surgeon_kernels import damp, joint_update
+from surgeon_kernels import damp, joint_estimate, joint_update
 
 from . import dense
 from .dense import (
@@ -135,8 +135,8 @@ def test_lost_precision_is_found_and_made_good(monkeypatch):
     masked_cg = importlib.import_module("surgeon_kernels.masked_cg")
     noise = 1e-3 * torch.randn(16, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
-    def rough(terms, X, *, out, half):
-        return out.copy_(exact(terms, X) * (1 + noise))
+    def rough(terms, X):
+        return exact(terms, X) * (1 + noise)
 
     exact = masked_cg.product
     monkeypatch.setattr(masked_cg, "product", rough)
@@ -189,3 +189,35 @@ def test_estimated_gap_is_exact_for_a_power_law_and_safe_for_a_geometric_series(
 )
 def test_estimated_gap_of_hand_made_traces(trace, expected):
     assert module.estimated_gap(trace) == expected
+
+
+def test_an_estimate_knows_the_optimums_gradient_and_value():
+    W, pruned, G, A = typical(kind="plain")
+    best = joint_update(W, pruned, G, A, *inverses(G, A), tolerance=0.0, max_iterations=400)
+    result = joint_estimate(W, pruned, G, A, *inverses(G, A), tolerance=1e-9)
+    assert result.objective == [] and result.gap == INF
+    assert result.bound[-1] == pytest.approx(best.objective[-1], rel=1e-6)
+    assert result.gradient[~pruned].eq(0.0).all()
+    torch.testing.assert_close(result.gradient, best.gradient, rtol=1e-3, atol=1e-3 * float(best.gradient.abs().max()))
+    assert_exactly_zero(W, pruned, result.delta)
+    assert dense.relative_error(result.delta, best.delta) < 1e-3
+
+
+def test_the_multipliers_converge_before_the_gradient():
+    """Large eigenvalues multiply what is left of the violation in ``G Δ A``; the multipliers have nothing of it."""
+    W, pruned = random_weight(16, 24, 0), random_mask(16, 24, "random", 3)
+    G, A = power_law(16, 2.0, 1, 1e-3), power_law(24, 2.0, 2, 1e-3)
+    best = joint_update(W, pruned, G, A, *inverses(G, A), tolerance=0.0, max_iterations=2000).gradient
+    result = joint_estimate(W, pruned, G, A, *inverses(G, A), tolerance=0.3)
+    assert len(result.bound) - 1 < 30
+    own = (G @ result.delta @ A)[pruned]
+    assert dense.relative_error(result.gradient[pruned], best[pruned]) < 0.5
+    assert dense.relative_error(own, best[pruned]) > 2.0
+
+
+def test_an_estimate_of_few_kept_weights_is_the_solution():
+    W, pruned, G, A = typical(density=0.9)
+    assert 0.0 < float((~pruned).double().mean()) < 0.3
+    result = joint_estimate(W, pruned, G, A, *inverses(G, A))
+    expected = joint_update(W, pruned, G, A, *inverses(G, A))
+    assert torch.equal(result.delta, expected.delta) and result.objective == expected.objective

@@ -8,8 +8,8 @@ from surgeon_kernels import masked_cg_triton
 
 from .compiled import compile_kernel
 
-FLOATS = ("direction", "image", "residual", "x", "row_scales", "column_scales")
-DOUBLES = ("curvatures", "energies", "new_energies", "decreases")
+FLOATS = ("image", "residual", "x", "row_scales", "column_scales", "largest")
+DOUBLES = ("curvatures", "energies", "bounds", "new_energies", "decreases")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -19,6 +19,7 @@ def test_pass(name, terms, capability):
     kernel = getattr(masked_cg_triton, f"{name}_kernel")
     constants = {"BLOCK": masked_cg_triton._BLOCK, "TERMS": terms, "PARTS": 2048}
     types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(DOUBLES, "*fp64") | {"free": "*u8"}
+    types["direction"] = "*fp16" if terms == 1 else "*fp32"
     compiled = compile_kernel(
         kernel,
         {argument: types.get(argument, "i32") for argument in kernel.arg_names},
