@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from surgeon_kernels.triangular import cholesky_inverse_, triangular_inverse_
+from surgeon_kernels.triangular import cholesky_inverse_, triangular_gram_, triangular_inverse_
 
 # Jitter escalation, relative to the mean diagonal: tried in this order when a factorisation meets a pivot <= 0.
 JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -88,6 +88,14 @@ def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
     """
     L, good = _cholesky(M)
     return torch.linalg.vector_norm(triangular_inverse_(L), dim=0).square_(), good
+
+
+def inverse_and_diagonal(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse ``[n, n]`` together with what :func:`inverse_diagonal` returns."""
+    L, good = _cholesky(M)
+    X = triangular_inverse_(L)
+    diagonal = torch.linalg.vector_norm(X, dim=0).square_()
+    return triangular_gram_(X), diagonal, good
 
 
 def cholesky_with_jitter(M: Tensor, damping: float = 0.0, *, name: str = "matrix") -> tuple[Tensor, float]:

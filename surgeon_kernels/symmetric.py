@@ -45,6 +45,19 @@ class SymmetricAccumulator:
             n, torch.zeros(_shape(n, n >= PACKED_FROM if packed is None else packed), dtype=dtype, device=device)
         )
 
+    @classmethod
+    def of(cls, matrix: Tensor) -> SymmetricAccumulator:
+        """The symmetric ``matrix`` ``[n, n]``, in the format by its size."""
+        n = len(matrix)
+        if n < PACKED_FROM:
+            return cls(n, matrix.clone(memory_format=torch.contiguous_format))
+        side = tiles_per_side(n)
+        rest = side * TILE - n
+        padded = functional.pad(matrix, (0, rest, 0, rest)) if rest else matrix
+        i, j = torch.tril_indices(side, side, device=matrix.device)
+        # On a GPU the result of indexing need not lie in memory as it is indexed.
+        return cls(n, padded.reshape(side, TILE, side, TILE)[i, :, j, :].contiguous())
+
     @staticmethod
     def elements(n: int) -> int:
         """Numbers stored for an ``n x n`` matrix."""

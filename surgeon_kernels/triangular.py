@@ -22,7 +22,11 @@ def cholesky_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> T
 
     The workspace is at most ``n²`` numbers. The same ``L`` gives the same bits.
     """
-    X = triangular_inverse_(L, base=base, panel=panel)
+    return triangular_gram_(triangular_inverse_(L, base=base, panel=panel), base=base, panel=panel)
+
+
+def triangular_gram_(X: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> Tensor:
+    """``Xᵀ X``, exactly symmetric, in place of the lower triangular ``X`` ``[n, n]`` (zeros above the diagonal)."""
     panel = min(panel, max(base, len(X) // 2))  # of half the size, a block and its split operands take n²
     # (XᵀX)_ij = Σ_{k >= i} X_kiᵀ X_kj for i >= j: from left to right and downwards, what is read is still X.
     for j in range(0, len(X), panel):

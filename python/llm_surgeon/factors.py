@@ -15,12 +15,13 @@ from llm_surgeon.offload import Prefetcher
 from surgeon_kernels import (
     NotPositiveDefiniteError,
     SymmetricAccumulator,
+    inverse_and_diagonal,
     inverse_diagonal,
     mean_diagonal,
     spd_inverse,
     unchecked_inverse,
 )
-from surgeon_kernels.masked_cg import tf32
+from surgeon_kernels.kron_product import fits_split, kron_product_split
 
 _Key = tuple[str, str, bool]  # "G" or "A", name of the linear or of the input group, with the bias's column
 
@@ -28,7 +29,9 @@ _Key = tuple[str, str, bool]  # "G" or "A", name of the linear or of the input g
 class DampedFactor:
     """``M + shift I`` of a factor ``M`` ``[n, n]``, and its inverse when it is asked for."""
 
-    def __init__(self, M: Tensor, damping: float, jitter: float) -> None:
+    def __init__(self, M: Tensor, damping: float, jitter: float, inverse: SymmetricAccumulator | None = None) -> None:
+        """``inverse``, if it is known, is that of the damped factor."""
+        self._inverse = inverse
         self.shift = (damping + jitter) * mean_diagonal(M)  # a scalar on M's device
         self.jitter = jitter
         M.diagonal().add_(self.shift)
@@ -36,7 +39,7 @@ class DampedFactor:
 
     @cached_property
     def inverse(self) -> Tensor:
-        return unchecked_inverse(self.damped)
+        return unchecked_inverse(self.damped) if self._inverse is None else self._inverse.full()
 
 
 class DampedFactors:
@@ -45,13 +48,22 @@ class DampedFactors:
     The diagonals of all inverses are computed at once, when first asked for: that is when factorisations are checked
     and their jitter is found, with one wait for the device. What follows takes the jitter as known. Curvature that
     lies in main memory is copied to ``device`` a layer ahead. Of the factors themselves only the last ``A`` is kept:
-    linears that share their input follow each other.
+    linears that share their input follow each other. With ``keep_inverses`` the inverses are computed with their
+    diagonals and kept as the factors are, half of each; else they are computed anew for a layer's turn.
     """
 
     def __init__(
-        self, curvature: Curvature, config: PruneConfig, linears: list[PrunableLinear], device: torch.device
+        self,
+        curvature: Curvature,
+        config: PruneConfig,
+        linears: list[PrunableLinear],
+        device: torch.device,
+        *,
+        keep_inverses: bool = False,
     ) -> None:
         self._curvature, self._config, self._linears, self.device = curvature, config, linears, device
+        self._keep_inverses = keep_inverses
+        self._inverses: dict[_Key, SymmetricAccumulator] = {}
         self._following = dict(zip((linear.name for linear in linears), linears[1:], strict=False))
         self._prefetcher = Prefetcher(device)
         self._last_a: tuple[_Key, DampedFactor] | None = None
@@ -92,7 +104,12 @@ class DampedFactors:
         for linear in self._linears:
             for key, factor in zip((_key_g(linear), _key_a(linear)), self._load(linear), strict=True):
                 if key not in diagonals:
-                    diagonals[key], fine = inverse_diagonal(factor.damped)
+                    if self._keep_inverses:
+                        inverse, diagonals[key], fine = inverse_and_diagonal(factor.damped)
+                        self._inverses[key] = SymmetricAccumulator.of(inverse)
+                        del inverse  # frees it before the next factor is loaded
+                    else:
+                        diagonals[key], fine = inverse_diagonal(factor.damped)
                     good.append(fine)
                     owners.append((key, linear))
         for (key, linear), fine in zip(owners, to_list(good), strict=True):
@@ -113,23 +130,27 @@ class DampedFactors:
         except NotPositiveDefiniteError as error:
             raise NumericalError(str(error)) from error
         self._jitter[key] = solved.jitter
+        if self._keep_inverses:
+            self._inverses[key] = SymmetricAccumulator.of(solved.inverse)
         return solved.inverse.diagonal().clone()
 
     def _load(self, linear: PrunableLinear) -> tuple[DampedFactor, DampedFactor]:
-        assert self._config.damp_g is not None
         key = _key_a(linear)
         held = self._last_a is not None and self._last_a[0] == key
         G, *others = self._fetch(linear, with_a=not held)
-        g = DampedFactor(
-            G.full().div_(self._curvature.tokens), self._config.damp_g, self._jitter.get(_key_g(linear), 0.0)
-        )
+        g = self._damped(G.full(), _key_g(linear))
         if not held:
             size = linear.columns + linear.has_bias
             self._last_a = None  # frees it before the next one is made
-            A = others[0].full()[:size, :size].div_(self._curvature.tokens)
-            self._last_a = (key, DampedFactor(A, self._config.damp_a, self._jitter.get(key, 0.0)))
+            self._last_a = (key, self._damped(others[0].full()[:size, :size], key))
         assert self._last_a is not None
         return g, self._last_a[1]
+
+    def _damped(self, total: Tensor, key: _Key) -> DampedFactor:
+        damping = self._config.damp_g if key[0] == "G" else self._config.damp_a
+        assert damping is not None
+        M = total.div_(self._curvature.tokens)
+        return DampedFactor(M, damping, self._jitter.get(key, 0.0), self._inverses.get(key))
 
     def _fetch(self, linear: PrunableLinear, *, with_a: bool) -> list[SymmetricAccumulator]:
         """The sums ``G`` and, ``with_a``, ``A`` on the device; the next linear's are on their way then."""
@@ -147,12 +168,20 @@ class DampedFactors:
 def predicted_increase(delta: Tensor, g: DampedFactor, a: DampedFactor) -> Tensor:
     """``½ tr(Δᵀ G Δ A)`` with the factors as they were before damping, nats per token: float64, on the device.
 
-    For the report alone: on a GPU its products are in TF32.
+    For the report alone: on a GPU the operands of its products are rounded to 11 bits.
     """
-    with tf32():
-        product = (delta @ a.damped).addcmul_(delta, a.shift, value=-1)
-        product = (g.damped @ product).addcmul_(product, g.shift, value=-1)
+    G, A = (_undamped(factor) for factor in (g, a))
+    if fits_split(delta):
+        product = kron_product_split(G, delta, A, scales=(g.damped.diagonal(), a.damped.diagonal()), parts=1)
+    else:
+        product = G @ delta @ A
     return 0.5 * (delta * product).sum(dtype=torch.float64)
+
+
+def _undamped(factor: DampedFactor) -> Tensor:
+    M = factor.damped.clone()
+    M.diagonal().sub_(factor.shift)
+    return M
 
 
 def _key_g(linear: PrunableLinear) -> _Key:

@@ -18,8 +18,8 @@ from surgeon_kernels import SymmetricAccumulator
 _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed in
 # Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things.
 _CPU_TOKENS, _GPU_TOKENS = 4096, 8192
-# Matrices of a layer's shape that the joint solver holds, and PyTorch while it adds them up.
-_SOLVER_MATRICES = 16
+# Matrices of a layer's shape that the joint solver holds.
+_SOLVER_MATRICES = 10
 # Those of a solution that waits for the next one, to be exchanged for it: Δ, G Δ A and costs.
 _SOLUTION_MATRICES = 3
 # Gradients of a block's widest layer that are alive at once in its backward pass.
@@ -45,6 +45,8 @@ class Plan:
         masks_bytes: what is pruned, a byte a weight.
         dense_bytes: the dense weights, where later shots go back to them.
         factors_bytes: packed Kronecker factors that stay on the device: an A per input, a G per linear, float32.
+        inverses_bytes: inverses that are kept, packed like the factors, from the selection to the update; 0 where they
+            are computed again.
         curvature_bytes: one pass's activations, logits and their gradient; also its factors where these do not stay.
         selection_bytes: factorisations of the largest layer, and the new masks.
         update_bytes: the largest layer's factors, inverses and the solver's matrices.
@@ -63,6 +65,7 @@ class Plan:
     masks_bytes: int
     dense_bytes: int
     factors_bytes: int
+    inverses_bytes: int
     curvature_bytes: int
     selection_bytes: int
     update_bytes: int
@@ -79,7 +82,7 @@ class Plan:
     @property
     def additional_bytes(self) -> int:
         """Peak memory beyond the weights; the phases follow each other."""
-        phases = max(self.curvature_bytes, self.selection_bytes, self.update_bytes)
+        phases = max(self.curvature_bytes, self.inverses_bytes + max(self.selection_bytes, self.update_bytes))
         snapshot = self.snapshot_bytes if self.device.type == "cpu" else 0
         return self.masks_bytes + self.dense_bytes + self.factors_bytes + snapshot + phases
 
@@ -92,8 +95,8 @@ class Plan:
             "copies to restore": self.snapshot_bytes if self.device.type == "cpu" else 0,
             "factors": self.factors_bytes,
             "curvature pass": self.curvature_bytes,
-            "or selection": self.selection_bytes,
-            "or update": self.update_bytes,
+            "or selection": self.inverses_bytes + self.selection_bytes,
+            "or update": self.inverses_bytes + self.update_bytes,
         }
 
 
@@ -152,7 +155,9 @@ class _Planner:
         streamed = self.offload and self._on_gpu
         masks, dense_here = (0, 0) if streamed else (self.weights, dense)
         factors = 0 if self.hosted else sum(self.factor_bytes)
-        batch_size, per_pass = self._layout(weights + masks + dense_here + factors)
+        resident = weights + masks + dense_here + factors
+        inverses = self._inverses_bytes(resident)
+        batch_size, per_pass = self._layout(resident)
         pinned = self._pinned_bytes() if self._on_gpu else 0
         passes = -(-len(blocks) // per_pass) if self.factored else 1
         # Forward, backward, and forward again where activations are computed again.
@@ -169,6 +174,7 @@ class _Planner:
             masks_bytes=masks,
             dense_bytes=dense_here,
             factors_bytes=factors,
+            inverses_bytes=inverses,
             curvature_bytes=self._curvature_bytes(batch_size, per_pass),
             selection_bytes=self._selection_bytes(),
             update_bytes=self._update_bytes(),
@@ -183,6 +189,7 @@ class _Planner:
                 passes=times * passes * self.factored,
                 rates=(matmul_rate(self.device, dtype), matmul_rate(self.device, torch.float32)),
                 on_gpu=self._on_gpu,
+                inverted_once=inverses > 0,
             )
             + pinned / PINNING_RATE,
         )
@@ -205,6 +212,16 @@ class _Planner:
         if self.config.curvature_layers is None:
             per_pass = -(-blocks // -(-blocks // per_pass))  # as few passes, of equal size
         return windows, per_pass
+
+    def _inverses_bytes(self, resident: int) -> int:
+        """All inverses, where the update needs them and they fit beside ``resident`` bytes."""
+        config = self.config
+        needed = config.method == "surgeon" and config.pattern.single_weights and config.update != "none"
+        if not self._on_gpu or self.hosted or not needed or config.kron_rank > 1:
+            return 0
+        inverses = sum(self.factor_bytes)
+        working = max(self._selection_bytes(), self._update_bytes())
+        return inverses if resident + inverses + working <= (1 - _SLACK) * self._limit() else 0
 
     def _factors(self) -> list[int]:
         return [size for sizes in self.factor_sizes for size in sizes]

@@ -100,7 +100,8 @@ class ShotLoop:
             else:
                 curvature = self._estimate(index)
                 loss = curvature.loss
-                factors = DampedFactors(curvature, config, self.decoder.linears, self.device)
+                keep = self.plan.inverses_bytes > 0
+                factors = DampedFactors(curvature, config, self.decoder.linears, self.device, keep_inverses=keep)
                 if config.kron_rank == 2:
                     self._paired = PairedCurvature(
                         self.decoder, config, curvature, functools.partial(self._estimate, index)

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from surgeon_kernels import NotPositiveDefiniteError, damp, inverse_diagonal, spd_inverse, unchecked_inverse
+from surgeon_kernels import (
+    NotPositiveDefiniteError,
+    damp,
+    inverse_and_diagonal,
+    inverse_diagonal,
+    spd_inverse,
+    unchecked_inverse,
+)
 from surgeon_kernels.split_matmul import addmm_split_, split, split_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -36,6 +43,9 @@ def test_inverse_is_as_accurate_as_the_library(n, outlier):
     diagonal, good = inverse_diagonal(single)
     assert bool(good)
     assert error(diagonal, exact.diagonal()) < 2 * library + 1e-6
+    both = inverse_and_diagonal(single)
+    assert error(both[0], exact) < 2 * library + 1e-6 and torch.equal(both[0], both[0].T)
+    assert torch.equal(both[1], diagonal) and bool(both[2])
 
 
 def test_jitter_escalates_and_nothing_is_nan():

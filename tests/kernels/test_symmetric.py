@@ -4,6 +4,7 @@ import torch
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 from surgeon_kernels.symmetric import PACKED_FROM, TILE
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SIZES = [1, 127, 128, 129, 300, 3 * TILE]
 
 
@@ -45,6 +46,22 @@ def test_large_matrices_are_packed(n):
     assert out.nbytes == 4 * SymmetricAccumulator.elements(n)
     assert out.full().shape == (n, n)
     assert out.diagonal().shape == (n,)
+
+
+@pytest.mark.parametrize("n", [0, 1, PACKED_FROM - 1, PACKED_FROM, PACKED_FROM + 1])
+@pytest.mark.parametrize("column_major", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, gpu])])
+def test_of_a_matrix(n, column_major, device):
+    matrix = randn(n, n, dtype=torch.float32).to(device)
+    matrix = matrix + matrix.T
+    if column_major:  # as the library's Cholesky factors are
+        matrix = matrix.T.contiguous().T
+    out = SymmetricAccumulator.of(matrix)
+    assert out.n == n and out.packed == (n >= PACKED_FROM)
+    assert out.nbytes == 4 * SymmetricAccumulator.elements(n) and out.storage.is_contiguous()
+    assert torch.equal(out.full(), matrix) and torch.equal(out.diagonal(), matrix.diagonal())
+    matrix.zero_()
+    assert n == 0 or out.diagonal().ne(0).any()  # a copy
 
 
 def test_packed_storage_is_about_half():

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from surgeon_kernels import inverse_diagonal, spd_inverse, split_matmul, triangular, unchecked_inverse
+from surgeon_kernels import (
+    inverse_and_diagonal,
+    inverse_diagonal,
+    spd_inverse,
+    split_matmul,
+    triangular,
+    unchecked_inverse,
+)
 from surgeon_kernels.split_matmul import addmm_split_, mm, split, split_reference
 
 from .dense import factor, relative_error, with_condition
@@ -95,12 +102,16 @@ def test_diagonal_of_the_inverse(kind):
     assert bool(good)
     torch.testing.assert_close(diagonal, torch.linalg.inv(M).diagonal(), rtol=1e-9, atol=0)
     torch.testing.assert_close(unchecked_inverse(M), torch.linalg.inv(M), rtol=1e-8, atol=1e-8)
+    both = inverse_and_diagonal(M)
+    torch.testing.assert_close(both[0], torch.linalg.inv(M), rtol=1e-8, atol=1e-8)
+    assert torch.equal(both[0], both[0].T) and torch.equal(both[1], diagonal) and bool(both[2])
 
 
 def test_what_is_not_positive_definite_is_told_without_an_exception():
     assert not bool(inverse_diagonal(-torch.eye(3))[1])
     assert not bool(inverse_diagonal(torch.full((3, 3), float("nan")))[1])
     assert not bool(inverse_diagonal(torch.ones(4, 4))[1])
+    assert not bool(inverse_and_diagonal(torch.ones(4, 4))[2])
     diagonal, good = inverse_diagonal(torch.zeros(0, 0))
     assert diagonal.shape == (0,) and bool(good)
 

@@ -79,6 +79,23 @@ def test_as_many_windows_and_blocks_as_fit(monkeypatch):
     assert plan(10**12, offload="cpu", batch_size=1, gpu_memory=enough - FACTORS // 2).passes == 2
 
 
+def test_inverses_are_kept_where_they_fit_and_are_needed(monkeypatch):
+    def plan(memory=10**12, **options):
+        return plan_of(device="cuda", memory=memory, monkeypatch=monkeypatch, **options)[1]
+
+    kept = plan()
+    assert kept.inverses_bytes == kept.factors_bytes == 2 * FACTORS
+    resident = kept.weights_bytes + kept.masks_bytes + kept.dense_bytes + kept.factors_bytes + kept.inverses_bytes
+    needed = int((resident + max(kept.selection_bytes, kept.update_bytes)) / 0.92) + 2
+    assert plan(needed).inverses_bytes == 2 * FACTORS and plan(needed - 4).inverses_bytes == 0
+    assert plan(gpu_memory=needed - 4).inverses_bytes == 0
+    assert kept.memory_bytes >= resident + max(kept.selection_bytes, kept.update_bytes)
+    assert kept.seconds < plan(needed - 4).seconds
+    for options in ({"structure": "rows-columns"}, {"update": "none"}, {"offload": "cpu"}, {"method": "k-obd"}):
+        assert plan(**options).inverses_bytes == 0
+    assert plan_of(monkeypatch=monkeypatch)[1].inverses_bytes == 0  # on a CPU
+
+
 def test_factor_sizes_count_shared_inputs_once_and_biases():
     decoder = find_decoder(build("opt"))
     gradients = [32, 32, 32, 32, 64, 32]

@@ -152,6 +152,28 @@ def test_an_exchange_that_does_not_pay_is_taken_back(monkeypatch):
     assert torch.equal(tried.weight, plain.weight) and tried.objective == plain.objective
 
 
+@pytest.mark.parametrize("exchanges", [1, 3])
+def test_exchanges_that_harm_are_taken_back(exchanges, monkeypatch):
+    linear, curvature = layer(False)
+    g, a = DampedFactors(curvature, PruneConfig(), [linear], CPU).of(linear)
+    weight = linear.matrix(torch.float64)
+    selection = Selection(nm_select(weight.abs(), 2, 4))
+    plain, harmed = (
+        remove_and_compensate(weight, selection, g, a, PruneConfig(tolerance=1e-9, exchanges=count), linear.name)
+        for count in (0, exchanges)
+    )
+    assert harmed.objective[-1] <= plain.objective[-1] * (1 + 1e-8)
+    # Whatever is kept goes, whatever it costs.
+    monkeypatch.setattr("llm_surgeon.update._ADVANTAGE", 1e-9)
+    harmed = remove_and_compensate(
+        weight, selection, g, a, PruneConfig(tolerance=1e-9, exchanges=exchanges), linear.name
+    )
+    assert harmed.objective[-1] <= plain.objective[-1] * (1 + 1e-8)
+    assert int(harmed.selection.pruned.sum()) == int(selection.pruned.sum())
+    if exchanges == 1:
+        assert torch.equal(harmed.selection.pruned, selection.pruned)
+
+
 def test_remove_only_zeroes():
     weight = torch.randn(R, C)
     selection = Selection(torch.rand(R, C) < 0.5)
@@ -246,6 +268,26 @@ def test_the_jitter_found_for_a_factor_is_in_it_ever_after():
         a = factors.of(linear)[1]
         assert a.jitter == factors.jitter[linear.name] == 1e-4
         assert bool((torch.linalg.eigvalsh(a.damped) > 0.0).all())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("singular", [False, True])
+def test_inverses_that_are_kept_are_those_that_are_computed_again(bias, singular):
+    linear, curvature = layer(bias)
+    options = {}
+    if singular:  # G needs jitter
+        curvature._gradients[linear.name] = accumulated(torch.ones(50, R, dtype=torch.float64))
+        options = {"damp_g": 1e-20}
+    kept, again = (
+        DampedFactors(curvature, PruneConfig(**options), [linear], CPU, keep_inverses=keep) for keep in (True, False)
+    )
+    for one, other in zip(kept.inverse_diagonals(linear), again.inverse_diagonals(linear), strict=True):
+        torch.testing.assert_close(one, other)
+    assert (kept.jitter == {}) is not singular and kept.jitter == again.jitter
+    for one, other in zip(kept.of(linear), again.of(linear), strict=True):
+        assert torch.equal(one.damped, other.damped)
+        torch.testing.assert_close(one.inverse, other.inverse)
+        torch.testing.assert_close(one.inverse @ one.damped, torch.eye(len(one.damped), dtype=torch.float64))
 
 
 def test_a_factor_that_is_not_positive_definite_names_the_layer():
