@@ -24,6 +24,7 @@ from torch import Tensor
 from environment import append_row, environment
 from surgeon_kernels import joint_update, nm_select, spd_inverse
 from surgeon_kernels.kron_product import kron_product
+from surgeon_kernels.low_rank import low_rank_correction
 from surgeon_kernels.masked_cg import MaskedCG
 from surgeon_kernels.masked_cg_triton import FusedCG
 
@@ -67,8 +68,10 @@ def milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
 
 def iteration_times(inputs: tuple[Tensor, ...], iterations: int = _ITERATIONS) -> dict[str, float]:
     """Milliseconds of one iteration: with the kernels, in PyTorch calls, and of its product alone."""
-    weight, pruned, _, _, G_inv, A_inv = inputs
+    weight, pruned, G, A, G_inv, A_inv = inputs
     terms, residual = [(G_inv, A_inv)], weight.masked_fill(~pruned, 0.0)
+    correction = low_rank_correction(G, A, G_inv, A_inv, pruned)
+    corrected = FusedCG(terms, pruned, residual.clone(), correction)
     fused, plain = FusedCG(terms, pruned, residual.clone()), MaskedCG(terms, pruned, residual)
 
     def products() -> None:
@@ -77,6 +80,8 @@ def iteration_times(inputs: tuple[Tensor, ...], iterations: int = _ITERATIONS) -
 
     times = {
         "fused_ms": milliseconds(lambda: fused.run(iterations)) / iterations,
+        "corrected_ms": milliseconds(lambda: corrected.run(iterations)) / iterations,
+        "correction_ms": milliseconds(lambda: low_rank_correction(G, A, G_inv, A_inv, pruned)),
         "torch_ms": milliseconds(lambda: plain.run(iterations)) / iterations,
         "product_ms": milliseconds(products) / iterations,
         "passes_ms": _passes_ms(fused, iterations),

@@ -4,8 +4,9 @@
 
 Layers of two decoder blocks, 2:4 and unstructured 50 % (one threshold over these layers), curvature of 16 x 512 tokens
 by default; ``--factors FILE`` reads ``[(layer, W, G, A), ...]`` from ``torch.save`` instead. A product is
-``L X M``: the operator or a preconditioner that is a product once each. What is feasible is compared: an iterate of the
-dual with ``-W`` put on the pruned weights. Rows are appended to ``results/solver_trials.csv``: one for each layer and,
+``L X M``: the operator or a preconditioner that is a product once each; products with thin matrices are not counted.
+What is feasible is compared: an iterate of the dual with ``-W`` put on the pruned weights. The ways are in
+``solver_ways.py``. Rows are appended to ``results/solver_trials.csv``: one for each layer and,
 as layer ``all``, one for the sum of their objectives over the sum of their optima.
 """
 
@@ -13,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,123 +25,10 @@ from llm_surgeon.capture import estimate_curvature
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.data import calibration_windows, read_text, tokenize
 from llm_surgeon.models import find_decoder
-from surgeon_kernels import chunked_update, element_cost, joint_update, k_smallest, nm_select, spd_inverse
+from solver_ways import WAYS, Problem, Trace
+from surgeon_kernels import element_cost, joint_update, k_smallest, nm_select, spd_inverse
 
 _CAP = 120  # products
-
-
-class Problem(NamedTuple):
-    weight: Tensor
-    pruned: Tensor
-    G: Tensor
-    A: Tensor
-    G_inv: Tensor
-    A_inv: Tensor
-
-    @property
-    def density(self) -> float:
-        return 1.0 - float(self.pruned.double().mean())
-
-
-# A way of solving: (products so far, objective of the feasible iterate) after each iteration.
-Trace = Iterator[tuple[float, float]]
-
-
-def kept(p: Problem, precondition: Callable[[Tensor], Tensor], cost: float, start: Tensor | None = None) -> Trace:
-    """Preconditioned conjugate gradients on the kept weights, from zeroing or from a line search along ``start``."""
-    delta = torch.where(p.pruned, -p.weight, 0.0)
-    residual = (-(p.G @ delta @ p.A)).masked_fill_(p.pruned, 0.0)
-    products, value = 1.0, -0.5 * _dot(delta, p.G @ -delta @ p.A)
-    if start is not None:
-        step = start.masked_fill(p.pruned, 0.0)
-        image = (p.G @ step @ p.A).masked_fill_(p.pruned, 0.0)
-        scale = _dot(step, residual) / _dot(step, image)
-        value -= 0.5 * scale * _dot(step, residual)
-        residual -= scale * image
-        products += 2.0  # the start's own, and this one
-    yield products, value
-    direction, energy = torch.zeros_like(residual), 0.0
-    while True:
-        z = precondition(residual).masked_fill_(p.pruned, 0.0)
-        before, energy = energy, _dot(residual, z)
-        direction = z + direction * (energy / before) if before else z
-        image = (p.G @ direction @ p.A).masked_fill_(p.pruned, 0.0)
-        length = energy / _dot(direction, image)
-        residual -= length * image
-        value -= 0.5 * length * energy
-        products += 1.0 + cost
-        yield products, value
-
-
-def dual(p: Problem, precondition: Callable[[Tensor], Tensor], cost: float) -> Trace:
-    """Preconditioned conjugate gradients on the multipliers; the bound plus half the residual's energy in G ⊗ A."""
-    wanted = p.weight.masked_fill(~p.pruned, 0.0)
-    multipliers, residual = torch.zeros_like(wanted), wanted.clone()
-    direction, energy, products = torch.zeros_like(wanted), 0.0, 2.0  # two at the end: Δ and its gradient
-    while True:
-        bound = 0.5 * _dot(multipliers, wanted + residual)
-        yield products, bound + 0.5 * _dot(residual, p.G @ residual @ p.A)
-        z = precondition(residual).masked_fill_(~p.pruned, 0.0)
-        before, energy = energy, _dot(residual, z)
-        direction = z + direction * (energy / before) if before else z
-        image = (p.G_inv @ direction @ p.A_inv).masked_fill_(~p.pruned, 0.0)
-        length = energy / _dot(direction, image)
-        multipliers += length * direction
-        residual -= length * image
-        products += 1.0 + cost
-
-
-def default(p: Problem) -> Trace:
-    """``joint_update`` itself, at tolerances from loose to tight."""
-    for tolerance in (0.3, 0.1, 0.05, 0.03, 0.01, 0.003):
-        solved = joint_update(*p, tolerance=tolerance)
-        # Each part ends with one product in full precision, the first with two.
-        yield len(solved.bound) + len(solved.objective) + (len(solved.objective) > 1), solved.objective[-1]
-
-
-def shrunk(M: Tensor, rho: float) -> Tensor:
-    """Inverse of M with its off-diagonals shrunk."""
-    shrunk = rho * M
-    shrunk.diagonal().copy_(M.diagonal())
-    return spd_inverse(shrunk).inverse
-
-
-def equivalent(M: Tensor, density: float) -> Tensor:
-    """``(M + D)⁻¹``, the expected inverse of a random principal submatrix: ``D_i [(M + D)⁻¹]_ii = 1 - density``."""
-    D = (1.0 - density) / density / spd_inverse(M).inverse.diagonal()
-    for _ in range(4):
-        D = (1.0 - density) / spd_inverse(M + D.diag()).inverse.diagonal()
-    return spd_inverse(M + D.diag()).inverse
-
-
-def by(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda residual: left @ residual @ right
-
-
-def jacobi(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda residual: residual / torch.outer(left.diagonal(), right.diagonal())
-
-
-def _start(p: Problem, m: int) -> Tensor:
-    return chunked_update(p.weight, p.pruned, p.G_inv, p.A_inv, max_correlated=m, sequential=False).delta
-
-
-def _root(p: Problem) -> tuple[float, float]:
-    return p.density**0.5, (1.0 - p.density) ** 0.5
-
-
-WAYS: dict[str, Callable[[Problem], Trace]] = {
-    "kept, shrunk inverses": lambda p: kept(p, by(shrunk(p.G, _root(p)[0]), shrunk(p.A, _root(p)[0])), 1.0),
-    "kept, shrunk inverses, chunks of 64": lambda p: kept(
-        p, by(shrunk(p.G, _root(p)[0]), shrunk(p.A, _root(p)[0])), 1.0, _start(p, 64)
-    ),
-    "kept, inverses": lambda p: kept(p, by(p.G_inv, p.A_inv), 1.0),
-    "kept, equivalent inverses": lambda p: kept(p, by(equivalent(p.G, _root(p)[0]), equivalent(p.A, _root(p)[0])), 1.0),
-    "kept, diagonal": lambda p: kept(p, jacobi(p.G, p.A), 0.0),
-    "dual, shrunk inverses": lambda p: dual(p, by(shrunk(p.G_inv, _root(p)[1]), shrunk(p.A_inv, _root(p)[1])), 1.0),
-    "dual, diagonal": lambda p: dual(p, jacobi(p.G_inv, p.A_inv), 0.0),
-    "dual then kept, diagonal (joint_update)": default,
-}
 
 
 def values(trace: Trace, enough: float) -> Tensor:
@@ -191,10 +78,6 @@ def problems(layers: list[tuple[str, Tensor, Tensor, Tensor]], structure: str) -
         pruned = torch.zeros_like(W, dtype=torch.bool)
         pruned[:, : mask.shape[1]] = mask
         yield name, Problem(W.float(), pruned, g.damped, a.damped, g.inverse, a.inverse)
-
-
-def _dot(x: Tensor, y: Tensor) -> float:
-    return float((x * y).sum(dtype=torch.float64))
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgeon_kernels.kron_product import fits_split, kron_product_split
+from surgeon_kernels.convergence import FIRST_ESTIMATE, estimated_gap, still_to_rise
+from surgeon_kernels.kron_product import fits_split, kron_product_split, scaled
+from surgeon_kernels.low_rank import LowRankCorrection, low_rank_correction
 from surgeon_kernels.masked_cg import MaskedCG, Terms, masked_cg, product
 from surgeon_kernels.spd_inverse import NotPositiveDefiniteError
 
@@ -18,10 +20,11 @@ _PERIOD = 4
 # The bound is taken for final, and the kept weights' turn comes, when it is estimated to rise by no more than this
 # part of the tolerance. The violation of the constraint decays later than the bound rises, and repairing it is dear.
 _BOUND_TOLERANCE = 0.1
-# With fewer weights kept than this fraction, the kept weights alone are the smaller and better conditioned problem.
-_DUAL_FROM = 0.3
-# Iterations before an estimate is made from a trace: enough to smooth the irregular single steps of CG.
-_FIRST_ESTIMATE = 8
+# With fewer weights kept than this fraction, the kept weights alone are the smaller problem. It is the better
+# conditioned one too if the fraction times both factors' mean variance inflation, ``M_ii [M⁻¹]_ii``, is less than this.
+_DUAL_FROM, _INFLATION = 1 / 3, 5.0
+# The dual's preconditioner is corrected if this adds so much to its energy of the residual.
+_WORTH = 0.1
 # Times that a part is begun anew from the residual in full precision.
 _REPLACEMENTS = 3
 
@@ -56,14 +59,16 @@ def joint_update(
     1. The dual, ``P ∘ (G⁻¹ Λ A⁻¹) = P ∘ W`` for multipliers ``Λ`` on the pruned positions ``P``. Its value
        ``⟨Λ, W⟩ - ½ ⟨Λ, G⁻¹ Λ A⁻¹⟩`` is a lower bound of the optimum, rises with every iteration, and meets it with
        ``Δ = -G⁻¹ Λ A⁻¹``. Large eigenvalues of ``G`` and ``A`` (outlier channels), which make the problem of the kept
-       weights ill-conditioned, are small ones here and do no harm.
+       weights ill-conditioned, are small ones here. Where these still slow the first iterations down, the rest of
+       them has a better preconditioner than the diagonal (:class:`~surgeon_kernels.low_rank.LowRankCorrection`).
     2. That ``Δ`` is made feasible: it is set to ``-W`` on ``P``. What this costs lies along the large eigenvalues;
        iterations on the kept weights, ``kept ∘ (G D A)`` being the operator, take it back first.
 
-    It stops when the objective is within ``tolerance`` of the lower bound. Where few weights are kept, and without
-    the inverses, there is the second part only, from ``Δ = 0`` on the kept weights, and the gap is an estimate from
-    the objective's trace (:func:`estimated_gap`). Products within the iterations round to 11 bits on CUDA; after each
-    part value and residual are computed anew in full precision, and the part goes on from there if it is not finished.
+    It stops when the objective is within ``tolerance`` of the lower bound. Where few weights are kept that hardly
+    depend on each other, and without the inverses, there is the second part only, from ``Δ = 0`` on the kept weights,
+    and the gap is an estimate from the objective's trace (:func:`~surgeon_kernels.convergence.estimated_gap`). Products
+    within the iterations are of operands rounded to 11 bits on CUDA; after each part value and residual are computed
+    anew in full precision, and the part goes on from there if it is not finished.
 
     Args:
         weight: ``[R, C]``; pruned: bool ``[R, C]``; G: damped ``[R, R]``; A: damped ``[C, C]``; G_inv, A_inv: their
@@ -81,8 +86,8 @@ def joint_update(
     terms = [(G, A)] if second is None else [(G, A), second]
     if not bool(_positive_diagonal(terms)):
         raise NotPositiveDefiniteError("the curvature's diagonal is not positive throughout")
-    if G_inv is not None and A_inv is not None and _kept_fraction(pruned) >= _DUAL_FROM:
-        delta, bound = _solve_dual(weight, pruned, [(G_inv, A_inv)], tolerance, max_iterations)
+    if G_inv is not None and A_inv is not None and not _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
+        delta, bound = _solve_dual(weight, pruned, G, A, G_inv, A_inv, tolerance, max_iterations)
     else:
         delta, bound = torch.where(pruned, -weight, 0.0), [0.0]
     gradient = product(terms, delta)
@@ -130,33 +135,80 @@ def joint_estimate(
     ``gap`` infinite. Where few weights are kept this is :func:`joint_update`.
     """
     options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
-    if _kept_fraction(pruned) < _DUAL_FROM:
+    if _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
         return joint_update(weight, pruned, G, A, G_inv, A_inv, **options)
-    solver, bound = masked_cg([(G_inv, A_inv)], pruned, weight.masked_fill(~pruned, 0.0)), [0.0]
-    _run(solver, bound, 1.0, max_iterations, lambda: still_to_rise(bound) <= tolerance)
-    gradient = solver.x.neg_()
-    del solver
+    dual, bound = _Dual(pruned, G, A, G_inv, A_inv), [0.0]
+
+    def enough() -> bool:
+        return still_to_rise(bound) <= tolerance
+
+    gradient = dual.solve(weight.masked_fill(~pruned, 0.0), bound, max_iterations, enough).neg_()
+    del dual
     rough = kron_product_split(G_inv, gradient, A_inv, parts=1) if fits_split(weight) else G_inv @ gradient @ A_inv
     return JointUpdate(torch.where(pruned, -weight, rough), [], bound, gradient, math.inf)
 
 
 def _solve_dual(
-    weight: Tensor, pruned: Tensor, inverse: Terms, tolerance: float, max_iterations: int
+    weight: Tensor,
+    pruned: Tensor,
+    G: Tensor,
+    A: Tensor,
+    G_inv: Tensor,
+    A_inv: Tensor,
+    tolerance: float,
+    max_iterations: int,
 ) -> tuple[Tensor, list[float]]:
     """The feasible ``Δ`` of the dual's solution, and the bound after 0, 1, 2, ... iterations."""
-    wanted = weight.masked_fill(~pruned, 0.0)
+    dual, wanted = _Dual(pruned, G, A, G_inv, A_inv), weight.masked_fill(~pruned, 0.0)
     multipliers, full, bound = torch.zeros_like(weight), torch.zeros_like(weight), [0.0]
+
+    def enough() -> bool:
+        return still_to_rise(bound) <= _BOUND_TOLERANCE * tolerance
+
     for _ in range(_REPLACEMENTS):
-        solver = masked_cg(inverse, pruned, (wanted + full).masked_fill_(~pruned, 0.0))
         left = max_iterations + 1 - len(bound)
-        _run(solver, bound, 1.0, left, lambda: still_to_rise(bound) <= _BOUND_TOLERANCE * tolerance)
-        multipliers += solver.x
-        del solver
-        full = product(inverse, multipliers).neg_()
+        multipliers += dual.solve((wanted + full).masked_fill_(~pruned, 0.0), bound, left, enough)
+        full = product([(G_inv, A_inv)], multipliers).neg_()
         claimed, bound[-1] = bound[-1], _dot(multipliers, wanted) + 0.5 * _dot(multipliers, full)
         if bound[-1] >= (1.0 - _BOUND_TOLERANCE * tolerance) * claimed or len(bound) > max_iterations:
             break
     return torch.where(pruned, -weight, full), bound
+
+
+class _Dual:
+    """``P ∘ (G⁻¹ Λ A⁻¹) = B`` by conjugate gradients, whose preconditioner is corrected once the diagonal is slow."""
+
+    def __init__(self, pruned: Tensor, G: Tensor, A: Tensor, G_inv: Tensor, A_inv: Tensor) -> None:
+        self._pruned, self._factors = pruned, (G, A, G_inv, A_inv)
+        self._correction: LowRankCorrection | None = None
+        self._settled = False  # whether there is to be one
+
+    def solve(self, residual: Tensor, bound: list[float], iterations: int, enough: Callable[[], bool]) -> Tensor:
+        """``Λ`` for ``B = residual``, which is taken over; each iteration appends to the ``bound``."""
+        inverse, begun = [self._factors[2:]], len(bound)
+        solver = masked_cg(inverse, self._pruned, residual, self._correction)
+        first = iterations if self._settled else min(FIRST_ESTIMATE, iterations)
+        solved = _run(solver, bound, 1.0, first, enough)
+        left = iterations - (len(bound) - begun)
+        if solved or left <= 0 or enough():
+            return solver.x
+        self._settled, residual = True, solver.residual
+        correction = low_rank_correction(*self._factors, self._pruned)
+        if not self._worth(correction, residual):
+            _run(solver, bound, 1.0, left, enough)
+            return solver.x
+        self._correction = correction
+        x = solver.x
+        del solver
+        solver = masked_cg(inverse, self._pruned, residual, correction)
+        _run(solver, bound, 1.0, left, enough)
+        return x.add_(solver.x)
+
+    def _worth(self, correction: LowRankCorrection, residual: Tensor) -> bool:
+        """Whether much of what is left to solve for lies where the correction changes something."""
+        rows, columns = (inverse.diagonal().rsqrt() for inverse in self._factors[2:])
+        X = scaled(residual, rows, columns)
+        return bool(correction.factors(X)[2] >= _WORTH * torch.linalg.vector_norm(X, dtype=torch.float64) ** 2)
 
 
 def _run(solver: MaskedCG, values: list[float], sign: float, iterations: int, enough: Callable[[], bool]) -> bool:
@@ -178,48 +230,6 @@ def objective(delta: Tensor, G: Tensor, A: Tensor) -> float:
     return 0.5 * _dot(delta, G @ delta @ A)
 
 
-def still_to_rise(bound: list[float]) -> float:
-    """By what part of itself the dual's lower bound will still rise, extrapolated from its rises so far.
-
-    With ``s₀`` and ``s₁`` the rises over the last third of the iterations and the third before, these are taken to go
-    on as a geometric series: ``s₁ q / (1 - q)``, ``q = s₁ / s₀``. The dual is well-conditioned, its error falls so.
-    Infinite for the first iterations and while the rises grow.
-    """
-    n = len(bound) - 1
-    third = n // 3
-    if n < _FIRST_ESTIMATE:
-        return math.inf
-    last, before = bound[n] - bound[n - third], bound[n - third] - bound[n - 2 * third]
-    if last <= 0.0:
-        return 0.0
-    return last * last / (before - last) / bound[n] if last < before else math.inf
-
-
-def estimated_gap(trace: list[float]) -> float:
-    """Relative distance of the last objective to the optimum, extrapolated from the decreases so far.
-
-    The energy-norm error of conjugate gradients is the sum of the decreases still to come (Hestenes and Stiefel,
-    1952). With ``s₀`` and ``s₁`` the decreases over iterations ``4n/9 .. 2n/3`` and ``2n/3 .. n`` and ``q = s₁ / s₀``,
-    these are taken to be ``s₁ q / (1 - q)``: exact where the error falls as a power of n, as it does while many
-    small eigenvalues are still unresolved, and on the safe side where it falls geometrically. Windows of a fixed
-    length take the fast first phase for the whole and stop far too early on ill-conditioned layers. Infinite for the
-    first iterations and while the decreases grow.
-    """
-    if trace[-1] <= 0.0:
-        return 0.0
-    n = len(trace) - 1
-    if n < _FIRST_ESTIMATE:
-        return math.inf
-    before, last = trace[4 * n // 9] - trace[2 * n // 3], trace[2 * n // 3] - trace[n]
-    if last <= 0.0:
-        return 0.0
-    if last >= before:
-        return math.inf
-    to_come = last * last / (before - last)
-    optimum = trace[-1] - to_come
-    return to_come / optimum if optimum > 0.0 else math.inf
-
-
 def _positive_diagonal(terms: Terms) -> Tensor:
     if len(terms) == 1:
         return torch.stack([(M.diagonal() > 0.0).all() for M in terms[0]]).all()
@@ -227,8 +237,12 @@ def _positive_diagonal(terms: Terms) -> Tensor:
     return (row_scales.T @ torch.stack([M.diagonal() for _, M in terms]) > 0.0).all()
 
 
-def _kept_fraction(pruned: Tensor) -> float:
-    return 1.0 - int(pruned.count_nonzero()) / pruned.numel() if pruned.numel() else 1.0
+def _kept_weights_are_easier(pruned: Tensor, factors: Terms) -> bool:
+    if not pruned.numel():
+        return False
+    kept = 1.0 - pruned.count_nonzero() / pruned.numel()
+    inflations = [(M.diagonal() * inverse.diagonal()).double().mean() for M, inverse in factors]
+    return bool((kept < _DUAL_FROM) & (kept * math.prod(inflations) < _INFLATION))
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

@@ -11,6 +11,8 @@ all add up the parts, in the same order, and so know the scalar without another 
     curvature   c = b² Σ D∘Q                                                 reads D, Q               6 bytes an entry
     residual    R ← free ∘ (R - l b Q),  Z = S∘R,  e' = Σ R∘Z,  max |Z|      reads R, Q, free         13
     direction   X ← X + l b D,  b' = max |Z| + (e'/e) b,  D ← (Z + (e'/e) b D) / b'   reads R, D, X   16
+
+With a correction ``Z``, ``R`` plus a product of two thin matrices, is put in the place of ``Q`` between the last two.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from surgeon_kernels.kron_product import mm_half, scaled, scaled_parts
+from surgeon_kernels.low_rank import LowRankCorrection
 from surgeon_kernels.masked_cg import MaskedCG, Terms, tf32
 
 # Entries of a row that a program takes at once, its warps, and programs a multiprocessor holds at a time: best or
@@ -113,8 +116,9 @@ def residual_kernel(
 @triton.jit
 def direction_kernel(
     x,
-    residual,
+    source,
     direction,
+    free,
     row_scales,
     column_scales,
     curvatures,
@@ -129,16 +133,18 @@ def direction_kernel(
     blocks,
     units,
     TERMS: tl.constexpr,
+    CORRECTED: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    before, after = tl.load(energies + k), total(new_energies, tl.num_programs(0), PARTS)
+    # A correction adds one part.
+    before, after = tl.load(energies + k), total(new_energies, tl.num_programs(0) + CORRECTED, PARTS)
     bound = tl.load(bounds + k)
     step64 = length(before, total(curvatures, tl.num_programs(0), PARTS) * bound * bound)
     step = (step64 * bound).to(tl.float32)
     ratio = tl.where(step64 > 0.0, after / before * bound, 0.0)
     i = tl.arange(0, PARTS)
-    most = tl.max(tl.load(largest + i, mask=i < tl.num_programs(0), other=0.0), 0)
+    most = tl.max(tl.load(largest + i, mask=i < tl.num_programs(0) + CORRECTED, other=0.0), 0)
     new_bound = most.to(tl.float64) + ratio
     inverse = tl.where(new_bound > 0.0, 1.0 / new_bound, 0.0).to(tl.float32)
     if tl.program_id(0) == 0:
@@ -148,9 +154,12 @@ def direction_kernel(
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         row, c, at, inside = block_of(unit, columns, blocks, BLOCK)
         d = tl.load(direction + at, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(residual + at, mask=inside, other=0.0)
+        z = tl.load(source + at, mask=inside, other=0.0)
         tl.store(x + at, tl.load(x + at, mask=inside, other=0.0) + step * d, mask=inside)
-        z = preconditioned(r, row_scales, column_scales, rows, columns, row, c, inside, TERMS)
+        if CORRECTED:
+            z = tl.where(tl.load(free + at, mask=inside, other=0) != 0, z, 0.0)
+        else:
+            z = preconditioned(z, row_scales, column_scales, rows, columns, row, c, inside, TERMS)
         d = (z + ratio.to(tl.float32) * d) * inverse
         tl.store(direction + at, d.to(direction.dtype.element_ty), mask=inside)
 
@@ -165,13 +174,14 @@ class FusedCG(MaskedCG):
         terms: Terms,
         free: Tensor,
         residual: Tensor,
+        correction: LowRankCorrection | None = None,
         *,
         resident: int = _RESIDENT,
         block: int = _BLOCK,
         warps: int = _WARPS,
     ) -> None:
         self._terms, self._residual, self._x = terms, residual, torch.zeros_like(residual)
-        self._free, self._warps = free.contiguous().view(torch.uint8), warps
+        self._free, self._warps, self._correction = free.contiguous().view(torch.uint8), warps, correction
         rows, columns = residual.shape
         self._block = min(block, triton.next_power_of_2(columns))
         blocks = triton.cdiv(columns, self._block)
@@ -179,8 +189,8 @@ class FusedCG(MaskedCG):
         device = residual.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count if residual.is_cuda else 2
         self._programs = min(rows * blocks, resident * processors)
-        self._curvatures, self._new_energies = torch.empty(2, self._programs, dtype=torch.float64, device=device)
-        self._largest = torch.empty(self._programs, device=device)
+        self._curvatures, self._new_energies = torch.empty(2, self._programs + 1, dtype=torch.float64, device=device)
+        self._largest = torch.empty(self._programs + 1, device=device)
         self._row_scales = torch.stack([L.diagonal() for L, _ in terms])  # [terms, R]
         self._column_scales = torch.stack([M.diagonal() for _, M in terms])  # [terms, C]
         if len(terms) == 1:
@@ -188,6 +198,9 @@ class FusedCG(MaskedCG):
             self._scaled = scaled_parts(L, g, g, 1)[0], scaled_parts(M, a, a, 1)[0]
             self._row_scales, self._column_scales = g, a  # of X; R has their inverses'
             z = scaled(residual, g, a, out=residual)
+            if correction is not None:
+                left, right, _ = correction.factors(residual)
+                z = torch.addmm(residual, left, right.T).masked_fill_(~free, 0.0)
         else:
             z = residual / (self._row_scales.T @ self._column_scales)
         dtype = self.operands if len(terms) == 1 else residual.dtype
@@ -213,10 +226,10 @@ class FusedCG(MaskedCG):
             torch.cat([values[-1:], values.new_empty(iterations)]) for values in (self._energies, self._bounds)
         )
         decreases = self._energies.new_zeros(iterations)
-        with tf32():
-            for k in range(iterations):
+        for k in range(iterations):
+            with tf32():
                 self._multiply()
-                self._finish(k, decreases)
+            self._finish(k, decreases)
         return decreases.tolist()
 
     def _multiply(self) -> None:
@@ -237,7 +250,7 @@ class FusedCG(MaskedCG):
         grid = (self._programs,)
         with torch.cuda.device_of(self._x):
             curvature_kernel[grid](self._direction, self._image, self._curvatures, columns, blocks, units, **constants)
-            constants |= {"TERMS": len(self._terms), "PARTS": triton.next_power_of_2(self._programs)}
+            constants |= {"TERMS": len(self._terms), "PARTS": triton.next_power_of_2(self._programs + 1)}
             residual_kernel[grid](
                 self._residual,
                 self._image,
@@ -256,10 +269,13 @@ class FusedCG(MaskedCG):
                 units,
                 **constants,
             )
+            if self._correction is not None:
+                self._correct(self._correction)
             direction_kernel[grid](
                 self._x,
-                self._residual,
+                self._residual if self._correction is None else self._image,
                 self._direction,
+                self._free,
                 self._row_scales,
                 self._column_scales,
                 self._curvatures,
@@ -273,5 +289,12 @@ class FusedCG(MaskedCG):
                 columns,
                 blocks,
                 units,
+                CORRECTED=self._correction is not None,
                 **constants,
             )
+
+    def _correct(self, correction: LowRankCorrection) -> None:
+        """Put ``Z`` in the image's place, and what it adds to the energy and its largest entry to the parts."""
+        left, right, self._new_energies[-1] = correction.factors(self._residual)
+        torch.addmm(self._residual, left, right.T, out=self._image)
+        torch.linalg.vector_norm(self._image, torch.inf, out=self._largest[-1])

@@ -10,6 +10,7 @@ import torch
 from surgeon_kernels import joint_update
 from surgeon_kernels.kron_product import scaled_parts_reference
 from surgeon_kernels.kron_product_triton import scaled_parts_rows, scaled_rows
+from surgeon_kernels.low_rank import low_rank_correction
 from surgeon_kernels.masked_cg import MaskedCG
 from surgeon_kernels.masked_cg_triton import FusedCG
 
@@ -49,6 +50,17 @@ def the_iterations() -> None:
         for name in ("x", "residual"):
             actual, reference = getattr(solver, name), getattr(expected, name)
             torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+        assert solver.x[~free].eq(0).all() and solver.residual[~free].eq(0).all()
+    # With a correction, of the dual of the same operator.
+    for rows, columns, block in ((20, 33, 32), (5, 40, 64), (1, 1, 32)):
+        pairs, free, b = problem(rows, columns, 1)
+        correction = low_rank_correction(*(torch.linalg.inv(M) for M in pairs[0]), *pairs[0], free)
+        expected = MaskedCG(pairs, free, b.clone(), correction)
+        solver = InSingle(pairs, free, b.clone(), correction, resident=2, block=block, warps=1)
+        for iterations in (2, 1):
+            decreases = torch.tensor(solver.run(iterations))
+            torch.testing.assert_close(decreases, torch.tensor(expected.run(iterations)), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(solver.x, expected.x, rtol=1e-3, atol=1e-4 * float(expected.x.abs().max()))
         assert solver.x[~free].eq(0).all() and solver.residual[~free].eq(0).all()
     # Nothing is left to do: nothing moves, and nothing is divided by zero.
     pairs, free, b = problem(4, 6, 1)

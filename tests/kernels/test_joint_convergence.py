@@ -79,10 +79,18 @@ def test_the_cap_holds_for_both_parts_together_and_the_result_is_feasible(cap, d
 
 
 def test_few_kept_weights_are_solved_for_directly():
-    W, pruned, G, A = typical(R=16, C=24, density=0.8)
+    W, pruned, G, A = typical(R=16, C=24, density=0.8, kind="plain")
     with_inverses = joint_update(W, pruned, G, A, *inverses(G, A))
     without = joint_update(W, pruned, G, A)
     assert with_inverses.bound == [0.0] and with_inverses.objective == without.objective
+
+
+def test_few_kept_weights_that_depend_on_each_other_are_solved_by_the_dual():
+    W, pruned = random_weight(24, 32, 0), random_mask(24, 32, "random", 1, 0.7)
+    G, A = power_law(24, 2.0, 1, 0.01), power_law(32, 2.0, 2, 0.001)
+    result = joint_update(W, pruned, G, A, *inverses(G, A))
+    assert result.bound[-1] > 0.0 and result.gap <= 0.01
+    assert result.objective[-1] <= 1.01 * dense.optimum(W, pruned, G, A)
 
 
 def outliers(n, seed):
@@ -216,7 +224,7 @@ def test_the_multipliers_converge_before_the_gradient():
 
 
 def test_an_estimate_of_few_kept_weights_is_the_solution():
-    W, pruned, G, A = typical(density=0.9)
+    W, pruned, G, A = typical(density=0.9, kind="plain")
     assert 0.0 < float((~pruned).double().mean()) < 0.3
     result = joint_estimate(W, pruned, G, A, *inverses(G, A))
     expected = joint_update(W, pruned, G, A, *inverses(G, A))

@@ -8,16 +8,18 @@ from surgeon_kernels import masked_cg_triton
 
 from .compiled import compile_kernel
 
-FLOATS = ("image", "residual", "x", "row_scales", "column_scales", "largest")
+FLOATS = ("image", "residual", "source", "x", "row_scales", "column_scales", "largest")
 DOUBLES = ("curvatures", "energies", "bounds", "new_energies", "decreases")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("terms", [1, 2])
-@pytest.mark.parametrize("name", ["curvature", "residual", "direction"])
-def test_pass(name, terms, capability):
+@pytest.mark.parametrize(
+    ("name", "corrected"), [("curvature", False), ("residual", False), ("direction", False), ("direction", True)]
+)
+def test_pass(name, corrected, terms, capability):
     kernel = getattr(masked_cg_triton, f"{name}_kernel")
-    constants = {"BLOCK": masked_cg_triton._BLOCK, "TERMS": terms, "PARTS": 2048}
+    constants = {"BLOCK": masked_cg_triton._BLOCK, "TERMS": terms, "CORRECTED": corrected, "PARTS": 2048}
     types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(DOUBLES, "*fp64") | {"free": "*u8"}
     types["direction"] = "*fp16" if terms == 1 else "*fp32"
     compiled = compile_kernel(

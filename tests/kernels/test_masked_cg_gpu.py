@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from surgeon_kernels import joint_update, objective, rows_columns_update
+from surgeon_kernels.low_rank import low_rank_correction
 from surgeon_kernels.masked_cg import MaskedCG, masked_cg
 
 from .dense import factor, random_mask, random_weight, relative_error
@@ -43,6 +44,23 @@ def test_iterations_follow_the_reference(shape, terms):
         actual, expected = getattr(solver, name), getattr(reference, name)
         assert float((actual - expected).norm()) <= 1e-2 * float(b.norm())
         assert actual[~free].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 40), (300, 321), (128, 5000), (2500, 96)])
+def test_corrected_iterations_follow_the_reference(shape):
+    G, A = on_gpu(factor(shape[0], "plain", 2), factor(shape[1], "outlier", 3))
+    inverses = [torch.linalg.inv(M.double()).float() for M in (G, A)]
+    W, free = on_gpu(random_weight(*shape, 0), random_mask(*shape, "random", 1))
+    b = W.masked_fill(~free, 0.0)
+    correction = low_rank_correction(G, A, *inverses, free)
+    solver = masked_cg([tuple(inverses)], free, b.clone(), correction)
+    reference = MaskedCG([tuple(inverses)], free, b.clone(), correction)
+    solver._image.fill_(float("nan"))
+    solver._half.fill_(float("nan"))
+    for _ in range(2):
+        assert solver.run(3) == pytest.approx(reference.run(3), rel=2e-2, abs=1e-9)
+    assert float((solver.x - reference.x).norm()) <= 2e-2 * float(reference.x.norm())
+    assert solver.x[~free].eq(0).all() and solver.residual[~free].eq(0).all()
 
 
 def test_the_same_inputs_give_the_same_bits():
