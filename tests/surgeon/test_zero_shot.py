@@ -2,13 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from llm_surgeon.cli import main
 from llm_surgeon.errors import InputError
 from llm_surgeon.zero_shot import TASK_PRESETS, TaskScore, _score, parse_tasks, zero_shot
-from tests.surgeon.checkpoints import tokenizer_of_words
+from tests.surgeon.checkpoints import save_folder, tokenizer_of_words
 from tests.surgeon.tiny_models import build
 
 TASK = """
@@ -53,6 +55,25 @@ def test_the_score_counts_the_answers_the_model_prefers(folder):
     assert model.training
     (first,) = zero_shot(model, tokenizer_of_words(), ["which_word"], limit=1, task_folder=folder)
     assert first.value == 0.0
+
+
+def test_the_command_prints_every_score_and_their_mean(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def our_tasks(model, tokenizer, tasks, **options):
+        asked.append(tasks)
+        (score,) = zero_shot(model, tokenizer, ["which_word"], **options, task_folder=folder)
+        return [replace(score, task=task) for task in tasks]
+
+    monkeypatch.setattr("llm_surgeon.cli.app.zero_shot", our_tasks)
+    source = save_folder(tmp_path / "model", build("llama"))
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", str(source), "--tasks", "which_word,llm-pruner", "--device", "cpu", "--quiet"])
+    assert not exit.value.code and asked == [["which_word", *TASK_PRESETS["llm-pruner"]]]
+    lines = capsys.readouterr().out.splitlines()
+    for name in (*asked[0], "mean"):
+        (line,) = (line for line in lines if f" {name} " in line)
+        assert "75.00" in line
 
 
 def test_an_unknown_task_is_named(folder):
