@@ -3,18 +3,22 @@
     python bench/structured.py --shots 1 10
     python bench/structured.py --structure rows-columns --layers 4
 
-Calibration is random tokens: times and sizes are those of a trained model, losses mean nothing. A model without rows
-and columns is compacted. Decode steps are replays of one CUDA graph. Modes: the code of transformers as it is, with
-fused kernels for norms, SwiGLU and rotary embedding, or through torch.compile. A row for every mode is appended to
-results/structured.csv, before pruning and after each run.
+Calibration is random tokens: times are those of a trained model, losses mean nothing. Nor does it tell which heads and
+neurons a trained model would lose: with random weights heads cost little, and allocation "global" takes most of them;
+"local" takes the same fraction of both everywhere. A model without rows and columns is compacted. Decode steps are
+replays of one CUDA graph. Modes: the code of transformers as it is ("plain"); with fused kernels for norms, SwiGLU and
+rotary embedding; with q, k and v, and gate and up, joined for single tokens besides; and this through torch.compile
+(steps of one sequence only, prompts are not compiled). A row for every mode is appended to results/structured.csv,
+before pruning and after each run.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,13 +29,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from environment import append_row, environment
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.fused import fused
-from llm_surgeon.packed.decoding import Decoding
+from llm_surgeon.joined import joined
+from llm_surgeon.models import find_decoder
+from llm_surgeon.packed.decoding import Decoding, GreedyDecoder, wait
 from llm_surgeon.packed.speed import measure_speed
 from llm_surgeon.structures.compact import compact
 from llm_surgeon.structures.modeling_pruned import CompactLinear
 
+MODES = ("plain", "fused", "joined", "compiled")
 RUN_FIELDS = (
     "structure",
+    "allocation",
     "sparsity",
     "shots",
     "reconstruct",
@@ -56,7 +64,11 @@ def build(options: argparse.Namespace) -> PreTrainedModel:
 def measure(model: PreTrainedModel, row: dict[str, Any], options: argparse.Namespace) -> None:
     """Append ``row`` with the model's sizes and speed, once for every mode."""
     for mode in options.modes:
-        with fused(model) if mode == "fused" else nullcontext():
+        with ExitStack() as stack:
+            if mode != "plain":
+                stack.enter_context(fused(model))
+            if mode in ("joined", "compiled"):
+                stack.enter_context(joined(model))
             found = speed(model, options, compiled=mode == "compiled")
         append_row(options.out, {**row, "mode": mode, **found})
         print(row["state"], mode, found, flush=True)
@@ -73,20 +85,55 @@ def speed(model: PreTrainedModel, options: argparse.Namespace, *, compiled: bool
         if batch not in options.batches:
             row |= dict.fromkeys((f"prefill_ms_b{batch}", f"decode_ms_per_step_b{batch}", f"peak_gb_b{batch}"), "")
             continue
-        decoding = Decoding.COMPILED if compiled else None
-        found = measure_speed(model, batch_size=batch, prompt=options.prompt, new_tokens=new, decoding=decoding)
+        if compiled:
+            row |= dict.fromkeys((f"prefill_ms_b{batch}", f"peak_gb_b{batch}"), "")
+            row[f"decode_ms_per_step_b{batch}"] = f"{compiled_step_ms(model, options, new):.3f}" if batch == 1 else ""
+            continue
+        found = measure_speed(model, batch_size=batch, prompt=options.prompt, new_tokens=new)
         row[f"prefill_ms_b{batch}"] = f"{1000 * found.prefill_seconds:.2f}"
         row[f"decode_ms_per_step_b{batch}"] = f"{1000 * found.decode_seconds / new:.3f}"
         row[f"peak_gb_b{batch}"] = f"{found.peak_bytes / 1e9:.2f}"
-        weights = found.weight_bytes
-    row["weights_gb"] = f"{weights / 1e9:.3f}"
+    row["weights_gb"] = f"{sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 1e9:.3f}"
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     linears = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, CompactLinear))]
     row["macs_per_token"] = sum(linear.weight.numel() for linear in linears)
+    blocks = find_decoder(model).blocks
+    head = model.config.head_dim
+    row["heads"] = spread([width(block.get_submodule("self_attn.o_proj")) // head for block in blocks])
+    row["neurons"] = spread([width(block.get_submodule("mlp.down_proj")) for block in blocks])
     return row
 
 
-def remove(model: PreTrainedModel, shots: int, reconstruct: bool, options: argparse.Namespace) -> dict[str, Any]:
+def width(linear: torch.nn.Module) -> int:
+    """Columns that are computed with."""
+    return int(linear.get_parameter("weight").shape[1])
+
+
+def spread(sizes: list[int]) -> str:
+    """Mean, smallest and largest."""
+    return f"{statistics.mean(sizes):.1f} {min(sizes)}-{max(sizes)}"
+
+
+@torch.no_grad()
+def compiled_step_ms(model: PreTrainedModel, options: argparse.Namespace, new: int) -> float:
+    """Median milliseconds of a decoding step of one sequence through torch.compile."""
+    torch.compiler.reset()
+    ids = torch.randint(model.config.vocab_size, (1, options.prompt)).to(model.device)
+    decoder = GreedyDecoder(model, ids, new, Decoding.COMPILED)
+    seconds = []
+    for _ in range(4):
+        decoder.restart()
+        wait(ids.device)
+        begun = time.perf_counter()
+        decoder.run()
+        wait(ids.device)
+        seconds.append(time.perf_counter() - begun)
+    return 1000 * statistics.median(seconds[1:]) / new
+
+
+def remove(
+    model: PreTrainedModel, allocation: str, shots: int, reconstruct: bool, options: argparse.Namespace
+) -> dict[str, Any]:
     """Prune ``model`` in place: what was removed, in which time and memory."""
     groups = options.structure == "groups"
     config = PruneConfig(
@@ -95,6 +142,7 @@ def remove(model: PreTrainedModel, shots: int, reconstruct: bool, options: argpa
         shots=shots,
         round_to=options.round_to if groups else 1,
         reconstruct=reconstruct,
+        allocation=allocation,
     )
     ids = torch.randint(model.config.vocab_size, (options.samples, options.seqlen))
     begun = time.perf_counter()
@@ -108,6 +156,7 @@ def remove(model: PreTrainedModel, shots: int, reconstruct: bool, options: argpa
             phases[phase] = phases.get(phase, 0.0) + taken
     found = (
         options.structure,
+        allocation,
         f"{report.sparsity:.4f}",
         shots,
         "yes" if reconstruct else "no",
@@ -124,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--structure", choices=("groups", "rows-columns"), default="groups")
     parser.add_argument("--shots", type=int, nargs="+", default=[1])
+    parser.add_argument("--allocation", nargs="+", choices=("global", "local"), default=["global"])
     parser.add_argument("--sparsity", type=float, default=0.3)
     parser.add_argument("--round-to", type=int, default=128)
     parser.add_argument("--reconstruct", nargs="+", choices=("yes", "no"), default=["yes"])
@@ -131,7 +181,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--batches", type=int, nargs="+", choices=(1, 8), default=[1, 8])
-    parser.add_argument("--modes", nargs="+", choices=("plain", "fused", "compiled"), default=["plain", "fused"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["plain", "joined"])
     parser.add_argument("--no-dense", action="store_true", help="do not measure the dense model (again)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead: to try this script")
@@ -143,12 +193,12 @@ def main() -> None:
     if not options.no_dense:
         measure(model, {**about, "state": "dense", **dict.fromkeys(RUN_FIELDS, "")}, options)
     fits = options.reconstruct if options.structure == "groups" else ["no"]
-    for index, (shots, reconstruct) in enumerate(product(options.shots, fits)):
+    for index, (allocation, shots, reconstruct) in enumerate(product(options.allocation, options.shots, fits)):
         if index:
             del model
             gc.collect()
             model = build(options)
-        run = remove(model, shots, reconstruct == "yes", options)
+        run = remove(model, allocation, shots, reconstruct == "yes", options)
         print("removed", run, flush=True)
         measure(model, {**about, "state": "pruned", **run}, options)
 
