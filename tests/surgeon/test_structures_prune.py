@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llm_surgeon import InputError, PruneConfig, prune, prune_checkpoint
 from llm_surgeon.capture import estimate_curvature
@@ -277,6 +278,27 @@ def test_every_importance_prunes_alike_without_moving_what_stays(importance):
     assert len(report.shots) == 1 and report.sparsity >= 0.3
     assert torch.equal(model.model.decoder.layers[0].fc2.bias, kept)
     assert len({*widths(model)}) == 2  # the same sizes in both blocks
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_numbers_of_heads_that_do_not_divide_the_width(uniform, tmp_path):
+    """Three heads of four in every block: no stock configuration may say that of a width of 64."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(copy.deepcopy(config)).eval()
+    allocation = "global" if uniform else "local"
+    report = prune(model, TOKENS, structure="groups", sparsity=0.3, shots=1, allocation=allocation, uniform=uniform)
+    heads = {block.self_attn.q_proj.out_features // 16 for block in model.model.layers}
+    assert report.sparsity >= 0.3 and (heads in ({2}, {4}) if uniform else heads == {3})
+    assert (type(model) is LlamaForCausalLM) == uniform
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=not uniform)
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
+    with pytest.raises(InputError, match="the configuration refuses some numbers of heads"):
+        prune(LlamaForCausalLM(config), TOKENS, structure="groups", sparsity=0.8, min_kept=0.2, uniform=True)
 
 
 def test_a_failure_at_the_end_restores_the_model(monkeypatch):

@@ -20,12 +20,15 @@ class SizeRule:
         constants: attributes of the configuration that must be written down although they do not change.
         attributes: attribute of a module (``"self_attn.num_heads"``) -> quantity, where no configuration says it.
         stock: the configuration says it all, so that the model's own class builds blocks of these sizes.
+        refused: sizes (groups, parts) that no configuration of the class may have for all blocks, such as numbers of
+            heads that do not divide the width of the residual stream.
     """
 
     config: dict[str, str] = field(default_factory=dict)
     constants: dict[str, int] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
     stock: bool = True
+    refused: frozenset[tuple[int, int]] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models import Decoder, PrunableLinear
 from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.probe import Dependencies, StubbedBlock, capture_inputs
+from llm_surgeon.structures.rebuild import accepts
 from llm_surgeon.structures.sizes import find_size_rule
 
 
@@ -67,8 +68,22 @@ def _probe_block(
                 f"{by_kind[consumer].name} has {columns.shape[0]} groups of inputs that cannot be removed singly: "
                 "structured pruning of this architecture is not supported"
             )
-        dimensions.append(usable[-1])
+        dimensions.append(_with_refused(usable[-1], model.config))
     return dimensions
+
+
+def _with_refused(dimension: Dimension, config: PreTrainedConfig) -> Dimension:
+    """With the sizes that the configuration's class refuses; those of neurons are not looked at, they are many."""
+    rule = dimension.rule
+    if not dimension.is_heads or not rule.stock:
+        return dimension
+    sizes = [(groups, parts) for groups in range(1, dimension.groups) for parts in range(1, dimension.parts + 1)]
+    refused = []
+    for size in sizes:
+        quantities = dimension.quantities(*size)
+        if not accepts(config, {name: quantities[of] for name, of in rule.config.items()} | rule.constants):
+            refused.append(size)
+    return replace(dimension, rule=replace(rule, refused=frozenset(refused)))
 
 
 def _components(

@@ -16,7 +16,7 @@ from llm_surgeon.structures.dimension import Dimension
 
 def allowed(dimension: Dimension, config: PruneConfig, groups: int, parts: int) -> bool:
     """Whether a dimension may be narrowed to ``groups`` groups of ``parts`` parts."""
-    if config.uniform and not dimension.rule.stock:
+    if config.uniform and (not dimension.rule.stock or (groups, parts) in dimension.rule.refused):
         return (groups, parts) == (dimension.groups, dimension.parts)
     heads, size = groups * parts, dimension.part_columns.shape[2]
     least = max(1, math.ceil(config.min_kept * dimension.groups * dimension.parts - 1e-9))

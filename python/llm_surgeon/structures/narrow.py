@@ -16,7 +16,7 @@ from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode
 from llm_surgeon.structures import modeling_pruned
 from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.probe import TOKENS
-from llm_surgeon.structures.rebuild import adopt, build_block, check_rebuilds, layer_config, weight_shape
+from llm_surgeon.structures.rebuild import accepts, adopt, build_block, check_rebuilds, layer_config, weight_shape
 
 # Logits may differ by rounding, as sums are made over fewer (zero) terms.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -97,6 +97,8 @@ def _resize(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Di
         modules[dimension.depth] |= {name: sizes[of] for name, of in dimension.rule.attributes.items()}
     config.per_layer_config = None
     common = {name: value for name, value in changes[0].items() if all(c.get(name) == value for c in changes)}
+    if not accepts(config, common):  # as sizes of single blocks they are not looked at
+        common = {}
     vars(config).update(common)
     changes = [{name: value for name, value in change.items() if name not in common} for change in changes]
     alike = not any(changes)

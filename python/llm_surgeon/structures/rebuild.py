@@ -37,6 +37,15 @@ def build_block(like: nn.Module, config: PreTrainedConfig, depth: int) -> nn.Mod
     return built if dict(built.named_modules()).keys() == dict(like.named_modules()).keys() else None
 
 
+def accepts(config: PreTrainedConfig, changes: Mapping[str, Any]) -> bool:
+    """Whether the class of ``config`` takes it with ``changes`` for all blocks."""
+    try:
+        type(config).from_dict(json.loads(config.to_json_string()) | dict(changes))
+    except Exception:  # whatever a class says to a configuration that does not fit
+        return False
+    return True
+
+
 def check_rebuilds(model: PreTrainedModel) -> None:
     """Raise :class:`UnsupportedModelError` unless the model's class builds it from the configuration that is stored."""
     name = type(model).__name__

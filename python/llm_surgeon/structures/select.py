@@ -69,6 +69,8 @@ def check_reachable(dimensions: Sequence[Dimension], config: PruneConfig, weight
         whole = {d.kind: None for d in dimensions if config.uniform and not d.rule.stock}
         if whole:
             conditions.append(f"stock classes know one width of {', '.join(whole)} (uniform)")
+        if config.uniform and any(d.rule.refused for d in dimensions):
+            conditions.append("the configuration refuses some numbers of heads (uniform)")
         raise InputError(
             f"sparsity {config.sparsity:g} would empty a layer: where {', '.join(conditions)}, at most "
             f"{1 - left / weights:.3g} can be removed"
