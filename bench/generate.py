@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import multiprocessing
 from collections.abc import Iterator
@@ -195,6 +196,7 @@ def convert(model: PreTrainedModel, weights: str) -> None:
 
 def free_memory() -> None:
     """For other processes."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
