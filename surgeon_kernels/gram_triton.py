@@ -119,7 +119,8 @@ def reduce_kernel(
     at = workspace + first.to(tl.int64) * (BLOCK_M * BLOCK_N) + local_r[:, None] * BLOCK_N + local_c[None, :]
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for part in tl.static_range(MAX_PARTS):  # unrolled: the loads do not wait for each other
-        total += tl.load(at + part * (BLOCK_M * BLOCK_N), mask=part < splits, other=0.0)
+        present = local_c[None, :] * 0 + part < splits  # a block: the interpreter takes no scalar for a mask
+        total += tl.load(at + part * (BLOCK_M * BLOCK_N), mask=present, other=0.0)
     add_block(out, row + local_r, column + local_c, columns, out_stride, total, PACKED)
 
 

@@ -7,7 +7,8 @@ import torch
 from surgeon_kernels import SymmetricAccumulator, gram_triton, rows_triton, symmetric_triton
 from surgeon_kernels.gram_plan import GramConfig
 
-SHAPES = [(300, 170, 256), (135, 33, 128)]  # columns, rows, block_n
+# Columns, rows, block_n, and how many blocks are computed in parts that are added up.
+SHAPES = [(300, 170, 256, 0), (135, 90, 128, 3)]
 
 
 def exact(x: torch.Tensor, mask: torch.Tensor | None, ones_column: bool) -> torch.Tensor:
@@ -24,10 +25,10 @@ def check(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    for (columns, tokens, block_n), dtype, descriptors in itertools.product(
+    for (columns, tokens, block_n, parted), dtype, descriptors in itertools.product(
         SHAPES, (torch.float32, torch.float16), (True, False)
     ):
-        config = GramConfig(128, block_n, 32, 4, 2, 1, descriptors, "ieee", run=2)
+        config = GramConfig(128, block_n, 32, 4, 2, 1, descriptors, "ieee", run=2, step=20.0)
         x = torch.randn(tokens, columns + 5).to(dtype)[:, 3 : columns + 3]
         mask = torch.rand(tokens) < 0.6
         for masked, ones_column in ((mask, True), (None, False)):
@@ -39,6 +40,7 @@ def main() -> None:
             rows = rows[:, :n]
             expected = 2.0 + 0.5 * exact(x, masked, ones_column)
             plans = [gram_triton.plan(n, tokens, dtype, packed, config, rows.device) for packed in (True, False)]
+            assert [plan.reduction_count for plan in plans] == [parted, parted]
 
             packed = SymmetricAccumulator.zeros(n, packed=True)
             packed.storage.fill_(2.0)
