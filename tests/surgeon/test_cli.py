@@ -100,6 +100,16 @@ def test_eval_refuses_windows_and_batches_of_no_size(capsys):
         assert f"Invalid value for '{options[0]}'" in capsys.readouterr().err
 
 
+def test_an_interruption_leaves_nothing_behind(tmp_path, sentence, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm_surgeon.checkpoint.save._move_into_place", interrupted)
+    assert surgeon("prune", MODEL, tmp_path / "out", *SMALL, "--method", "magnitude") == 130
+    assert sentence() == "surgeon: interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_running_out_of_gpu_memory_is_one_sentence(tmp_path, sentence, monkeypatch):
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

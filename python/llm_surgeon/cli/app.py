@@ -1,6 +1,6 @@
 """``surgeon prune | recover | eval | pack | compact | bench | demo | info``.
 
-Exit codes: 0 done, 1 failure, 2 bad usage or input.
+Exit codes: 0 done, 1 failure, 2 bad usage or input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -85,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()  # what is wrong with a model is said here, in one sentence
     try:
         app(args=arguments, prog_name="surgeon")
+    except SystemExit as exit:
+        if exit.code == 130:  # what typer makes of Ctrl-C, without a word
+            print("surgeon: interrupted", file=sys.stderr)
+        raise
     except InputError as error:
         _fail(error, 2)
     except SurgeonError as error:
