@@ -109,7 +109,8 @@ class PruneConfig:
         round_to: widths that groups leave are multiples of this. On a GPU tensor cores want rows of 16 bytes, so 8 for
             16-bit weights; 64 or 128 fill their tiles.
         uniform: groups leave the same widths in every block, so that stock model classes load the result. Where a
-            class derives the width of a head from the number of heads (OPT, GPT-NeoX, GPT-2), all heads stay.
+            class derives the width of a head from the number of heads (OPT, GPT-NeoX, GPT-2), all heads stay; where a
+            configuration must have a number of heads that divides the width of the model, only such numbers are left.
         skip_layers: decoder blocks that lose no groups: ``"0-3,30,31"``.
         reconstruct: after the last shot fit every linear, by least squares with ``damp_a``, to what the dense model
             computes on the calibration data. Left out: where groups or layers are compensated for
