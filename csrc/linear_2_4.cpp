@@ -84,8 +84,8 @@ int choice_for_few(const Linear24& call, Device& device) {
   return number * kSplitCount + best;
 }
 
-// Nanoseconds, fitted to measurements on an H200: of a unit of columns of a tile of each of Wgmma24; of adding up the sums
-// of a cluster for it; of the beginning and end of a tile; of a second launch.
+// Nanoseconds, fitted to measurements on an H200: of a unit of columns of a tile of each of Wgmma24; of adding up the
+// sums of a cluster for it; of the beginning and end of a tile; of a second launch.
 constexpr float kUnitTime[kWgmmaCount] = {510, 395, 535, 565, 790, 920};
 constexpr float kClusterTime[kWgmmaCount] = {2500, 3500, 4000, 3500, 4600, 7000};
 constexpr float kTileTime = 1700, kLaunchTime = 2700;

@@ -40,8 +40,8 @@ struct Part24 {
   int clusters;
 };
 
-// A kernel for tiles of `rows` x `tokens`, whose warps take `step` units at a time. `run` launches it or, where `capacity`
-// is given, only says how many clusters of `split` blocks run at once.
+// A kernel for tiles of `rows` x `tokens`, whose warps take `step` units at a time. `run` launches it or, where
+// `capacity` is given, only says how many clusters of `split` blocks run at once.
 struct Kernel24 {
   int tokens;
   int rows;

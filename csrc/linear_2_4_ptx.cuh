@@ -97,8 +97,8 @@ __device__ inline void copy_tile(uint32_t to, const CUtensorMap* map, int column
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-// Blocks of a cluster: an address in the shared memory of another, 16 bytes sent there, of which a barrier there learns,
-// and the barrier of them all.
+// Blocks of a cluster: an address in the shared memory of another, 16 bytes sent there, of which a barrier there
+// learns, and the barrier of them all.
 __device__ inline uint32_t remote_address(uint32_t address, int rank) {
   uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));

@@ -12,8 +12,8 @@ struct Share24 {  // of a block: its units of the columns, and the stage where x
   int rank, begin, count, stage;
 };
 
-// In a cluster the last of x is in the last stage: the others then take what its blocks send each other. So the first lap
-// of the ring may begin in its middle.
+// In a cluster the last of x is in the last stage: the others then take what its blocks send each other. So the first
+// lap of the ring may begin in its middle.
 template <int STAGES, int HALVES>
 __device__ inline Share24 share_of(const Linear24& p, const Part24& part) {
   const int rank = blockIdx.x % part.split, begin = p.units * rank / part.split;
@@ -97,11 +97,13 @@ __global__ void __launch_bounds__(128 * (WG + 1), 1)
     auto copy_unit = [&](int unit, int to) {
       if (lane != 0 || unit >= count) return;
       barrier_expect(weight_full + 8 * to, kUnitBytes);
-      copy_bulk(weight_ring + to * Tile::kWeightStageBytes, weight + unit * kUnitBytes, kUnitBytes, weight_full + 8 * to);
+      copy_bulk(weight_ring + to * Tile::kWeightStageBytes, weight + unit * kUnitBytes, kUnitBytes,
+                weight_full + 8 * to);
     };
     auto begin_tile = [&](int row0) {  // its first units on their way
       const int block = min(row0 / 16 + warp, (p.rows - 1) / 16);  // rows past the end repeat the last, unstored
-      weight = static_cast<const uint8_t*>(p.weight) + (static_cast<size_t>(block) * p.units + share.begin) * kUnitBytes;
+      weight = static_cast<const uint8_t*>(p.weight) +
+               (static_cast<size_t>(block) * p.units + share.begin) * kUnitBytes;
       for (int unit = 0, to = slot; unit < WSTAGES; ++unit) copy_unit(unit, to), to = to + 1 == WSTAGES ? 0 : to + 1;
     };
     uint4 a[2][4];  // two units by turns, by step of 32 columns
@@ -177,7 +179,8 @@ __global__ void __launch_bounds__(128 * (WG + 1), 1)
       if (part.split == 1 && p.activation == Activation::kNone)
         store_tile<T, BN, WG, STAGES, HALVES, WSTAGES>(p, shared, bias, sums, place.x, place.y);
       else
-        store_shared<T, BN, WG, STAGES, HALVES, WSTAGES>(p, shared, bias, sums, place.x, place.y, part.split, share.rank);
+        store_shared<T, BN, WG, STAGES, HALVES, WSTAGES>(p, shared, bias, sums, place.x, place.y, part.split,
+                                                         share.rank);
     }
   }
 #endif
@@ -192,7 +195,8 @@ cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const Part24& part, cudaS
   static std::atomic<bool> ready[kMaxDevices];
   const cudaError_t status = allow_shared_bytes(reinterpret_cast<const void*>(kernel), Tile::kSharedBytes, ready);
   if (status != cudaSuccess) return status;
-  if (capacity != nullptr) return count_clusters(kernel, part.split, Tile::kThreads + 128, Tile::kSharedBytes, capacity);
+  constexpr int kThreads = Tile::kThreads + 128;
+  if (capacity != nullptr) return count_clusters(kernel, part.split, kThreads, Tile::kSharedBytes, capacity);
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -203,8 +207,8 @@ cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const Part24& part, cudaS
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(p.columns), static_cast<cuuint64_t>(p.tokens)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(p.columns) * 2};
-  // Fewer tokens than a tile: a smaller box, for the copy engine is slow where it has nothing to read. What then lies in
-  // the rest of a stage reaches only sums that are not stored.
+  // Fewer tokens than a tile: a smaller box, for the copy engine is slow where it has nothing to read. What then lies
+  // in the rest of a stage reaches only sums that are not stored.
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(p.tokens < BN ? p.tokens : BN)}, steps[2] = {1, 1};
   const CUtensorMapDataType type =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -212,7 +216,7 @@ cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const Part24& part, cudaS
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
     return cudaErrorInvalidValue;
-  const Launch launch(part.clusters * part.split, part.split, Tile::kThreads + 128, Tile::kSharedBytes, p.overlap, stream);
+  const Launch launch(part.clusters * part.split, part.split, kThreads, Tile::kSharedBytes, p.overlap, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, p, part, map);
 }
 

@@ -5,11 +5,12 @@
 
 namespace surgeon {
 
-// A block of WG groups of four warps, and one more that loads x, computes tiles of 64*WG rows, 64 of them each group, for
-// BN tokens. x passes through a ring of STAGES tiles of 64*HALVES columns, which all warps read. W passes through rings of
-// WSTAGES units, one ring a warp: each asks for its own rows and takes a unit from shared memory into registers, in the order of the
-// fragments, while the one before is multiplied. (Loads from global memory into registers would share one scoreboard:
-// waiting for the oldest is waiting for all.) A block may take tile after tile; W of the next then comes while y is stored.
+// A block of WG groups of four warps, and one more that loads x, computes tiles of 64*WG rows, 64 of them each group,
+// for BN tokens. x passes through a ring of STAGES tiles of 64*HALVES columns, which all warps read. W passes through
+// rings of WSTAGES units, one ring a warp: each asks for its own rows and takes a unit from shared memory into
+// registers, in the order of the fragments, while the one before is multiplied. (Loads from global memory into registers
+// would share one scoreboard: waiting for the oldest is waiting for all.) A block may take tile after tile; W of the
+// next then comes while y is stored.
 template <class T, int BN, int WG, int STAGES, int HALVES, int WSTAGES>
 struct WgmmaTile {
   static constexpr int kThreads = 128 * WG;  // that multiply
@@ -86,9 +87,9 @@ __device__ inline void store_tile(const Linear24& p, uint8_t* shared, const floa
 }
 
 // Blocks of a cluster share the columns, and each completes an equal part of the tokens: every thread sends what it has
-// of the others' parts, in the order of its registers, to the same thread there. What comes lies in place of the rings but
-// for the last stage of x; the cluster has agreed that nobody reads there any more. A cluster of one, where y has an
-// activation, only turns its sums in shared memory, so that the rows of a token lie together.
+// of the others' parts, in the order of its registers, to the same thread there. What comes lies in place of the rings
+// but for the last stage of x; the cluster has agreed that nobody reads there any more. A cluster of one, where y has
+// an activation, only turns its sums in shared memory, so that the rows of a token lie together.
 template <class T, int BN, int WG, int STAGES, int HALVES, int WSTAGES>
 __device__ inline void store_shared(const Linear24& p, uint8_t* shared, const float* bias, float (&sums)[BN / 2],
                                     int token0, int row0, int split, int rank) {
@@ -106,11 +107,9 @@ __device__ inline void store_shared(const Linear24& p, uint8_t* shared, const fl
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
       if (o < octets && owner != rank) {
-        const uint32_t to = remote_address(
-            shared_address(shared) + (rank - (rank > owner)) * part_bytes + place * Tile::kOctetBytes + threadIdx.x * 16,
-            owner);
-        const uint32_t barrier = remote_address(received, owner);
-        send_async(to, &sums[4 * o], barrier);
+        const int at = (rank - (rank > owner)) * part_bytes + place * Tile::kOctetBytes + threadIdx.x * 16;
+        const uint32_t to = remote_address(shared_address(shared) + at, owner);
+        send_async(to, &sums[4 * o], remote_address(received, owner));
       }
       if (++place == each) place = 0, ++owner;
     }

@@ -1,5 +1,5 @@
-// Small 2:4 linears by every kernel, against double on the host: for compute-sanitizer, which test_sanitized_gpu.py runs it
-// under. Exits with 1 at the first wrong value.
+// Small 2:4 linears by every kernel, against double on the host: for compute-sanitizer, which test_sanitized_gpu.py runs
+// it under. Exits with 1 at the first wrong value.
 
 #include <cuda_bf16.h>
 
