@@ -180,6 +180,7 @@ class FusedCG(MaskedCG):
         block: int = _BLOCK,
         warps: int = _WARPS,
     ) -> None:
+        residual = residual.contiguous()
         self._terms, self._residual, self._x = terms, residual, torch.zeros_like(residual)
         self._free, self._warps, self._correction = free.contiguous().view(torch.uint8), warps, correction
         rows, columns = residual.shape

@@ -70,6 +70,15 @@ def test_the_same_inputs_give_the_same_bits():
     assert torch.equal(first.delta, again.delta) and first.objective == again.objective
 
 
+def test_inputs_in_another_memory_order():
+    inputs = on_gpu(*problem(300, 500))
+    inputs += [torch.linalg.inv(M) for M in inputs[2:]]
+    expected = joint_update(*inputs)
+    result = joint_update(*(x.T.contiguous().T for x in inputs))
+    assert relative_error(result.delta.cpu(), expected.delta.cpu()) < 1e-4
+    assert result.objective[-1] == pytest.approx(expected.objective[-1], rel=1e-4)
+
+
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (300, 321), (64, 1100)])
 @pytest.mark.parametrize("kinds", [("plain", "outlier"), ("outlier", "deficient")])
