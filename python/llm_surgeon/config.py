@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm_surgeon.checks import require_bool, require_choice, require_number, require_positive_int
 from llm_surgeon.errors import InputError
 from llm_surgeon.resources import parse_bytes
 
@@ -336,26 +337,3 @@ class PruneConfig:
         require_positive_int("shots", self.shots)
         if self.method == "sparsegpt" and self.shots != 1:
             raise InputError(f"method 'sparsegpt' goes through the layers once: shots must be 1, not {self.shots}")
-
-
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
-
-
-def require_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be true or false, not {value!r}")
-
-
-def require_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def require_number(name: str, value: object, low: float, high: float, *, low_allowed: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (low < value < high or (low_allowed and value == low)):  # type: ignore[operator]
-        opening = "[" if low_allowed else "("
-        bound = f"in {opening}{low:g}, {high:g})" if high != math.inf else f"greater than {low:g}"
-        raise InputError(f"{name} must be a number {bound}, not {value!r}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.config import require_positive_int
+from llm_surgeon.checks import require_positive_int
 from llm_surgeon.errors import InputError
 from llm_surgeon.text import read_text as read_text
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.config import require_positive_int
+from llm_surgeon.checks import require_positive_int
 from llm_surgeon.data import require_windows
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models import evaluation_mode

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
-from llm_surgeon.config import PruneConfig, require_bool
+from llm_surgeon.checks import require_bool
+from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import Decoder, check_causal, check_finite, evaluation_mode, find_decoder

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_surgeon.config import require_choice, require_number, require_positive_int
+from llm_surgeon.checks import require_choice, require_number, require_positive_int
 from llm_surgeon.errors import InputError
 
 METHODS = ("lora", "full")
