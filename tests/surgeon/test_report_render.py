@@ -136,6 +136,29 @@ def test_model_card_body():
     assert PruneConfig.from_mapping(options) == PruneConfig("unstructured", shots=2)
 
 
+def test_model_card_of_a_model_that_became_smaller():
+    report = surgeon_report()
+    report.config = dataclasses.asdict(PruneConfig("groups"))
+    names = ("parameters", "macs", "bytes", "seconds")
+    report.sizes = {
+        "before": dict(zip(names, (2_000_000, 4_000_000, 8_000_000, 0.020), strict=True)),
+        "after": dict(zip(names, (1_500_000, 2_000_000, 6_000_000, 0.010), strict=True)),
+    }
+    card = render.render_model_card(report, "facebook/opt-125m")
+    assert "the whole model had 1,234,567 parameters.\n" in card
+    assert "zeros" not in card and "were not pruned" not in card
+    table = card[card.index("|  | before") :].splitlines()[:6]
+    assert table == [
+        "|  | before | after | ratio |",
+        "|-|-:|-:|-:|",
+        "| parameters | 2.0 M | 1.5 M | 0.75 |",
+        "| MACs | 4.0 M | 2.0 M | 0.50 |",
+        "| memory | 8 MB | 6 MB | 0.75 |",
+        "| latency | 20.0 ms | 10.0 ms | 0.50 |",
+    ]
+    assert "\n\n\n" not in card
+
+
 def test_model_card_without_measurements():
     card = render.render_model_card(magnitude_report(), "facebook/opt-125m")
     assert "What it cost" not in card and "ICLR" not in card and "peak memory" not in card
