@@ -229,3 +229,43 @@ def test_an_estimate_of_few_kept_weights_is_the_solution():
     result = joint_estimate(W, pruned, G, A, *inverses(G, A))
     expected = joint_update(W, pruned, G, A, *inverses(G, A))
     assert torch.equal(result.delta, expected.delta) and result.objective == expected.objective
+
+
+def corrections(monkeypatch, *problem, **options):
+    """The corrections that the dual's solvers had, one for each solver, and the result."""
+    used, build = [], module.masked_cg
+
+    def watched(terms, free, residual, correction=None):
+        used.append(correction is not None)
+        return build(terms, free, residual, correction)
+
+    monkeypatch.setattr(module, "masked_cg", watched)
+    result = joint_update(*problem, **options)
+    monkeypatch.setattr(module, "masked_cg", build)
+    return used, result
+
+
+def test_the_preconditioner_is_corrected_where_the_first_iterations_are_slow(monkeypatch):
+    W, pruned = random_weight(40, 60, 0), random_mask(40, 60, "random", 1, 0.6)
+    G, A = power_law(40, 1.5, 1, 0.01), power_law(60, 2.0, 2, 0.001)
+    problem = (W, pruned, G, A, *inverses(G, A))
+    used, result = corrections(monkeypatch, *problem, tolerance=1e-4)
+    assert used[:2] == [False, True]
+    monkeypatch.setattr(module, "_WORTH", INF)
+    plain_used, plain = corrections(monkeypatch, *problem, tolerance=1e-4)
+    assert not any(plain_used)
+    assert len(result.bound) < 0.8 * len(plain.bound)
+    best = dense.optimum(W, pruned, G, A)
+    for solved in (result, plain):
+        assert best * (1 - 1e-9) <= solved.objective[-1] <= best * (1 + 1e-4)
+    easy = damp(torch.eye(40, dtype=torch.float64), 0.1), damp(torch.eye(60, dtype=torch.float64), 0.01)
+    assert corrections(monkeypatch, W, pruned, *easy, *inverses(*easy))[0] == [False]
+
+
+def test_the_cap_holds_before_and_after_the_correction(monkeypatch):
+    W, pruned = random_weight(40, 60, 0), random_mask(40, 60, "random", 1, 0.6)
+    G, A = power_law(40, 1.5, 1, 0.01), power_law(60, 2.0, 2, 0.001)
+    for cap in (7, 8, 9, 13):
+        used, result = corrections(monkeypatch, W, pruned, G, A, *inverses(G, A), tolerance=0.0, max_iterations=cap)
+        assert len(result.bound) + len(result.objective) - 2 == cap and used[1:2] == ([True] if cap > 8 else [])
+        assert_exactly_zero(W, pruned, result.delta)
