@@ -11,11 +11,13 @@ from llm_surgeon.capture import estimate_curvature
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.config import IMPORTANCES
 from llm_surgeon.data import Calibration
-from llm_surgeon.models import find_decoder
+from llm_surgeon.models import Decoder, find_decoder
+from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.importance import group_importance, weight_gradients
+from llm_surgeon.structures.loop import GroupLoop
 from llm_surgeon.structures.moves import State
 from llm_surgeon.structures.select import check_reachable, select_groups
 from surgeon_kernels import damp, objective, rows_columns_update, spd_inverse
@@ -355,3 +357,26 @@ def test_a_group_that_lost_a_part_costs_what_its_other_parts_cost():
     state.apply(group)
     assert state.mask().tolist() == [[False, True], [True, True]]
     assert state.taken == heads.weights(2, 2) - heads.weights(1, 1)
+
+
+def test_what_is_gone_does_not_compensate_in_later_costs():
+    model = build("llama", torch.float64)
+    decoder = find_decoder(model)
+    calibration = Calibration(TOKENS)
+    config = PruneConfig(structure="groups", samples=len(TOKENS), seqlen=TOKENS.shape[1])
+    loop = GroupLoop(model, decoder, calibration, config, Progress())
+    heads = loop.dimensions[0]
+    curvature = estimate_curvature(model, Decoder(decoder.blocks, [heads.consumer]), calibration, batch_size=4)
+    removed = torch.tensor([[True, False], [False, True]])
+    found = loop._costs(heads, removed, curvature, None, {})
+
+    G, A = curvature.factors(heads.consumer)
+    alive = ~heads.removed_columns(removed)
+    left = A[alive][:, alive]
+    shift = config.damp_a * left.diagonal().sum() / len(A)
+    inverse = torch.linalg.inv(left + shift * torch.eye(len(left), dtype=A.dtype))
+    second = torch.isin(alive.nonzero()[:, 0], heads.part_columns[1, 0])
+    W = heads.consumer.matrix(A.dtype)[:, alive][:, second]
+    inner = torch.linalg.solve(inverse[second][:, second], W.T @ damp(G, config.damp_g) @ W)
+    assert float(found.groups[1]) == pytest.approx(float(0.5 * inner.trace()), rel=1e-6)
+    assert float(found.parts[1, 0]) == pytest.approx(float(found.groups[1])) and found.parts[0, 0] == 0.0
