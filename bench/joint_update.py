@@ -4,7 +4,8 @@
     python bench/joint_update.py --tune    # launch configurations of the passes; nothing is recorded
 
 ``product`` is the iteration's two float16 matrix products alone, ``passes`` the kernels alone, ``torch`` the same
-iteration in PyTorch calls with TF32 products, ``exact_product`` a product as exact as in float32; ``floor`` counts the
+iteration in PyTorch calls with TF32 products, ``exact_product`` a product as exact as in float32; ``corrected`` is an
+iteration with the low-rank correction, ``correction`` the time to make that; ``floor`` counts the
 products at a measured rate and the passes' bytes at a measured bandwidth. ``workspace`` is the solve's peak beyond its
 inputs, in matrices of the weight's size.
 Factors have spectra that fall as k^-1 (A) and k^-0.5 (G), damped as by default, half of the weights go as 2:4.

@@ -209,7 +209,8 @@ class FusedCG(MaskedCG):
         self._energies, self._bounds = energy[None], bound.double()[None]
         self._direction = torch.empty_like(z, dtype=dtype)
         torch.mul(z, 1 / bound.clamp_min(torch.finfo(z.dtype).tiny), out=self._direction)
-        self._half, self._image = torch.empty_like(self._direction), torch.empty_like(residual)
+        self._half = torch.empty_like(self._direction)
+        self._image = torch.empty_like(residual) if correction is None else z  # which is needed no more
 
     @property
     def x(self) -> Tensor:
