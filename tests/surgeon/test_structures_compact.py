@@ -95,7 +95,11 @@ def test_checkpoints_are_compacted_and_dense_ones_refused(tmp_path):
     assert not (tmp_path / "out").exists()
     prune(model, TOKENS, structure="rows-columns", sparsity=0.4, shots=1)
     save_folder(tmp_path / "zeros", model)
+    (tmp_path / "zeros" / "report.html").write_text("how it was pruned")
+    (tmp_path / "zeros" / "README.md").write_text("stored as zeros")  # not true any more
     found = compact_checkpoint(tmp_path / "zeros", tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").read_text() == "how it was pruned"
+    assert not (tmp_path / "out" / "README.md").exists()
     loaded, _, _ = load_model(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
     assert found.after < found.before == sum(x.rows * x.columns for x in find_decoder(model).linears)

@@ -87,6 +87,12 @@ def save_checkpoint(
         shutil.rmtree(previous)
 
 
+def pruning_records(source: str | Path) -> dict[str, str]:
+    """What a pruned checkpoint's folder says of its pruning, texts by file name: true of all that is made from it."""
+    paths = [Path(source) / name for name in ("surgeon_report.json", "report.html")]
+    return {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+
+
 def _write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, max_shard_size: str
 ) -> None:

@@ -10,14 +10,11 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
+from llm_surgeon.checkpoint import check_output, load_model, pruning_records, save_checkpoint
 from llm_surgeon.packed.convert import pack_model
 from llm_surgeon.packed.format import QUANT_METHOD
 from llm_surgeon.report.text import plural
 from llm_surgeon.resources import human_bytes, require_disk
-
-# Files of a pruned model that stay true when it is packed.
-_KEPT_FILES = ("surgeon_report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,16 @@ def pack_checkpoint(
     config = pack_model(model, progress)
     report = PackReport(config.modules, config.ignored, dense_bytes, model_bytes(model))
     require_disk(Path(out), report.packed_bytes)
-    kept = {
-        name: (Path(source) / name).read_text(encoding="utf-8")
-        for name in _KEPT_FILES
-        if (Path(source) / name).is_file()
-    }
     custom_code = model._auto_class is not None  # transformers writes such a class beside the weights
     card = _model_card(Path(source), report, custom_code)
-    save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files={**kept, "README.md": card}, overwrite=overwrite)
+    save_checkpoint(
+        model,
+        tokenizer,
+        out,
+        dtype=dtype,
+        extra_files={**pruning_records(source), "README.md": card},
+        overwrite=overwrite,
+    )
     return report
 
 

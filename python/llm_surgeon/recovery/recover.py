@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.capture import mean_loss
-from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
+from llm_surgeon.checkpoint import check_output, load_model, pruning_records, save_checkpoint
 from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import check_finite, evaluation_mode, find_decoder
@@ -188,7 +188,9 @@ def recover_checkpoint(
         if not any(state.glob("checkpoint-*")):
             shutil.rmtree(state)  # nothing to go on from
         raise
-    extra = _carried_over(Path(source)) | {"surgeon_recovery.json": report.to_json()}
+    extra = pruning_records(source) | {"surgeon_recovery.json": report.to_json()}
+    if (card := Path(source) / "README.md").is_file():
+        extra["README.md"] = card.read_text(encoding="utf-8")
     save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=extra, overwrite=overwrite)
     shutil.rmtree(state)
     return report
@@ -216,12 +218,6 @@ def _claim(state: Path, run: dict[str, Any]) -> None:
         return
     state.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(run), encoding="utf-8")
-
-
-def _carried_over(source: Path) -> dict[str, str]:
-    """The record of the pruning, where ``source`` is a folder of ours."""
-    names = ("README.md", "surgeon_report.json", "report.html")
-    return {name: (source / name).read_text(encoding="utf-8") for name in names if (source / name).is_file()}
 
 
 def _loss(model: nn.Module, data: Calibration, config: RecoverConfig) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
+from llm_surgeon.checkpoint import check_output, load_model, pruning_records, save_checkpoint
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models import Decoder, PrunableLinear, find_decoder
 from llm_surgeon.structures.dimension import Dimension
@@ -45,7 +45,7 @@ def compact_checkpoint(
     found = compact(model)
     if found.before == found.after:
         raise InputError(f"model {str(source)!r} has no zero rows or columns: prune it with structure rows-columns")
-    save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files={}, overwrite=overwrite)
+    save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=pruning_records(source), overwrite=overwrite)
     return found
 
 
