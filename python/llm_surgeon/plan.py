@@ -251,17 +251,21 @@ class _Planner:
         # The loss is computed before the backward pass begins: the larger of the two counts.
         loss = _FLOAT * min(tokens * vocabulary, CHUNK) * (1 if self.itemsize >= _FLOAT else 2)
         widest = max(max(R, C) for R, C in self.sizes)
+        logits = vocabulary * self.itemsize * tokens
         if self.kept is None:  # forward only: the widest linear's input and output
-            kept, backward = self.itemsize * (hidden + 2 * widest), 0
+            activations = int(tokens * self.itemsize * (hidden + 2 * widest)) + logits + loss
         else:
-            kept = self.kept.inputs + self.kept.largest_block if self.checkpointed else self.kept.everything
             backward = _BACKWARD_COPIES * widest * self.itemsize * tokens
-        logits = (1 + self.gradients) * vocabulary * self.itemsize * tokens + max(loss, backward)
+            if self.checkpointed:  # a block's activations are there only once the loss has been computed
+                block = int(tokens * self.kept.largest_block)
+                activations = int(tokens * self.kept.inputs) + max(2 * logits + loss, logits + block + backward)
+            else:
+                activations = int(tokens * self.kept.everything) + 2 * logits + max(loss, backward)
         factors = 0
         if self.hosted:
             starts = range(0, len(self.factor_bytes), per_pass)
             factors = max(sum(self.factor_bytes[first : first + per_pass]) for first in starts)
-        return int(tokens * kept) + logits + factors
+        return activations + factors
 
     def _selection_bytes(self) -> int:
         return self.weights + self._factor_workspace(2)
