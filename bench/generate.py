@@ -10,7 +10,8 @@ generate's own. ``--parts fused``: norms, rotary embeddings and SwiGLU are one k
 dense side, too. What is compiled runs in a process for each row: they compile at the same time and are timed one after
 the other. Rows are appended to results/generate.csv; rates are tokens per second, all sequences together. The floor of
 a decoding step is the time to read every weight that it needs and the filled part of the cache once, at the copy
-bandwidth measured here. For any model there is surgeon bench generate.
+bandwidth measured here. A plain pass over 128 tokens takes the host's time, not the device's: its prefill column tells
+of the host alone. For any model there is surgeon bench generate.
 """
 
 from __future__ import annotations
