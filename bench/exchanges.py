@@ -1,6 +1,7 @@
 """What exchanging kept and pruned weights after the joint update is worth, small enough for a CPU.
 
     python bench/exchanges.py --model MODEL --data wikitext-2.zip --rounds 0 2
+    python bench/exchanges.py --model MODEL --data wikitext-2.zip --rounds 0 --kron-rank 2
 
 Two decoder blocks are pruned in one shot with curvature of 48 x 512 tokens of the train part; perplexity is that of the
 first 40 windows of 512 of the test part, held out. Rows are appended to ``results/exchange_trials.csv``.
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="text with train and test parts (.zip)")
     parser.add_argument("--structure", default="2:4")
     parser.add_argument("--rounds", nargs="+", type=int, default=[0, 2])
+    parser.add_argument("--kron-rank", type=int, default=1, help="2: a sum of two Kronecker products; no rounds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "exchange_trials.csv")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +42,8 @@ def main() -> None:
         windows = evaluation_windows(tokenize(read_text(options.data, "evaluation"), tokenizer), _SEQLEN)[:40]
         decoder = find_decoder(model)
         decoder.linears[:] = [linear for linear in decoder.linears if linear.depth in _BLOCKS]
-        config = PruneConfig(structure=options.structure, shots=1, exchanges=rounds, samples=48, seqlen=_SEQLEN)
+        chosen = {"structure": options.structure, "exchanges": rounds, "kron_rank": options.kron_rank}
+        config = PruneConfig(**chosen, shots=1, samples=48, seqlen=_SEQLEN)
         dense = perplexity(model, windows)
         loop = ShotLoop(model, decoder, calibration_windows(tokens, 48, _SEQLEN, 0), config, Progress())
         loop.run()
@@ -49,6 +52,7 @@ def main() -> None:
             "model": options.model.name,
             "structure": options.structure,
             "rounds": rounds,
+            "kron_rank": options.kron_rank,
             "dense": f"{dense:.4f}",
             "perplexity": f"{perplexity(model, windows):.4f}",
             "predicted_increase": f"{shot.predicted_increase:.5f}",
@@ -57,7 +61,7 @@ def main() -> None:
             **environment(device),
         }
         append_row(options.out, row)
-        print(*list(row.values())[:8], sep=" | ", flush=True)
+        print(*list(row.values())[:9], sep=" | ", flush=True)
 
 
 if __name__ == "__main__":
