@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from llm_surgeon.shared_inputs import shared_inputs
+
 
 @contextlib.contextmanager
 def joined(model: PreTrainedModel) -> Iterator[None]:
@@ -24,7 +26,8 @@ def joined(model: PreTrainedModel) -> Iterator[None]:
     with something else, every linear computes its own: its output is then contiguous, as what follows may want it.
     """
     with contextlib.ExitStack() as stack:
-        for linears in _same_inputs(model):
+        plain = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+        for linears in filter(_can_be_joined, shared_inputs(model, plain)):
             group = _Group(linears)
             for position, linear in enumerate(linears):
                 linear.forward = functools.partial(group.output, position)  # type: ignore[method-assign]
@@ -64,28 +67,6 @@ class _Group:
 def _separate(linear: nn.Linear) -> None:
     del linear.forward
     linear.weight.data = linear.weight.data.clone()
-
-
-def _same_inputs(model: PreTrainedModel) -> list[list[nn.Linear]]:
-    """The plain linears in the order of a forward pass, those together that one tensor goes to one after the other."""
-    groups: list[list[nn.Linear]] = []
-    inputs: list[Tensor] = []  # kept alive, so that no two have one address
-
-    def note(linear: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
-        if not inputs or arguments[0] is not inputs[-1]:
-            groups.append([])
-        inputs.append(arguments[0])
-        groups[-1].append(linear)
-
-    linears = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
-    hooks = [linear.register_forward_pre_hook(note) for linear in linears]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [group for group in groups if _can_be_joined(group)]
 
 
 def _can_be_joined(group: list[nn.Linear]) -> bool:

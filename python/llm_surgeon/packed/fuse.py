@@ -9,14 +9,14 @@ prompt, which fills a GPU anyway. Nothing changes on disk.
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.packed.convert import packed_linears
 from llm_surgeon.packed.linear import PackedLinear, frozen, tune_once
+from llm_surgeon.shared_inputs import shared_inputs
 from surgeon_kernels import Packed24
 from surgeon_kernels.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_layout import UNIT_ROWS
@@ -91,51 +91,26 @@ def fuse_linears(model: PreTrainedModel) -> list[list[str]]:
     Returns:
         The names of the layers of each group.
     """
+    names = {layer: name for name, layer in packed_linears(model)}
     fused = []
-    for group in _same_inputs(model):
-        if not _can_be_fused(group):
-            continue
-        together = Packed24(*map(torch.cat, zip(*(layer.packed for _, layer in group), strict=True)))
+    for group in filter(_can_be_fused, shared_inputs(model, names)):
+        together = Packed24(*map(torch.cat, zip(*(layer.packed for layer in group), strict=True)))
         prepared = prepare_2_4(together)
         tune_once(prepared)
         number, row = next(_numbers), 0
-        for name, layer in group:
+        for layer in group:
             rows = prepared.fragments[row // UNIT_ROWS : -(-(row + layer.out_features) // UNIT_ROWS)]
             layer.__class__ = FusedLinear
             assert isinstance(layer, FusedLinear)
             layer.fragments = frozen(rows if row else prepared.fragments)
             layer.group, layer.group_rows, layer.first_row = number, prepared.rows, row
-            layer.last = name == group[-1][0]
+            layer.last = layer is group[-1]
             row += layer.out_features
-        fused.append([name for name, _ in group])
+        fused.append([names[layer] for layer in group])
     return fused
 
 
-def _same_inputs(model: PreTrainedModel) -> list[list[tuple[str, PackedLinear]]]:
-    """The packed layers in the order of a forward pass, those together that one tensor goes to one after the other."""
-    names = {layer: name for name, layer in packed_linears(model)}
-    groups: list[list[tuple[str, PackedLinear]]] = []
-    inputs: list[Any] = []  # kept alive, so that no two have one address
-
-    def note(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        assert isinstance(layer, PackedLinear)
-        if not inputs or arguments[0] is not inputs[-1]:
-            groups.append([])
-        inputs.append(arguments[0])
-        groups[-1].append((names[layer], layer))
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in names]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return groups
-
-
-def _can_be_fused(group: list[tuple[str, PackedLinear]]) -> bool:
-    layers = [layer for _, layer in group]
+def _can_be_fused(layers: list[PackedLinear]) -> bool:
     if len(set(layers)) < max(2, len(layers)):  # one alone, or one called twice
         return False
     if any(layer.fragments is None or layer.bias is not None or getattr(layer, "group", 0) for layer in layers):
