@@ -5,6 +5,8 @@
 Calibration: 128 windows of 1024 tokens drawn from the text's train part with a seed. Perplexity: the test part's
 non-overlapping windows of 1024, tail dropped, the model in float32 throughout.
 
+A method may be followed by options that differ from the defaults: ``"surgeon joint, exchanges 2, schedule 1.5"``.
+
 Every trial is appended to ``quality_trials.csv`` as it ends; trials found there are not run again. ``quality.csv`` is
 made anew from it: one row per model, structure and method, the mean over the calibration seeds.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity, prune
@@ -54,23 +57,6 @@ METHODS: dict[str, dict[str, Any]] = {
         for suffix, allocation in ((" local", "local"), (" global", "global"))
     },
 }
-# The default changed in one respect each; --methods names them.
-VARIANTS: dict[str, dict[str, Any]] = {
-    **{f"tolerance {value:g}": {"tolerance": value} for value in (0.05, 0.001)},
-    **{f"shots {value}": {"shots": value} for value in (10, 20)},
-    **{f"damp_g {value:g}": {"damp_g": value} for value in (0.01, 0.03, 0.3)},
-    **{f"damp_a {value:g}": {"damp_a": value} for value in (0.003, 0.03)},
-    **{f"schedule {value:g}": {"schedule": value} for value in (0.7, 1.5, 2.0)},
-    "kron_rank 2": {"kron_rank": 2},
-    "sampled labels": {"fisher": "sampled"},
-    **{f"exchanges {value}": {"exchanges": value} for value in (0, 2, 4)},
-}
-# Rows and columns with the paper's number of shots for twice their sparsity.
-METHODS["k-obd, shots 40"] = {"method": "k-obd", "shots": 40}
-VARIANTS["shots 40"] = {"shots": 40}
-METHODS |= {f"surgeon joint, {name}": {"method": "surgeon", "update": "joint", **v} for name, v in VARIANTS.items()}
-# As LLM-Pruner's scripts have it: the first and the last blocks keep their groups (of the six of the models here).
-METHODS |= {f"{name} local, ends kept": {"importance": name, "skip_layers": "0,5"} for name in ("taylor1", "vector")}
 IMPORTANCE_METHODS = tuple(name for name, options in METHODS.items() if "importance" in options)
 # What is defined for structures that leave a smaller model.
 COUPLED_METHODS = ("surgeon none", "surgeon joint", *IMPORTANCE_METHODS)
@@ -78,6 +64,23 @@ COUPLED_METHODS = ("surgeon none", "surgeon joint", *IMPORTANCE_METHODS)
 ELEMENTS_ONLY = ("wanda", "sparsegpt", "surgeon chunked")
 _TOKENS: dict[tuple[str, str, str], torch.Tensor] = {}
 TRIAL_FIELDS = ("model", "structure", "method", "seed")
+
+
+def options_of(method: str) -> dict[str, Any]:
+    """Options of the configuration, of ``"method, option value, option value"``."""
+    name, *changes = method.split(", ")
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(METHODS)}")
+    try:
+        return METHODS[name] | {option: yaml.safe_load(value) for option, value in map(str.split, changes)}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{method!r}: after a comma and a space comes 'option value'") from error
+
+
+def known_method(text: str) -> str:
+    """``text``, if it names a method."""
+    options_of(text)
+    return text
 
 
 def run(trial: dict[str, Any], model_path: str, data: str, device: str) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def run(trial: dict[str, Any], model_path: str, data: str, device: str) -> dict[
     begun, shots, sparsity, iterations = time.perf_counter(), 0, 0.0, [0]
     if trial["method"] != "dense":
         tokens = _tokens(model_path, data, "calibration", tokenizer)
-        config = PruneConfig(**METHODS[trial["method"]], **STRUCTURES[trial["structure"]], seed=trial["seed"])
+        config = PruneConfig(**options_of(trial["method"]), **STRUCTURES[trial["structure"]], seed=trial["seed"])
         report = prune(model, calibration_windows(tokens, SAMPLES, SEQLEN, trial["seed"]), config=config)
         shots, sparsity = len(report.shots), report.sparsity
         iterations = [trace.iterations for shot in report.shots for trace in shot.solver] or [0]
@@ -118,10 +121,11 @@ def plan(models: list[str], structures: list[str], methods: list[str], seeds: li
     for model in models:
         for structure in structures:
             for method in methods:
-                if structure.startswith("rows") and method in ELEMENTS_ONLY:
+                name = method.split(", ")[0]
+                if structure.startswith("rows") and name in ELEMENTS_ONLY:
                     continue
                 coupled = STRUCTURES[structure]["structure"] in COUPLED_STRUCTURES
-                if (method not in COUPLED_METHODS) if coupled else (method in IMPORTANCE_METHODS):
+                if (name not in COUPLED_METHODS) if coupled else (name in IMPORTANCE_METHODS):
                     continue
                 chosen = seeds[:1] if method == "magnitude" else seeds
                 trials += [(model, structure, method, seed) for seed in chosen]
@@ -139,12 +143,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def summarise(trials: list[dict[str, Any]], path: Path) -> None:
     """The means over seeds, as a table on the screen and a file."""
-    order = {name: i for i, name in enumerate(["dense", *METHODS])}
+    order = ["dense", *METHODS]
+
+    def place(model: str, structure: str, method: str) -> tuple[Any, ...]:
+        return model, structure, order.index(method.split(", ")[0]), method
+
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for trial in sorted(trials, key=lambda t: int(t["seed"])):
         groups.setdefault((trial["model"], trial["structure"], trial["method"]), []).append(trial)
     rows = []
-    for (model, structure, method), group in sorted(groups.items(), key=lambda g: (*g[0][:2], order[g[0][2]])):
+    for (model, structure, method), group in sorted(groups.items(), key=lambda g: place(*g[0])):
         rows.append(
             {
                 "model": model,
@@ -177,7 +185,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", type=Path, required=True)
     parser.add_argument("--data", required=True, help="text with train and test parts (.zip)")
     parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if "," not in m])
+    parser.add_argument("--methods", nargs="+", type=known_method, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
     parser.add_argument("--jobs", type=int, default=1, help="prunings at once on each device")
