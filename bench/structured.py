@@ -30,7 +30,6 @@ from environment import append_row, environment
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.fused import fused
 from llm_surgeon.joined import joined
-from llm_surgeon.models import find_decoder
 from llm_surgeon.packed.decoding import Decoding, GreedyDecoder, wait
 from llm_surgeon.packed.speed import measure_speed
 from llm_surgeon.structures.compact import compact
@@ -97,20 +96,14 @@ def speed(model: PreTrainedModel, options: argparse.Namespace, *, compiled: bool
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     linears = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, CompactLinear))]
     row["macs_per_token"] = sum(linear.weight.numel() for linear in linears)
-    blocks = find_decoder(model).blocks
-    head = model.config.head_dim
-    row["heads"] = spread([width(block.get_submodule("self_attn.o_proj")) // head for block in blocks])
-    row["neurons"] = spread([width(block.get_submodule("mlp.down_proj")) for block in blocks])
+    row["heads"] = spread(model, "self_attn.o_proj", model.config.head_dim)
+    row["neurons"] = spread(model, "mlp.down_proj", 1)
     return row
 
 
-def width(linear: torch.nn.Module) -> int:
-    """Columns that are computed with."""
-    return int(linear.get_parameter("weight").shape[1])
-
-
-def spread(sizes: list[int]) -> str:
-    """Mean, smallest and largest."""
+def spread(model: PreTrainedModel, name: str, of: int) -> str:
+    """Mean, smallest and largest number of inputs, in units ``of`` so many, of the linears named so."""
+    sizes = [m.get_parameter("weight").shape[1] // of for path, m in model.named_modules() if path.endswith(name)]
     return f"{statistics.mean(sizes):.1f} {min(sizes)}-{max(sizes)}"
 
 

@@ -1,0 +1,61 @@
+"""The benches that also run on a CPU, on models of a few thousand weights: that their rows hold what they say."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def bench(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> ModuleType:
+    """The script ``name`` as a module, after its ``main()`` where there are arguments."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    module = importlib.import_module(name)
+    if arguments:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        module.main()
+    return module
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("structure", ["groups", "rows-columns"])
+def test_a_pruned_model_is_as_much_smaller_as_its_row_says(
+    structure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "rows.csv"
+    small = ("--tiny", "--device", "cpu", "--layers", 2, "--samples", 2, "--seqlen", 32, "--prompt", 4, "--batches", 1)
+    options = ("--structure", structure, "--round-to", 8, "--modes", "plain", "--out", out)
+    bench("structured", monkeypatch, *small, *options)
+    found = rows(out)
+    assert [row["state"] for row in found] == ["dense", "pruned"]
+    dense, pruned = (int(row["macs_per_token"]) - 64 * 128 for row in found)  # nothing is taken from the head
+    # Of rows and columns, neurons that lose one of their three weights go altogether.
+    assert (
+        1 - pruned / dense >= 0.27
+        if structure == "rows-columns"
+        else 1 - pruned / dense == pytest.approx(0.3, abs=0.03)
+    )
+    assert float(found[-1]["sparsity"]) == pytest.approx(0.3, abs=0.03)
+
+
+def test_methods_take_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    quality = bench("quality", monkeypatch)
+    assert quality.options_of("surgeon joint, exchanges 2, schedule 1.5") == {
+        "method": "surgeon",
+        "update": "joint",
+        "exchanges": 2,
+        "schedule": 1.5,
+    }
+    for wrong in ("surgeon", "surgeon joint, exchanges"):
+        with pytest.raises(quality.argparse.ArgumentTypeError):
+            quality.options_of(wrong)
