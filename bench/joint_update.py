@@ -26,8 +26,7 @@ from environment import append_row, environment
 from surgeon_kernels import joint_update, nm_select, spd_inverse
 from surgeon_kernels.kron_product import kron_product
 from surgeon_kernels.low_rank import low_rank_correction
-from surgeon_kernels.masked_cg import MaskedCG
-from surgeon_kernels.masked_cg_triton import FusedCG
+from surgeon_kernels.masked_cg import FusedCG, MaskedCG
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 # Rate of half-precision products (8192^3) and bandwidth of copies, measured on an H200 (torch 2.11).
@@ -83,12 +82,20 @@ def iteration_times(inputs: tuple[Tensor, ...], iterations: int = _ITERATIONS) -
         "fused_ms": milliseconds(lambda: fused.run(iterations)) / iterations,
         "corrected_ms": milliseconds(lambda: corrected.run(iterations)) / iterations,
         "correction_ms": milliseconds(lambda: low_rank_correction(G, A, G_inv, A_inv, pruned)),
-        "torch_ms": milliseconds(lambda: plain.run(iterations)) / iterations,
+        "torch_ms": milliseconds(lambda: _in_tf32(lambda: plain.run(iterations))) / iterations,
         "product_ms": milliseconds(products) / iterations,
         "passes_ms": _passes_ms(fused, iterations),
         "exact_product_ms": milliseconds(lambda: kron_product(G_inv, weight, A_inv)),
     }
     return times
+
+
+def _in_tf32(run: Callable[[], object]) -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        run()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def _passes_ms(fused: FusedCG, iterations: int) -> float:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from surgeon_kernels.gram_plan import GramConfig, choose
-from surgeon_kernels.symmetric import SymmetricAccumulator, add_gram_reference_
+from surgeon_kernels.symmetric import SymmetricAccumulator
+from surgeon_kernels.symmetric_layout import add_gram_reference_
 from surgeon_kernels.triton_support import has_kernels
 
 _HALF = (torch.bfloat16, torch.float16)

@@ -1,8 +1,9 @@
-"""Products ``L X M`` with positive definite ``L`` and ``M`` on float16 tensor cores, fast or as exact as in float32.
+"""Products ``L X M`` with symmetric ``L`` and ``M`` on float16 tensor cores, fast or as exact as in float32.
 
-With the diagonals scaled to one, ``L̂ = L / √(diag L diag Lᵀ)``, no entry is above 1, and with ``X`` scaled to a largest
-entry of 1 nothing overflows: ``|L̂ X| ≤ n``. So scaled, float16 rounds to the 11 bits that TF32 has, at twice its speed.
-For more, every number is split in two, ``x = x₀ + 2⁻¹¹ x₁`` up to ``2⁻²² |x|``, and three products are summed::
+With the diagonals of positive definite matrices scaled to one, ``L̂ = L / √(diag L diag Lᵀ)``, no entry is above 1, and
+with ``X`` scaled to a largest entry of 1 nothing overflows: ``|L̂ X| ≤ n``. So scaled, float16 rounds to the 11 bits
+that TF32 has, at twice its speed. For more, every number is split in two, ``x = x₀ + 2⁻¹¹ x₁`` up to ``2⁻²² |x|``, and
+three products are summed::
 
     A B ≈ 2⁻¹¹ (A₁B₀ + A₀B₁) + A₀B₀
 
@@ -22,15 +23,25 @@ _LOW = 2.0**11  # what the second part is scaled by
 LARGEST = 65504
 
 
-def kron_product(L: Tensor, X: Tensor, M: Tensor) -> Tensor:
-    """``L X M``, that is ``(L ⊗ M) vec(X)``, to the accuracy of float32: symmetric positive definite ``L`` ``[R, R]``
-    and ``M`` ``[C, C]``, ``X`` ``[R, C]``.
+def kron_product(L: Tensor, X: Tensor, M: Tensor, *, parts: int = 2, definite: bool = True) -> Tensor:
+    """``L X M``, that is ``(L ⊗ M) vec(X)``, to the accuracy of float32: symmetric ``L`` ``[R, R]`` and ``M``
+    ``[C, C]``, ``X`` ``[R, C]``.
 
     On CUDA, float32 matrices with both sides from 1024 on are multiplied by split products, all others by PyTorch;
     with ``torch.set_float32_matmul_precision`` at anything but ``"highest"`` all of them are.
+
+    Args:
+        parts: 1 where operands rounded to float16 are enough.
+        definite: whether ``L`` and ``M`` are positive definite; what is not is scaled by its rows' largest entries.
     """
-    highest = torch.get_float32_matmul_precision() == "highest"
-    return kron_product_split(L, X, M) if highest and fits_split(X) else L @ X @ M
+    if torch.get_float32_matmul_precision() != "highest" or not fits_split(X):
+        return L @ X @ M
+    return kron_product_split(L, X, M, scales=None if definite else (_largest(L), _largest(M)), parts=parts)
+
+
+def _largest(M: Tensor) -> Tensor:
+    """``m_i = max_j |M_ij|`` ``[n]``; then ``|M_ij| <= √(m_i m_j)``, as with a positive definite matrix's diagonal."""
+    return torch.linalg.vector_norm(M, torch.inf, dim=1).clamp_min(torch.finfo(M.dtype).tiny)
 
 
 def fits_split(X: Tensor) -> bool:
@@ -44,7 +55,8 @@ def kron_product_split(
     """:func:`kron_product` by split products; without a GPU the parts are multiplied in float32.
 
     Args:
-        scales: diagonals ``[R]`` and ``[C]`` to scale by, not smaller than the own ones of ``L`` and ``M``.
+        scales: ``l`` ``[R]`` and ``m`` ``[C]`` to scale by, ``|L_ij| <= √(l_i l_j)``; left out: the diagonals, for
+            positive definite ``L`` and ``M``.
         parts: 1 for operands rounded to float16.
     """
     rows, columns = (d.sqrt() for d in scales or (L.diagonal(), M.diagonal()))

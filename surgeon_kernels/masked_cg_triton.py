@@ -1,9 +1,4 @@
-"""An iteration of :class:`surgeon_kernels.masked_cg.MaskedCG` around its product, in three passes on CUDA.
-
-The operator of one product is scaled to a unit diagonal, ``L̂ = L / √(diag L diag Lᵀ)``, and with it ``R``, ``X`` and
-``D``, so that ``S = 1``. Then the product's operands, ``D`` among them, are in float16, which rounds as TF32 does in
-half of the time (see :mod:`surgeon_kernels.kron_product`): kept is ``D / b`` with ``b >= max |D|``. Of several products
-the diagonals have no such scaling; these are in TF32, and ``D / b`` is in float32.
+"""The kernels of :class:`surgeon_kernels.masked_cg.FusedCG`: an iteration around its product, in three passes.
 
 Each pass is one kernel whose programs add up their part of an inner product in float64; the next kernel's programs
 all add up the parts, in the same order, and so know the scalar without another launch and without the host::
@@ -21,10 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from surgeon_kernels.kron_product import mm_half, scaled, scaled_parts
-from surgeon_kernels.low_rank import LowRankCorrection
-from surgeon_kernels.masked_cg import MaskedCG, Terms, tf32
 
 # Entries of a row that a program takes at once, its warps, and programs a multiprocessor holds at a time: best or
 # within 2 % of it at 4096 x 4096 and 11008 x 4096 on an H200 (`bench/joint_update.py --tune`).
@@ -164,139 +155,69 @@ def direction_kernel(
         tl.store(direction + at, d.to(direction.dtype.element_ty), mask=inside)
 
 
-class FusedCG(MaskedCG):
-    """:class:`~surgeon_kernels.masked_cg.MaskedCG` by these kernels; the same inputs give the same bits."""
+class Passes:
+    """The three passes over matrices ``[rows, columns]`` and what they hand to each other.
 
-    operands = torch.float16  # of the product, where it is one
+    Attributes:
+        curvatures, new_energies, largest: the programs' parts of ``c / b²``, ``e'`` and ``max |Z|``; of the two latter
+            the last one is a correction's.
+    """
 
     def __init__(
         self,
-        terms: Terms,
-        free: Tensor,
-        residual: Tensor,
-        correction: LowRankCorrection | None = None,
+        shape: torch.Size,
+        terms: int,
+        device: torch.device,
         *,
         resident: int = _RESIDENT,
         block: int = _BLOCK,
         warps: int = _WARPS,
     ) -> None:
-        residual = residual.contiguous()
-        self._terms, self._residual, self._x = terms, residual, torch.zeros_like(residual)
-        self._free, self._warps, self._correction = free.contiguous().view(torch.uint8), warps, correction
-        rows, columns = residual.shape
-        self._block = min(block, triton.next_power_of_2(columns))
-        blocks = triton.cdiv(columns, self._block)
-        self._sizes = (rows, columns, blocks, rows * blocks)
-        device = residual.device
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if residual.is_cuda else 2
-        self._programs = min(rows * blocks, resident * processors)
-        self._curvatures, self._new_energies = torch.empty(2, self._programs + 1, dtype=torch.float64, device=device)
-        self._largest = torch.empty(self._programs + 1, device=device)
-        self._row_scales = torch.stack([L.diagonal() for L, _ in terms])  # [terms, R]
-        self._column_scales = torch.stack([M.diagonal() for _, M in terms])  # [terms, C]
-        if len(terms) == 1:
-            (L, M), g, a = terms[0], self._row_scales[0].rsqrt(), self._column_scales[0].rsqrt()
-            self._scaled = scaled_parts(L, g, g, 1)[0], scaled_parts(M, a, a, 1)[0]
-            self._row_scales, self._column_scales = g, a  # of X; R has their inverses'
-            z = scaled(residual, g, a, out=residual)
-            if correction is not None:
-                left, right, _ = correction.factors(residual)
-                z = torch.addmm(residual, left, right.T).masked_fill_(~free, 0.0)
-        else:
-            z = residual / (self._row_scales.T @ self._column_scales)
-        dtype = self.operands if len(terms) == 1 else residual.dtype
-        energy, bound = (residual * z).sum(dtype=torch.float64), torch.linalg.vector_norm(z, torch.inf)
-        self._energies, self._bounds = energy[None], bound.double()[None]
-        self._direction = torch.empty_like(z, dtype=dtype)
-        torch.mul(z, 1 / bound.clamp_min(torch.finfo(z.dtype).tiny), out=self._direction)
-        self._half = torch.empty_like(self._direction)
-        self._image = torch.empty_like(residual) if correction is None else z  # which is needed no more
+        rows, columns = shape
+        block = min(block, triton.next_power_of_2(columns))
+        blocks = triton.cdiv(columns, block)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        programs = min(rows * blocks, resident * processors)
+        self._grid, self._sizes = (programs,), (rows, columns, blocks, rows * blocks)
+        self._sums = {"BLOCK": block, "num_warps": warps}
+        self._constants = self._sums | {"TERMS": terms, "PARTS": triton.next_power_of_2(programs + 1)}
+        self.curvatures, self.new_energies = torch.empty(2, programs + 1, dtype=torch.float64, device=device)
+        self.largest = torch.empty(programs + 1, device=device)
 
-    @property
-    def x(self) -> Tensor:
-        return self._unscaled(self._x, self._row_scales, self._column_scales)
+    def curvature(self, direction: Tensor, image: Tensor) -> None:
+        curvature_kernel[self._grid](direction, image, self.curvatures, *self._sizes[1:], **self._sums)
 
-    @property
-    def residual(self) -> Tensor:
-        return self._unscaled(self._residual, 1 / self._row_scales, 1 / self._column_scales)
+    def residual(
+        self,
+        residual: Tensor,
+        image: Tensor,
+        free: Tensor,
+        scales: tuple[Tensor, Tensor],
+        energies: Tensor,
+        bounds: Tensor,
+        k: int,
+    ) -> None:
+        residual_kernel[self._grid](
+            residual, image, free, *scales, self.curvatures, energies, bounds, self.new_energies, self.largest,
+            k, *self._sizes, **self._constants,
+        )  # fmt: skip
 
-    def _unscaled(self, of: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return of if len(self._terms) > 1 else scaled(of, rows, columns)
-
-    def run(self, iterations: int) -> list[float]:
-        self._energies, self._bounds = (
-            torch.cat([values[-1:], values.new_empty(iterations)]) for values in (self._energies, self._bounds)
-        )
-        decreases = self._energies.new_zeros(iterations)
-        for k in range(iterations):
-            with tf32():
-                self._multiply()
-            self._finish(k, decreases)
-        return decreases.tolist()
-
-    def _multiply(self) -> None:
-        """The image of the direction."""
-        if len(self._terms) == 1:
-            L, M = self._scaled
-            mm_half(L, self._direction, self._half)
-            mm_half(self._half, M, self._image)
-            return
-        for i, (L, M) in enumerate(self._terms):
-            torch.mm(L, self._direction, out=self._half)
-            torch.addmm(self._image, self._half, M, beta=float(i > 0), out=self._image)
-
-    def _finish(self, k: int, decreases: Tensor) -> None:
-        """The rest of iteration ``k``, once the product is there."""
-        rows, columns, blocks, units = self._sizes
-        constants = {"BLOCK": self._block, "num_warps": self._warps}
-        grid = (self._programs,)
-        with torch.cuda.device_of(self._x):
-            curvature_kernel[grid](self._direction, self._image, self._curvatures, columns, blocks, units, **constants)
-            constants |= {"TERMS": len(self._terms), "PARTS": triton.next_power_of_2(self._programs + 1)}
-            residual_kernel[grid](
-                self._residual,
-                self._image,
-                self._free,
-                self._row_scales,
-                self._column_scales,
-                self._curvatures,
-                self._energies,
-                self._bounds,
-                self._new_energies,
-                self._largest,
-                k,
-                rows,
-                columns,
-                blocks,
-                units,
-                **constants,
-            )
-            if self._correction is not None:
-                self._correct(self._correction)
-            direction_kernel[grid](
-                self._x,
-                self._residual if self._correction is None else self._image,
-                self._direction,
-                self._free,
-                self._row_scales,
-                self._column_scales,
-                self._curvatures,
-                self._new_energies,
-                self._largest,
-                self._energies,
-                self._bounds,
-                decreases,
-                k,
-                rows,
-                columns,
-                blocks,
-                units,
-                CORRECTED=self._correction is not None,
-                **constants,
-            )
-
-    def _correct(self, correction: LowRankCorrection) -> None:
-        """Put ``Z`` in the image's place, and what it adds to the energy and its largest entry to the parts."""
-        left, right, self._new_energies[-1] = correction.factors(self._residual)
-        torch.addmm(self._residual, left, right.T, out=self._image)
-        torch.linalg.vector_norm(self._image, torch.inf, out=self._largest[-1])
+    def direction(
+        self,
+        x: Tensor,
+        source: Tensor,
+        direction: Tensor,
+        free: Tensor,
+        scales: tuple[Tensor, Tensor],
+        energies: Tensor,
+        bounds: Tensor,
+        decreases: Tensor,
+        k: int,
+        *,
+        corrected: bool,
+    ) -> None:
+        """``source`` is ``R``, or ``Z`` where it is corrected."""
+        direction_kernel[self._grid](
+            x, source, direction, free, *scales, self.curvatures, self.new_energies, self.largest,
+            energies, bounds, decreases, k, *self._sizes, CORRECTED=corrected, **self._constants,
+        )  # fmt: skip

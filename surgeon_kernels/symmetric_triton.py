@@ -1,4 +1,4 @@
-"""The packed format of :class:`surgeon_kernels.symmetric.SymmetricAccumulator` in Triton kernels; its unpacking."""
+"""The format of :mod:`surgeon_kernels.symmetric_layout` in Triton kernels; its unpacking."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from surgeon_kernels.symmetric import TILE
+from surgeon_kernels.symmetric_layout import TILE
 from surgeon_kernels.triton_launch import kind, launch, on_device
 
 _TILE = tl.constexpr(TILE)

@@ -11,8 +11,7 @@ from surgeon_kernels import joint_update
 from surgeon_kernels.kron_product import scaled_parts_reference
 from surgeon_kernels.kron_product_triton import scaled_parts_rows, scaled_rows
 from surgeon_kernels.low_rank import low_rank_correction
-from surgeon_kernels.masked_cg import MaskedCG
-from surgeon_kernels.masked_cg_triton import FusedCG
+from surgeon_kernels.masked_cg import FusedCG, MaskedCG
 
 from .dense import factor, random_mask, random_weight
 
@@ -25,7 +24,7 @@ class InSingle(FusedCG):
     def _multiply(self) -> None:
         if len(self._terms) > 1:
             return super()._multiply()
-        (L, M), g, a = self._terms[0], self._row_scales, self._column_scales
+        (L, M), (g, a) = self._terms[0], self._scales
         torch.mm((g[:, None] * L * g) @ self._direction, a[:, None] * M * a, out=self._image)
 
 

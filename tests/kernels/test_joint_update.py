@@ -213,6 +213,18 @@ def test_the_inputs_are_left_alone_and_need_not_be_contiguous(dual):
     assert relative_error(result.delta, expected.delta) < 1e-9
 
 
+def test_settings_of_the_process_are_left_alone(monkeypatch):
+    """Other threads multiply meanwhile, in the precision that they have asked for."""
+    W, pruned, G, A = (x if x.dtype == torch.bool else x.float() for x in typical(R=8, C=12))
+
+    def refuse(precision):
+        raise AssertionError(precision)
+
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", refuse)
+    for second in (None, (G, A)):
+        assert joint_update(W, pruned, G, A, second=second).gap <= 0.01
+
+
 @both_ways
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_no_rows_or_no_columns(shape, dual):

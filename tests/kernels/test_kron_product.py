@@ -1,9 +1,12 @@
 """Products with two positive definite matrices by their float16 parts, against float64."""
 
+import sys
+
 import pytest
 import torch
 
 from surgeon_kernels.kron_product import kron_product, kron_product_split, mm_half, scaled_parts
+from surgeon_kernels.masked_cg import product
 
 from .dense import factor, relative_error, with_condition
 
@@ -47,6 +50,25 @@ def test_one_part_is_rounded_to_eleven_bits_by_larger_scales(device):
     scales = L.diagonal() + 0.1, M.diagonal() + 0.1
     out = kron_product_split(L, X, M, scales=scales, parts=1)
     assert 1e-7 < error(out, L, X, M) < 2e-3 and out[3].eq(0.0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_terms_of_a_sum_may_be_indefinite(parts, device, monkeypatch):
+    torch.manual_seed(2)
+    monkeypatch.setattr(sys.modules["surgeon_kernels.kron_product"], "fits_split", lambda X: True)
+    sizes = 40, 70
+    second = [torch.randn(n, n, device=device) for n in sizes]
+    second = [scaled(M + M.T, 3.0) for M in second]
+    second[0].diagonal()[:5] = 0.0
+    second[1][7], second[1][:, 7] = 0.0, 0.0  # nothing to scale by
+    terms = [tuple(factor(n, "plain", n).float().to(device) for n in sizes), tuple(second)]
+    X = torch.randn(*sizes, device=device)
+    total = product(terms, X, parts=parts).double()
+    wide = [tuple(M.double() for M in term) for term in terms]
+    expected = sum(L @ X.double() @ M for L, M in wide)
+    bound = sum(L.abs() @ X.double().abs() @ M.abs() for L, M in wide)
+    assert float(((total - expected).abs() / bound).max()) < (2e-3 if parts == 1 else 2e-6)
 
 
 def test_entries_far_below_the_largest_keep_their_digits():

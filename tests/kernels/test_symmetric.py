@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
-from surgeon_kernels.symmetric import PACKED_FROM, TILE
+from surgeon_kernels.symmetric_layout import PACKED_FROM, TILE
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SIZES = [1, 127, 128, 129, 300, 3 * TILE]
