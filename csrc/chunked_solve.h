@@ -8,12 +8,15 @@
 namespace surgeon {
 
 // The systems S_b = G⁻¹[r,r] ∘ A⁻¹[c,c] of chunks b of pruned positions (r_i, c_i), i = offsets[b] .. offsets[b + 1] - 1.
-// They are symmetric and only their lower triangles are read. All pointers are to device memory.
+// They are symmetric and only their lower triangles are read. All pointers are to device memory. A position outside the
+// inverses ends the kernel with an assertion before anything is read there.
 struct GatheredSystems {
   const float* G_inv;
   const float* A_inv;
   uint32_t G_stride;  // floats from one row to the next, below 2³⁰
   uint32_t A_stride;
+  int G_size;  // rows and columns
+  int A_size;
   const int64_t* rows;
   const int64_t* columns;
   const int64_t* offsets;

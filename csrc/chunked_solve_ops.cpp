@@ -15,9 +15,10 @@ constexpr int64_t kFactorBytes = int64_t{2} << 30;  // of the Cholesky factors k
 surgeon::GatheredSystems gathered(const Tensor& G_inv, const Tensor& A_inv, const Tensor& rows, const Tensor& columns,
                                   const int64_t* offsets) {
   for (const Tensor* factor : {&G_inv, &A_inv}) {
-    TORCH_CHECK(factor->scalar_type() == at::kFloat && factor->dim() == 2 && factor->stride(1) == 1 &&
-                    factor->stride(0) < (int64_t{1} << 30) && factor->device() == rows.device(),
-                "chunked solve: inverse factors must be float32 matrices with contiguous rows, on the indices' device");
+    TORCH_CHECK(factor->scalar_type() == at::kFloat && factor->dim() == 2 && factor->size(0) == factor->size(1) &&
+                    factor->stride(1) == 1 && factor->stride(0) < (int64_t{1} << 30) && factor->size(0) < (int64_t{1} << 30) &&
+                    factor->device() == rows.device(),
+                "chunked solve: inverse factors must be square float32 matrices with contiguous rows, on the indices' device");
   }
   for (const Tensor* index : {&rows, &columns}) {
     TORCH_CHECK(index->scalar_type() == at::kLong && index->is_contiguous() && index->device() == rows.device() &&
@@ -28,6 +29,8 @@ surgeon::GatheredSystems gathered(const Tensor& G_inv, const Tensor& A_inv, cons
           A_inv.const_data_ptr<float>(),
           static_cast<uint32_t>(G_inv.stride(0)),
           static_cast<uint32_t>(A_inv.stride(0)),
+          static_cast<int>(G_inv.size(0)),
+          static_cast<int>(A_inv.size(0)),
           rows.const_data_ptr<int64_t>(),
           columns.const_data_ptr<int64_t>(),
           offsets};
@@ -120,7 +123,8 @@ Tensor chunked_sequence_(Tensor& Y, Tensor& pending, const Tensor& G_inv, const 
                 "chunked_sequence_: offsets and row_ranges must be contiguous int64 on the CPU");
   }
   const int64_t chunks = offsets.numel() - 1, C = Y.size(1), block_end = block_begin + pending.size(0);
-  TORCH_CHECK(chunks >= 0 && row_ranges.dim() == 2 && row_ranges.size(0) == chunks && row_ranges.size(1) == 2 &&
+  TORCH_CHECK(G_inv.dim() == 2 && A_inv.dim() == 2 && G_inv.size(0) == Y.size(0) && A_inv.size(0) == C && chunks >= 0 &&
+                  row_ranges.dim() == 2 && row_ranges.size(0) == chunks && row_ranges.size(1) == 2 &&
                   pending.size(1) == C && block_begin >= 0 && block_end <= Y.size(0) && rows.numel() == columns.numel(),
               "chunked_sequence_: sizes do not agree");
   TORCH_CHECK(row_offsets.is_contiguous() && row_offsets.scalar_type() == at::kLong &&
@@ -138,7 +142,11 @@ Tensor chunked_sequence_(Tensor& Y, Tensor& pending, const Tensor& G_inv, const 
   if (chunks == 0) return level;
   TORCH_CHECK(host[0] >= 0 && host[chunks] <= rows.numel(), "chunked_sequence_: offsets beyond the positions");
   int64_t widest = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) widest = std::max(widest, host[chunk + 1] - host[chunk]);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    TORCH_CHECK(block_begin <= ranges[2 * chunk] && ranges[2 * chunk + 1] <= block_end && host[chunk] <= host[chunk + 1],
+                "chunked_sequence_: a chunk outside its block, or offsets that decrease");
+    widest = std::max(widest, host[chunk + 1] - host[chunk]);
+  }
   const int tiles = static_cast<int>((widest + surgeon::kTile - 1) / surgeon::kTile);
   const Tensor members = at::arange(chunks, level.options());
   const int* ids = members.const_data_ptr<int>();

@@ -1,5 +1,8 @@
 #pragma once
 
+#undef NDEBUG  // positions come from the caller: the assertion on them stays in every build
+#include <cassert>
+
 #include "chunked_solve.h"
 #include "chunked_solve_mma.cuh"
 
@@ -23,9 +26,12 @@ __device__ __forceinline__ const float* row_of(const float* matrix, uint32_t str
 __device__ __forceinline__ void load_indices(const GatheredSystems& systems, int64_t begin, int first, int size, int count,
                                              int* rows, int* columns) {
   for (int p = threadIdx.x; p < count; p += blockDim.x) {
-    const bool inside = first + p < size;
-    rows[p] = inside ? static_cast<int>(systems.rows[begin + first + p]) : 0;
-    columns[p] = inside ? static_cast<int>(systems.columns[begin + first + p]) : 0;
+    const bool real = first + p < size;
+    const int64_t row = real ? systems.rows[begin + first + p] : 0, column = real ? systems.columns[begin + first + p] : 0;
+    const bool inside = row >= 0 && row < systems.G_size && column >= 0 && column < systems.A_size;
+    assert(inside && "chunked_solve: a position outside the inverse factors");
+    rows[p] = static_cast<int>(row);
+    columns[p] = static_cast<int>(column);
   }
 }
 

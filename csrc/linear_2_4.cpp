@@ -138,6 +138,8 @@ std::map<Key, int> pins;
 int linear_2_4_choices() { return kKernelCount * kSplitCount; }
 
 cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream) {
+  if (choice < 0 || choice >= linear_2_4_choices()) return cudaErrorInvalidValue;
+  if (call.tokens == 0 || call.rows == 0) return cudaSuccess;  // a grid may not be empty
   Device& device = current_device();
   const int number = choice / kSplitCount, split = kSplits[choice % kSplitCount];
   if (!allowed(call, number, split, device)) return cudaErrorNotSupported;

@@ -64,7 +64,8 @@ int linear_2_4_choices();
 int linear_2_4_choice(const Linear24& call, bool library);
 void linear_2_4_pin(const Linear24& call, bool library, int choice);
 
-// Runs one of our own; cudaErrorNotSupported where the device or the sizes do not allow it.
+// Runs one of our own; cudaErrorNotSupported where the device or the sizes do not allow it, cudaErrorInvalidValue where
+// there is no such choice.
 cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream);
 
 }  // namespace surgeon

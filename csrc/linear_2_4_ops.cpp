@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <climits>
 #include <optional>
 
 #include "linear_2_4.h"
@@ -9,9 +10,9 @@ namespace {
 
 using at::Tensor;
 
-// y = act(x W^T + b) as surgeon::linear_2_4 takes it; y is allocated, and x copied where it does not lie as it must.
+// y = act(x W^T + b) as surgeon::linear_2_4 takes it; y is allocated, and x and b copied where they do not lie as they must.
 struct Linear24 {
-  Tensor input, y;
+  Tensor input, added, y;
   surgeon::Linear24 call;
 
   Linear24(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t rows, int64_t activation) {
@@ -21,9 +22,11 @@ struct Linear24 {
                     weight.size(0) == (rows + 15) / 16 && weight.size(1) == (columns + 127) / 128 &&
                     weight.size(2) == surgeon::kUnitBytes && weight.device() == x.device(),
                 "linear_2_4: the weight's fragments do not fit ", rows, " rows of ", columns, " columns");
-    TORCH_CHECK(!bias || (bias->is_contiguous() && bias->scalar_type() == x.scalar_type() && bias->numel() == rows &&
-                          bias->device() == x.device()),
-                "linear_2_4: bias must be contiguous and of x's dtype and device");
+    TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && bias->numel() == rows && bias->device() == x.device()),
+                "linear_2_4: bias must be of x's dtype and device, one value a row");
+    if (bias) added = bias->contiguous();
+    TORCH_CHECK(x.numel() / std::max<int64_t>(columns, 1) <= INT_MAX - 256 && rows <= INT_MAX - 256 && columns <= INT_MAX - 256,
+                "linear_2_4: tokens, rows and columns must each be less than 2^31");
     input = x.contiguous();
     if (reinterpret_cast<uintptr_t>(input.const_data_ptr()) % 16) input = input.clone();
     at::DimVector sizes(x.sizes().begin(), x.sizes().end());
@@ -31,7 +34,7 @@ struct Linear24 {
     y = at::empty(sizes, x.options());
     call = {weight.const_data_ptr(),
             input.const_data_ptr(),
-            bias ? bias->const_data_ptr() : nullptr,
+            bias ? added.const_data_ptr() : nullptr,
             y.mutable_data_ptr(),
             static_cast<int>(x.numel() / std::max<int64_t>(columns, 1)),
             static_cast<int>(rows),
@@ -51,12 +54,13 @@ bool run(const surgeon::Linear24& call, int choice, const std::optional<Tensor>&
     if (!compressed) return false;
     // cuSPARSELt takes tokens by eight; our kernel for few tokens does those that are left.
     const int tokens = call.tokens / 8 * 8;
+    if (tokens == 0) return false;
     surgeon::CusparseltPlan* plan = nullptr;
     size_t workspace_bytes = 0;
     const char* error = surgeon::cusparselt_plan({tokens, call.rows, call.columns, call.half},
                                                  choice - surgeon::linear_2_4_choices(), &plan, &workspace_bytes);
     TORCH_CHECK(error == nullptr, "linear_2_4: cuSPARSELt: ", error);
-    if (tokens == 0 || plan == nullptr) return false;
+    if (plan == nullptr) return false;
     const Tensor workspace = at::empty({static_cast<int64_t>(workspace_bytes)}, compressed->options());
     error = surgeon::cusparselt_run(plan, compressed->const_data_ptr(), call.x, call.y, workspace.mutable_data_ptr(),
                                     stream);
@@ -86,12 +90,20 @@ Tensor linear_2_4(const Tensor& x, const Tensor& weight, const std::optional<Ten
   return linear.y;
 }
 
+int checked_choice(int64_t choice, bool library) {
+  const int64_t ours = surgeon::linear_2_4_choices(), end = library ? INT_MAX : ours;
+  TORCH_CHECK(choice >= 0 && choice < end, "linear_2_4: choice ", choice, " does not exist: there are ", ours,
+              ", and with cuSPARSELt its algorithms after them");
+  return static_cast<int>(choice);
+}
+
 // The same by the way `choice`; nothing where the device or the sizes do not allow it.
 std::optional<Tensor> linear_2_4_run(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice,
                                      const std::optional<Tensor>& compressed) {
   const c10::cuda::CUDAGuard guard(x.device());
   const Linear24 linear(x, weight, std::nullopt, rows, 0);
-  if (!run(linear.call, static_cast<int>(choice), compressed)) return std::nullopt;
+  const int checked = checked_choice(choice, compressed.has_value());
+  if (linear.y.numel() > 0 && !run(linear.call, checked, compressed)) return std::nullopt;
   return linear.y;
 }
 
@@ -102,7 +114,7 @@ int64_t linear_2_4_choice(const Tensor& x, const Tensor& weight, int64_t rows, b
 
 void linear_2_4_pin(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice, bool library) {
   const c10::cuda::CUDAGuard guard(x.device());
-  surgeon::linear_2_4_pin(Linear24(x, weight, std::nullopt, rows, 0).call, library, static_cast<int>(choice));
+  surgeon::linear_2_4_pin(Linear24(x, weight, std::nullopt, rows, 0).call, library, checked_choice(choice, library));
 }
 
 // A dense 2:4 weight as cuSPARSELt compresses it.

@@ -35,8 +35,8 @@ def chunked_solve(
     are three of tf32 for one of float32; a subnormal pivot counts as zero. The same inputs give the same bits.
 
     Args:
-        G_inv: ``[R, R]``; A_inv: ``[C, C]``; rows, columns: int64 ``[n]``, inside them (the extension does not look);
-            target: ``[n]``.
+        G_inv: ``[R, R]``; A_inv: ``[C, C]``; rows, columns: int64 ``[n]``, the positions; target: ``[n]``. All on one
+            device, floating point of one dtype.
         offsets: int64 ``[B + 1]``, from 0 to n, on the CPU.
 
     Returns:
@@ -44,12 +44,13 @@ def chunked_solve(
         ``len(JITTERS)`` for a system that none was enough for; its solution is 0.
 
     Raises:
-        ValueError: offsets or lengths that do not agree (RuntimeError for decreasing offsets on CUDA devices).
+        TypeError: dtypes that differ, or indices that are not int64.
+        ValueError: shapes, devices, offsets or lengths that do not agree (RuntimeError for decreasing offsets on CUDA
+            devices), or on the CPU a position outside the factors. On CUDA devices, where the host does not wait for a
+            look at them, such a position is an assertion that fails on the device, as with indices in PyTorch: nothing
+            is read there, and the next call that waits for the device raises.
     """
-    if offsets.dim() != 1 or offsets.numel() == 0 or offsets.is_cuda or int(offsets[-1]) != target.numel():
-        raise ValueError("offsets must be a vector on the CPU that ends with the number of positions")
-    if not rows.shape == columns.shape == target.shape or target.dim() != 1:
-        raise ValueError("rows, columns and target must be vectors of one length")
+    _check(G_inv, A_inv, rows, columns, offsets, target)
     if uses_extension(target):
         return torch.ops.surgeon_kernels.chunked_solve.default(
             row_major(G_inv),
@@ -61,7 +62,30 @@ def chunked_solve(
         )
     if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):  # the extension's op looks itself
         raise ValueError("offsets must start at 0 and must not decrease")
+    if not target.is_cuda:
+        for name, index, factor in (("rows", rows, G_inv), ("columns", columns, A_inv)):
+            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(factor):
+                raise ValueError(f"{name} must be from 0 to {len(factor) - 1}, the factor's last")
     return chunked_solve_reference(G_inv, A_inv, rows, columns, offsets, target)
+
+
+def _check(G_inv: Tensor, A_inv: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, target: Tensor) -> None:
+    for name, factor in (("G_inv", G_inv), ("A_inv", A_inv)):
+        if factor.dim() != 2 or factor.shape[0] != factor.shape[1]:
+            raise ValueError(f"{name} must be a square matrix, not {list(factor.shape)}")
+        if factor.dtype != target.dtype:
+            raise TypeError(f"{name} is {factor.dtype}, target {target.dtype}: they must be of one dtype")
+    if not target.is_floating_point():
+        raise TypeError(f"target must be floating point, not {target.dtype}")
+    for name, index in (("rows", rows), ("columns", columns), ("offsets", offsets)):
+        if index.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, not {index.dtype}")
+    if len({tensor.device for tensor in (G_inv, A_inv, rows, columns, target)}) > 1:
+        raise ValueError("the factors, rows, columns and target must be on one device")
+    if offsets.dim() != 1 or offsets.numel() == 0 or offsets.is_cuda or int(offsets[-1]) != target.numel():
+        raise ValueError("offsets must be a vector on the CPU that ends with the number of positions")
+    if not rows.shape == columns.shape == target.shape or target.dim() != 1:
+        raise ValueError("rows, columns and target must be vectors of one length")
 
 
 def uses_extension(x: Tensor) -> bool:

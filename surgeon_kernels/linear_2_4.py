@@ -60,6 +60,8 @@ class Linear24Weight(NamedTuple):
 def prepare_2_4(packed: Packed24, *, keep_dense: bool = False, cusparselt: bool = False) -> Linear24Weight:
     """Rearrange a packed weight for :func:`linear_2_4`, on its device; the first CUDA call may build the kernels.
 
+    The kernel runs where the weight is on a CUDA device and not empty.
+
     Args:
         packed: bfloat16 or float16 ``[R, C]``, ``C`` divisible by 8.
         keep_dense: keep the dense weight as well (16/9 of the packed one) and multiply by it wherever the CUDA kernel
@@ -77,7 +79,7 @@ def prepare_2_4(packed: Packed24, *, keep_dense: bool = False, cusparselt: bool 
         raise TypeError(f"2:4 kernels take bfloat16 and float16, not {packed.values.dtype}")
     if packed.columns % 8:
         raise ValueError(f"2:4 kernels take widths divisible by 8, not {packed.columns}")
-    kernel = packed.values.is_cuda and _kernel_ready()
+    kernel = packed.values.is_cuda and packed.values.numel() > 0 and _kernel_ready()
     dense = unpack_2_4(packed) if keep_dense else None
     data = fragments(packed)
     compressed = _compressed(packed) if cusparselt and kernel else None

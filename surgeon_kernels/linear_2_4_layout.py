@@ -47,8 +47,8 @@ def fragments(packed: Packed24) -> Tensor:
 def from_fragments(data: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Packed24:
     """The inverse of :func:`fragments`."""
     blocks, units = data.shape[:2]
-    v = data[:, :, :2048].reshape(blocks, units, 4, 8, 4, 2, 2, 4).permute(0, 6, 3, 1, 2, 5, 4, 7)
+    v = data[:, :, :2048].view(dtype).reshape(blocks, units, 4, 8, 4, 2, 2, 2).permute(0, 6, 3, 1, 2, 5, 4, 7)
     e = data[:, :, 2048:].reshape(blocks, units, 8, 2, 2, 2, 2, 2).permute(0, 6, 2, 1, 5, 3, 4, 7)
-    values = v.reshape(blocks * UNIT_ROWS, units * UNIT_COLUMNS)[:rows, :columns].contiguous().view(dtype)
+    values = v.reshape(blocks * UNIT_ROWS, units * UNIT_COLUMNS // 2)[:rows, : columns // 2].contiguous()
     indices = e.reshape(blocks * UNIT_ROWS, units * UNIT_COLUMNS // 8)[:rows, : columns // 8].contiguous()
     return Packed24(values, indices)

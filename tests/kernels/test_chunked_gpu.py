@@ -1,6 +1,8 @@
 """Chunked solves and updates on a CUDA device, against float64 and PyTorch's own error."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,19 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 module = importlib.import_module("surgeon_kernels.chunked_update")
+OUTSIDE = """
+import torch
+from surgeon_kernels import chunked_solve
+index = torch.arange({size}, device="cuda")
+index[{size} // 2] = {index}
+offsets = torch.tensor([0, {size}])
+S = torch.eye({size}, device="cuda")
+chunked_solve(S, S, index.clamp(0, {size} - 1), index, offsets, torch.ones({size}, device="cuda"))
+try:
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print("refused", error)
+"""
 SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 192, 193, 224, 255, 256, 257, 384, 385, 512, 700, 1100]
 
 
@@ -55,6 +70,16 @@ def check(arguments):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size(size):
     check(problem([size] * 3, R=60, C=70, seed=size))
+
+
+@pytest.mark.parametrize("size", [20, 200, 700])
+@pytest.mark.parametrize("index", [-1, 5000, 1 << 33])
+def test_a_position_outside_the_factors_stops_the_device_before_it_is_read(size, index):
+    """In a process of its own, as an assertion that fails on a device ends all work there."""
+    command = [sys.executable, "-c", OUTSIDE.format(size=size, index=index)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0 and "refused" in done.stdout, done.stdout[-2000:]
+    assert "a position outside the inverse factors" in done.stdout
 
 
 def test_ragged_chunks():

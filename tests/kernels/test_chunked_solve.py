@@ -9,6 +9,8 @@ from surgeon_kernels.spd_inverse import JITTERS
 
 from .dense import factor, relative_error
 
+NAMES = "G_inv", "A_inv", "rows", "columns", "offsets", "target"
+
 
 def problem(sizes, R=5, C=9, seed=0, kind="plain"):
     """Factors, ragged chunks of distinct positions in any order, and right sides, in float64."""
@@ -89,6 +91,29 @@ def test_offsets_and_lengths_must_agree():
         chunked_solve(G_inv, A_inv, rows, columns, torch.tensor([0, 6, 4, 10]), target)
     with pytest.raises(ValueError, match="one length"):
         chunked_solve(G_inv, A_inv, rows[:-1], columns, offsets, target)
+
+
+@pytest.mark.parametrize("which", ["rows", "columns"])
+@pytest.mark.parametrize("index", [-1, 9, 1 << 40])
+def test_positions_outside_the_factors_are_refused(which, index):
+    arguments = dict(zip(NAMES, problem([4, 6], R=9, C=9), strict=True))
+    arguments[which][7] = index
+    with pytest.raises(ValueError, match=f"{which} must be from 0 to 8"):
+        chunked_solve(**arguments)
+
+
+def test_what_cannot_be_gathered_is_refused_by_name():
+    arguments = dict(zip(NAMES, problem([4, 6]), strict=True))
+    for name, wrong, error, message in (
+        ("G_inv", torch.zeros(5, 6).double(), ValueError, "G_inv must be a square matrix"),
+        ("A_inv", arguments["A_inv"].float(), TypeError, "one dtype"),
+        ("rows", arguments["rows"].int(), TypeError, "rows must be int64"),
+        ("offsets", arguments["offsets"].int(), TypeError, "offsets must be int64"),
+        ("rows", arguments["rows"].to("meta"), ValueError, "one device"),
+        ("target", torch.zeros(10).long(), TypeError, "dtype"),
+    ):
+        with pytest.raises(error, match=message):
+            chunked_solve(**{**arguments, name: wrong})
 
 
 def test_the_op_is_registered_with_a_fake_kernel():

@@ -83,6 +83,15 @@ def test_reference_is_the_dense_linear(activation, keep_dense):
         )
 
 
+@pytest.mark.parametrize("rows, columns", [(0, 16), (16, 0), (0, 0)])
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_empty_weights(rows, columns, keep_dense):
+    prepared = prepare_2_4(pack_2_4(torch.zeros(rows, columns).bfloat16()), keep_dense=keep_dense)
+    bias = torch.randn(rows).bfloat16()
+    y = linear_2_4(torch.zeros(2, 3, columns).bfloat16(), prepared, bias)
+    assert torch.equal(y, bias.expand(2, 3, rows))
+
+
 def test_gradients_reach_x_and_bias():
     weight = weight_2_4(8, 16)
     x, bias = torch.randn(4, 16).bfloat16().requires_grad_(), torch.zeros(8).bfloat16().requires_grad_()

@@ -209,6 +209,32 @@ def test_every_kernel_is_right_wherever_it_runs():
         assert ran >= 5
 
 
+def test_a_choice_that_does_not_exist_is_refused_and_no_tokens_take_no_kernel():
+    _, prepared, _ = problem(336, 1160)
+    ops, data = torch.ops.surgeon_kernels, prepared.fragments
+    for tokens in (0, 3):
+        x = torch.randn(tokens, 1160, device="cuda").bfloat16()
+        for choice in (-1, ops.linear_2_4_choices(), 1 << 32):
+            for op in (ops.linear_2_4_run, ops.linear_2_4_pin):
+                with pytest.raises(RuntimeError, match=f"choice {choice} does not exist"):
+                    op(x, data, 336, choice)
+    x = torch.zeros(0, 1160, device="cuda").bfloat16()
+    for choice in range(ops.linear_2_4_choices()):
+        assert ops.linear_2_4_run(x, data, 336, choice).shape == (0, 336)
+    torch.cuda.synchronize()
+
+
+def test_an_empty_weight_and_a_bias_with_gaps():
+    for rows, columns in ((0, 16), (16, 0)):
+        prepared = prepare_2_4(pack_2_4(torch.zeros(rows, columns, device="cuda").bfloat16()))
+        bias = torch.arange(2.0 * rows, device="cuda").bfloat16()[::2]
+        y = linear_2_4(torch.zeros(3, columns, device="cuda").bfloat16(), prepared, bias)
+        assert not prepared.kernel and torch.equal(y, bias.expand(3, rows))
+    _, prepared, bias = problem(64, 256)
+    x, gaps = torch.randn(5, 256, device="cuda").bfloat16(), bias.repeat_interleave(2)[::2]
+    assert not gaps.is_contiguous() and torch.equal(linear_2_4(x, prepared, gaps), linear_2_4(x, prepared, bias))
+
+
 @pytest.fixture
 def cusparselt():
     if not torch.ops.surgeon_kernels.cusparselt_version():
