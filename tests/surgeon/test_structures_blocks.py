@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
-from llm_surgeon import InputError, NumericalError, prune
+from llm_surgeon import InputError, NumericalError, UnsupportedModelError, prune
 from llm_surgeon.capture import mean_loss
 from llm_surgeon.config import IMPORTANCES
 from llm_surgeon.data import Calibration
@@ -79,6 +79,23 @@ def test_what_cannot_be_met_is_refused(options, words):
     with pytest.raises(InputError, match=words):
         prune(model, TOKENS, structure="layers", **options)
     assert len(model.model.layers) == 2
+
+
+def test_a_single_block_stays():
+    model = build("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    with pytest.raises(InputError, match="would empty the model: its only block must stay"):
+        prune(model, TOKENS, structure="layers", sparsity=0.3)
+
+
+def test_blocks_that_do_not_run_on_their_own_are_removed_without_a_fit():
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4)).eval()
+    with pytest.raises(UnsupportedModelError, match=r"a BloomBlock cannot be probed .* with reconstruct false"):
+        prune(model, TOKENS, structure="layers", sparsity=0.3)
+    report = prune(model, TOKENS, structure="layers", sparsity=0.3, reconstruct=False)
+    assert report.sparsity == pytest.approx(1 / 3) and len(model.transformer.h) == 2
 
 
 def test_a_failed_removal_leaves_the_model_as_it_was(monkeypatch):

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.capture import mean_loss
 from llm_surgeon.config import GRADIENT_IMPORTANCES
-from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models import Decoder
 from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.importance import line_importance, weight_gradients
-from llm_surgeon.structures.narrow import probe_logits, same_logits, undone_on_failure
+from llm_surgeon.structures.narrow import check_reloads, probe_logits, same_logits, undone_on_failure
 from llm_surgeon.structures.reconstruct import reconstruct
 from llm_surgeon.structures.residual import find_ends
 
@@ -43,10 +43,16 @@ class BlockLoop(ShotLoop):
             raise InputError(f"skip_layers names block {max(config.skipped_layers)}, and the model has {blocks}")
         candidates = [depth for depth in range(blocks) if depth not in config.skipped_layers]
         target = math.ceil(config.sparsity * sum(self._sizes) - 1e-6)
-        if sum(self._sizes[depth] for depth in candidates) < target or len(candidates) == blocks == 1:
+        if config.skip_layers and sum(self._sizes[depth] for depth in candidates) < target:
             raise InputError(f"sparsity {config.sparsity:g} cannot be met while blocks {config.skip_layers} stay")
-        if target > sum(self._sizes) - min(self._sizes):
-            raise InputError(f"sparsity {config.sparsity:g} would empty the model: one of {blocks} blocks must stay")
+        if blocks == 1 or target > sum(self._sizes) - min(self._sizes):
+            stay = f"one of {blocks} blocks" if blocks > 1 else "its only block"
+            raise InputError(f"sparsity {config.sparsity:g} would empty the model: {stay} must stay")
+        if config.reconstruct:
+            try:
+                self._writers = {writer.kind for writer in find_ends(self.model, self.decoder)[1]}
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{error}; blocks can be removed with reconstruct false") from error
         self.removed: list[int] = []
         while sum(self._sizes[depth] for depth in self.removed) < target:
             self._shot(len(self.removed) + 1)
@@ -85,7 +91,7 @@ class BlockLoop(ShotLoop):
             self.model,
             self.decoder,
             self.decoder.blocks,
-            {writer.kind for writer in find_ends(self.model, self.decoder)[1]},
+            self._writers,
             self.calibration,
             damping=self.config.damp_a,
             batch_size=self.batch_size,
@@ -151,6 +157,7 @@ def remove_blocks(model: PreTrainedModel, decoder: Decoder, removed: list[int]) 
         model.set_submodule(name, nn.ModuleList(decoder.blocks[depth] for depth in kept))
         if not same_logits(probe_logits(model), before):
             raise NumericalError("the shorter model's logits differ from those of the model that skips the blocks")
+        check_reloads(model)
 
 
 @contextmanager
@@ -159,7 +166,7 @@ def skipped(blocks: list[nn.Module], removed: list[int]) -> Iterator[None]:
 
     def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
 
     handles = [blocks[depth].register_forward_hook(forward, with_kwargs=True) for depth in removed]
     try:

@@ -15,7 +15,14 @@ from llm_surgeon.models import Decoder, PrunableLinear, find_decoder
 from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.modeling_pruned import resize_block
-from llm_surgeon.structures.narrow import become_pruned, narrow, probe_logits, same_logits, undone_on_failure
+from llm_surgeon.structures.narrow import (
+    become_pruned,
+    check_reloads,
+    narrow,
+    probe_logits,
+    same_logits,
+    undone_on_failure,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ def compact(model: PreTrainedModel, multiple: int = 8) -> Compacted:
             become_pruned(model, decoder)
         if not same_logits(probe_logits(model), before):
             raise NumericalError("the compact model's logits differ from the model's")
+        check_reloads(model)
     return Compacted(total, left, neurons, linears)
 
 

@@ -50,6 +50,8 @@ def _probe_block(
     block = decoder.blocks[depth]
     hidden, inputs = capture_inputs(model, block)
     stubbed = StubbedBlock(block, linears, inputs)
+    # Attention takes other ways where there is a mask, and may need to be told more there.
+    masked = StubbedBlock(block, linears, capture_inputs(model, block, padded=True)[1])
     found = _components(Dependencies(stubbed, linears, hidden), linears)
     by_kind = {linear.kind: linear for linear in linears}
     dimensions = []
@@ -58,7 +60,7 @@ def _probe_block(
         whole = Dimension(depth, by_kind[consumer], producers, columns, rows, columns[:, None, :], None, None)
         candidates = [whole, *_with_parts(whole, reaches)]
         rules = [
-            find_size_rule(stubbed, linears, hidden, model.config.per_layer_config[depth], candidate)
+            find_size_rule([stubbed, masked], linears, hidden, model.config.per_layer_config[depth], candidate)
             for candidate in candidates
         ]
         # Single heads of a group where the block's code can do without them, else whole groups.

@@ -76,22 +76,32 @@ class StubbedBlock:
         return {kind: stub.seen for kind, stub in self.stubs.items()}, out
 
 
-def capture_inputs(model: PreTrainedModel, block: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-    """The hidden states ``[1, TOKENS, width]`` and the other arguments that ``block`` gets in a forward pass."""
+def capture_inputs(model: PreTrainedModel, block: nn.Module, *, padded: bool = False) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states ``[1, TOKENS, width]`` and the other arguments that ``block`` gets in a forward pass.
+
+    With ``padded`` the first tokens are padding, so that there is an attention mask.
+    """
     found: list[tuple[Tensor, dict[str, Any]]] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(inspect.signature(block.forward).parameters, args, strict=False)) | kwargs
+        if "hidden_states" not in named:
+            raise UnsupportedModelError(
+                f"a {type(block).__name__} takes no hidden_states: structured pruning of this architecture is not "
+                "supported"
+            )
         hidden = named.pop("hidden_states")
         found.append((hidden.detach().double(), {key: _double(value) for key, value in named.items()}))
         raise _Captured
 
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(TOKENS, device=embedding.device)[None] % embedding.shape[0]
+    mask = torch.ones_like(ids)
+    mask[:, : TOKENS // 4] = 0
     handle = block.register_forward_pre_hook(record, with_kwargs=True)
     try:
         with evaluation_mode(model), torch.no_grad():
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, attention_mask=mask if padded else None, use_cache=False)
     except _Captured:
         pass
     finally:

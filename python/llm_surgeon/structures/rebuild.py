@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from llm_surgeon.errors import UnsupportedModelError
 
@@ -46,21 +47,40 @@ def accepts(config: PreTrainedConfig, changes: Mapping[str, Any]) -> bool:
     return True
 
 
-def check_rebuilds(model: PreTrainedModel) -> None:
-    """Raise :class:`UnsupportedModelError` unless the model's class builds it from the configuration that is stored."""
-    name = type(model).__name__
+def reloaded(model: PreTrainedModel) -> PreTrainedModel:
+    """What a saved copy of ``model`` loads as: built from the configuration that is stored, on the same parameters.
+
+    Raises:
+        UnsupportedModelError: its class does not build parameters of these sizes.
+    """
+    name, shown = type(model).__name__, logging.is_progress_bar_enabled()
+    device = next(model.parameters()).device
+    logging.disable_progress_bar()
     try:
         config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
-        with torch.device("meta"):
-            shapes = {key: parameter.shape for key, parameter in type(model)(config).named_parameters()}
+        built, info = type(model).from_pretrained(
+            None,
+            config=config,
+            state_dict=model.state_dict(),
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
     except Exception as error:  # whatever a class says to a configuration that does not fit
         raise UnsupportedModelError(f"{name} of these sizes cannot be loaded again: {error}".splitlines()[0]) from error
-    for key, parameter in model.named_parameters():
-        if shapes.get(key) != parameter.shape:
-            raise UnsupportedModelError(
-                f"{name} of these sizes cannot be loaded again: its class builds {key} otherwise than as "
-                f"{list(parameter.shape)}"
-            )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    wrong = sorted({key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"]))
+    if wrong or info["unexpected_keys"]:
+        key = (wrong or sorted(info["unexpected_keys"]))[0]
+        raise UnsupportedModelError(
+            f"{name} of these sizes cannot be loaded again: its class builds {key} otherwise than as "
+            f"{list(model.state_dict()[key].shape) if key in model.state_dict() else 'it is'}"
+        )
+    return built
 
 
 def adopt(block: nn.Module, like: nn.Module) -> None:

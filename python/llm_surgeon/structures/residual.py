@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models import Decoder, PrunableLinear
 from llm_surgeon.structures import modeling_pruned
-from llm_surgeon.structures.narrow import become_pruned, probe_logits, same_logits, undone_on_failure
+from llm_surgeon.structures.narrow import become_pruned, check_reloads, probe_logits, same_logits, undone_on_failure
 from llm_surgeon.structures.probe import Dependencies, StubbedBlock, capture_inputs
-from llm_surgeon.structures.rebuild import build_block, check_rebuilds, weight_shape
+from llm_surgeon.structures.rebuild import build_block, weight_shape
 
 # Norms compute in float32 in models of any dtype, and here over other numbers of channels.
 _ROUNDING = 1e-5
@@ -168,7 +168,7 @@ def remove_channels(model: PreTrainedModel, decoder: Decoder, residual: Residual
         _resize(model, decoder, residual.width, int(kept.sum()))
         if not same_logits(probe_logits(model), before, _ROUNDING):
             raise NumericalError("the narrower model's logits differ from the zeroed model's: keep its width")
-        check_rebuilds(model)
+        check_reloads(model)
 
 
 def _slice(linear: PrunableLinear, kept: Tensor, reads: bool, writes: bool, scale: float) -> None:

@@ -20,7 +20,7 @@ _MOST_ATTRIBUTES = 3
 
 
 def find_size_rule(
-    block: StubbedBlock,
+    blocks: Sequence[StubbedBlock],
     linears: Sequence[PrunableLinear],
     hidden: Tensor,
     config: PreTrainedConfig,
@@ -28,10 +28,12 @@ def find_size_rule(
 ) -> SizeRule | None:
     """The smallest change under which the block's code computes without some groups what it does with zeros there.
 
+    ``blocks`` are one block with different inputs: the change must do for all.
+
     First attributes of the configuration are tried (the block's class then builds the smaller block by itself), then
     attributes of the block's modules; ``None`` where nothing works.
     """
-    checks = [_Check(block, linears, hidden, dimension, removed) for removed in _trials(dimension)]
+    checks = [_Check(block, linears, hidden, dimension, removed) for removed in _trials(dimension) for block in blocks]
     if not checks:
         return None
     full = dimension.quantities(dimension.groups, dimension.parts)
@@ -46,7 +48,7 @@ def find_size_rule(
                 return rule
     inside = {
         f"{name}.{key}" if name else key: value
-        for name, module in block.block.named_modules()
+        for name, module in blocks[0].block.named_modules()
         if not isinstance(module, Stub)
         for key, value in vars(module).items()
         if type(value) is int
