@@ -7,13 +7,14 @@ The data's way through the package: model (:mod:`models`) -> factors (:mod:`capt
 (:mod:`costs`) -> selection (:mod:`select`) -> update (:mod:`update`) -> model, once per shot (:mod:`shots`).
 """
 
+from llm_surgeon.checkpoint_job import prune_checkpoint
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError, NumericalError, SurgeonError, UnsupportedModelError
 from llm_surgeon.evaluate import perplexity
 from llm_surgeon.packed import pack_model, to_torch_sparse, unpack_model
 from llm_surgeon.packed.checkpoint import pack_checkpoint
-from llm_surgeon.pruning import prune, prune_checkpoint
+from llm_surgeon.pruning import prune
 from llm_surgeon.report.schema import PruneReport
 
 __all__ = [

@@ -7,17 +7,38 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_surgeon.checkpoint import load_model
 from llm_surgeon.checks import require_positive_int
-from llm_surgeon.data import require_windows
+from llm_surgeon.data import choose_seqlen, evaluation_windows, read_text, require_windows, tokenize
 from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.model_checks import check_causal
 from llm_surgeon.models import evaluation_mode
+from llm_surgeon.resources import choose_device
 
 _BATCH_TOKENS = 4096
 # Positions whose logits are held in float32 at once.
 _CHUNK = 1024
+
+
+def load_for_evaluation(
+    source: str,
+    data: str,
+    seqlen: int | None,
+    device: str | None,
+    trust_remote_code: bool,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, Tensor]:
+    """The checkpoint ``source``, dense or packed, and the windows of ``data``'s test part, for :func:`perplexity`."""
+    text = read_text(data, "evaluation")
+    model, tokenizer, _ = load_model(
+        source, dtype, choose_device(device), trust_remote_code=trust_remote_code, packed=True
+    )
+    with evaluation_mode(model):
+        check_causal(model)
+    return model, evaluation_windows(tokenize(text, tokenizer), choose_seqlen(seqlen, model))
 
 
 @torch.no_grad()  # not inference_mode: what a model caches in a forward pass must stay usable for gradients later

@@ -14,10 +14,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import NumericalError, UnsupportedModelError
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Two sequences of three tokens: unequal sizes tell [batch, length, C] from any other layout.
-_PROBE_SHAPE = (2, 3)
+from llm_surgeon.model_checks import (
+    PROBE_SHAPE,
+    check_causal,
+    check_parameters,
+    check_sharing,
+    dotted,
+    is_linear,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +123,14 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
             raise UnsupportedModelError(f"parameter {name} is on the meta device: load the whole model into memory")
     prefix, blocks = _find_blocks(model)
     places = {
-        _join(prefix, depth, kind): (module, depth, kind)
+        dotted(prefix, depth, kind): (module, depth, kind)
         for depth, block in enumerate(blocks)
         for kind, module in block.named_modules(remove_duplicate=False)
-        if _is_linear(module)
+        if is_linear(module)
     }
     modules = {name: module for name, (module, _, _) in places.items()}
-    _check_parameters(prefix, blocks, modules)
-    _check_sharing(model, modules)
+    check_parameters(prefix, blocks, modules)
+    check_sharing(model, modules)
     groups = _probe(model, modules)
     return Decoder(blocks, [PrunableLinear(name, *places[name], group) for name, group in groups.items()])
 
@@ -142,29 +146,6 @@ def check_finite(decoder: Decoder) -> None:
     for (name, _), good in zip(parameters, to_list(finite), strict=True):
         if not good:
             raise NumericalError(f"{name} holds NaN or infinity")
-
-
-@torch.no_grad()
-def check_causal(model: PreTrainedModel) -> None:
-    """One forward pass over two short sequences: every token gets logits, and they depend on no later token.
-
-    Raises:
-        UnsupportedModelError: otherwise: it is no causal language model.
-    """
-    embedding = model.get_input_embeddings().weight
-    ids = torch.arange(_PROBE_SHAPE[1], device=embedding.device).repeat(_PROBE_SHAPE[0], 1)
-    ids[1, -1] += 1  # the sequences differ in their last token alone
-    logits = getattr(model(input_ids=ids % embedding.shape[0], use_cache=False), "logits", None)
-    if logits is None or logits.shape[:-1] != _PROBE_SHAPE:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} gives no logits for every token: load a causal language model"
-        )
-    earlier = logits[:, :-1]
-    if bool(((earlier[0] - earlier[1]).abs() > torch.finfo(logits.dtype).eps ** 0.5 * earlier.abs().max()).any()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} reads ahead: a later token changes the logits of those before it, so that they "
-            "predict nothing; load a causal language model"
-        )
 
 
 @contextlib.contextmanager
@@ -194,21 +175,13 @@ def to_list(scalars: list[Tensor]) -> list:
     return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
 
 
-def _join(*parts: object) -> str:
-    return ".".join(str(part) for part in parts if part != "")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
 def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """Name and elements of the outermost module list that holds linears, the one with most parameters."""
     outermost: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
-            and any(_is_linear(child) for child in module.modules())
+            and any(is_linear(child) for child in module.modules())
             and not any(name.startswith(f"{outer}.") for outer in outermost)
         ):
             outermost[name] = module
@@ -216,58 +189,6 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder blocks that hold linear layers")
     name = max(outermost, key=lambda name: sum(p.numel() for p in outermost[name].parameters()))
     return name, list(outermost[name])
-
-
-def _check_parameters(prefix: str, blocks: list[nn.Module], linears: dict[str, nn.Module]) -> None:
-    """Refuse matrices that are in no linear layer, and linears of anything but plain floating point."""
-    others = [
-        (_join(prefix, depth, kind, name), parameter, module)
-        for depth, block in enumerate(blocks)
-        for kind, module in block.named_modules()
-        if not _is_linear(module) and not isinstance(module, nn.Embedding)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 2
-    ]
-    for name, parameter, module in others:
-        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d):
-            raise UnsupportedModelError(
-                f"{name} is a stack of {parameter.shape[0]} matrices: fused mixture-of-experts layers are not supported"
-            )
-    for name, parameter, module in others:
-        raise UnsupportedModelError(
-            f"{name} {list(parameter.shape)} belongs to a {type(module).__name__}, not to a linear layer: "
-            "it cannot be pruned and would be skipped"
-        )
-    for name, linear in linears.items():
-        for kind, parameter in linear.named_parameters(recurse=False):
-            if kind not in ("weight", "bias"):
-                raise UnsupportedModelError(f"{name} has a parameter {kind!r} that an ordinary linear layer has not")
-            if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES:
-                raise UnsupportedModelError(
-                    f"{name}.{kind} is a {type(parameter).__name__} of {parameter.dtype}: "
-                    "only plain floating-point weights (not quantized or distributed) can be pruned"
-                )
-
-
-def _check_sharing(model: nn.Module, linears: dict[str, nn.Module]) -> None:
-    """Refuse linears that are one module under two names, or whose parameters are also another's."""
-    seen_modules: dict[int, str] = {}
-    inside = {id(linear) for linear in linears.values()}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in inside and seen_modules.setdefault(id(module), name) != name:
-            raise UnsupportedModelError(
-                f"{seen_modules[id(module)]} and {name} are the same module: shared layers are not supported"
-            )
-    owners: dict[tuple[torch.device, int], str] = {}
-    tied: list[tuple[str, str]] = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if type(parameter) is nn.Parameter and parameter.numel() > 0:
-            owner = owners.setdefault((parameter.device, parameter.data_ptr()), name)
-            if owner != name:
-                tied.append((owner, name))
-    for names in tied:
-        if any(name.rpartition(".")[0] in linears for name in names):
-            raise UnsupportedModelError(f"{names[0]} and {names[1]} are tied: shared weights are not supported")
 
 
 @torch.no_grad()
@@ -280,7 +201,7 @@ def _probe(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, s
     def record(name: str, x: Tensor, y: object) -> None:
         if name in groups:
             raise UnsupportedModelError(f"{name} runs more than once per forward pass: reused layers are not supported")
-        if x.shape[:-1] not in (_PROBE_SHAPE, (_PROBE_SHAPE[0] * _PROBE_SHAPE[1],)):
+        if x.shape[:-1] not in (PROBE_SHAPE, (PROBE_SHAPE[0] * PROBE_SHAPE[1],)):
             raise UnsupportedModelError(f"{name} does not read one vector per token: its input is {list(x.shape)}")
         if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
             raise UnsupportedModelError(f"{name} does not return one vector per token")

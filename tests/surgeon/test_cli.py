@@ -114,7 +114,7 @@ def test_running_out_of_gpu_memory_is_one_sentence(tmp_path, sentence, monkeypat
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("llm_surgeon.pruning.prune", exhausted)
+    monkeypatch.setattr("llm_surgeon.checkpoint_job.prune", exhausted)
     assert surgeon("prune", MODEL, tmp_path / "out", *SMALL) == 1
     assert "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. A smaller --batch-size" in sentence()
     assert list(tmp_path.iterdir()) == []

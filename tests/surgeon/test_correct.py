@@ -82,7 +82,7 @@ def test_the_text_of_corrections_is_an_option_of_checkpoints(tmp_path, monkeypat
         (tmp_path / f"{name}.txt").write_text(words)
     common = {"calibration": str(tmp_path / "text.txt"), "samples": 8, "seqlen": 16, "device": "cpu", "shots": 1}
     found = []
-    monkeypatch.setattr("llm_surgeon.pruning.write_pruned", lambda model, *rest: found.append(weights(model)))
+    monkeypatch.setattr("llm_surgeon.checkpoint_job.write_pruned", lambda model, *rest: found.append(weights(model)))
     for data in (None, str(tmp_path / "text.txt"), str(tmp_path / "other.txt")):
         prune_checkpoint(source, tmp_path / "out", **common, lora_data=data, lora_rank=2, lora_steps=2)
     assert all(torch.equal(found[1][name], weight) for name, weight in found[0].items())

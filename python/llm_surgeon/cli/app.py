@@ -19,6 +19,7 @@ import yaml
 
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.checkpoint.load import first_line
+from llm_surgeon.checkpoint_job import CheckpointJob
 from llm_surgeon.cli import views
 from llm_surgeon.cli.bench import bench_app
 from llm_surgeon.cli.compact import compact
@@ -37,8 +38,7 @@ from llm_surgeon.cli.recover import recover
 from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES, PruneConfig
 from llm_surgeon.demo import run_demo
 from llm_surgeon.errors import InputError, SurgeonError
-from llm_surgeon.evaluate import perplexity
-from llm_surgeon.pruning import CheckpointJob, load_for_evaluation
+from llm_surgeon.evaluate import load_for_evaluation, perplexity
 from llm_surgeon.resources import choose_device
 from llm_surgeon.zero_shot import parse_tasks, zero_shot
 

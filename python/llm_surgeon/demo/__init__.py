@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from llm_surgeon.checkpoint import check_output, load_model
+from llm_surgeon.checkpoint_job import write_pruned
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import calibration_windows, evaluation_windows, read_text, tokenize
 from llm_surgeon.evaluate import perplexity
 from llm_surgeon.progress import Progress
-from llm_surgeon.pruning import prune, write_pruned
+from llm_surgeon.pruning import prune
 
 _NAME = "the demo model of surgeon-kernels"
 _METHODS = {"magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "surgeon": "Surgeon (joint)"}

@@ -1,0 +1,99 @@
+"""What a model must be to be pruned; whatever is not is refused by name, never skipped."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llm_surgeon.errors import UnsupportedModelError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Two sequences of three tokens: unequal sizes tell [batch, length, C] from any other layout.
+PROBE_SHAPE = (2, 3)
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """One forward pass over two short sequences: every token gets logits, and they depend on no later token.
+
+    Raises:
+        UnsupportedModelError: otherwise: it is no causal language model.
+    """
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(PROBE_SHAPE[1], device=embedding.device).repeat(PROBE_SHAPE[0], 1)
+    ids[1, -1] += 1  # the sequences differ in their last token alone
+    logits = getattr(model(input_ids=ids % embedding.shape[0], use_cache=False), "logits", None)
+    if logits is None or logits.shape[:-1] != PROBE_SHAPE:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives no logits for every token: load a causal language model"
+        )
+    earlier = logits[:, :-1]
+    if bool(((earlier[0] - earlier[1]).abs() > torch.finfo(logits.dtype).eps ** 0.5 * earlier.abs().max()).any()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads ahead: a later token changes the logits of those before it, so that they "
+            "predict nothing; load a causal language model"
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is one of the two classes of linear layers that are pruned."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def dotted(*parts: object) -> str:
+    """A module's or parameter's name from its parts."""
+    return ".".join(str(part) for part in parts if part != "")
+
+
+def check_parameters(prefix: str, blocks: list[nn.Module], linears: dict[str, nn.Module]) -> None:
+    """Refuse matrices that are in no linear layer, and linears of anything but plain floating point."""
+    others = [
+        (dotted(prefix, depth, kind, name), parameter, module)
+        for depth, block in enumerate(blocks)
+        for kind, module in block.named_modules()
+        if not is_linear(module) and not isinstance(module, nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    ]
+    for name, parameter, module in others:
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d):
+            raise UnsupportedModelError(
+                f"{name} is a stack of {parameter.shape[0]} matrices: fused mixture-of-experts layers are not supported"
+            )
+    for name, parameter, module in others:
+        raise UnsupportedModelError(
+            f"{name} {list(parameter.shape)} belongs to a {type(module).__name__}, not to a linear layer: "
+            "it cannot be pruned and would be skipped"
+        )
+    for name, linear in linears.items():
+        for kind, parameter in linear.named_parameters(recurse=False):
+            if kind not in ("weight", "bias"):
+                raise UnsupportedModelError(f"{name} has a parameter {kind!r} that an ordinary linear layer has not")
+            if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES:
+                raise UnsupportedModelError(
+                    f"{name}.{kind} is a {type(parameter).__name__} of {parameter.dtype}: "
+                    "only plain floating-point weights (not quantized or distributed) can be pruned"
+                )
+
+
+def check_sharing(model: nn.Module, linears: dict[str, nn.Module]) -> None:
+    """Refuse linears that are one module under two names, or whose parameters are also another's."""
+    seen_modules: dict[int, str] = {}
+    inside = {id(linear) for linear in linears.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in inside and seen_modules.setdefault(id(module), name) != name:
+            raise UnsupportedModelError(
+                f"{seen_modules[id(module)]} and {name} are the same module: shared layers are not supported"
+            )
+    owners: dict[tuple[torch.device, int], str] = {}
+    tied: list[tuple[str, str]] = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if type(parameter) is nn.Parameter and parameter.numel() > 0:
+            owner = owners.setdefault((parameter.device, parameter.data_ptr()), name)
+            if owner != name:
+                tied.append((owner, name))
+    for names in tied:
+        if any(name.rpartition(".")[0] in linears for name in names):
+            raise UnsupportedModelError(f"{names[0]} and {names[1]} are tied: shared weights are not supported")
