@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from surgeon_kernels.checks import check_mask
 from surgeon_kernels.cost_threshold import Pattern, fits_kernel, kth_cost, number_of_costs
 from surgeon_kernels.costs import WeightCosts
 from surgeon_kernels.nm_select import checked_costs, kernel_operands, nm_select
@@ -45,8 +46,15 @@ def k_cheapest(
         mask ``[R, C]`` per layer, where its weight is: True where a weight is (to be) pruned.
 
     Raises:
-        ValueError: ``k`` is out of range or smaller than what is pruned already; a cost is NaN or negative.
+        ValueError: ``k`` or a limit is out of range or ``k`` smaller than what is pruned already; a cost is NaN or
+            negative; shapes do not fit. TypeError: a mask of ``previous`` is not bool.
     """
+    for layer, cost in enumerate(costs):
+        cost.check()
+        if previous is not None:
+            check_mask(previous[layer], cost.weight.shape, f"previous[{layer}]")
+    if at_most is not None and min(at_most, default=0) < 0:
+        raise ValueError(f"at_most must not be negative, not {min(at_most)}")
     sizes = [number_of_costs(cost, pattern) for cost in costs]
     limits = sizes if at_most is None else [min(pair) for pair in zip(sizes, at_most, strict=True)]
     if not 0 <= k <= sum(limits):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from surgeon_kernels.checks import check_layer
 from surgeon_kernels.chunked_solve import (
     chunked_solve,
     chunked_solve_reference,
@@ -65,7 +66,9 @@ def chunked_update(
 
     Raises:
         NotPositiveDefiniteError: a chunk's system could not be factorised even with the largest jitter.
+        ValueError: shapes or devices that do not fit, or ``max_correlated`` below 1; TypeError: dtypes that do not fit.
     """
+    check_layer(weight, pruned, G_inv=G_inv, A_inv=A_inv)
     if max_correlated < 1:
         raise ValueError(f"max_correlated must be at least 1, not {max_correlated}")
     rows, columns = pruned.nonzero(as_tuple=True)
@@ -88,7 +91,10 @@ def independent_update(weight: Tensor, pruned: Tensor, G_inv: Tensor, A_inv: Ten
     """Sum of the single-weight updates: the summed mode with ``m = 1``, where every system is a scalar::
 
     Δ = -G⁻¹ X A⁻¹,  X_rc = W_rc / (G⁻¹_rr A⁻¹_cc) on pruned weights, 0 elsewhere;  then Δ = -W on pruned weights.
+
+    Arguments and errors are those of :func:`chunked_update`; returned is ``Δ`` ``[R, C]``.
     """
+    check_layer(weight, pruned, G_inv=G_inv, A_inv=A_inv)
     X = weight / torch.outer(G_inv.diagonal(), A_inv.diagonal())
     delta = -(G_inv @ X.masked_fill(~pruned, 0.0) @ A_inv)
     return torch.where(pruned, -weight, delta)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from surgeon_kernels.checks import check_layer
 from surgeon_kernels.quadratic_form import quadratic_form
 
 
@@ -30,6 +31,13 @@ class WeightCosts(NamedTuple):
     def device(self) -> torch.device:
         """Where the costs are computed."""
         return self.weight.device if self.g is None else self.g.device
+
+    def check(self) -> None:
+        """Raise ValueError unless both factors or none are given, as long as the weight's sides."""
+        if (self.g is None) != (self.a is None):
+            raise ValueError("costs need both factors, g and a, or none")
+        if self.g is not None and self.a is not None:
+            _check_factors(self.weight, self.g, self.a)
 
     def gathered(self) -> WeightCosts:
         """With the weight, which may lie elsewhere, where its factors are."""
@@ -53,9 +61,19 @@ def element_cost(weight: Tensor, g: Tensor, a: Tensor) -> Tensor:
         g: ``[R]``: ``1 / diag(G⁻¹)`` when the other weights will compensate (optimal brain surgeon, eq. 10), or
             ``diag(G)`` when they will not (optimal brain damage).
         a: ``[C]``: ``1 / diag(A⁻¹)`` or ``diag(A)`` likewise.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
+    _check_factors(weight, g, a)
     # In the order in which the CUDA kernels multiply: they give the same bits.
     return weight.square() * (0.5 * g)[:, None] * a[None, :]
+
+
+def _check_factors(weight: Tensor, g: Tensor, a: Tensor) -> None:
+    if weight.dim() != 2 or (g.shape, a.shape) != (weight.shape[:1], weight.shape[1:]):
+        shapes = f"{list(weight.shape)}, {list(g.shape)} and {list(a.shape)}"
+        raise ValueError(f"costs need a weight [R, C], g [R] and a [C], not {shapes}")
 
 
 def row_cost(weight: Tensor, A: Tensor, g: Tensor) -> Tensor:
@@ -104,6 +122,10 @@ def exchange_cost(
     Args:
         weight: ``Ŵ = W + Δ`` ``[R, C]``; pruned: bool ``[R, C]``; gradient: ``G Δ A`` ``[R, C]``; G, A: damped;
             g_inv, a_inv: diagonals of their inverses, ``[R]`` and ``[C]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; TypeError: dtypes that do not.
     """
+    check_layer(weight, pruned, gradient, G=G, A=A)
     curvature = torch.outer((G.diagonal() / g_inv).sqrt(), (A.diagonal() / a_inv).sqrt())
     return torch.where(pruned, 0.5 * gradient**2 / curvature, 0.5 * weight**2 * curvature)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from surgeon_kernels.checks import check_layer
 from surgeon_kernels.convergence import FIRST_ESTIMATE, estimated_gap, still_to_rise
 from surgeon_kernels.kron_product import fits_split, kron_product_split, scaled
 from surgeon_kernels.low_rank import LowRankCorrection, low_rank_correction
@@ -79,12 +80,18 @@ def joint_update(
         max_iterations: cap on the iterations of both parts together; 0 only zeroes.
 
     Raises:
-        NotPositiveDefiniteError: the curvature's diagonal is not positive throughout: it was not damped.
+        NotPositiveDefiniteError: the diagonal of the curvature or of an inverse is not positive throughout: it was not
+            damped, or holds NaN.
+        ValueError: shapes or devices that do not fit, one inverse alone, or a tolerance below 0.
+        TypeError: dtypes that do not fit.
     """
+    _check(weight, pruned, G, A, G_inv, A_inv, tolerance)
     if (G_inv is None) != (A_inv is None) or (second is not None and G_inv is not None):
         raise ValueError("give both inverses or neither, and none beside a second pair")
+    if second is not None:
+        check_layer(weight, G_2=second[0], A_2=second[1])
     terms = [(G, A)] if second is None else [(G, A), second]
-    if not bool(_positive_diagonal(terms)):
+    if not bool(_positive_diagonal(terms, [M for M in (G_inv, A_inv) if M is not None])):
         raise NotPositiveDefiniteError("the curvature's diagonal is not positive throughout")
     if G_inv is not None and A_inv is not None and not _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
         delta, bound = _solve_dual(weight, pruned, G, A, G_inv, A_inv, tolerance, max_iterations)
@@ -132,8 +139,9 @@ def joint_estimate(
     The optimum's gradient is ``-Λ``, to which the multipliers of the dual converge long before ``G Δ A`` does: there
     what is left of the violation of the constraint stands multiplied by the large eigenvalues of ``G`` and ``A``.
     ``bound`` is within about ``tolerance`` of the optimum's value, ``gradient`` is ``-Λ``, ``objective`` is empty and
-    ``gap`` infinite. Where few weights are kept this is :func:`joint_update`.
+    ``gap`` infinite. Where few weights are kept this is :func:`joint_update`, which has the arguments and errors.
     """
+    _check(weight, pruned, G, A, G_inv, A_inv, tolerance)
     options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
     if _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
         return joint_update(weight, pruned, G, A, G_inv, A_inv, **options)
@@ -226,13 +234,32 @@ def _run(solver: MaskedCG, values: list[float], sign: float, iterations: int, en
 
 
 def objective(delta: Tensor, G: Tensor, A: Tensor) -> float:
-    """The predicted increase of the mean loss ``½ tr(Δᵀ G Δ A)``, in nats per token, summed in float64."""
+    """The predicted increase of the mean loss ``½ tr(Δᵀ G Δ A)``, in nats per token, summed in float64.
+
+    Args:
+        delta: ``[R, C]``; G: ``[R, R]``; A: ``[C, C]``, of one dtype (ValueError, TypeError otherwise).
+    """
+    check_layer(delta, G=G, A=A)
     return 0.5 * _dot(delta, G @ delta @ A)
 
 
-def _positive_diagonal(terms: Terms) -> Tensor:
+def _check(
+    weight: Tensor,
+    pruned: Tensor,
+    G: Tensor,
+    A: Tensor,
+    G_inv: Tensor | None,
+    A_inv: Tensor | None,
+    tolerance: float,
+) -> None:
+    check_layer(weight, pruned, G=G, A=A, G_inv=G_inv, A_inv=A_inv)
+    if not tolerance >= 0.0:
+        raise ValueError(f"tolerance must be at least 0, not {tolerance}")
+
+
+def _positive_diagonal(terms: Terms, inverses: Sequence[Tensor]) -> Tensor:
     if len(terms) == 1:
-        return torch.stack([(M.diagonal() > 0.0).all() for M in terms[0]]).all()
+        return torch.stack([(M.diagonal() > 0.0).all() for M in (*terms[0], *inverses)]).all()
     row_scales = torch.stack([L.diagonal() for L, _ in terms])
     return (row_scales.T @ torch.stack([M.diagonal() for _, M in terms]) > 0.0).all()
 

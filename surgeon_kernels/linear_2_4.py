@@ -146,7 +146,7 @@ class _Linear24(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (dy,) = gradients
         dx = dy @ unpack_2_4(ctx.weight.packed()) if ctx.needs_input_grad[0] else None
-        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db
 
 

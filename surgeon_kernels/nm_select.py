@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from surgeon_kernels import extension
+from surgeon_kernels.checks import check_mask
 from surgeon_kernels.costs import WeightCosts
 
 # As csrc/nm_select.h has it: the most columns of a group that a kernel ranks.
@@ -45,9 +46,14 @@ def nm_select(
         bool ``[R, C]``, True where the weight is pruned: exactly ``m - n`` in every group, or none.
 
     Raises:
-        ValueError: ``n:m`` is no pattern, ``C`` is not divisible by ``m``, or a cost is NaN or has a negative factor.
+        ValueError: ``n:m`` is no pattern, ``C`` is not divisible by ``m``, a cost is NaN or has a negative factor, or
+            ``previous`` or a factor has another shape; TypeError: costs or ``previous`` have another dtype.
     """
     _check(cost, n, m)
+    if previous is not None:
+        check_mask(previous, _weight(cost).shape, "previous")
+    if math.isnan(threshold):
+        raise ValueError("threshold is NaN")
     if _fits_kernel(cost, m):
         weight, g, a = _operands(cost)
         before = None if previous is None else previous.contiguous()
@@ -64,7 +70,10 @@ def nm_select(
 
 
 def nm_group_cost(cost: Tensor | WeightCosts, n: int, m: int) -> Tensor:
-    """What pruning a group costs: the sum of its ``m - n`` cheapest costs, ``[R, C / m]``; see :func:`nm_select`."""
+    """What pruning a group costs: the sum of its ``m - n`` cheapest costs, ``[R, C / m]``, in the costs' dtype.
+
+    Arguments and errors are those of :func:`nm_select`.
+    """
     _check(cost, n, m)
     if _fits_kernel(cost, m):
         weight, g, a = _operands(cost)
@@ -76,7 +85,7 @@ def nm_group_cost(cost: Tensor | WeightCosts, n: int, m: int) -> Tensor:
 
 
 def nm_prune(cost: WeightCosts, n: int, m: int) -> Tensor:
-    """The weight, zero where :func:`nm_select` would prune it."""
+    """The weight ``[R, C]`` in its dtype, zero where :func:`nm_select` would prune it, which has the errors."""
     _check(cost, n, m)
     if _fits_kernel(cost, m) and cost.g is not None:
         weight, g, a = kernel_operands(cost)
@@ -109,16 +118,25 @@ def checked_costs(cost: Tensor | WeightCosts) -> Tensor:
 
 
 def _check(cost: Tensor | WeightCosts, n: int, m: int) -> None:
-    shape = cost.weight.shape if isinstance(cost, WeightCosts) else cost.shape
+    shape = _weight(cost).shape
     if not 0 < n < m:
         raise ValueError(f"N:M needs 0 < N < M, not {n}:{m}")
     if len(shape) != 2 or shape[1] % m:
         raise ValueError(f"{n}:{m} needs a matrix whose width is divisible by {m}, not {list(shape)}")
+    if not _weight(cost).is_floating_point():
+        raise TypeError(f"costs must be floating point, not {_weight(cost).dtype}")
+    if isinstance(cost, WeightCosts):
+        cost.check()
+
+
+def _weight(cost: Tensor | WeightCosts) -> Tensor:
+    """The weight, or the costs themselves."""
+    return cost.weight if isinstance(cost, WeightCosts) else cost
 
 
 def _fits_kernel(cost: Tensor | WeightCosts, m: int) -> bool:
     """The dispatch rule: float32 costs, or weights of at most 32 bits, on a CUDA device; groups of at most 1024."""
-    weight = cost.weight if isinstance(cost, WeightCosts) else cost
+    weight = _weight(cost)
     dtypes = KERNEL_DTYPES if isinstance(cost, WeightCosts) else (torch.float32,)
     return weight.is_cuda and weight.dtype in dtypes and m <= _LARGEST_GROUP and _kernels_ready()
 

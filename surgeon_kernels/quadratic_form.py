@@ -30,10 +30,12 @@ def quadratic_form(x: Tensor, S: Tensor) -> Tensor:
         ``[R]``.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: shapes or devices do not fit.
     """
     if x.dim() != 2 or S.shape != (x.shape[1], x.shape[1]):
         raise ValueError(f"a quadratic form needs x [R, C] and S [C, C], not {list(x.shape)} and {list(S.shape)}")
+    if x.device != S.device:
+        raise ValueError(f"x is on {x.device}, S on {S.device}")
     if fits_kernel(x, S):
         return torch.ops.surgeon_kernels.quadratic_form(x, S)
     return quadratic_form_reference(x, S)

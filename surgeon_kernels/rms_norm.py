@@ -28,7 +28,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         ``[..., C]`` in ``x``'s dtype.
+
+    Raises:
+        ValueError: the shapes do not fit; TypeError: ``x`` is not floating point.
     """
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"an RMS norm needs x [..., C] and weight [C], not {list(x.shape)} and {list(weight.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, not {x.dtype}")
     if (
         x.is_cuda
         and not torch.compiler.is_compiling()

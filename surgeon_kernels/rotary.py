@@ -22,14 +22,25 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: ``[batch, heads, length, D]``.
         cos, sin: ``[batch or 1, length, D]``.
+
+    Returns:
+        As ``x``, in the dtype that its products with the angles have.
+
+    Raises:
+        ValueError: the shapes do not fit, or ``D`` is odd.
     """
+    tail = x.shape[2:]
+    if x.dim() != 4 or x.shape[3] % 2 or cos.shape != sin.shape or cos.dim() != 3 or cos.shape[1:] != tail:
+        shapes = f"{list(x.shape)}, {list(cos.shape)} and {list(sin.shape)}"
+        raise ValueError(
+            f"x must be [batch, heads, length, D], D even, cos and sin [batch or 1, length, D], not {shapes}"
+        )
     if (
         x.is_cuda
         and not torch.compiler.is_compiling()
         and has_kernels()
         and x.dtype == cos.dtype == sin.dtype
         and x.dtype in HALF_OR_SINGLE
-        and x.shape[-1] % 2 == 0
         and x.numel() > 0
         and not ((cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled())
     ):

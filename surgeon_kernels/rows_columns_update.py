@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surgeon_kernels.checks import check_layer, check_mask
 from surgeon_kernels.spd_inverse import cholesky_with_jitter
 
 
@@ -38,7 +39,11 @@ def rows_columns_update(
 
     Raises:
         NotPositiveDefiniteError: a kept block of G or A is not positive definite.
+        ValueError: shapes or devices that do not fit; TypeError: dtypes that do not.
     """
+    check_layer(weight, G=G, A=A)
+    check_mask(rows, weight.shape[:1], "rows")
+    check_mask(columns, weight.shape[1:], "columns")
     gone_rows, gone_columns = removed or (None, None)
     kept = _project(G, rows, gone_rows, weight, f"{name}: G of the kept rows")
     kept = _project(A, columns, gone_columns, kept.T, f"{name}: A of the kept columns").T

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from surgeon_kernels.checks import check_square
 from surgeon_kernels.triangular import cholesky_inverse_, triangular_gram_, triangular_inverse_
 
 # Jitter escalation, relative to the mean diagonal: tried in this order when a factorisation meets a pivot <= 0.
@@ -35,6 +36,7 @@ def damp(M: Tensor, damping: float) -> Tensor:
     were the 3/8 power of the dtype's smallest normal number: so it too has an inverse, and the products that
     ``G⁻¹ ⊗ A⁻¹`` and ``G ⊗ A`` consist of stay within the dtype even when G and A are both zero.
     """
+    check_square(M)
     damped = M.clone()
     damped.diagonal().add_(damping * mean_diagonal(M))
     return damped
@@ -60,6 +62,7 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
 
     Raises:
         NotPositiveDefiniteError: no jitter was enough; the message names ``name``.
+        ValueError: ``M`` is not square; TypeError: it is not floating point.
     """
     if jitter is not None:
         damped = damp(M, damping + jitter)
@@ -76,7 +79,8 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
 
 
 def unchecked_inverse(M: Tensor) -> Tensor:
-    """``M⁻¹`` of a matrix ``[n, n]`` known to be positive definite: nothing is checked, so the host need not wait."""
+    """``M⁻¹`` of a matrix ``[n, n]`` known to be positive definite: not checked, so that the host need not wait."""
+    check_square(M)
     return _inverse_(torch.linalg.cholesky_ex(M).L)
 
 
@@ -99,7 +103,11 @@ def inverse_and_diagonal(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cholesky_with_jitter(M: Tensor, damping: float = 0.0, *, name: str = "matrix") -> tuple[Tensor, float]:
-    """Lower Cholesky factor of ``M + (damping + jitter) * mean(diag M) * I`` and the jitter that it took."""
+    """Lower Cholesky factor ``[n, n]`` of ``M + (damping + jitter) * mean(diag M) * I`` and the jitter that it took.
+
+    Raises:
+        NotPositiveDefiniteError: no jitter was enough, or ``M`` holds NaN or infinity; the message names ``name``.
+    """
     if not math.isfinite(float(M.sum())):
         raise NotPositiveDefiniteError(f"{name} holds NaN or infinity")
     for jitter in JITTERS:
@@ -114,6 +122,7 @@ def cholesky_with_jitter(M: Tensor, damping: float = 0.0, *, name: str = "matrix
 
 def _cholesky(M: Tensor) -> tuple[Tensor, Tensor]:
     """The lower factor of ``M`` and whether there is one, which the host need not wait for."""
+    check_square(M)
     L, info = torch.linalg.cholesky_ex(M)
     # A positive pivot that rounding made tiny can still overflow the factor: finite is part of success.
     return L, (info == 0) & L.sum().isfinite()

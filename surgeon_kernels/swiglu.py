@@ -17,6 +17,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     On CUDA devices Triton kernels compute it and its gradients, where both have one shape and one dtype of at most 32
     bits; the activation is computed again in the backward pass instead of being kept. Everything else is the PyTorch
     reference, under torch.compile too: it fuses by itself.
+
+    Args:
+        gate, up: of one shape, or of shapes that PyTorch broadcasts.
     """
     if (
         gate.is_cuda

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from surgeon_kernels.checks import check_square
 from surgeon_kernels.symmetric_layout import (
     PACKED_FROM,
     TILE,
@@ -41,14 +42,25 @@ class SymmetricAccumulator:
         device: torch.device | str = "cpu",
         packed: bool | None = None,
     ) -> SymmetricAccumulator:
-        """``S = 0``; ``packed`` overrides the choice of the format by size."""
+        """``S = 0``; ``packed`` overrides the choice of the format by size.
+
+        Raises:
+            ValueError: ``n`` is negative.
+        """
+        if n < 0:
+            raise ValueError(f"a matrix cannot have {n} rows")
         return cls(
             n, torch.zeros(storage_shape(n, n >= PACKED_FROM if packed is None else packed), dtype=dtype, device=device)
         )
 
     @classmethod
     def of(cls, matrix: Tensor) -> SymmetricAccumulator:
-        """The symmetric ``matrix`` ``[n, n]``, in the format by its size."""
+        """The symmetric ``matrix`` ``[n, n]``, in the format by its size.
+
+        Raises:
+            ValueError: it is not square; TypeError: not floating point.
+        """
+        check_square(matrix)
         n = len(matrix)
         if n < PACKED_FROM:
             return cls(n, matrix.clone(memory_format=torch.contiguous_format))
