@@ -11,8 +11,8 @@ from surgeon_kernels.spd_inverse import cholesky_with_jitter
 
 def rows_columns_update(
     weight: Tensor,
-    G: Tensor,
-    A: Tensor,
+    G: Tensor | None,
+    A: Tensor | None,
     rows: Tensor,
     columns: Tensor,
     *,
@@ -29,7 +29,8 @@ def rows_columns_update(
     sums the two updates of its eq. 12, which is not the optimum when rows and columns go together.)
 
     Args:
-        weight: ``[R, C]``; G: damped ``[R, R]``; A: damped ``[C, C]``.
+        weight: ``[R, C]``; G: damped ``[R, R]``, or None where no row is removed; A: damped ``[C, C]``, or None where
+            no column is.
         rows: bool ``[R]``, True where removed; columns: bool ``[C]`` likewise.
         removed: how many rows and columns that is, if known: the host does not wait for the device then, and a
             kept block that is not positive definite is not reported but gives NaN.
@@ -50,7 +51,7 @@ def rows_columns_update(
     return kept - weight
 
 
-def _project(M: Tensor, removed: Tensor, count: int | None, X: Tensor, name: str) -> Tensor:
+def _project(M: Tensor | None, removed: Tensor, count: int | None, X: Tensor, name: str) -> Tensor:
     """``M[k̄,k̄]⁻¹ M[k̄,:] X`` on the kept rows of ``X``, zero on the ``count`` removed ones.
 
     Written as ``X[k̄] + M[k̄,k̄]⁻¹ M[k̄,removed] X[removed]``, which is exact where the off-diagonal block is zero.
@@ -58,6 +59,8 @@ def _project(M: Tensor, removed: Tensor, count: int | None, X: Tensor, name: str
     number = int(removed.sum()) if count is None else count
     if number == 0:
         return X
+    if M is None:
+        raise ValueError(f"{name} is needed where some are removed")
     kept, gone = removed.byte().argsort(stable=True).split([len(removed) - number, number])
     out = torch.zeros_like(X)
     if len(kept):

@@ -144,6 +144,15 @@ def test_masks_of_rows_and_columns_are_masks():
         rows_columns_update(W, G, A, rows, torch.tensor([0, 2, 1, 0, 0, 0, 0, 0]))
 
 
+def test_a_factor_is_not_needed_where_nothing_goes():
+    parts = layer()
+    W, G, A = parts["weight"], parts["G"], parts["A"]
+    rows, columns = torch.zeros(R, dtype=torch.bool), torch.arange(C) < 3
+    assert torch.equal(rows_columns_update(W, None, A, rows, columns), rows_columns_update(W, G, A, rows, columns))
+    with pytest.raises(ValueError, match="A of the kept columns is needed"):
+        rows_columns_update(W, G, None, rows, columns)
+
+
 def test_factors_of_costs():
     W, g, a = torch.randn(R, C), torch.rand(R), torch.rand(C)
     with pytest.raises(ValueError, match=r"g \[R\] and a \[C\]"):

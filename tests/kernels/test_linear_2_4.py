@@ -1,5 +1,8 @@
 """The 2:4 linear's layout and reference, on the CPU."""
 
+import math
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
@@ -98,6 +101,19 @@ def test_gradients_reach_x_and_bias():
     linear_2_4(x, prepare_2_4(pack_2_4(weight)), bias).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(4, 16), atol=0.02, rtol=0.02)
     torch.testing.assert_close(bias.grad, torch.full((8,), 4.0).bfloat16())
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (3, 2)])
+def test_gradients_where_a_kernel_computes_the_product(leading, monkeypatch):
+    """Of any leading shape, none included; the reference stands in for the kernel."""
+    module = sys.modules["surgeon_kernels.linear_2_4"]
+    monkeypatch.setattr(module, "_kernel", lambda x, weight, bias: functional.linear(x, dense, bias))
+    dense = weight_2_4(8, 16)
+    prepared = prepare_2_4(pack_2_4(dense))._replace(kernel=True)
+    x, bias = torch.randn(*leading, 16).bfloat16().requires_grad_(), torch.zeros(8).bfloat16().requires_grad_()
+    linear_2_4(x, prepared, bias).sum().backward()
+    torch.testing.assert_close(x.grad, dense.sum(0).expand(*leading, 16), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(bias.grad, torch.full((8,), float(math.prod(leading))).bfloat16())
 
 
 def test_compiles_in_one_graph():

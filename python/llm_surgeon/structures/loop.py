@@ -178,7 +178,7 @@ class GroupLoop(ShotLoop):
             no_rows = torch.zeros_like(weight[:, 0], dtype=torch.bool)
             try:
                 damped = damp(A, config.damp_a)
-                delta = rows_columns_update(weight, damped, damped, no_rows, columns, name=consumer.name)
+                delta = rows_columns_update(weight, None, damped, no_rows, columns, name=consumer.name)
             except NotPositiveDefiniteError as error:
                 raise NumericalError(f"update of {consumer.name}: {error}") from error
         if not bool(torch.isfinite(delta).all()):

@@ -180,7 +180,7 @@ class WidthLoop(ShotLoop):
         columns = functional.pad(self.removed, (0, size - self.residual.width))
         no_rows = torch.zeros_like(weight[:, 0], dtype=torch.bool)
         try:
-            return rows_columns_update(weight, A[:size, :size], A[:size, :size], no_rows, columns, name=name)
+            return rows_columns_update(weight, None, A[:size, :size], no_rows, columns, name=name)
         except NotPositiveDefiniteError as error:
             raise NumericalError(f"update of {name}: {error}") from error
 
