@@ -26,8 +26,9 @@ import yaml
 from environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
-from llm_surgeon.config import COUPLED_STRUCTURES, GRADIENT_IMPORTANCES
+from llm_surgeon.config import GRADIENT_IMPORTANCES
 from llm_surgeon.data import calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.pattern import COUPLED_STRUCTURES
 
 SAMPLES, SEQLEN = 128, 1024
 STRUCTURES: dict[str, dict[str, Any]] = {

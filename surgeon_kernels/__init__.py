@@ -8,12 +8,13 @@ to ``W``. Costs and objectives are increases of the mean loss, in nats per token
 """
 
 from surgeon_kernels.build_info import build_info
-from surgeon_kernels.cheapest import k_cheapest
 from surgeon_kernels.chunked_solve import chunked_solve
 from surgeon_kernels.chunked_update import ChunkedUpdate, chunked_update, independent_update
 from surgeon_kernels.costs import WeightCosts, column_block_cost, column_cost, element_cost, exchange_cost, row_cost
 from surgeon_kernels.gram import gram_accumulate_
 from surgeon_kernels.joint_update import JointUpdate, joint_estimate, joint_update, objective
+from surgeon_kernels.k_cheapest import k_cheapest
+from surgeon_kernels.k_smallest import k_smallest
 from surgeon_kernels.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_tune import tune_2_4
 from surgeon_kernels.nm_select import nm_group_cost, nm_prune, nm_select
@@ -35,7 +36,6 @@ from surgeon_kernels.spd_inverse import (
 )
 from surgeon_kernels.swiglu import swiglu
 from surgeon_kernels.symmetric import SymmetricAccumulator
-from surgeon_kernels.threshold import k_smallest
 
 __all__ = [
     "ChunkedUpdate",

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from llm_surgeon.config import METHODS, PruneConfig, Structure
+from llm_surgeon.config import METHODS, PruneConfig
 from llm_surgeon.errors import InputError
+from llm_surgeon.pattern import Structure
 
 
 @pytest.mark.parametrize(
