@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgeon_kernels.checks import check_layer
 from surgeon_kernels.convergence import FIRST_ESTIMATE, estimated_gap, still_to_rise
-from surgeon_kernels.kron_product import fits_split, kron_product_split, scaled
+from surgeon_kernels.kron_product import scaled
 from surgeon_kernels.low_rank import LowRankCorrection, low_rank_correction
 from surgeon_kernels.masked_cg import MaskedCG, Terms, masked_cg, product
 from surgeon_kernels.spd_inverse import NotPositiveDefiniteError
@@ -49,6 +49,7 @@ def joint_update(
     A_inv: Tensor | None = None,
     *,
     second: tuple[Tensor, Tensor] | None = None,
+    start: Tensor | None = None,
     tolerance: float = 0.01,
     max_iterations: int = 200,
 ) -> JointUpdate:
@@ -76,6 +77,8 @@ def joint_update(
             inverses. All of one dtype.
         second: a second pair ``(G₂, A₂)`` for the curvature ``G ⊗ A + G₂ ⊗ A₂``, whose inverse is no product:
             excludes the inverses.
+        start: multipliers ``[R, C]`` to begin the dual at, on the pruned positions: another mask's, minus the
+            gradient that was returned for it, say. Any other numbers cost iterations, no more.
         tolerance: relative gap to the optimum to stop at.
         max_iterations: cap on the iterations of both parts together; 0 only zeroes.
 
@@ -85,7 +88,7 @@ def joint_update(
         ValueError: shapes or devices that do not fit, one inverse alone, or a tolerance below 0.
         TypeError: dtypes that do not fit.
     """
-    _check(weight, pruned, G, A, G_inv, A_inv, tolerance)
+    _check(weight, pruned, G, A, G_inv, A_inv, start, tolerance)
     if (G_inv is None) != (A_inv is None) or (second is not None and G_inv is not None):
         raise ValueError("give both inverses or neither, and none beside a second pair")
     if second is not None:
@@ -94,7 +97,7 @@ def joint_update(
     if not bool(_positive_diagonal(terms, [M for M in (G_inv, A_inv) if M is not None])):
         raise NotPositiveDefiniteError("the curvature's diagonal is not positive throughout")
     if G_inv is not None and A_inv is not None and not _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
-        delta, bound = _solve_dual(weight, pruned, G, A, G_inv, A_inv, tolerance, max_iterations)
+        delta, bound = _solve_dual(weight, pruned, G, A, G_inv, A_inv, start, tolerance, max_iterations)
     else:
         delta, bound = torch.where(pruned, -weight, 0.0), [0.0]
     gradient = product(terms, delta)
@@ -131,6 +134,7 @@ def joint_estimate(
     G_inv: Tensor,
     A_inv: Tensor,
     *,
+    start: Tensor | None = None,
     tolerance: float = 0.01,
     max_iterations: int = 200,
 ) -> JointUpdate:
@@ -138,21 +142,25 @@ def joint_estimate(
 
     The optimum's gradient is ``-Λ``, to which the multipliers of the dual converge long before ``G Δ A`` does: there
     what is left of the violation of the constraint stands multiplied by the large eigenvalues of ``G`` and ``A``.
-    ``bound`` is within about ``tolerance`` of the optimum's value, ``gradient`` is ``-Λ``, ``objective`` is empty and
-    ``gap`` infinite. Where few weights are kept this is :func:`joint_update`, which has the arguments and errors.
+    ``bound`` is within about ``tolerance`` of the optimum's value (unless ``max_iterations`` ends it before),
+    ``gradient`` is ``-Λ``, ``objective`` is empty and ``gap`` infinite. Where few weights are kept this is
+    :func:`joint_update`, which has the arguments and errors.
     """
-    _check(weight, pruned, G, A, G_inv, A_inv, tolerance)
-    options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
+    _check(weight, pruned, G, A, G_inv, A_inv, start, tolerance)
+    options: dict[str, Any] = {"start": start, "tolerance": tolerance, "max_iterations": max_iterations}
     if _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
         return joint_update(weight, pruned, G, A, G_inv, A_inv, **options)
-    dual, bound = _Dual(pruned, G, A, G_inv, A_inv), [0.0]
+    wanted, inverses = weight.masked_fill(~pruned, 0.0), (G_inv, A_inv)
+    begun, image, value = _begin(start, wanted, pruned, inverses, parts=1)
+    residual, bound = (wanted - image).masked_fill_(~pruned, 0.0), [value]
+    del wanted, image
 
     def enough() -> bool:
         return still_to_rise(bound) <= tolerance
 
-    gradient = dual.solve(weight.masked_fill(~pruned, 0.0), bound, max_iterations, enough).neg_()
-    del dual
-    rough = kron_product_split(G_inv, gradient, A_inv, parts=1) if fits_split(weight) else G_inv @ gradient @ A_inv
+    gradient = begun.add_(_Dual(pruned, G, A, *inverses).solve(residual, bound, max_iterations, enough)).neg_()
+    del residual
+    rough = product([inverses], gradient, parts=1)
     return JointUpdate(torch.where(pruned, -weight, rough), [], bound, gradient, math.inf)
 
 
@@ -163,12 +171,14 @@ def _solve_dual(
     A: Tensor,
     G_inv: Tensor,
     A_inv: Tensor,
+    start: Tensor | None,
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, list[float]]:
     """The feasible ``Δ`` of the dual's solution, and the bound after 0, 1, 2, ... iterations."""
     dual, wanted = _Dual(pruned, G, A, G_inv, A_inv), weight.masked_fill(~pruned, 0.0)
-    multipliers, full, bound = torch.zeros_like(weight), torch.zeros_like(weight), [0.0]
+    multipliers, image, value = _begin(start, wanted, pruned, (G_inv, A_inv), parts=2)
+    full, bound = image.neg_(), [value]
 
     def enough() -> bool:
         return still_to_rise(bound) <= _BOUND_TOLERANCE * tolerance
@@ -181,6 +191,20 @@ def _solve_dual(
         if bound[-1] >= (1.0 - _BOUND_TOLERANCE * tolerance) * claimed or len(bound) > max_iterations:
             break
     return torch.where(pruned, -weight, full), bound
+
+
+def _begin(
+    start: Tensor | None, wanted: Tensor, pruned: Tensor, inverses: tuple[Tensor, Tensor], *, parts: int
+) -> tuple[Tensor, Tensor, float]:
+    """The best multiple ``Λ`` of ``start`` on the pruned weights, ``G⁻¹ Λ A⁻¹`` and the dual's value, at least 0."""
+    if start is not None:
+        multipliers = start.masked_fill(~pruned, 0.0)
+        image = product([inverses], multipliers, parts=parts)
+        along, curvature = _dot(multipliers, wanted), _dot(multipliers, image)
+        if along > 0.0 and 0.0 < curvature < math.inf:
+            scale = along / curvature
+            return multipliers.mul_(scale), image.mul_(scale), 0.5 * scale * along
+    return torch.zeros_like(wanted), torch.zeros_like(wanted), 0.0
 
 
 class _Dual:
@@ -250,9 +274,10 @@ def _check(
     A: Tensor,
     G_inv: Tensor | None,
     A_inv: Tensor | None,
+    start: Tensor | None,
     tolerance: float,
 ) -> None:
-    check_layer(weight, pruned, G=G, A=A, G_inv=G_inv, A_inv=A_inv)
+    check_layer(weight, pruned, *[x for x in (start,) if x is not None], G=G, A=A, G_inv=G_inv, A_inv=A_inv)
     if not tolerance >= 0.0:
         raise ValueError(f"tolerance must be at least 0, not {tolerance}")
 

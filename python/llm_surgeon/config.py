@@ -29,6 +29,8 @@ STRUCTURED_METHODS = ("surgeon", "k-obd", "l-obd", "magnitude")
 GRADIENT_IMPORTANCES = ("taylor1", "taylor2", "taylor-mix", "vector")
 IMPORTANCES = ("kronecker", *GRADIENT_IMPORTANCES, "magnitude", "random")
 ALLOCATIONS = ("global", "local")
+# Rounds of exchanges in a joint update of single weights: more hardly lower its objective any further.
+_EXCHANGES = 4
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class PruneConfig:
             paper's settings); 1 for methods and importances that do not re-estimate.
         kron_rank: Kronecker products that the curvature of a layer is the sum of, 1 or 2. Two take four more passes a
             shot, three times the memory for factors, and update "joint"; for studies of small models.
-        exchanges: rounds, after a joint update, of exchanging kept and pruned weights of a layer where that lowers
-            its objective. Each solves anew: 1 takes twice the solver's time. Left out: 1 for joint updates of single
-            weights (with ``kron_rank`` 1), otherwise 0.
+        exchanges: rounds, within a joint update, of choosing anew which weights of a layer are pruned, by what the
+            others' compensation makes of them; each takes a few of the solver's iterations. Left out: 4 for joint
+            updates of single weights (with ``kron_rank`` 1), otherwise 0.
         schedule: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of the sparsity is reached: 1 is linear,
             more prunes more in the early shots.
         damp_g, damp_a: damping, relative to the mean diagonal of G and A. ``damp_g`` left out: 0.1, or 0.01
@@ -222,7 +224,7 @@ class PruneConfig:
             raise InputError(f"kron_rank must be 1 or 2, not {self.kron_rank!r}")
         solved = self.method == "surgeon" and self.update == "joint" and structure.single_weights
         if self.exchanges is None:
-            self._set("exchanges", int(solved and self.kron_rank == 1))
+            self._set("exchanges", _EXCHANGES if solved and self.kron_rank == 1 else 0)
         if self.exchanges != 0:
             require_positive_int("exchanges", self.exchanges)
             if not solved:

@@ -12,6 +12,8 @@ _PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.83, 0.65
 _SOLVER_ITERATIONS, _HALF_SPEED = 20, 10.5
 # Products in full precision by which it checks its result, and how much slower than in the iterations they are.
 _SOLVER_CHECKS, _CHECK_COST = 2, 3.0
+# Products of a further round of exchanges: its iterations, its start and its solution.
+_ROUND_PRODUCTS = 6
 
 
 def run_seconds(
@@ -51,5 +53,7 @@ def run_seconds(
         elif config.update == "joint":
             faster, checks = (_HALF_SPEED, _SOLVER_CHECKS * _CHECK_COST) if on_gpu else (1.0, _SOLVER_CHECKS)
             iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
-            seconds += (1 + config.exchanges) * (iterations + checks) * products / (single * faster)
+            # A first solution for the exchanges; each of their further rounds; the solution.
+            rounds = (iterations + (config.exchanges - 1) * _ROUND_PRODUCTS) if config.exchanges else 0
+            seconds += (rounds + iterations + checks) * products / (single * faster)
     return config.shots * seconds + forward

@@ -24,9 +24,9 @@ from surgeon_kernels import (
     rows_columns_update,
 )
 
-# A pruned weight takes a kept one's place if its return saves so many times what the other's removal costs: both are
-# estimates for one weight at a time, and many go at once.
-_ADVANTAGE = 2.0
+# How near to the optimum the first round's multipliers come, and the iterations of each further round, which begins at
+# the last one's. A round moves too many weights, each judged alone, and the next puts right what it did wrong.
+_ROUGH, _ROUND = 0.05, 4
 
 
 @dataclass(frozen=True)
@@ -88,51 +88,55 @@ def remove_and_compensate(
 def _solve(
     weight: Tensor, selection: Selection, g: DampedFactor, a: DampedFactor, config: PruneConfig
 ) -> tuple[JointUpdate, Selection]:
-    """The joint update, after ``config.exchanges`` rounds of a better selection from the last one's multipliers."""
+    """The joint update, after ``config.exchanges`` rounds of a better selection from the last one's multipliers.
 
-    def solve(selection: Selection) -> JointUpdate:
-        return joint_update(weight, with_bias(selection, weight.shape[1]), *factors, **options)
+    A round's multipliers begin at those of the last one, and so do the solution's: few iterations bring them near.
+    """
 
     assert config.exchanges is not None
     factors = g.damped, a.damped, g.inverse, a.inverse
     options: dict[str, Any] = {"tolerance": config.tolerance, "max_iterations": config.max_iterations}
+
+    def solve(chosen: Selection, start: Tensor | None = None) -> JointUpdate:
+        return joint_update(weight, with_bias(chosen, weight.shape[1]), *factors, start=start, **options)
+
+    def estimate(chosen: Selection, **options: Any) -> JointUpdate:
+        return joint_estimate(weight, with_bias(chosen, weight.shape[1]), *factors, **options)
+
     if not config.exchanges:
         return solve(selection), selection
-    advantage, columns = _ADVANTAGE, selection.pruned.shape[1]
-    estimate = joint_estimate(weight, with_bias(selection, weight.shape[1]), *factors, **options)
-    for left in reversed(range(config.exchanges)):
-        cost = exchange_cost(
-            weight + estimate.delta,
-            with_bias(selection, weight.shape[1]),
-            estimate.gradient,
-            g.damped,
-            a.damped,
-            g.inverse.diagonal(),
-            a.inverse.diagonal(),
-        )[:, :columns]
-        changed = Selection(reselect(selection.pruned, torch.where(selection.pruned, cost / advantage, cost), config))
-        del cost
-        if torch.equal(changed.pruned, selection.pruned):
+    rough = estimate(selection, **options | {"tolerance": _ROUGH})
+    value = rough.objective[-1] if rough.objective else rough.bound[-1]
+    chosen, multipliers = selection, None
+    for index in range(config.exchanges):
+        if index:
+            rough = estimate(chosen, start=multipliers, max_iterations=_ROUND)
+        changed, multipliers = _exchanged(weight, chosen, rough, g, a, config), rough.gradient.neg_()
+        if torch.equal(changed.pruned, chosen.pruned):
             break
-        if left:
-            other = joint_estimate(weight, with_bias(changed, weight.shape[1]), *factors, **options)
-            if _value(other) < _value(estimate):
-                selection, estimate = changed, other
-            else:
-                advantage *= 2.0
-            continue
-        value = _value(estimate)
-        del estimate
-        solved = solve(changed)
-        if solved.objective[-1] < value:
-            return solved, changed
-        before = solve(selection)
-        return (solved, changed) if solved.objective[-1] < before.objective[-1] else (before, selection)
-    return solve(selection), selection
+        chosen = changed
+    del rough
+    solved = solve(chosen, multipliers)
+    if chosen is selection or solved.objective[-1] < value:
+        return solved, chosen
+    before = solve(selection)
+    return (solved, chosen) if solved.objective[-1] < before.objective[-1] else (before, selection)
 
 
-def _value(estimate: JointUpdate) -> float:
-    return estimate.objective[-1] if estimate.objective else estimate.bound[-1]
+def _exchanged(
+    weight: Tensor, selection: Selection, estimate: JointUpdate, g: DampedFactor, a: DampedFactor, config: PruneConfig
+) -> Selection:
+    """The selection that is better by the ``estimate`` of the joint update for ``selection``."""
+    cost = exchange_cost(
+        weight + estimate.delta,
+        with_bias(selection, weight.shape[1]),
+        estimate.gradient,
+        g.damped,
+        a.damped,
+        g.inverse.diagonal(),
+        a.inverse.diagonal(),
+    )[:, : selection.pruned.shape[1]]
+    return Selection(reselect(selection.pruned, cost, config))
 
 
 def with_bias(selection: Selection, width: int) -> Tensor:

@@ -231,6 +231,60 @@ def test_an_estimate_of_few_kept_weights_is_the_solution():
     assert torch.equal(result.delta, expected.delta) and result.objective == expected.objective
 
 
+def similar_masks():
+    """A problem of many iterations, and a mask in which a hundredth of the pruned weights, the dearest, is kept."""
+    W, pruned = random_weight(24, 32, 0), random_mask(24, 32, "random", 3)
+    G, A = power_law(24, 2.0, 1, 1e-3), power_law(32, 2.0, 2, 1e-3)
+    gradient = joint_update(W, pruned, G, A, *inverses(G, A)).gradient.abs()
+    return W, pruned, pruned & (gradient < gradient[pruned].quantile(0.99)), G, A
+
+
+def test_a_start_from_a_similar_mask_saves_iterations_and_finds_the_same():
+    W, other, pruned, G, A = similar_masks()
+    options = {"tolerance": 1e-3, "max_iterations": 1000}
+    first = joint_update(W, other, G, A, *inverses(G, A), **options)
+    cold = joint_update(W, pruned, G, A, *inverses(G, A), **options)
+    warm = joint_update(W, pruned, G, A, *inverses(G, A), start=-first.gradient, **options)
+    best = dense.optimum(W, pruned, G, A)
+    assert 0.3 * best < warm.bound[0] < best
+    iterations = [sum(value < 0.95 * best for value in result.bound) for result in (cold, warm)]
+    assert iterations[1] < iterations[0]
+    for result in (cold, warm):
+        assert best * (1 - 1e-9) <= result.objective[-1] <= best * 1.001
+        assert result.bound[-1] <= best * (1 + 1e-9) and result.gap <= 1e-3
+        assert_exactly_zero(W, pruned, result.delta)
+
+
+def test_a_start_at_the_solution_is_already_there():
+    W, pruned, _, G, A = similar_masks()
+    best = joint_update(W, pruned, G, A, *inverses(G, A), tolerance=1e-9, max_iterations=4000)
+    assert best.gap <= 1e-9
+    again = joint_estimate(W, pruned, G, A, *inverses(G, A), start=-best.gradient, max_iterations=0)
+    assert len(again.bound) == 1
+    assert again.bound[0] == pytest.approx(best.objective[-1], rel=1e-6)
+    assert dense.relative_error(again.gradient[pruned], best.gradient[pruned]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["random", "opposite", "zero", "elsewhere", "huge"])
+def test_any_start_finds_the_optimum(kind):
+    W, pruned, _, G, A = similar_masks()
+    plain = joint_update(W, pruned, G, A, *inverses(G, A), tolerance=1e-6, max_iterations=2000)
+    start = {
+        "random": random_weight(24, 32, 9),
+        "opposite": plain.gradient,
+        "zero": torch.zeros_like(W),
+        "elsewhere": W.masked_fill(pruned, 0.0),
+        "huge": -1e30 * plain.gradient,
+    }[kind]
+    kept = start.clone()
+    result = joint_update(W, pruned, G, A, *inverses(G, A), start=start, tolerance=1e-6, max_iterations=2000)
+    assert torch.equal(start, kept)
+    assert result.bound[0] >= 0.0 and result.gap <= 1e-6
+    assert result.objective[-1] == pytest.approx(dense.optimum(W, pruned, G, A), rel=2e-6)
+    if kind in ("opposite", "zero", "elsewhere"):  # nothing to begin with
+        assert torch.equal(result.delta, plain.delta) and result.bound == plain.bound
+
+
 def corrections(monkeypatch, *problem, **options):
     """The corrections that the dual's solvers had, one for each solver, and the result."""
     used, build = [], module.masked_cg

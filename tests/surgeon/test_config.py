@@ -162,8 +162,8 @@ def test_shots_left_out_are_resolved(options, shots):
 @pytest.mark.parametrize(
     "options, exchanges",
     [
-        ({}, 1),
-        ({"structure": "unstructured"}, 1),
+        ({}, 4),
+        ({"structure": "unstructured"}, 4),
         ({"exchanges": 0}, 0),
         ({"update": "chunked"}, 0),
         ({"kron_rank": 2}, 0),

@@ -112,10 +112,10 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     grams, cubes = 2 * FACTORS // 4, 2 * sum(n**3 for n in [*SHARED_INPUTS, *(R for R, _ in BLOCK)])
     products = 2 * sum(2 * R * C * (R + C) for R, C in BLOCK)
     _, plan = plan_of(shots=3, max_iterations=10, monkeypatch=monkeypatch)
-    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + 2 * (10 + 2) * products) + forward
+    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + (10 + 3 * 6 + 10 + 2) * products) + forward
     assert plan.seconds == pytest.approx(operations / 2.0)
     _, single = plan_of(shots=3, max_iterations=10, exchanges=0, monkeypatch=monkeypatch)
-    assert single.seconds == pytest.approx(plan.seconds - 3 * (10 + 2) * products / 2.0)
+    assert single.seconds == pytest.approx(plan.seconds - 3 * (10 + 3 * 6) * products / 2.0)
     _, again = plan_of(shots=3, max_iterations=10, checkpoint_activations=True, monkeypatch=monkeypatch)
     assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
     _, magnitude = plan_of(method="magnitude", monkeypatch=monkeypatch)

@@ -138,6 +138,20 @@ def test_exchanges_lower_the_objective_at_the_same_count_and_pattern(structure, 
     assert bool((better.weight[:, :C][chosen] == 0.0).all())
 
 
+def test_more_rounds_of_exchanges_find_a_better_selection():
+    linear, curvature = layer(False)
+    config = PruneConfig(structure="2:4", tolerance=1e-9)
+    g, a = DampedFactors(curvature, config, [linear], CPU).of(linear)
+    weight = linear.matrix(torch.float64)
+    selection = Selection(nm_select(-weight.abs(), 2, 4))
+    found = [
+        remove_and_compensate(weight, selection, g, a, dataclasses.replace(config, exchanges=rounds), linear.name)
+        for rounds in (0, 1, 4)
+    ]
+    none, one, four = (update.objective[-1] for update in found)
+    assert one < 0.8 * none and four < 0.95 * one
+
+
 def test_an_exchange_that_does_not_pay_is_taken_back(monkeypatch):
     linear, curvature = layer(False)
     config = PruneConfig(structure="unstructured", tolerance=1e-9, exchanges=0)
@@ -164,7 +178,7 @@ def test_exchanges_that_harm_are_taken_back(exchanges, monkeypatch):
     )
     assert harmed.objective[-1] <= plain.objective[-1] * (1 + 1e-8)
     # Whatever is kept goes, whatever it costs.
-    monkeypatch.setattr("llm_surgeon.update._ADVANTAGE", 1e-9)
+    monkeypatch.setattr("llm_surgeon.update.exchange_cost", lambda weight, pruned, *_: pruned.to(weight.dtype))
     harmed = remove_and_compensate(
         weight, selection, g, a, PruneConfig(tolerance=1e-9, exchanges=exchanges), linear.name
     )

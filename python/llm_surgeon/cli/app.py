@@ -131,7 +131,7 @@ def prune(
     ] = None,
     exchanges: Annotated[
         int | None,
-        _option("exchanges", "Rounds of exchanging kept and pruned weights after a joint update; 1 by default."),
+        _option("exchanges", "Rounds of exchanging kept and pruned weights within a joint update; 4 by default."),
     ] = None,
     damp_g: Annotated[
         float | None, _option("damp_g", "Damping of G, relative to its mean diagonal: 0.1, structured 0.01.")
