@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from llm_surgeon.errors import NumericalError
 from llm_surgeon.factors import DampedFactors, predicted_increase
 from llm_surgeon.kron2 import PairedCurvature, compensate_by_pairs, paired_costs
 from llm_surgeon.models import Decoder, PrunableLinear, to_list
-from llm_surgeon.offload import offloaded, pinned, store
+from llm_surgeon.offload import PinnedMemory, offloaded
 from llm_surgeon.plan import compute_device, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport, SolverTrace
@@ -48,14 +48,14 @@ class ShotLoop:
         self.correction_data = calibration  # what low-rank corrections learn from
         self.config, self.progress = config, progress
         self.device = compute_device(model, config)
-        # Where curvature and masks are kept between the passes and the layers' turns.
-        self.storage = torch.device("cpu") if config.offload == "cpu" else self.device
+        self.offload = config.offload == "cpu"
         self.plan = make_plan(model, decoder, config)
         self.batch_size = self.plan.batch_size
-        self.selections = [_nothing(linear, config, self.storage) for linear in decoder.linears]
+        self.selections: list[Selection] = []
         self.reports: list[ShotReport] = []
         self._before_update: Callable[[], object] = lambda: None
         self._dense_weights: dict[str, Tensor] = {}  # [W | b] before the first shot, where later ones need it
+        self._memory, self._factor_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._paired: PairedCurvature | None = None  # of the shot that is running, with kron_rank 2
 
     def run(self, before_update: Callable[[], object] = lambda: None) -> None:
@@ -67,11 +67,12 @@ class ShotLoop:
             NumericalError: NaN or infinity, or a factor that is not positive definite; the layer is named.
         """
         self._before_update = before_update
-        with self._offloaded():
+        with closing(self._memory), closing(self._factor_memory), self._offloaded():
+            self.selections = [self._nothing(linear) for linear in self.decoder.linears]
             self._run()
 
     def _offloaded(self) -> AbstractContextManager[None]:
-        return offloaded(self.model, self.decoder, self.device) if self.config.offload == "cpu" else nullcontext()
+        return offloaded(self.model, self.decoder, self.device) if self.offload else nullcontext()
 
     def _run(self) -> None:
         assert self.config.shots is not None
@@ -94,6 +95,7 @@ class ShotLoop:
         seconds: dict[str, float] = {}
         curvature, factors, threshold, predicted = None, None, None, None
         traces: list[SolverTrace] = []
+        self._factor_memory.reuse()
         with self._phase("curvature", seconds):
             if config.method in ("magnitude", "sparsegpt"):
                 loss = mean_loss(self.model, self.calibration, self.batch_size)
@@ -138,6 +140,7 @@ class ShotLoop:
         )
 
     def _estimate(self, index: int) -> Curvature:
+        kept_apart = self.offload or self.config.curvature_layers is not None
         return estimate_curvature(
             self.model,
             self.decoder,
@@ -148,7 +151,7 @@ class ShotLoop:
             gradients=self.config.method in GLOBAL_METHODS,
             checkpoint_activations=self.plan.checkpoint_activations,
             blocks_per_pass=self.plan.blocks_per_pass,
-            store=store if self.config.offload == "cpu" or self.config.curvature_layers is not None else None,
+            store=self._factor_memory.store if kept_apart else None,
             progress=self.progress.step,
         )
 
@@ -168,8 +171,8 @@ class ShotLoop:
                 )
             )
             previous = [selection.pruned for selection in self.selections]
-            self.selections, threshold = select_elements(costs, previous, self.config, target)
-        self.selections = [selection.to(self.storage) for selection in self.selections]
+            out = previous if self.offload else None
+            self.selections, threshold = select_elements(costs, previous, self.config, target, out)
         return threshold
 
     def _update(self, factors: DampedFactors | None) -> tuple[float | None, list[SolverTrace]]:
@@ -191,7 +194,11 @@ class ShotLoop:
                     new = compensate_by_pairs(around, selection, self._paired.of(linear), self.config)
                 factors.note_jitter(linear, new.jitter)
             if new.selection is not selection:  # exchanges changed it
-                selection_of[linear.name] = new.selection.to(self.storage)
+                if self.offload:
+                    mask = selection_of[linear.name].pruned
+                    mask.copy_(new.selection.pruned, non_blocking=mask.is_pinned())
+                else:
+                    selection_of[linear.name] = new.selection
             linear.write(new.weight)
             if new.objective:
                 traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
@@ -215,9 +222,21 @@ class ShotLoop:
             return weight
         if linear.name not in self._dense_weights:
             own = weight.to(linear.weight.dtype)
-            self._dense_weights[linear.name] = pinned(own) if self.config.offload == "cpu" else own
+            self._dense_weights[linear.name] = self._memory.copy(own) if self.offload else own
             return weight
         return self._dense_weights[linear.name].to(self.device, non_blocking=True).to(weight.dtype)
+
+    def _nothing(self, linear: PrunableLinear) -> Selection:
+        """The empty selection a run starts from: on the device, or in main memory where that keeps the weights."""
+        device = torch.device("cpu") if self.offload else self.device
+        if not self.config.pattern.single_weights:
+            return Selection.of_rows_columns(
+                torch.zeros(linear.rows, dtype=torch.bool, device=device),
+                torch.zeros(linear.columns, dtype=torch.bool, device=device),
+            )
+        if self.offload:
+            return Selection(self._memory.empty((linear.rows, linear.columns), torch.bool).zero_())
+        return Selection(torch.zeros(linear.rows, linear.columns, dtype=torch.bool, device=device))
 
     def _each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:
         results = []
@@ -236,20 +255,10 @@ class ShotLoop:
         seconds[name] = time.perf_counter() - begun
 
     def _sparsity(self) -> float:
-        removed = sum(to_list([selection.pruned.sum() for selection in self.selections]))
+        removed = sum(to_list([selection.pruned.count_nonzero() for selection in self.selections]))
         return removed / sum(selection.pruned.numel() for selection in self.selections)
 
     @staticmethod
     def _record_loss_after(report: ShotReport, loss: float | None) -> None:
         if loss is not None and report.loss_before is not None:
             report.measured_increase = loss - report.loss_before
-
-
-def _nothing(linear: PrunableLinear, config: PruneConfig, device: torch.device) -> Selection:
-    """The empty selection a run starts from."""
-    if not config.pattern.single_weights:
-        return Selection.of_rows_columns(
-            torch.zeros(linear.rows, dtype=torch.bool, device=device),
-            torch.zeros(linear.columns, dtype=torch.bool, device=device),
-        )
-    return Selection(torch.zeros(linear.rows, linear.columns, dtype=torch.bool, device=device))
