@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, OPTConfig, PersimmonConfig, PersimmonForCausalLM
 
 from llm_surgeon import InputError, NumericalError, PruneConfig, UnsupportedModelError, prune
@@ -13,7 +14,7 @@ from llm_surgeon.structures.residual import find_residual, kept_width, remove_ch
 from tests.surgeon.tiny_models import VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
-NAMES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox")
+NAMES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt_neox")
 
 
 def logits(model):
@@ -140,7 +141,9 @@ def test_widths_divide_by_heads_and_rounding():
 @pytest.mark.parametrize(
     "name, error, words", [("gemma", NumericalError, "keep its width"), ("gpt2", InputError, "tied")]
 )
-def test_what_cannot_be_narrowed_is_refused_and_left_as_it_was(name, error, words):
+def test_what_cannot_be_narrowed_is_refused_and_left_as_it_was(name, error, words, monkeypatch):
+    if error is NumericalError:  # a model whose narrower self computes something else
+        monkeypatch.setattr("llm_surgeon.structures.residual.same_logits", lambda *_: False)
     model = build(name)
     state, before = copy.deepcopy(model.state_dict()), logits(model)
     with pytest.raises(error, match=words):
@@ -152,6 +155,49 @@ def test_what_cannot_be_narrowed_is_refused_and_left_as_it_was(name, error, word
 def test_blocks_cannot_be_skipped():
     with pytest.raises(InputError, match="skip_layers has no meaning for width"):
         PruneConfig(structure="width", skip_layers="0")
+
+
+def small(prefix, **options):
+    """A random model of a class of transformers with the usual sizes, norms included."""
+    config = getattr(transformers, f"{prefix}Config")(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["Gemma2", "Nemotron"])
+def test_norms_behind_writers_and_weights_with_one_added(prefix, tmp_path):
+    """Gemma 2 norms what it adds to the stream, multiplies its embedding by the root of the width and its norms by
+    ``1 + weight``; Nemotron does the last with layer norms."""
+    model = small(prefix)
+    residual = find_residual(model, find_decoder(model))
+    assert set(residual.offsets.values()) == {1.0} and residual.centred == (prefix == "Nemotron")
+    assert (len(residual.norms), len(residual.output_norms)) == ((5, 4) if prefix == "Gemma2" else (5, 0))
+    removed = torch.arange(32) % 4 == 1
+    residual = zeroed(model, removed)
+    before = logits(model)
+    remove_channels(model, find_decoder(model), residual, removed)
+    torch.testing.assert_close(logits(model), before, rtol=0.0, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert model.config.hidden_size == 24 and not hasattr(model, "is_pruned")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize(
+    "prefix, words",
+    [("Olmo2", r"layers\.0\.self_attn\.q_proj reads the residual stream without a norm"), ("Cohere", "is tied to the")],
+)
+def test_streams_that_cannot_be_narrowed_are_refused_before_anything_is_done(prefix, words):
+    model = small(prefix)
+    with pytest.raises(InputError, match=words):
+        find_residual(model, find_decoder(model))
 
 
 def test_a_model_that_could_not_be_loaded_again_is_left_as_it_was():

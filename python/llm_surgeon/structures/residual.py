@@ -15,8 +15,9 @@ from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models import Decoder, PrunableLinear
 from llm_surgeon.structures import modeling_pruned
 from llm_surgeon.structures.narrow import become_pruned, check_reloads, probe_logits, same_logits, undone_on_failure
+from llm_surgeon.structures.norms import norm_kind, sort_norms
 from llm_surgeon.structures.probe import Dependencies, StubbedBlock, capture_inputs
-from llm_surgeon.structures.rebuild import build_block, weight_shape
+from llm_surgeon.structures.rebuild import build_block, reloaded, weight_shape
 
 # Norms compute in float32 in models of any dtype, and here over other numbers of channels.
 _ROUNDING = 1e-5
@@ -28,8 +29,11 @@ class Residual:
 
     Attributes:
         readers, writers: the decoder's linears whose columns, or rows, are channels.
-        embeddings: modules that start the stream, a channel a column; norms: modules with one number a channel.
+        embeddings: modules that start the stream, a channel a column.
+        norms: modules that norm the stream; output_norms: those that norm what is then added to it.
         final_norm: the norm before the output head; tied: the head is the token embedding.
+        centred: norms subtract the mean.
+        offsets: norm -> what it adds to its weight before it multiplies by it (1 in Gemma's).
     """
 
     width: int
@@ -37,9 +41,12 @@ class Residual:
     writers: list[PrunableLinear]
     embeddings: list[nn.Embedding]
     norms: list[nn.Module]
+    output_norms: list[nn.Module]
     final_norm: nn.Module
     head: nn.Linear
     tied: bool
+    centred: bool
+    offsets: dict[nn.Module, float]
 
 
 def find_residual(model: PreTrainedModel, decoder: Decoder) -> Residual:
@@ -54,29 +61,36 @@ def find_residual(model: PreTrainedModel, decoder: Decoder) -> Residual:
     head = model.get_output_embeddings()
     readers, writers = find_ends(model, decoder)
     explained = {id(linear.module) for linear in decoder.linears} | {id(head)}
-    embeddings, norms = [], []
+    embeddings, candidates = [], {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if id(module) in explained or not any(width in parameter.shape for parameter in own.values()):
             continue
         if isinstance(module, nn.Embedding) and module.embedding_dim == width:
             embeddings.append(module)
-        elif all(parameter.shape == (width,) for parameter in own.values()):
-            norms.append(module)
+        elif own.keys() in ({"weight"}, {"weight", "bias"}) and all(x.shape == (width,) for x in own.values()):
+            candidates[name] = module
         else:
             raise UnsupportedModelError(
                 f"{name} has the residual width in a way that is not understood: keep the width"
             )
-    outside = [norm for norm in norms if not any(norm in set(block.modules()) for block in decoder.blocks)]
+    norms, output_norms, outside = sort_norms(model, decoder, candidates, readers, writers)
     if not outside:
         raise UnsupportedModelError(f"{type(model).__name__} has no norm before its output head: keep the width")
+    norms, output_norms = [*norms, outside[-1]], [*output_norms, *outside[:-1]]
+    kinds = {module: norm_kind(name, module) for name, module in candidates.items()}
+    centred = any(kinds[norm][1] for norm in norms)
     tied = head.weight is model.get_input_embeddings().weight
-    if tied and any(isinstance(norm, nn.LayerNorm) for norm in norms):
+    if tied and centred:
         raise InputError(
             f"the output head of {type(model).__name__} is tied to the token embedding, and layer norms need that "
             "centred: its width cannot be changed"
         )
-    return Residual(width, readers, writers, embeddings, norms, outside[-1], head, tied)
+    for name, module in candidates.items():
+        if module in output_norms and (centred or kinds[module][1] or getattr(module, "bias", None) is not None):
+            raise UnsupportedModelError(f"{name} norms what is added to the residual stream: keep the width")
+    offsets = {norm: kinds[norm][0] for norm in norms}
+    return Residual(width, readers, writers, embeddings, norms, output_norms, outside[-1], head, tied, centred, offsets)
 
 
 def find_ends(model: PreTrainedModel, decoder: Decoder) -> tuple[list[PrunableLinear], list[PrunableLinear]]:
@@ -118,16 +132,15 @@ def zero_channels(residual: Residual, removed: Tensor) -> None:
     A layer norm does not see a constant added to the channels it reads, so making the mean of those that are left zero
     changes nothing for a norm over them alone; and with zeros for the others the mean over all is theirs too.
     """
-    centred = any(isinstance(norm, nn.LayerNorm) for norm in residual.norms)
     kept = ~removed
     for embedding in residual.embeddings:
         embedding.weight[:, removed] = 0.0
-        if centred:
+        if residual.centred:
             embedding.weight[:, kept] -= embedding.weight[:, kept].mean(dim=1, keepdim=True)
     for writer in residual.writers:
         matrix = writer.matrix(torch.promote_types(writer.module.get_parameter("weight").dtype, torch.float32))
         matrix[removed] = 0.0
-        if centred:
+        if residual.centred:
             matrix[kept] -= matrix[kept].mean(dim=0, keepdim=True)
         writer.write(matrix)
 
@@ -143,32 +156,67 @@ def remove_channels(model: PreTrainedModel, decoder: Decoder, residual: Residual
         NumericalError: the narrower model computes something else. UnsupportedModelError: no class builds it. The model
             is as it was.
     """
-    before = probe_logits(model)
+    before, stream = probe_logits(model), capture_inputs(model, decoder.blocks[0])[0]
     kept, scale = ~removed, math.sqrt(int((~removed).sum()) / residual.width)
     with undone_on_failure(model):
-        for embedding in residual.embeddings:
-            weight = nn.Parameter((embedding.weight[:, kept] * scale).contiguous(), embedding.weight.requires_grad)
-            if residual.tied and embedding.weight is residual.head.weight:
-                residual.head.weight, residual.head.in_features = weight, weight.shape[1]
-            embedding.weight, embedding.embedding_dim = weight, weight.shape[1]
         if not residual.tied:
             head = residual.head
             head.weight = nn.Parameter(head.weight[:, kept].contiguous(), head.weight.requires_grad)
             head.in_features = head.weight.shape[1]
-        for norm in residual.norms:
-            # A tied head has been scaled with the embedding.
-            factor = 1 / scale**2 if residual.tied and norm is residual.final_norm else 1 / scale
-            for name, parameter in list(norm.named_parameters(recurse=False)):
-                part = parameter[kept] * (factor if name == "weight" else factor * scale)
-                setattr(norm, name, nn.Parameter(part, parameter.requires_grad))
-            if isinstance(norm, nn.LayerNorm):
-                norm.normalized_shape = (int(kept.sum()),)
         for linear in {x.name: x for x in (*residual.readers, *residual.writers)}.values():
             _slice(linear, kept, linear in residual.readers, linear in residual.writers, scale)
+        _set_embeddings(residual, kept, scale)
+        for norm in (*residual.norms, *residual.output_norms):
+            _slice_norm(norm, kept, residual.offsets.get(norm, 0.0), 1 / scale if norm in residual.norms else 1.0)
         _resize(model, decoder, residual.width, int(kept.sum()))
+        _adopt_sizes(model, reloaded(model))
+        # Some models multiply the embedding by the root of the width.
+        now = capture_inputs(model, decoder.blocks[0])[0]
+        more = scale * float((stream[..., kept] * now).sum() / now.square().sum())
+        _set_embeddings(residual, torch.ones_like(kept[kept]), more)
+        if residual.tied:  # the head has been scaled with the embedding
+            offset = residual.offsets[residual.final_norm]
+            _slice_norm(residual.final_norm, torch.ones_like(kept[kept]), offset, 1 / (scale * more), bias=True)
         if not same_logits(probe_logits(model), before, _ROUNDING):
             raise NumericalError("the narrower model's logits differ from the zeroed model's: keep its width")
         check_reloads(model)
+
+
+def _set_embeddings(residual: Residual, kept: Tensor, factor: float) -> None:
+    for embedding in residual.embeddings:
+        old = embedding.weight
+        weight = nn.Parameter((old[:, kept] * factor).contiguous(), old.requires_grad)
+        if residual.tied and old is residual.head.weight:
+            residual.head.weight, residual.head.in_features = weight, weight.shape[1]
+        embedding.weight, embedding.embedding_dim = weight, weight.shape[1]
+
+
+def _slice_norm(norm: nn.Module, kept: Tensor, offset: float, factor: float, *, bias: bool = False) -> None:
+    """Keep some channels and multiply the gain, ``weight + offset``, by ``factor``; with ``bias`` the bias, too."""
+    for name, parameter in list(norm.named_parameters(recurse=False)):
+        part = parameter[kept]
+        if name == "weight":
+            part = (part.to(torch.promote_types(part.dtype, torch.float32)) + offset) * factor - offset
+        elif bias:
+            part = part * factor
+        setattr(norm, name, nn.Parameter(part.to(parameter.dtype), parameter.requires_grad))
+    if isinstance(norm, nn.LayerNorm):
+        norm.normalized_shape = (int(kept.sum()),)
+
+
+def _adopt_sizes(model: PreTrainedModel, built: PreTrainedModel) -> None:
+    """Give the modules of ``model`` the numbers, buffers that are not stored included, of ``built``'s."""
+    for name, module in built.named_modules():
+        own = model.get_submodule(name)
+        for key, value in vars(module).items():
+            if type(value) in (int, float) and vars(own).get(key, value) != value:
+                vars(own)[key] = value
+        buffers = dict(own._buffers)
+        for key in own._non_persistent_buffers_set:
+            old, new = buffers[key], module._buffers[key]
+            if old is not None and new is not None and not torch.allclose(old.double(), new.double(), rtol=1e-3):
+                buffers[key] = new.to(old.dtype)
+        vars(own)["_buffers"] = buffers
 
 
 def _slice(linear: PrunableLinear, kept: Tensor, reads: bool, writes: bool, scale: float) -> None:
