@@ -19,8 +19,9 @@ from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
+from llm_surgeon.structures.channels import remove_channels, zero_channels
 from llm_surgeon.structures.importance import line_importance, weight_gradients
-from llm_surgeon.structures.residual import find_residual, kept_width, remove_channels, zero_channels
+from llm_surgeon.structures.residual import find_residual, kept_width
 from surgeon_kernels import NotPositiveDefiniteError, damp, gram_accumulate_, rows_columns_update, spd_inverse
 
 
