@@ -21,6 +21,9 @@ from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import check_model, prune
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import choose_device, require_disk, require_memory
+from llm_surgeon.structures.blocks import reachable_blocks
+from llm_surgeon.structures.loop import reachable_dimensions
+from llm_surgeon.structures.width import reachable_width
 
 # Options about a GPU's memory alone.
 _GPU_OPTIONS = ("offload", "gpu_memory")
@@ -116,6 +119,16 @@ class CheckpointJob:
         self.correction_data = (
             None if lora_text is None else calibration_windows(tokenize(lora_text, self.tokenizer), *shape)
         )
+
+    def check_structure(self) -> None:
+        """Raise :class:`InputError` where the model cannot become smaller as asked, as :meth:`run` would."""
+        kind = self.config.pattern.kind
+        if kind == "groups":
+            reachable_dimensions(self.model, self.decoder, self.config)
+        elif kind == "width":
+            reachable_width(self.model, self.decoder, self.config)
+        elif kind == "layers":
+            reachable_blocks(self.decoder, self.config)
 
     def plan(self) -> Plan:
         """How the run would go: memory, disk and time."""

@@ -204,7 +204,10 @@ class PruneConfig:
             match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
             if match is None:
                 raise InputError(f"skip_layers must be block numbers such as '0-3,30,31', not {self.skip_layers!r}")
-            found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise InputError(f"skip_layers holds {part.strip()}, which ends before it begins")
+            found.update(range(first, last + 1))
         return frozenset(found)
 
     @classmethod
@@ -283,6 +286,8 @@ class PruneConfig:
             raise InputError("skip_layers has no meaning for width: channels leave every block")
         if structure.kind in ("width", "layers") and self.lora_rank:
             raise InputError(f"lora_rank has no meaning for {structure.kind}: recover the pruned model instead")
+        if structure.kind == "layers" and self.round_to != 1:
+            raise InputError("round_to has no meaning for layers: whole blocks go")
         defaults = {"importance": "kronecker", "round_to": 1, "uniform": False, "skip_layers": ""}
         for name, default in defaults.items():
             if not structure.coupled and getattr(self, name) != default:

@@ -16,6 +16,7 @@ from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.recover import _split, recover, recover_checkpoint
 from llm_surgeon.recovery.training import Windows, distillation_loss
 from llm_surgeon.recovery.zeros import zero_masks
+from llm_surgeon.structures.compact import compact
 from tests.surgeon.checkpoints import save_folder, tree
 from tests.surgeon.tiny_models import VOCABULARY, build
 
@@ -276,3 +277,22 @@ def test_training_sees_nothing_of_what_is_held_out() -> None:
     assert int(windows.min()) == 0 and int(windows.max()) == 183
     with pytest.raises(InputError, match="the text has 31 tokens: training and held-out data need 32"):
         _split(torch.arange(31), RecoverConfig(seqlen=16))
+
+
+def test_a_compact_model_is_not_trained():
+    model = build("llama")
+    prune(model, WINDOWS[:4], structure="rows-columns", sparsity=0.4, shots=1)
+    compact(model)
+    with pytest.raises(InputError, match="the model is compact: recover the checkpoint it was made from"):
+        recover(model, WINDOWS, HELD_OUT)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(folders):
+    source, out, data = folders
+    other = save_folder(source.with_name("other"), build("llama"))
+    words = json.loads((other / "tokenizer.json").read_text())
+    words["model"]["vocab"] |= {"w2": 3, "w3": 2}
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(InputError, match="other' has another tokenizer than the model"):
+        recover_checkpoint(source, out, teacher=other, data=data, device="cpu", seqlen=16, **OPTIONS)
+    assert not out.exists()

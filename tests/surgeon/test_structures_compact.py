@@ -100,6 +100,9 @@ def test_checkpoints_are_compacted_and_dense_ones_refused(tmp_path):
     (tmp_path / "zeros" / "README.md").write_text("stored as zeros")  # not true any more
     found = compact_checkpoint(tmp_path / "zeros", tmp_path / "out")
     assert (tmp_path / "out" / "report.html").read_text() == "how it was pruned"
+    for name, ours in (("before", tmp_path / "zeros"), ("after", tmp_path / "out")):
+        parameters = sum(parameter.numel() for parameter in load_model(ours)[0].parameters())
+        assert found.sizes[name]["parameters"] == parameters
     assert not (tmp_path / "out" / "README.md").exists()
     loaded, _, _ = load_model(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,6 +82,7 @@ def _option(name: str, text: str, *flags: str) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and turns errors into one line on stderr and an exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what others will rename is no concern of the user's
     transformers.utils.logging.disable_progress_bar()  # its bars would run through ours
     transformers.utils.logging.set_verbosity_error()  # what is wrong with a model is said here, in one sentence
     try:
@@ -202,6 +204,7 @@ def prune(
     for name in job.unused:
         print(f"surgeon: --{name.replace('_', '-')} has no effect: this runs on {job.device}, no GPU", file=sys.stderr)
     if dry_run:
+        job.check_structure()
         views.print_plan(console, job)
         return
     with progress_bars(quiet) as progress:

@@ -83,6 +83,8 @@ class RecoverConfig:
         require_number("weight_decay", self.weight_decay, 0.0, float("inf"), low_allowed=True)
         require_number("dropout", self.dropout, 0.0, 1.0, low_allowed=True)
         require_number("warmup_steps", self.warmup_steps, 0, float("inf"), low_allowed=True)
+        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            raise InputError(f"warmup_steps {self.warmup_steps} leave nothing of the {self.steps} steps: take fewer")
         require_number("seed", self.seed, 0, float("inf"), low_allowed=True)
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:

@@ -27,6 +27,7 @@ from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
 from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.resources import choose_device
+from llm_surgeon.structures.modeling_pruned import CompactLinear
 
 # Of the text: at least a window, at most so many.
 _HELD_OUT_FRACTION = 0.02
@@ -99,6 +100,8 @@ def recover(
         raise InputError("give either config or single options, not both")
     config = config or RecoverConfig.from_mapping(options)
     windows, held_out = Calibration.of(windows), Calibration.of(held_out)
+    if any(isinstance(module, CompactLinear) for module in model.modules()):
+        raise InputError("the model is compact: recover the checkpoint it was made from, then compact that")
     decoder = find_decoder(model)
     check_finite(decoder)
     _check_trainable(model, teacher)
@@ -173,7 +176,9 @@ def recover_checkpoint(
     dense = None
     if teacher is not None:
         half = torch.bfloat16 if place.type == "cuda" else torch.float32
-        dense, _, _ = load_model(teacher, dtype=half, device=place, trust_remote_code=trust_remote_code)
+        dense, its_own, _ = load_model(teacher, dtype=half, device=place, trust_remote_code=trust_remote_code)
+        if its_own.get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"the teacher {str(teacher)!r} has another tokenizer than the model")
         dense.requires_grad_(False)
     config = dataclasses.replace(
         config, seqlen=choose_seqlen(config.seqlen or min(512, choose_seqlen(None, model)), model)

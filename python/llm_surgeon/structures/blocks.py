@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.capture import mean_loss
-from llm_surgeon.config import GRADIENT_IMPORTANCES
+from llm_surgeon.config import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models import Decoder
 from llm_surgeon.report.schema import ShotReport
@@ -34,20 +34,8 @@ class BlockLoop(ShotLoop):
     """
 
     def _run(self) -> None:
-        config, blocks = self.config, len(self.decoder.blocks)
-        assert config.sparsity is not None
-        self._sizes = [0] * blocks
-        for linear in self.decoder.linears:
-            self._sizes[linear.depth] += linear.rows * linear.columns
-        if config.skipped_layers and max(config.skipped_layers) >= blocks:
-            raise InputError(f"skip_layers names block {max(config.skipped_layers)}, and the model has {blocks}")
-        candidates = [depth for depth in range(blocks) if depth not in config.skipped_layers]
-        target = math.ceil(config.sparsity * sum(self._sizes) - 1e-6)
-        if config.skip_layers and sum(self._sizes[depth] for depth in candidates) < target:
-            raise InputError(f"sparsity {config.sparsity:g} cannot be met while blocks {config.skip_layers} stay")
-        if blocks == 1 or target > sum(self._sizes) - min(self._sizes):
-            stay = f"one of {blocks} blocks" if blocks > 1 else "its only block"
-            raise InputError(f"sparsity {config.sparsity:g} would empty the model: {stay} must stay")
+        config = self.config
+        self._sizes, target = reachable_blocks(self.decoder, config)
         if config.reconstruct:
             try:
                 self._writers = {writer.kind for writer in find_ends(self.model, self.decoder)[1]}
@@ -120,6 +108,25 @@ class BlockLoop(ShotLoop):
         for linear in linears:
             costs[linear.depth] += float(line_importance(linear, importance, gradients, dim=1).sum())
         return costs
+
+
+def reachable_blocks(decoder: Decoder, config: PruneConfig) -> tuple[list[int], int]:
+    """Weights of every block, and how many must go; :class:`InputError` where ``config`` cannot be met."""
+    assert config.sparsity is not None
+    blocks = len(decoder.blocks)
+    sizes = [0] * blocks
+    for linear in decoder.linears:
+        sizes[linear.depth] += linear.rows * linear.columns
+    if config.skipped_layers and max(config.skipped_layers) >= blocks:
+        raise InputError(f"skip_layers names block {max(config.skipped_layers)}, and the model has {blocks}")
+    target = math.ceil(config.sparsity * sum(sizes) - 1e-6)
+    candidates = sum(size for depth, size in enumerate(sizes) if depth not in config.skipped_layers)
+    if config.skip_layers and candidates < target:
+        raise InputError(f"sparsity {config.sparsity:g} cannot be met while blocks {config.skip_layers} stay")
+    if blocks == 1 or target > sum(sizes) - min(sizes):
+        stay = f"one of {blocks} blocks" if blocks > 1 else "its only block"
+        raise InputError(f"sparsity {config.sparsity:g} would empty the model: {stay} must stay")
+    return sizes, target
 
 
 def remove_blocks(model: PreTrainedModel, decoder: Decoder, removed: list[int]) -> None:

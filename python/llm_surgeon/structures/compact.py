@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.checkpoint import check_output, load_model, pruning_records, save_checkpoint
+from llm_surgeon.data import choose_seqlen
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models import Decoder, PrunableLinear, find_decoder
 from llm_surgeon.structures.dimension import Dimension
@@ -23,6 +24,9 @@ from llm_surgeon.structures.narrow import (
     same_logits,
     undone_on_failure,
 )
+from llm_surgeon.structures.size import model_size
+
+_PROMPT = 64  # tokens that latency is measured with
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class Compacted:
 
     Attributes:
         neurons: taken out of the model altogether; linears: those that gather inputs or outputs.
+        sizes: of a checkpoint, what :func:`model_size` finds ``"before"`` and ``"after"``.
     """
 
     before: int
     after: int
     neurons: int
     linears: int
+    sizes: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def compact_checkpoint(
@@ -49,11 +55,13 @@ def compact_checkpoint(
     """
     check_output(out, source, overwrite)
     model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
+    ids = torch.arange(min(_PROMPT, choose_seqlen(None, model)))[None] % model.get_input_embeddings().num_embeddings
+    before = model_size(model, ids)
     found = compact(model)
     if found.before == found.after:
         raise InputError(f"model {str(source)!r} has no zero rows or columns: prune it with structure rows-columns")
     save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=pruning_records(source), overwrite=overwrite)
-    return found
+    return replace(found, sizes={"before": before, "after": model_size(model, ids)})
 
 
 def compact(model: PreTrainedModel, multiple: int = 8) -> Compacted:

@@ -38,13 +38,8 @@ class GroupLoop(ShotLoop):
     def __init__(
         self, model: nn.Module, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
     ) -> None:
-        self.dimensions = [_alone(dimension) for dimension in find_dimensions(model, decoder)]
-        if config.skipped_layers and max(config.skipped_layers) >= len(decoder.blocks):
-            raise InputError(
-                f"skip_layers names block {max(config.skipped_layers)}, and the model has {len(decoder.blocks)}"
-            )
+        self.dimensions = [_alone(dimension) for dimension in reachable_dimensions(model, decoder, config)]
         self._consumers = Decoder(decoder.blocks, [dimension.consumer for dimension in self.dimensions])
-        check_reachable(self.dimensions, config, sum(x.rows * x.columns for x in decoder.linears))
         super().__init__(model, decoder, calibration, config, progress)
         self.removed = [
             torch.zeros(d.groups, d.parts, dtype=torch.bool, device=d.columns.device) for d in self.dimensions
@@ -206,6 +201,17 @@ class GroupLoop(ShotLoop):
         for done, pair in enumerate(zip(self.dimensions, self.removed, strict=True)):
             self.progress.step(done, len(self.dimensions), pair[0].consumer.name)
             yield pair
+
+
+def reachable_dimensions(model: nn.Module, decoder: Decoder, config: PruneConfig) -> list[Dimension]:
+    """What groups can leave; :class:`InputError` unless ``config`` can be met there."""
+    if config.skipped_layers and max(config.skipped_layers) >= len(decoder.blocks):
+        raise InputError(
+            f"skip_layers names block {max(config.skipped_layers)}, and the model has {len(decoder.blocks)}"
+        )
+    dimensions = find_dimensions(model, decoder)
+    check_reachable(dimensions, config, sum(x.rows * x.columns for x in decoder.linears))
+    return dimensions
 
 
 def _alone(dimension: Dimension) -> Dimension:

@@ -21,7 +21,7 @@ from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.channels import remove_channels, zero_channels
 from llm_surgeon.structures.importance import line_importance, weight_gradients
-from llm_surgeon.structures.residual import find_residual, kept_width
+from llm_surgeon.structures.residual import Residual, find_residual, kept_width
 from surgeon_kernels import NotPositiveDefiniteError, damp, gram_accumulate_, rows_columns_update, spd_inverse
 
 
@@ -36,11 +36,8 @@ class WidthLoop(ShotLoop):
     def __init__(
         self, model: nn.Module, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
     ) -> None:
-        self.residual = find_residual(model, decoder)
+        self.residual, self._goal = reachable_width(model, decoder, config)
         super().__init__(model, decoder, calibration, config, progress)
-        heads = getattr(model.config, "num_attention_heads", 1)
-        assert config.sparsity is not None
-        self._goal = kept_width(self.residual, config.sparsity, config.round_to, heads, config.min_kept)
         self.removed = torch.zeros(self.residual.width, dtype=torch.bool, device=self.device)
 
         outside = [self.residual.head.weight, *(embedding.weight for embedding in self.residual.embeddings)]
@@ -184,6 +181,14 @@ class WidthLoop(ShotLoop):
             return rows_columns_update(weight, None, A[:size, :size], no_rows, columns, name=name)
         except NotPositiveDefiniteError as error:
             raise NumericalError(f"update of {name}: {error}") from error
+
+
+def reachable_width(model: Any, decoder: Decoder, config: PruneConfig) -> tuple[Residual, int]:
+    """Who has the residual width, and what ``config`` makes of it; :class:`InputError` where that cannot be."""
+    residual = find_residual(model, decoder)
+    heads = getattr(model.config, "num_attention_heads", 1)
+    assert config.sparsity is not None
+    return residual, kept_width(residual, config.sparsity, config.round_to, heads, config.min_kept)
 
 
 class _Moments:
