@@ -228,6 +228,9 @@ def test_an_interrupted_recovery_goes_on_where_it_was(folders, monkeypatch):
         recover_checkpoint(source, out, **options)
     with pytest.raises(InputError, match="the interrupted recovery has rank 4, not 2"):
         recover_checkpoint(source, out, **options | {"rank": 2}, resume=True)
+    state = out.with_name(".out.training")
+    shutil.copytree(state / "checkpoint-4", state / "checkpoint-8")  # a kill while Trainer wrote the next one
+    (state / "checkpoint-8" / "trainer_state.json").write_text('{"best_')
     resumed = recover_checkpoint(source, out, **options, resume=True)
     assert math.isclose(resumed.loss_after, whole.loss_after, rel_tol=1e-5)
     assert not list(out.parent.glob(".out*"))
