@@ -18,8 +18,9 @@ from surgeon_kernels import SymmetricAccumulator
 _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed in
 # Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things.
 _CPU_TOKENS, _GPU_TOKENS = 4096, 8192
-# Matrices of a layer's shape that the joint solver holds.
-_SOLVER_MATRICES = 10
+# Matrices of a layer's shape that the joint solver holds: the weight, the mask, and at most 12.6 more at any shape
+# (`workspace_matrices` of bench/joint_update.py; tests/surgeon/test_plan_gpu.py).
+_SOLVER_MATRICES = 14
 # Those of a solution that waits for the next one, to be exchanged for it: Δ, G Δ A and costs.
 _SOLUTION_MATRICES = 3
 # Gradients of a block's widest layer that are alive at once in its backward pass.
