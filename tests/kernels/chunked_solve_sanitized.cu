@@ -8,29 +8,11 @@
 #include <random>
 
 #include "chunked_solve.h"
+#include "sanitized.h"
 
 using namespace surgeon;
 
 namespace {
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) std::printf("%s\n", cudaGetErrorString(error)), std::exit(1);
-}
-
-template <typename T>
-T* upload(const std::vector<T>& values) {
-  T* device = nullptr;
-  check(cudaMalloc(&device, sizeof(T) * values.size()));
-  check(cudaMemcpy(device, values.data(), sizeof(T) * values.size(), cudaMemcpyHostToDevice));
-  return device;
-}
-
-template <typename T>
-std::vector<T> download(const T* device, size_t size) {
-  std::vector<T> values(size);
-  check(cudaMemcpy(values.data(), device, sizeof(T) * size, cudaMemcpyDeviceToHost));
-  return values;
-}
 
 void expect(bool good, const char* what, double value) {
   if (!good) std::printf("%s: %g\n", what, value), std::exit(1);

@@ -11,22 +11,11 @@
 #include <vector>
 
 #include "linear_2_4.h"
+#include "sanitized.h"
 
 using namespace surgeon;
 
 namespace {
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) std::printf("%s\n", cudaGetErrorString(error)), std::exit(1);
-}
-
-template <typename T>
-T* upload(const std::vector<T>& values) {
-  T* device = nullptr;
-  check(cudaMalloc(&device, sizeof(T) * values.size()));
-  check(cudaMemcpy(device, values.data(), sizeof(T) * values.size(), cudaMemcpyHostToDevice));
-  return device;
-}
 
 std::mt19937 generator(0);
 
@@ -86,7 +75,7 @@ int compare(int rows, int columns, int tokens, Activation activation) {
     const cudaError_t status = linear_2_4_run(call, choice, nullptr);
     if (status == cudaErrorNotSupported) continue;
     check(status);
-    check(cudaMemcpy(y.data(), device_y, sizeof(y[0]) * y.size(), cudaMemcpyDeviceToHost));
+    y = download(device_y, y.size());
     for (size_t i = 0; i < y.size(); ++i) {
       const double value = __bfloat162float(y[i]);
       if (!(std::abs(value - exact[i]) <= 0.01 * std::abs(exact[i]) + 0.01))

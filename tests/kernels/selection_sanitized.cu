@@ -12,16 +12,11 @@
 
 #include "cost_threshold.h"
 #include "nm_select.h"
+#include "sanitized.h"
 
 namespace {
 
 int wrong = 0;
-
-void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("%s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
 
 template <typename T>
 class DeviceArray {
