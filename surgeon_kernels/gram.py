@@ -101,16 +101,16 @@ def _accumulate_with_kernel(
     target: Tensor, rows: Tensor, mask: Tensor | None, alpha: float, ones_column: bool, config: GramConfig, packed: bool
 ) -> None:
     """Adds to the lower triangle of ``target``."""
-    from surgeon_kernels import gram_triton, rows_triton
+    from surgeon_kernels import gram_rows_triton, gram_triton
 
     tokens, columns = rows.shape
     unaligned = columns * rows.element_size() % 16 > 0
     if mask is not None or not gram_triton.readable(rows) or (ones_column and (unaligned or not packed)):
-        rows = rows_triton.gather_rows(rows, mask, ones_column=ones_column)[:, : columns + ones_column]
+        rows = gram_rows_triton.gather_rows(rows, mask, ones_column=ones_column)[:, : columns + ones_column]
         columns += ones_column
     elif ones_column:
         # Cheaper than a copy of a large matrix, and the product need not be wider than x.
-        rows_triton.add_column_sums_(target, rows, alpha)
+        gram_rows_triton.add_column_sums_(target, rows, alpha)
     gram_triton.accumulate_(
         target, rows, alpha, gram_triton.plan(columns, tokens, rows.dtype, packed, config, rows.device)
     )

@@ -32,7 +32,13 @@ def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = TOKENS) -> dict[int
 
     Returns:
         The number of the chosen kernel for each number of tokens.
+
+    Raises:
+        ValueError: a number of tokens is not positive.
     """
+    tokens = list(tokens)
+    if min(tokens, default=1) < 1:
+        raise ValueError(f"tokens must be positive, not {min(tokens)}")
     if not weight.kernel:
         return {}
     device = weight.fragments.device

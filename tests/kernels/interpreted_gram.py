@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from surgeon_kernels import SymmetricAccumulator, gram_triton, rows_triton, symmetric_triton
+from surgeon_kernels import SymmetricAccumulator, gram_rows_triton, gram_triton, symmetric_triton
 from surgeon_kernels.gram_plan import GramConfig
 
 # Columns, rows, block_n, and how many blocks are computed in parts that are added up.
@@ -34,7 +34,7 @@ def main() -> None:
         for masked, ones_column in ((mask, True), (None, False)):
             poisoned = x if masked is None else x.masked_fill(~mask[:, None], float("nan"))
             n = columns + ones_column
-            rows = rows_triton.gather_rows(poisoned, masked, ones_column=ones_column)
+            rows = gram_rows_triton.gather_rows(poisoned, masked, ones_column=ones_column)
             assert not rows[:, n:].any()
             assert gram_triton.readable(rows)
             rows = rows[:, :n]
@@ -57,11 +57,11 @@ def main() -> None:
     x = torch.randn(70, 260)[:, :256]
     packed = SymmetricAccumulator.zeros(257, packed=True)
     gram_triton.accumulate_(packed.storage, x, 0.5, gram_triton.plan(256, 70, x.dtype, True, config, x.device))
-    rows_triton.add_column_sums_(packed.storage, x, 0.5)
+    gram_rows_triton.add_column_sums_(packed.storage, x, 0.5)
     check(packed.full(), 0.5 * exact(x, None, True))
     transposed = torch.randn(130, 40).T
     assert not gram_triton.readable(transposed)
-    assert torch.equal(rows_triton.gather_rows(transposed, None)[:, :130], transposed)
+    assert torch.equal(gram_rows_triton.gather_rows(transposed, None)[:, :130], transposed)
     print("agrees")
 
 

@@ -26,8 +26,9 @@ index = torch.arange({size}, device="cuda")
 index[{size} // 2] = {index}
 offsets = torch.tensor([0, {size}])
 S = torch.eye({size}, device="cuda")
-chunked_solve(S, S, index.clamp(0, {size} - 1), index, offsets, torch.ones({size}, device="cuda"))
+arguments = S, S, index.clamp(0, {size} - 1), index, offsets, torch.ones({size}, device="cuda")
 try:
+    chunked_solve(*arguments)
     torch.cuda.synchronize()
 except RuntimeError as error:
     print("refused", error)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU")
 
-from surgeon_kernels import gram_triton, pointwise_triton, rows_triton, symmetric_triton
+from surgeon_kernels import gram_rows_triton, gram_triton, pointwise_triton, symmetric_triton
 from surgeon_kernels.gram_plan import CONFIGS
 
 from .compiled import compile_kernel
@@ -106,9 +106,9 @@ def test_mirror_kernel(capability, packed):
 def test_row_kernels():
     pointers = {"x": "*bf16", "mask": "*u8", "target": "*bf16", "partial": "*fp32", "out": "*fp32", "alpha": "fp32"}
     for kernel, constants in (
-        (rows_triton.gather_rows_kernel, {"MASKED": True, "ONES": True, "BLOCK_T": 16, "BLOCK_C": 256}),
-        (rows_triton.column_sums_kernel, {"BLOCK_T": 32, "BLOCK_C": 128}),
-        (rows_triton.add_sums_kernel, {"SHARES": 64, "BLOCK_C": 128}),
+        (gram_rows_triton.gather_rows_kernel, {"MASKED": True, "ONES": True, "BLOCK_T": 16, "BLOCK_C": 256}),
+        (gram_rows_triton.column_sums_kernel, {"BLOCK_T": 32, "BLOCK_C": 128}),
+        (gram_rows_triton.add_sums_kernel, {"SHARES": 64, "BLOCK_C": 128}),
     ):
         types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
         aligned = [name for name, kind in types.items() if kind.startswith("*")]

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from surgeon_kernels.linear_2_4 import ACTIVATIONS, linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_layout import UNIT_BYTES, fragments, from_fragments
+from surgeon_kernels.linear_2_4_tune import tune_2_4
 from surgeon_kernels.pack_2_4 import Packed24, pack_2_4, unpack_2_4
 
 
@@ -148,3 +149,12 @@ def test_cusparselt_has_no_effect_without_the_kernel():
     packed = pack_2_4(weight_2_4(8, 16))
     prepared, x = prepare_2_4(packed, cusparselt=True), torch.randn(4, 16).bfloat16()
     assert prepared.compressed is None and torch.equal(linear_2_4(x, prepared), linear_2_4(x, packed))
+
+
+def test_tuning_needs_tokens():
+    """None have no time; what is chosen for them would be chosen for one."""
+    prepared = prepare_2_4(pack_2_4(weight_2_4(8, 16)))
+    assert tune_2_4(prepared) == {}
+    for tokens in ((0,), (4, -1)):
+        with pytest.raises(ValueError, match="tokens must be positive"):
+            tune_2_4(prepared, tokens)
