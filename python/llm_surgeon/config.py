@@ -56,6 +56,9 @@ class PruneConfig:
         exchanges: rounds, within a joint update, of choosing anew which weights of a layer are pruned, by what the
             others' compensation makes of them; each takes a few of the solver's iterations. Left out: 4 for joint
             updates of single weights (with ``kron_rank`` 1), otherwise 0.
+        gradient_steps: steps along the natural gradient of the kept weights after each shot, as far as windows that are
+            held out tell (the last eighth): they make up for what the curvature of single layers does not see, and
+            train on the calibration data, too. Joint updates of single weights only.
         schedule: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of the sparsity is reached: 1 is linear,
             more prunes more in the early shots.
         damp_g, damp_a: damping, relative to the mean diagonal of G and A. ``damp_g`` left out: 0.1, or 0.01
@@ -102,6 +105,7 @@ class PruneConfig:
     shots: int | None = None
     kron_rank: int = 1
     exchanges: int | None = None
+    gradient_steps: int = 0
     schedule: float = 1.0
     damp_g: float | None = None
     damp_a: float = 0.01
@@ -236,6 +240,16 @@ class PruneConfig:
             raise InputError("kron_rank 2 needs method 'surgeon', update 'joint' and a structure of single weights")
         if self.kron_rank == 2 and (self.checkpoint_activations or self.offload != "none" or self.exchanges):
             raise InputError("kron_rank 2 goes with neither checkpoint_activations nor offload nor exchanges")
+        if self.gradient_steps != 0:
+            require_positive_int("gradient_steps", self.gradient_steps)
+            if not solved:
+                raise InputError(
+                    "gradient_steps need method 'surgeon', update 'joint' and a structure of single weights"
+                )
+            if self.kron_rank == 2 or self.offload != "none" or self.checkpoint_activations or self.lora_rank:
+                raise InputError(
+                    "gradient_steps go with neither kron_rank 2 nor offload nor checkpoint_activations nor lora_rank"
+                )
 
     def _resolve_sparsity(self, structure: Structure) -> None:
         implied = structure.sparsity

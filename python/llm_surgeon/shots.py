@@ -20,13 +20,14 @@ from llm_surgeon.errors import NumericalError
 from llm_surgeon.factors import DampedFactors, predicted_increase
 from llm_surgeon.kron2 import PairedCurvature, compensate_by_pairs, paired_costs
 from llm_surgeon.models import Decoder, PrunableLinear, to_list
+from llm_surgeon.natural_gradient import direction, held_out, mean_gradients, step
 from llm_surgeon.offload import PinnedMemory, offloaded
 from llm_surgeon.plan import compute_device, make_plan
 from llm_surgeon.progress import Progress
-from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.report.schema import GradientStep, ShotReport, SolverTrace
 from llm_surgeon.select import Selection, select_elements, select_rows_columns
 from llm_surgeon.sparsegpt import prune_sparsegpt
-from llm_surgeon.update import remove, remove_and_compensate
+from llm_surgeon.update import remove, remove_and_compensate, with_bias
 from surgeon_kernels import WeightCosts
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class ShotLoop:
     ) -> None:
         self.model, self.decoder, self.calibration = model, decoder, calibration
         self.correction_data = calibration  # what low-rank corrections learn from
+        self.steps_data = held_out(calibration) if config.gradient_steps else None
         self.config, self.progress = config, progress
         self.device = compute_device(model, config)
         self.offload = config.offload == "cpu"
@@ -119,6 +121,11 @@ class ShotLoop:
             with self._phase("update", seconds):
                 self._before_update()
                 predicted, traces = self._update(factors)
+        steps: list[GradientStep] = []
+        if config.gradient_steps:
+            assert factors is not None
+            with self._phase("gradient steps", seconds):
+                steps = self._gradient_steps(factors)
         if config.lora_rank:
             with self._phase("correction", seconds):
                 from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
@@ -135,6 +142,7 @@ class ShotLoop:
                 seconds=seconds,
                 solver=traces,
                 jitter=factors.jitter if factors is not None else {},
+                gradient_steps=steps,
                 correction_rank=index * config.lora_rank,
             )
         )
@@ -177,7 +185,7 @@ class ShotLoop:
 
     def _update(self, factors: DampedFactors | None) -> tuple[float | None, list[SolverTrace]]:
         """Write every layer's new weights; the predicted increase of the loss (where G is known), solver traces."""
-        selection_of = dict(zip((linear.name for linear in self.decoder.linears), self.selections, strict=True))
+        selection_of = {linear.name: selection for linear, selection in self._selected()}
         traces: list[SolverTrace] = []
         increases: dict[str, Tensor] = {}
 
@@ -215,6 +223,35 @@ class ShotLoop:
             if not math.isfinite(increase):
                 raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
         return (sum(predicted) if increases else None), traces
+
+    def _gradient_steps(self, factors: DampedFactors) -> list[GradientStep]:
+        """Steps along the natural gradient; the weights that later shots start from take them, too."""
+        assert self.steps_data is not None
+        for_gradients, for_lengths = self.steps_data
+        pruned = {linear.name: with_bias(s, linear.columns + linear.has_bias) for linear, s in self._selected()}
+        directions: dict[str, Tensor] = {}
+
+        def towards(linear: PrunableLinear) -> None:
+            gradient = gradients.pop(linear.name)
+            found = direction(gradient, pruned[linear.name], *factors.of(linear), self.config.max_iterations)
+            directions[linear.name] = found.to(linear.weight.dtype)
+
+        def follow(linear: PrunableLinear, change: Tensor) -> None:
+            if linear.name in self._dense_weights:
+                self._dense_weights[linear.name] -= change
+
+        taken: list[GradientStep] = []
+        for _ in range(self.config.gradient_steps):
+            # Weights that need gradients keep their inputs: half as many windows at once.
+            gradients = mean_gradients(self.model, self.decoder, for_gradients, max(1, self.batch_size // 2))
+            self._each_linear(towards)
+            taken.append(step(self.model, self.decoder.linears, directions, for_lengths, self.batch_size, follow))
+            if taken[-1].length == 0.0:
+                break
+        return taken
+
+    def _selected(self) -> Iterator[tuple[PrunableLinear, Selection]]:
+        return zip(self.decoder.linears, self.selections, strict=True)
 
     def _around(self, linear: PrunableLinear, weight: Tensor) -> Tensor:
         """What an update starts from: the ``weight`` of the last shot, or the dense one."""

@@ -59,7 +59,8 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PruneConf
 # The sections of `surgeon prune --help`; the rest stands first.
 _PANELS = {
     "Compensation and curvature": (
-        "update", "max_correlated", "tolerance", "max_iterations", "exchanges", "fisher", "kron_rank",
+        "update", "max_correlated", "tolerance", "max_iterations", "exchanges", "gradient_steps",
+        "fisher", "kron_rank",
         "damp_g", "damp_a",
     ),
     "Shots": ("shots", "schedule", "min_kept", "lora_rank", "lora_steps", "lora_learning_rate", "lora_data"),
@@ -134,6 +135,10 @@ def prune(
     exchanges: Annotated[
         int | None,
         _option("exchanges", "Rounds of exchanging kept and pruned weights within a joint update; 4 by default."),
+    ] = None,
+    gradient_steps: Annotated[
+        int | None,
+        _option("gradient_steps", "Natural-gradient steps of the kept weights after each shot; they train them, too."),
     ] = None,
     damp_g: Annotated[
         float | None, _option("damp_g", "Damping of G, relative to its mean diagonal: 0.1, structured 0.01.")

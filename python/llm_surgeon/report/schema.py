@@ -68,6 +68,15 @@ class SolverTrace:
         return max(0, len(self.objective) - 1) + max(0, len(self.bound) - 1)
 
 
+@dataclass(frozen=True)
+class GradientStep:
+    """A step along the natural gradient: its length, 0 where none helped, and the held-out loss without and with it."""
+
+    length: float
+    loss_before: float
+    loss_after: float
+
+
 @dataclass
 class ShotReport:
     """One round of estimate, select, update. Not frozen: the next round tells what this one really cost.
@@ -82,6 +91,7 @@ class ShotReport:
         seconds: wall time by phase ("curvature", "selection", "update", ...).
         solver: one trace per layer that was solved for.
         jitter: layer -> damping that had to be added beyond the configured one; usually empty.
+        gradient_steps: what each step along the natural gradient did, where there were any.
         correction_rank: rank that the low-rank corrections absorbed so far, this shot's included, can add up to.
     """
 
@@ -95,6 +105,7 @@ class ShotReport:
     seconds: dict[str, float] = field(default_factory=dict)
     solver: list[SolverTrace] = field(default_factory=list)
     jitter: dict[str, float] = field(default_factory=dict)
+    gradient_steps: list[GradientStep] = field(default_factory=list)
     correction_rank: int = 0
 
 
@@ -192,6 +203,11 @@ class PruneReport:
         if any(shot.correction_rank for shot in self.shots):
             ranks = ", ".join(str(shot.correction_rank) for shot in self.shots)
             lines[-1] = f"Low-rank corrections absorbed after each shot, rank so far: {ranks}\n{lines[-1]}"
+        if any(shot.gradient_steps for shot in self.shots):
+            gains = ", ".join(
+                signed(sum(s.loss_after - s.loss_before for s in shot.gradient_steps)) for shot in self.shots
+            )
+            lines[-1] = f"Gradient steps after each shot, held-out loss: {gains}\n{lines[-1]}"
         for shot in self.shots:
             predicted, measured = signed(shot.predicted_increase), signed(shot.measured_increase)
             lines.append(f"{shot.index:>4}  {percent(shot.sparsity):>8}  {predicted:>9}  {measured:>9}")
