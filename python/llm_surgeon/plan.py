@@ -50,7 +50,8 @@ class Plan:
             are computed again.
         curvature_bytes: one pass's activations, logits and their gradient; also its factors where these do not stay.
         selection_bytes: factorisations of the largest layer, and the new masks.
-        update_bytes: the largest layer's factors, inverses and the solver's matrices.
+        update_bytes: the largest layer's factors, inverses and the solver's matrices; with gradient steps all weights'
+            gradients besides.
         snapshot_bytes: copies of the weights, to restore on failure, in main memory.
         host_bytes: what is kept in main memory for a GPU: the snapshot, or the weights as they came where these were in
             main memory already, and what is offloaded.
@@ -158,8 +159,9 @@ class _Planner:
         masks, dense_here = (0, 0) if streamed else (self.weights, dense)
         factors = 0 if self.hosted else sum(self.factor_bytes)
         resident = weights + masks + dense_here + factors
-        inverses = self._inverses_bytes(resident)
         batch_size, per_pass = self._layout(resident)
+        update = self._update_bytes() + self._steps_bytes(batch_size)
+        inverses = self._inverses_bytes(resident, update)
         pinned = self._pinned_bytes() if self._on_gpu else 0
         # A pass over the data goes back as far as its first block only.
         starts = range(0, len(blocks), per_pass) if self.factored else range(1)
@@ -183,7 +185,7 @@ class _Planner:
             inverses_bytes=inverses,
             curvature_bytes=self._curvature_bytes(batch_size, per_pass),
             selection_bytes=self._selection_bytes(),
-            update_bytes=self._update_bytes(),
+            update_bytes=update,
             snapshot_bytes=snapshot,
             host_bytes=copies + pinned if self._on_gpu else 0,
             disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters) + _OTHER_FILES,
@@ -230,14 +232,14 @@ class _Planner:
         blocks = range(len(self.decoder.blocks), 1, -1)
         return next((count for count in blocks if self._curvature_bytes(windows, count) <= free), 1)
 
-    def _inverses_bytes(self, resident: int) -> int:
+    def _inverses_bytes(self, resident: int, update: int) -> int:
         """All inverses, where the update needs them and they fit beside ``resident`` bytes."""
         config = self.config
         needed = config.method == "surgeon" and config.pattern.single_weights and config.update != "none"
         if not self._on_gpu or self.hosted or not needed or config.kron_rank > 1:
             return 0
         inverses = sum(self.factor_bytes)
-        working = max(self._selection_bytes(), self._update_bytes())
+        working = max(self._selection_bytes(), update)
         return inverses if resident + inverses + working <= (1 - _SLACK) * self._limit() else 0
 
     def _factors(self) -> list[int]:
@@ -297,6 +299,13 @@ class _Planner:
             return self._factor_workspace(1) + _FLOAT * largest * 6
         held = _SOLVER_MATRICES + _SOLUTION_MATRICES * bool(self.config.exchanges)
         return self._factor_workspace(2) + _FLOAT * largest * held
+
+    def _steps_bytes(self, windows: int) -> int:
+        """What gradient steps take beyond an update: gradients, or directions and the weights before; activations."""
+        if not self.config.gradient_steps:
+            return 0
+        beyond = max(0, self._curvature_bytes(windows, 1) - self._update_bytes())
+        return max(_FLOAT, 2 * self.itemsize) * self.weights + beyond
 
     def _factor_workspace(self, copies: int) -> int:
         """``copies`` of the largest layer's factors, and a factorisation's own workspace."""

@@ -119,6 +119,9 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     )
     _, single = plan_of(shots=3, max_iterations=10, exchanges=0, monkeypatch=monkeypatch)
     assert single.seconds == pytest.approx(plan.seconds - 3 * (10 + 3 * 6) * products / 2.0)
+    _, stepped = plan_of(shots=3, max_iterations=10, gradient_steps=2, monkeypatch=monkeypatch)
+    assert stepped.seconds == pytest.approx(plan.seconds + 3 * 2 * (27 / 8 * forward + (10 + 2) * products) / 2.0)
+    assert stepped.update_bytes >= plan.update_bytes + 8 * WEIGHTS
     _, again = plan_of(shots=3, max_iterations=10, checkpoint_activations=True, monkeypatch=monkeypatch)
     assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
     # Of two passes the second goes back through one block only, computing its activations again; weights of
