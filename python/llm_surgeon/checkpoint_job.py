@@ -16,7 +16,8 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import calibration_windows, choose_seqlen, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import find_decoder
-from llm_surgeon.plan import Plan, make_plan
+from llm_surgeon.plan import make_plan
+from llm_surgeon.plan_result import Plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import check_model, prune
 from llm_surgeon.report.schema import PruneReport

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_surgeon.errors import InputError
 from llm_surgeon.models import Decoder
+from llm_surgeon.resources import human_bytes
 from surgeon_kernels import SymmetricAccumulator
 
 # cudaHostRegisterPortable: locked for every GPU.
@@ -71,16 +73,21 @@ class PinnedMemory:
 
 
 def _locked(nbytes: int) -> Tensor:
-    """New memory of ``nbytes`` (at least 1), locked where there is a GPU."""
+    """New memory of ``nbytes`` (at least 1), locked where there is a GPU; :class:`InputError` if it cannot be had."""
     private = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    pages = mmap.mmap(-1, max(nbytes, 1), **private)
+    try:
+        pages = mmap.mmap(-1, max(nbytes, 1), **private)
+    except OSError as error:
+        raise InputError(f"{human_bytes(nbytes)} more of main memory cannot be had: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if torch.cuda.is_available():
         memory.zero_()  # several threads touch the pages, which locking would do one by one
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE)))
+        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
+        if status != 0:
+            raise InputError(f"{human_bytes(nbytes)} more of main memory cannot be locked: CUDA error {status}")
     return memory
 
 

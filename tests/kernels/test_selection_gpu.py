@@ -168,6 +168,11 @@ def test_weights_in_main_memory_are_selected_on_the_device_of_their_factors():
         other, moved = k_cheapest(mixed, 1000, pattern=pattern)
         assert threshold == other and moved[0].device.type == "cpu"
         assert all(torch.equal(mask.cpu(), copy.cpu()) for mask, copy in zip(masks, moved, strict=True))
+        out = [torch.zeros_like(mask, device="cpu").pin_memory() for mask in masks]
+        _, written = k_cheapest(mixed, 1000, pattern=pattern, previous=out, out=out)
+        torch.cuda.synchronize()
+        assert all(ours is theirs for ours, theirs in zip(written, out, strict=True))
+        assert all(torch.equal(mask.cpu(), copy) for mask, copy in zip(masks, out, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -105,6 +105,11 @@ def test_pinned_memory_is_used_again_and_holds_copies_of_any_kind():
     assert not again.is_pinned() and torch.equal(again, torch.zeros(30, 40))
 
 
+def test_memory_that_cannot_be_had_is_one_sentence():
+    with pytest.raises(InputError, match=r"^1152922 TB more of main memory cannot be had: "):
+        PinnedMemory().empty((1 << 60,), torch.uint8)
+
+
 def test_copies_in_main_memory_are_no_views():
     tensors = [torch.randn(3, 4).T, torch.ones(2, dtype=torch.bfloat16), torch.empty(0)]
     copies = copies_in_main_memory(tensors)
