@@ -1,6 +1,7 @@
 """Perplexity of a small trained model after pruning and after each of several recoveries of it.
 
     python bench/recover.py --model MODEL --data wikitext-2.zip --other c4-sample.zip --structure 2:4
+    python bench/recover.py ... --options '{"gradient_steps": 1}' --trials
 
 The model is pruned once with 128 windows of 1024 tokens; every trial recovers a copy of it. A trial reads
 ``method:objective:learning rate:steps``, objective ``plain`` or ``distill`` (from the dense model), 32 sequences of 512
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from pathlib import Path
 
@@ -35,7 +37,8 @@ def main() -> None:
     parser.add_argument("--other", required=True, help="text of another kind, evaluated only")
     parser.add_argument("--structure", default="2:4")
     parser.add_argument("--sparsity", type=float)
-    parser.add_argument("--trials", nargs="+", default=TRIALS)
+    parser.add_argument("--options", default="{}", help="further options of the pruning, as JSON")
+    parser.add_argument("--trials", nargs="*", default=TRIALS)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -67,11 +70,12 @@ def main() -> None:
         print(*list(row.values())[:8], flush=True)
 
     record("dense", dense, 0, 0.0)
-    pruned = copy.deepcopy(dense)
-    config = PruneConfig(structure=options.structure, sparsity=options.sparsity, seed=options.seed)
+    pruned, further = copy.deepcopy(dense), json.loads(options.options)
+    config = PruneConfig(structure=options.structure, sparsity=options.sparsity, seed=options.seed, **further)
     begun = time.perf_counter()
     prune(pruned, calibration_windows(train, SAMPLES, SEQLEN, options.seed), config=config)
-    record("pruned", pruned, 0, time.perf_counter() - begun)
+    name = ", ".join(["pruned", *(f"{option} {value}" for option, value in further.items())])
+    record(name, pruned, 0, time.perf_counter() - begun)
     for trial in options.trials:
         method, objective, rate, steps = trial.split(":")
         model = copy.deepcopy(pruned)
