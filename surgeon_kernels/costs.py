@@ -57,7 +57,7 @@ def element_cost(weight: Tensor, g: Tensor, a: Tensor) -> Tensor:
     """Cost of removing single weights: ``½ W_rc² g_r a_c``, ``[R, C]``.
 
     Args:
-        weight: ``[R, C]``.
+        weight: ``[R, C]``, any floating dtype, the costs' own.
         g: ``[R]``: ``1 / diag(G⁻¹)`` when the other weights will compensate (optimal brain surgeon, eq. 10), or
             ``diag(G)`` when they will not (optimal brain damage).
         a: ``[C]``: ``1 / diag(A⁻¹)`` or ``diag(A)`` likewise.
@@ -79,7 +79,8 @@ def _check_factors(weight: Tensor, g: Tensor, a: Tensor) -> None:
 def row_cost(weight: Tensor, A: Tensor, g: Tensor) -> Tensor:
     """Cost of removing whole rows: ``½ (W A Wᵀ)_rr g_r``, ``[R]``, with ``g = 1 / diag(G⁻¹)`` ``[R]``.
 
-    On CUDA devices large float32 operands are multiplied in TF32, see :func:`~surgeon_kernels.quadratic_form`.
+    ``W`` is ``[R, C]``, ``A`` ``[C, C]``, of one dtype. On CUDA devices large float32 operands are multiplied in TF32,
+    see :func:`~surgeon_kernels.quadratic_form`, which has the errors.
     """
     return 0.5 * quadratic_form(weight, A) * g
 
@@ -87,7 +88,8 @@ def row_cost(weight: Tensor, A: Tensor, g: Tensor) -> Tensor:
 def column_cost(weight: Tensor, G: Tensor, a: Tensor) -> Tensor:
     """Cost of removing whole columns: ``½ (Wᵀ G W)_cc a_c``, ``[C]``, with ``a = 1 / diag(A⁻¹)`` ``[C]``.
 
-    On CUDA devices large float32 operands are multiplied in TF32, see :func:`~surgeon_kernels.quadratic_form`.
+    ``W`` is ``[R, C]``, ``G`` ``[R, R]``, of one dtype. On CUDA devices large float32 operands are multiplied in TF32,
+    see :func:`~surgeon_kernels.quadratic_form`, which has the errors.
     """
     return 0.5 * quadratic_form(weight.T, G) * a
 
@@ -101,7 +103,14 @@ def column_block_cost(weight: Tensor, G: Tensor, A_inv: Tensor, blocks: Tensor) 
 
     Returns:
         ``[n]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; TypeError: dtypes that do not.
+        torch.linalg.LinAlgError: ``A⁻¹`` is singular on a block, as where that names a column twice.
     """
+    check_layer(weight, G=G, A_inv=A_inv)
+    if blocks.dim() != 2 or blocks.dtype != torch.int64:
+        raise ValueError(f"blocks must be int64 [n, size], not {blocks.dtype} {list(blocks.shape)}")
     moment = weight.T @ G @ weight  # [C, C]
     rows, columns = blocks[:, :, None], blocks[:, None, :]
     solved = torch.linalg.solve(A_inv[rows, columns], moment[rows, columns])  # [n, size, size]

@@ -11,6 +11,7 @@ from surgeon_kernels import (
     WeightCosts,
     cholesky_with_jitter,
     chunked_update,
+    column_block_cost,
     damp,
     element_cost,
     exchange_cost,
@@ -163,6 +164,18 @@ def test_factors_of_costs():
                 select(costs)
     with pytest.raises(TypeError, match="floating point"):
         nm_select(W.long(), 2, 4)
+
+
+def test_blocks_of_columns():
+    parts = layer()
+    W, G, A_inv = parts["weight"], parts["G"], parts["A_inv"]
+    for blocks in (torch.tensor([0, 1]), torch.tensor([[0.0, 1.0]])):
+        with pytest.raises(ValueError, match="blocks must be int64"):
+            column_block_cost(W, G, A_inv, blocks)
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        column_block_cost(W, G, A_inv, torch.tensor([[2, 2]]))
+    with pytest.raises(ValueError, match="A_inv must be"):
+        column_block_cost(W, G, G, torch.tensor([[0, 1]]))
 
 
 def test_what_was_pruned_before_is_a_mask_of_the_weight():
