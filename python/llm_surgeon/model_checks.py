@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.errors import SurgeonError, UnsupportedModelError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Two sequences of three tokens: unequal sizes tell [batch, length, C] from any other layout.
@@ -19,12 +19,19 @@ def check_causal(model: PreTrainedModel) -> None:
     """One forward pass over two short sequences: every token gets logits, and they depend on no later token.
 
     Raises:
-        UnsupportedModelError: otherwise: it is no causal language model.
+        UnsupportedModelError: otherwise: it is no causal language model, or does not run at all.
     """
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(PROBE_SHAPE[1], device=embedding.device).repeat(PROBE_SHAPE[0], 1)
     ids[1, -1] += 1  # the sequences differ in their last token alone
-    logits = getattr(model(input_ids=ids % embedding.shape[0], use_cache=False), "logits", None)
+    try:
+        output = model(input_ids=ids % embedding.shape[0], use_cache=False)
+    except (SurgeonError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code says to its own sizes
+        reason = _uneven_heads(model) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(f"{type(model).__name__} does not run: {reason}") from error
+    logits = getattr(output, "logits", None)
     if logits is None or logits.shape[:-1] != PROBE_SHAPE:
         raise UnsupportedModelError(
             f"{type(model).__name__} gives no logits for every token: load a causal language model"
@@ -35,6 +42,12 @@ def check_causal(model: PreTrainedModel) -> None:
             f"{type(model).__name__} reads ahead: a later token changes the logits of those before it, so that they "
             "predict nothing; load a causal language model"
         )
+
+
+def _uneven_heads(model: PreTrainedModel) -> str | None:
+    heads, groups = (getattr(model.config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    uneven = isinstance(heads, int) and isinstance(groups, int) and groups and heads % groups
+    return f"its {heads} attention heads do not divide into {groups} key-value groups" if uneven else None
 
 
 def is_linear(module: nn.Module) -> bool:

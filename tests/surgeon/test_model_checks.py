@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.model_checks import check_causal
@@ -194,3 +194,16 @@ def test_a_model_that_reads_ahead_is_refused() -> None:
         check_causal(BertLMHeadModel(config).eval())
     config.is_decoder = True
     assert len(find_decoder(BertLMHeadModel(config).eval()).linears) == 6
+
+
+def test_a_model_that_does_not_run_is_refused() -> None:
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=48, intermediate_size=8, num_hidden_layers=1, num_attention_heads=6,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="does not run: its 6 attention heads do not divide into 4 key-val"):
+        find_decoder(LlamaForCausalLM(config))
+    model = build("llama")
+    model.model.layers[0].mlp.down_proj = nn.Linear(9, 32)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM does not run: mat1 and mat2 shapes"):
+        find_decoder(model)
