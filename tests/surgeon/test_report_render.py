@@ -53,6 +53,18 @@ def test_html_escapes_names():
     assert page.text.count(hostile) >= 8  # title, heading, method, device twice, figure, caption, tables
 
 
+def test_low_rank_corrections_show_how_their_rank_grew():
+    report = surgeon_report()
+    card = render.render_model_card(report, "a/b")
+    assert "corrections" not in render.render_html(report) and "corrections" not in card
+    for shot, rank in zip(report.shots, (37, 74), strict=True):
+        shot.correction_rank = rank
+    html = render.render_html(report)
+    assert html.count("<br>corrections</th>") == 1
+    assert [html.count(f"<td>{rank}</td>") for rank in (37, 74)] == [1, 1]
+    assert "- Low-rank corrections, of rank 74 in all, were trained" in render.render_model_card(report, "a/b")
+
+
 def test_html_without_shots_or_passes():
     page = Page(render.render_html(magnitude_report()))
     assert page.tags.count("svg") == 1

@@ -96,6 +96,7 @@ def _context(report: PruneReport) -> dict[str, Any]:
         # Beside the measured total only if it is a total over the same shots.
         "predicted": sum(predicted) if len(predicted) == len(measured) else None,
         "costs": any(shot.loss_before is not None or shot.predicted_increase is not None for shot in report.shots),
+        "corrections": max((shot.correction_rank for shot in report.shots), default=0),
         "phases": list(dict.fromkeys(phase for shot in report.shots for phase in shot.seconds)),
         "jitter": [(shot.index, layer, value) for shot in report.shots for layer, value in shot.jitter.items()],
         "sizes": text.size_table(report.sizes) if report.sizes else [],
