@@ -126,11 +126,7 @@ class ShotLoop:
             assert factors is not None
             with self._phase("gradient steps", seconds):
                 steps = self._gradient_steps(factors)
-        if config.lora_rank:
-            with self._phase("correction", seconds):
-                from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
-
-                correct(self.model, self.decoder, self.correction_data, config, index, self.progress)
+        self._correct(index, seconds)
         self.reports.append(
             ShotReport(
                 index=index,
@@ -146,6 +142,14 @@ class ShotLoop:
                 correction_rank=index * config.lora_rank,
             )
         )
+
+    def _correct(self, index: int, seconds: dict[str, float]) -> None:
+        """Train a low-rank correction after shot ``index`` and absorb it."""
+        if self.config.lora_rank:
+            with self._phase("correction", seconds):
+                from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
+
+                correct(self.model, self.decoder, self.correction_data, self.config, index, self.progress)
 
     def _estimate(self, index: int) -> Curvature:
         kept_apart = self.offload or self.config.curvature_layers is not None

@@ -77,11 +77,7 @@ class GroupLoop(ShotLoop):
         if config.reconstruct and index == config.shots:
             with self._phase("reconstruction", seconds):
                 self._reconstruct()
-        if config.lora_rank:
-            with self._phase("correction", seconds):
-                from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
-
-                correct(self.model, self.decoder, self.correction_data, config, index, self.progress)
+        self._correct(index, seconds)
         self.reports.append(
             ShotReport(
                 index=index,
