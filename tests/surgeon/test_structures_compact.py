@@ -7,8 +7,10 @@ from transformers import AutoModelForCausalLM
 from llm_surgeon import InputError, prune
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.models import find_decoder
+from llm_surgeon.recovery.recover import recover
 from llm_surgeon.structures.compact import compact, compact_checkpoint
 from llm_surgeon.structures.modeling_pruned import CompactLinear
+from llm_surgeon.structures.size import model_size
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
@@ -104,6 +106,11 @@ def test_checkpoints_are_compacted_and_dense_ones_refused(tmp_path):
         parameters = sum(parameter.numel() for parameter in load_model(ours)[0].parameters())
         assert found.sizes[name]["parameters"] == parameters
     assert not (tmp_path / "out" / "README.md").exists()
+    with pytest.raises(InputError, match="is compact already"):
+        compact_checkpoint(tmp_path / "out", tmp_path / "again")
     loaded, _, _ = load_model(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+    assert model_size(loaded, TOKENS)["macs"] == found.sizes["after"]["macs"] < found.sizes["before"]["macs"]
+    with pytest.raises(InputError, match="the model is compact: recover"):
+        recover(loaded, TOKENS, TOKENS[:2])
     assert found.after < found.before == sum(x.rows * x.columns for x in find_decoder(model).linears)

@@ -27,7 +27,7 @@ from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
 from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.resources import choose_device
-from llm_surgeon.structures.modeling_pruned import CompactLinear
+from llm_surgeon.structures.size import is_compact
 
 # Of the text: at least a window, at most so many.
 _HELD_OUT_FRACTION = 0.02
@@ -100,7 +100,7 @@ def recover(
         raise InputError("give either config or single options, not both")
     config = config or RecoverConfig.from_mapping(options)
     windows, held_out = Calibration.of(windows), Calibration.of(held_out)
-    if any(isinstance(module, CompactLinear) for module in model.modules()):
+    if any(map(is_compact, model.modules())):
         raise InputError("the model is compact: recover the checkpoint it was made from, then compact that")
     decoder = find_decoder(model)
     check_finite(decoder)

@@ -24,7 +24,7 @@ from llm_surgeon.structures.narrow import (
     same_logits,
     undone_on_failure,
 )
-from llm_surgeon.structures.size import model_size
+from llm_surgeon.structures.size import is_compact, model_size
 
 _PROMPT = 64  # tokens that latency is measured with
 
@@ -75,8 +75,11 @@ def compact(model: PreTrainedModel, multiple: int = 8) -> Compacted:
             numbers of 16 bits.
 
     Raises:
+        InputError: the model is compact already.
         NumericalError: the compact model computes something else; the model is as it was.
     """
+    if any(map(is_compact, model.modules())):
+        raise InputError(f"{type(model).__name__} is compact already")
     before = probe_logits(model)
     decoder = find_decoder(model)
     total = _weights(decoder)

@@ -17,6 +17,11 @@ _TOKENS = 512
 _REPEATS = 3
 
 
+def is_compact(module: nn.Module) -> bool:
+    """Whether it is a linear without its zero rows and columns, of our class or of the code of a checkpoint."""
+    return type(module).__name__ == CompactLinear.__name__
+
+
 @torch.no_grad()
 def model_size(model: PreTrainedModel, input_ids: Tensor) -> dict[str, float]:
     """``parameters``; ``macs`` of all linears for one token; ``bytes`` of weights; ``seconds`` of a forward pass.
@@ -24,7 +29,7 @@ def model_size(model: PreTrainedModel, input_ids: Tensor) -> dict[str, float]:
     The pass is over (at most 512 tokens of) one sequence ``input_ids`` ``[1, T]``: the median of three.
     """
     parameters = list(model.parameters())
-    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D, CompactLinear))]
+    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) or is_compact(module)]
     device = model.get_input_embeddings().weight.device
     ids = input_ids[:1, :_TOKENS].to(device)
     seconds = []
