@@ -7,14 +7,15 @@ from llm_surgeon.config import PruneConfig
 # Bytes a second at which main memory is pinned, about, in huge pages by 16 threads: taken once, then used again.
 PINNING_RATE = 1e10
 # Shares of the rate of large matrix products that passes, Gram matrices and factorisations reach.
-_PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.83, 0.65
+_PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.72, 0.65
 # What the joint solver takes to one per cent of the optimum (8 to 11 with Llamas, 19 to 21 with an OPT), and how much
 # faster than float32 it multiplies on a GPU.
 _SOLVER_ITERATIONS, _HALF_SPEED = 12, 10.5
 # Products in full precision by which it checks its result, and how much slower than in the iterations they are.
 _SOLVER_CHECKS, _CHECK_COST = 2, 3.0
-# Products of a further round of exchanges: its iterations, its start and its solution.
-_ROUND_PRODUCTS = 6
+# Products of a further round of exchanges: its iterations, its start and its solution, and as long as three take to
+# choose.
+_ROUND_PRODUCTS = 9
 # Forward passes over all data that a gradient step costs: three over seven eighths, six over what is held out.
 _STEP_PASSES = 27 / 8
 

@@ -111,14 +111,14 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     grams, cubes = 2 * FACTORS // 4, 2 * sum(n**3 for n in [*SHARED_INPUTS, *(R for R, _ in BLOCK)])
     products = 2 * sum(2 * R * C * (R + C) for R, C in BLOCK)
     _, plan = plan_of(shots=3, max_iterations=10, monkeypatch=monkeypatch)
-    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + (10 + 3 * 6 + 10 + 2) * products) + forward
+    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + (10 + 3 * 9 + 10 + 2) * products) + forward
     assert plan.seconds == pytest.approx(operations / 2.0)
     _, lines = plan_of(shots=3, structure="rows-columns", monkeypatch=monkeypatch)
     assert lines.seconds == pytest.approx(
         (3 * (2 * forward + tokens * grams + 2 / 3 * cubes + 3 * products) + forward) / 2.0
     )
     _, single = plan_of(shots=3, max_iterations=10, exchanges=0, monkeypatch=monkeypatch)
-    assert single.seconds == pytest.approx(plan.seconds - 3 * (10 + 3 * 6) * products / 2.0)
+    assert single.seconds == pytest.approx(plan.seconds - 3 * (10 + 3 * 9) * products / 2.0)
     _, stepped = plan_of(shots=3, max_iterations=10, gradient_steps=2, monkeypatch=monkeypatch)
     assert stepped.seconds == pytest.approx(plan.seconds + 3 * 2 * (27 / 8 * forward + (10 + 2) * products) / 2.0)
     assert stepped.update_bytes >= plan.update_bytes + 8 * WEIGHTS
@@ -131,7 +131,7 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     _, fast = plan_of(**offloaded, monkeypatch=monkeypatch)
     _, slow = plan_of(**offloaded, link=BLOCK_BYTES / 1e9, monkeypatch=monkeypatch)
     assert slow.seconds - pinned == pytest.approx(4.5 * 2e9, rel=0.1)
-    solver = (10 + 3 * 6 + 10 + 2 * 3) / 10.5 * products
+    solver = (10 + 3 * 9 + 10 + 2 * 3) / 10.5 * products
     operations = (2 + 2 * 1.5 + 1) * forward + tokens * grams + 5 / 3 * cubes + solver
     assert fast.seconds == pytest.approx(operations / 2.0 + pinned)
     _, magnitude = plan_of(method="magnitude", monkeypatch=monkeypatch)
