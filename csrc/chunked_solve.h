@@ -15,8 +15,8 @@ struct GatheredSystems {
   const float* A_inv;
   uint32_t G_stride;  // floats from one row to the next, below 2³⁰
   uint32_t A_stride;
-  int G_size;  // rows and columns
-  int A_size;
+  uint32_t G_size;  // rows and columns
+  uint32_t A_size;
   const int64_t* rows;
   const int64_t* columns;
   const int64_t* offsets;

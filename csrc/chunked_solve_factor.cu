@@ -135,8 +135,8 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
     return wait_for(row, task.other, need, task.level, f.attempt, message);
   };
 
-  load_indices(f.systems, task.begin, i * kTile, task.size, kTile, indices, indices + kTile);
-  load_indices(f.systems, task.begin, j * kTile, task.size, kTile, indices + 2 * kTile, indices + 3 * kTile);
+  load_indices<false>(f.systems, task.begin, i * kTile, task.size, kTile, indices, indices + kTile);
+  load_indices<false>(f.systems, task.begin, j * kTile, task.size, kTile, indices + 2 * kTile, indices + 3 * kTile);
   const float shift = i == j ? jitter_shift(f.systems, task.begin, task.size, f.attempt, stages) : 0.0f;
   static_assert(kStages - 1 <= Shape::kPanels, "the first stages are all of the first tile");
   const bool early = ready > 0;
@@ -192,6 +192,16 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
   return true;
 }
 
+// Before anything is read at them: a block looks at one chunk's positions. In the factorisation itself an assertion would
+// take registers that it has not.
+__global__ void check_positions_kernel(GatheredSystems systems, const int* chunks) {
+  const int chunk = chunks[blockIdx.x];
+  const int64_t end = systems.offsets[chunk + 1];
+  for (int64_t i = systems.offsets[chunk] + threadIdx.x; i < end; i += blockDim.x) {
+    check_position(systems, systems.rows[i], systems.columns[i]);
+  }
+}
+
 // Blocks take tiles until none is left.
 __global__ __launch_bounds__(Shape::kThreads, kBlocks) void factor_kernel(Factoring f) {
   extern __shared__ float4 shared[];
@@ -231,10 +241,13 @@ cudaError_t factor_chunks(const GatheredSystems& systems, const int* chunks, int
   }
   const int64_t tasks = int64_t{count} * tiles * (tiles + 1) / 2;
   cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(count));
+  config.blockDim = dim3(256);
+  config.stream = stream;
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, check_positions_kernel, systems, chunks);
   config.gridDim = dim3(static_cast<unsigned>(tasks < kBlocks * processors ? tasks : kBlocks * processors));
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = kShared;
-  config.stream = stream;
   for (int attempt = 0; attempt < kAttempts && error == cudaSuccess; ++attempt) {
     const Factoring f = {systems, chunks, count, tiles, factors, scratch, level, attempt};
     error = cudaLaunchKernelEx(&config, factor_kernel, f);

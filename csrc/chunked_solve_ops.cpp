@@ -29,8 +29,8 @@ surgeon::GatheredSystems gathered(const Tensor& G_inv, const Tensor& A_inv, cons
           A_inv.const_data_ptr<float>(),
           static_cast<uint32_t>(G_inv.stride(0)),
           static_cast<uint32_t>(A_inv.stride(0)),
-          static_cast<int>(G_inv.size(0)),
-          static_cast<int>(A_inv.size(0)),
+          static_cast<uint32_t>(G_inv.size(0)),
+          static_cast<uint32_t>(A_inv.size(0)),
           rows.const_data_ptr<int64_t>(),
           columns.const_data_ptr<int64_t>(),
           offsets};

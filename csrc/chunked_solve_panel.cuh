@@ -22,16 +22,19 @@ __device__ __forceinline__ const float* row_of(const float* matrix, uint32_t str
   return reinterpret_cast<const float*>(reinterpret_cast<const char*>(matrix) + bytes);
 }
 
+__device__ __forceinline__ void check_position(const GatheredSystems& systems, uint64_t row, uint64_t column) {
+  assert(row < systems.G_size && column < systems.A_size && "chunked_solve: a position outside the inverse factors");
+}
+
 // Indices of the `count` positions from `first` on, of a system of `size`; 0 beyond it.
+template <bool kCheck>
 __device__ __forceinline__ void load_indices(const GatheredSystems& systems, int64_t begin, int first, int size, int count,
                                              int* rows, int* columns) {
   for (int p = threadIdx.x; p < count; p += blockDim.x) {
-    const bool real = first + p < size;
-    const int64_t row = real ? systems.rows[begin + first + p] : 0, column = real ? systems.columns[begin + first + p] : 0;
-    const bool inside = row >= 0 && row < systems.G_size && column >= 0 && column < systems.A_size;
-    assert(inside && "chunked_solve: a position outside the inverse factors");
-    rows[p] = static_cast<int>(row);
-    columns[p] = static_cast<int>(column);
+    const bool inside = first + p < size;
+    if (kCheck && inside) check_position(systems, systems.rows[begin + first + p], systems.columns[begin + first + p]);
+    rows[p] = inside ? static_cast<int>(systems.rows[begin + first + p]) : 0;
+    columns[p] = inside ? static_cast<int>(systems.columns[begin + first + p]) : 0;
   }
 }
 

@@ -155,7 +155,7 @@ __global__ __launch_bounds__(32 * kWarps, 16 / kWarps) void solve_in_shared_kern
   int* rows = reinterpret_cast<int*>(right + capacity * kPanel);
   int* columns = rows + capacity * kPanel;
   const System s = {size, (size + kPanel - 1) / kPanel, matrix, right, rows, columns};
-  load_indices(systems, begin, 0, size, s.blocks * kPanel, rows, columns);
+  load_indices<true>(systems, begin, 0, size, s.blocks * kPanel, rows, columns);
   int attempt = 0;
   for (bool done = false; !done && attempt < kAttempts;) {
     const float shift = jitter_shift(systems, begin, size, attempt, matrix);
