@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from llm_surgeon.config import PruneConfig
 
-# Bytes a second at which main memory is pinned, about, in huge pages by 16 threads: taken once, then used again.
-PINNING_RATE = 1e10
+# Bytes a second at which main memory is pinned and given back, in huge pages by 16 threads: 8e9 where the machine has
+# the memory, half of that where a virtual machine grows by it. Taken once, then used again.
+PINNING_RATE = 5e9
+# Seconds in which kernels are compiled and libraries start, on a GPU.
+_START = 2.5
 # Shares of the rate of large matrix products that passes, Gram matrices and factorisations reach.
 _PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.72, 0.65
 # What the joint solver takes to one per cent of the optimum (8 to 11 with Llamas, 19 to 21 with an OPT), and how much
@@ -39,7 +42,7 @@ def run_seconds(
         shots * (2 P N for every pass + N sum(n²) for the factors, the half that is computed
                  + sum(n³) for inverses and 2/3 sum(n³) for their diagonals before + the solver's products;
                    for rows and columns the diagonals and three products)
-        + 2 P N for the final loss
+        + 2 P N for the final loss, and some seconds before a GPU runs
 
     A pass takes no less time than the weights that are streamed meanwhile.
 
@@ -73,4 +76,4 @@ def run_seconds(
             product = products / (single * faster)
             seconds += config.gradient_steps * (_STEP_PASSES * forward + (iterations + checks) * product)
             seconds += (rounds + iterations + checks) * product
-    return config.shots * seconds + max(forward, transfer)
+    return config.shots * seconds + max(forward, transfer) + _START * on_gpu

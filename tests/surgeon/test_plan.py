@@ -126,14 +126,14 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
     # Of two passes the second goes back through one block only, computing its activations again; weights of
     # both are streamed in every one of them, and once more for the final loss.
-    pinned = (2 * (FACTORS + BLOCK_BYTES) + WEIGHTS) / llm_surgeon.plan_time.PINNING_RATE
+    pinned = (2 * (FACTORS + BLOCK_BYTES) + WEIGHTS) / 5e9
     offloaded = {"shots": 1, "max_iterations": 10, "offload": "cpu", "curvature_layers": 1, "device": "cuda"}
     _, fast = plan_of(**offloaded, monkeypatch=monkeypatch)
     _, slow = plan_of(**offloaded, link=BLOCK_BYTES / 1e9, monkeypatch=monkeypatch)
     assert slow.seconds - pinned == pytest.approx(4.5 * 2e9, rel=0.1)
     solver = (10 + 3 * 9 + 10 + 2 * 3) / 10.5 * products
     operations = (2 + 2 * 1.5 + 1) * forward + tokens * grams + 5 / 3 * cubes + solver
-    assert fast.seconds == pytest.approx(operations / 2.0 + pinned)
+    assert fast.seconds == pytest.approx(operations / 2.0 + pinned + 2.5)
     _, magnitude = plan_of(method="magnitude", monkeypatch=monkeypatch)
     assert magnitude.seconds == pytest.approx(forward / 2.0)
 
