@@ -90,20 +90,18 @@ Tensor linear_2_4(const Tensor& x, const Tensor& weight, const std::optional<Ten
   return linear.y;
 }
 
-int checked_choice(int64_t choice, bool library) {
-  const int64_t ours = surgeon::linear_2_4_choices(), end = library ? INT_MAX : ours;
-  TORCH_CHECK(choice >= 0 && choice < end, "linear_2_4: choice ", choice, " does not exist: there are ", ours,
-              ", and with cuSPARSELt its algorithms after them");
-  return static_cast<int>(choice);
+// Ours, and with cuSPARSELt its algorithms after them; which of those there are only the library knows.
+bool exists(int64_t choice, bool library) {
+  return choice >= 0 && choice < (library ? INT_MAX : surgeon::linear_2_4_choices());
 }
 
-// The same by the way `choice`; nothing where the device or the sizes do not allow it.
+// The same by the way `choice`; nothing where there is no such choice, or the device or the sizes do not allow it.
 std::optional<Tensor> linear_2_4_run(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice,
                                      const std::optional<Tensor>& compressed) {
+  if (!exists(choice, compressed.has_value())) return std::nullopt;
   const c10::cuda::CUDAGuard guard(x.device());
   const Linear24 linear(x, weight, std::nullopt, rows, 0);
-  const int checked = checked_choice(choice, compressed.has_value());
-  if (linear.y.numel() > 0 && !run(linear.call, checked, compressed)) return std::nullopt;
+  if (linear.y.numel() > 0 && !run(linear.call, static_cast<int>(choice), compressed)) return std::nullopt;
   return linear.y;
 }
 
@@ -112,9 +110,13 @@ int64_t linear_2_4_choice(const Tensor& x, const Tensor& weight, int64_t rows, b
   return surgeon::linear_2_4_choice(Linear24(x, weight, std::nullopt, rows, 0).call, library);
 }
 
-void linear_2_4_pin(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice, bool library) {
+// Whether there is such a choice: nothing is pinned otherwise.
+bool linear_2_4_pin(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice, bool library) {
+  if (!exists(choice, library)) return false;
   const c10::cuda::CUDAGuard guard(x.device());
-  surgeon::linear_2_4_pin(Linear24(x, weight, std::nullopt, rows, 0).call, library, checked_choice(choice, library));
+  const Linear24 linear(x, weight, std::nullopt, rows, 0);
+  surgeon::linear_2_4_pin(linear.call, library, static_cast<int>(choice));
+  return true;
 }
 
 // A dense 2:4 weight as cuSPARSELt compresses it.
@@ -143,7 +145,7 @@ TORCH_LIBRARY_FRAGMENT(surgeon_kernels, m) {
   m.def("linear_2_4_choices() -> int", [] { return static_cast<int64_t>(surgeon::linear_2_4_choices()); });
   m.def("linear_2_4_choice(Tensor x, Tensor weight, int rows, bool library=False) -> int");
   m.def("linear_2_4_run(Tensor x, Tensor weight, int rows, int choice, Tensor? compressed=None) -> Tensor?");
-  m.def("linear_2_4_pin(Tensor x, Tensor weight, int rows, int choice, bool library=False) -> ()");
+  m.def("linear_2_4_pin(Tensor x, Tensor weight, int rows, int choice, bool library=False) -> bool");
   m.def("linear_2_4_compress(Tensor dense) -> Tensor");
   m.def("cusparselt_version() -> int", [] { return static_cast<int64_t>(surgeon::cusparselt_version()); });
 }

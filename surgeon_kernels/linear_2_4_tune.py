@@ -66,7 +66,8 @@ def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = TOKENS) -> dict[int
                     times[choice] = _time([_graph(calls)] * 5) / len(calls)
             best = min(times, key=times.__getitem__)
             chosen[n] = present if times[best] > _GAIN * times.get(present, float("inf")) else best
-            ops.linear_2_4_pin(x, weight.fragments, weight.rows, chosen[n], library)
+            if not ops.linear_2_4_pin(x, weight.fragments, weight.rows, chosen[n], library):
+                raise ValueError(f"2:4 linears have no kernel of number {chosen[n]}")
     return chosen
 
 
