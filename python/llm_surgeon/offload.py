@@ -6,7 +6,9 @@ Everything goes through page-locked ("pinned") memory, the only kind that a GPU 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+import mmap
+import os
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
@@ -18,8 +20,63 @@ from torch import Tensor, nn
 from llm_surgeon.models import Decoder
 from surgeon_kernels import SymmetricAccumulator
 
+# cudaHostRegisterPortable: locked for every GPU.
+_PORTABLE = 1
 # Bytes of each of the two pinned buffers that copies to pageable memory go through.
 _STAGED = 2**26
+
+
+class PinnedMemory:
+    """Page-locked main memory for copies of tensors: locked once, used again, and unlocked when it is closed.
+
+    Locking takes longer than copying. PyTorch's own pinned memory comes in powers of two, up to twice what is asked
+    for, is touched page by page by one thread, and stays locked for good.
+    """
+
+    def __init__(self) -> None:
+        self._used: list[Tensor] = []
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # by their number of bytes
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor``, for which later work on the GPU's stream waits, but not the host."""
+        free = self._free[tensor.nbytes]
+        memory = free.pop() if free else _locked(tensor.nbytes)
+        self._used.append(memory)
+        copy = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return copy.copy_(tensor, non_blocking=True)
+
+    def store(self, sums: SymmetricAccumulator) -> SymmetricAccumulator:
+        """A copy of ``sums``, see :meth:`copy`."""
+        return SymmetricAccumulator(sums.n, self.copy(sums.storage))
+
+    def reuse(self) -> None:
+        """All copies made so far may be overwritten by the next ones: no device must be reading them."""
+        for memory in self._used:
+            self._free[memory.numel()].append(memory)
+        self._used = []
+
+    def close(self) -> None:
+        """Unlock everything; copies stay what they are, in memory like any other."""
+        self.reuse()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            for memory in [memory for same in self._free.values() for memory in same]:
+                torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))
+        self._free.clear()
+
+
+def _locked(nbytes: int) -> Tensor:
+    """New memory of ``nbytes`` (at least 1), locked where there is a GPU."""
+    private = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    pages = mmap.mmap(-1, max(nbytes, 1), **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    if torch.cuda.is_available():
+        memory.zero_()  # several threads touch the pages, which locking would do one by one
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE)))
+    return memory
 
 
 class Prefetcher:
@@ -64,18 +121,27 @@ def offloaded(model: nn.Module, decoder: Decoder, device: torch.device) -> Itera
 
     A block's weights are on the device while its ``forward`` runs, those of the next one are copied meanwhile. In a
     backward pass they are there only if the block runs again for its activations, so these must be checkpointed.
-    Afterwards every tensor is back where it was, with the values that it has then.
+    Afterwards every tensor is back where it was, with the values that it has then. If anything is raised, tensors that
+    came from main memory have their first values again: copies of them were at work.
     """
-    homes = [(tensor, tensor.device) for tensor in [*model.parameters(), *model.buffers()]]
+    tensors = [*model.parameters(), *model.buffers()]
+    homes = [tensor.device for tensor in tensors]
+    originals = [tensor.data if tensor.device.type == "cpu" else None for tensor in tensors]
     inside = {id(parameter) for block in decoder.blocks for parameter in block.parameters()}
     forwards = [block.__dict__.get("forward") for block in decoder.blocks]
+    memory = PinnedMemory()
     try:
-        for tensor, _ in homes:
-            tensor.data = pinned(tensor.data) if id(tensor) in inside else tensor.data.to(device)
+        for tensor in tensors:
+            tensor.data = memory.copy(tensor.data) if id(tensor) in inside else tensor.data.to(device)
         stream = _BlockStream(decoder.blocks, device)
         for index, block in enumerate(decoder.blocks):
             block.forward = partial(stream.run, index, block.forward)
         yield
+    except BaseException:
+        for tensor, original in zip(tensors, originals, strict=True):
+            if original is not None:
+                tensor.data = original
+        raise
     finally:
         for block, forward in zip(decoder.blocks, forwards, strict=True):
             block.__dict__.pop("forward", None)
@@ -83,14 +149,9 @@ def offloaded(model: nn.Module, decoder: Decoder, device: torch.device) -> Itera
                 block.forward = forward
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # weights may still be on their way back
-        for tensor, home in homes:
+        for tensor, home in zip(tensors, homes, strict=True):
             tensor.data = tensor.data.to(home)
-
-
-def pinned(tensor: Tensor) -> Tensor:
-    """A copy of ``tensor`` in main memory, pinned where there is a GPU; later work on the GPU's stream waits for it."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
-    return copy.copy_(tensor, non_blocking=True)
+        memory.close()
 
 
 def copies_in_main_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -129,11 +190,6 @@ def copies_in_main_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.contiguous().view(-1).view(torch.uint8).split(_STAGED)
-
-
-def store(sums: SymmetricAccumulator) -> SymmetricAccumulator:
-    """``sums`` in pinned main memory."""
-    return SymmetricAccumulator(sums.n, pinned(sums.storage))
 
 
 class _BlockStream:

@@ -12,7 +12,7 @@ from llm_surgeon.config import GLOBAL_METHODS, PruneConfig
 from llm_surgeon.loss import CHUNK
 from llm_surgeon.models import Decoder
 from llm_surgeon.plan_time import PINNING_RATE, run_seconds
-from llm_surgeon.resources import available_memory, matmul_rate
+from llm_surgeon.resources import available_memory, copy_rate, matmul_rate
 from surgeon_kernels import SymmetricAccumulator
 
 _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed in
@@ -51,7 +51,8 @@ class Plan:
         selection_bytes: factorisations of the largest layer, and the new masks.
         update_bytes: the largest layer's factors, inverses and the solver's matrices.
         snapshot_bytes: copies of the weights, to restore on failure, in main memory.
-        host_bytes: what is kept in main memory for a GPU: the snapshot and what is offloaded.
+        host_bytes: what is kept in main memory for a GPU: the snapshot, or the weights as they came where these were in
+            main memory already, and what is offloaded.
         disk_bytes: the checkpoint that is written.
         seconds: of all shots.
     """
@@ -159,16 +160,20 @@ class _Planner:
         inverses = self._inverses_bytes(resident)
         batch_size, per_pass = self._layout(resident)
         pinned = self._pinned_bytes() if self._on_gpu else 0
-        passes = -(-len(blocks) // per_pass) if self.factored else 1
-        # Forward, backward, and forward again where activations are computed again.
-        times = 1 if not self.gradients else 3 if self.checkpointed else 2
+        # A pass over the data goes back as far as its first block only.
+        starts = range(0, len(blocks), per_pass) if self.factored else range(1)
+        backward = sum(len(blocks) - first for first in starts) / len(blocks) if self.gradients else 0.0
+        on_host = sum(parameter.nbytes for parameter in parameters if parameter.device.type == "cpu")
+        copies = on_host if streamed and on_host else snapshot
+        batches = -(-self.config.samples // batch_size)
+        transfer = batches * sum(blocks) / copy_rate(self.device) if streamed else 0.0
         head = self.model.get_output_embeddings().weight.numel()  # type: ignore[operator]
         dtype = parameters[0].dtype if self._on_gpu else torch.float32
         return Plan(
             device=self.device,
             batch_size=batch_size,
             blocks_per_pass=per_pass,
-            passes=passes,
+            passes=len(starts),
             checkpoint_activations=self.checkpointed,
             weights_bytes=weights,
             masks_bytes=masks,
@@ -179,14 +184,18 @@ class _Planner:
             selection_bytes=self._selection_bytes(),
             update_bytes=self._update_bytes(),
             snapshot_bytes=snapshot,
-            host_bytes=snapshot + pinned + self.offload * self.weights if self._on_gpu else 0,
+            host_bytes=copies + pinned + self.offload * self.weights if self._on_gpu else 0,
             disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters) + _OTHER_FILES,
             seconds=run_seconds(
                 self.config,
                 self.sizes,
                 self._factors(),
                 head=head,
-                passes=times * passes * self.factored,
+                forward_passes=len(starts) * self.factored,
+                # Activations that were not kept are computed again.
+                backward_passes=backward,
+                backward_cost=2 if self.checkpointed else 1,
+                transfer=transfer,
                 rates=(matmul_rate(self.device, dtype), matmul_rate(self.device, torch.float32)),
                 on_gpu=self._on_gpu,
                 inverted_once=inverses > 0,
@@ -228,11 +237,11 @@ class _Planner:
 
     def _pinned_bytes(self) -> int:
         """Pinned memory for what is kept there: factors, streamed weights, dense weights."""
-        sizes = [_FLOAT * SymmetricAccumulator.elements(n) for n in self._factors()] if self.hosted else []
+        pinned = sum(self.factor_bytes) if self.hosted else 0
         if self.offload:
-            sizes += [p.nbytes for block in self.decoder.blocks for p in block.parameters()]
-            sizes += [self.itemsize * R * C for R, C in self.sizes] if self.config.around_dense_weights else []
-        return sum(1 << (size - 1).bit_length() for size in sizes)  # PyTorch takes powers of two
+            pinned += sum(p.nbytes for block in self.decoder.blocks for p in block.parameters())
+            pinned += self.itemsize * sum(R * C for R, C in self.sizes) * self.config.around_dense_weights
+        return pinned
 
     @property
     def _on_gpu(self) -> bool:
@@ -268,7 +277,8 @@ class _Planner:
         return activations + factors
 
     def _selection_bytes(self) -> int:
-        return self.weights + self._factor_workspace(2)
+        masks = 0 if self.offload and self._on_gpu else self.weights
+        return masks + self._factor_workspace(2)
 
     def _update_bytes(self) -> int:
         largest = max(R * C for R, C in self.sizes)

@@ -20,7 +20,10 @@ def run_seconds(
     factors: list[int],
     *,
     head: int,
-    passes: int,
+    forward_passes: int,
+    backward_passes: float,
+    backward_cost: int,
+    transfer: float,
     rates: tuple[float, float],
     on_gpu: bool,
     inverted_once: bool,
@@ -31,9 +34,13 @@ def run_seconds(
                  + sum(n³) for inverses and 2/3 sum(n³) for their diagonals before + the solver's products)
         + 2 P N for the final loss
 
+    A pass takes no less time than the weights that are streamed meanwhile.
+
     Args:
         sizes: ``(R, C')`` of every linear; head: weights of the output head.
-        passes: through the data in a shot, a backward one counted like a forward one; 0 without curvature.
+        forward_passes, backward_passes: through the data in a shot; backward ones may go back a part of the way.
+        backward_cost: of a backward pass, in forward ones.
+        transfer: seconds in which a pass's weights are streamed.
         rates: operations per second of matrix products in the model's dtype, and in float32.
         inverted_once: the inverses are computed with their diagonals.
     """
@@ -41,7 +48,8 @@ def run_seconds(
     tokens = config.samples * config.seqlen
     half, single = rates
     forward = 2 * (sum(R * C for R, C in sizes) + head) * tokens / (half * _PASS_EFFICIENCY)
-    seconds = passes * forward + tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
+    seconds = forward_passes * max(forward, transfer) + backward_passes * max(backward_cost * forward, transfer)
+    seconds += tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
     if config.method == "surgeon":
         times = 1 if inverted_once else 5 / 3
         seconds += times * sum(n**3 for n in factors) / (single * _FACTORISATION_EFFICIENCY)
@@ -52,4 +60,4 @@ def run_seconds(
             faster, checks = (_HALF_SPEED, _SOLVER_CHECKS * _CHECK_COST) if on_gpu else (1.0, _SOLVER_CHECKS)
             iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
             seconds += (1 + config.exchanges) * (iterations + checks) * products / (single * faster)
-    return config.shots * seconds + forward
+    return config.shots * seconds + max(forward, transfer)

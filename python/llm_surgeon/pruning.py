@@ -87,7 +87,7 @@ def prune(
         loop = kind(model, decoder, windows, config, progress or Progress())
         if correction_data is not None:
             loop.correction_data = Calibration.of(correction_data)
-        with _restored_on_failure(decoder, wait=config.offload == "cpu") as saved:
+        with _restored_on_failure(decoder, offload=config.offload == "cpu") as saved:
             loop.run(before_update=saved)
             loop.finish()
     if sizes:
@@ -297,16 +297,19 @@ def _memory_capped(config: PruneConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_on_failure(decoder: Decoder, *, wait: bool) -> Iterator[Callable[[], object]]:
+def _restored_on_failure(decoder: Decoder, *, offload: bool) -> Iterator[Callable[[], object]]:
     """Copies of the weights, kept in main memory, are put back if anything is raised.
 
     They are made while the first pass over the data runs: call what this yields before any weight is changed. With
-    ``wait`` they are made before anything else, for weights that are about to be moved.
+    ``offload`` they are made before anything else, for weights are about to be moved; what is moved from main memory
+    needs none, see :func:`~llm_surgeon.offload.offloaded`.
     """
     parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
+    if offload:
+        parameters = [parameter for parameter in parameters if parameter.device.type != "cpu"]
     with ThreadPoolExecutor(1) as executor:
         originals = executor.submit(copies_in_main_memory, [parameter.detach() for parameter in parameters])
-        if wait:
+        if offload:
             originals.result()
         try:
             yield originals.result

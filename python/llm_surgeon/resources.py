@@ -33,6 +33,18 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32, second
     return max(products, 1) * 2 * size**3 / elapsed
 
 
+def copy_rate(device: torch.device) -> float:
+    """Measured bytes per second from pinned main memory to ``device``."""
+    source = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    target = source.to(device)
+    _synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(4):
+        target.copy_(source, non_blocking=True)
+    _synchronize(device)
+    return 4 * source.nbytes / (time.perf_counter() - begun)
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device called ``name``; without a name a GPU where there is one. :class:`InputError` if it cannot be used."""
     if name is None:

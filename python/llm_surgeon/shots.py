@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from llm_surgeon.errors import NumericalError
 from llm_surgeon.factors import DampedFactors, predicted_increase
 from llm_surgeon.kron2 import PairedCurvature, compensate_by_pairs, paired_costs
 from llm_surgeon.models import Decoder, PrunableLinear, to_list
-from llm_surgeon.offload import offloaded, pinned, store
+from llm_surgeon.offload import PinnedMemory, offloaded
 from llm_surgeon.plan import compute_device, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport, SolverTrace
@@ -56,6 +56,7 @@ class ShotLoop:
         self.reports: list[ShotReport] = []
         self._before_update: Callable[[], object] = lambda: None
         self._dense_weights: dict[str, Tensor] = {}  # [W | b] before the first shot, where later ones need it
+        self._memory, self._factor_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._paired: PairedCurvature | None = None  # of the shot that is running, with kron_rank 2
 
     def run(self, before_update: Callable[[], object] = lambda: None) -> None:
@@ -67,7 +68,7 @@ class ShotLoop:
             NumericalError: NaN or infinity, or a factor that is not positive definite; the layer is named.
         """
         self._before_update = before_update
-        with self._offloaded():
+        with closing(self._memory), closing(self._factor_memory), self._offloaded():
             self._run()
 
     def _offloaded(self) -> AbstractContextManager[None]:
@@ -94,6 +95,7 @@ class ShotLoop:
         seconds: dict[str, float] = {}
         curvature, factors, threshold, predicted = None, None, None, None
         traces: list[SolverTrace] = []
+        self._factor_memory.reuse()
         with self._phase("curvature", seconds):
             if config.method in ("magnitude", "sparsegpt"):
                 loss = mean_loss(self.model, self.calibration, self.batch_size)
@@ -138,6 +140,7 @@ class ShotLoop:
         )
 
     def _estimate(self, index: int) -> Curvature:
+        kept_apart = self.config.offload == "cpu" or self.config.curvature_layers is not None
         return estimate_curvature(
             self.model,
             self.decoder,
@@ -148,7 +151,7 @@ class ShotLoop:
             gradients=self.config.method in GLOBAL_METHODS,
             checkpoint_activations=self.plan.checkpoint_activations,
             blocks_per_pass=self.plan.blocks_per_pass,
-            store=store if self.config.offload == "cpu" or self.config.curvature_layers is not None else None,
+            store=self._factor_memory.store if kept_apart else None,
             progress=self.progress.step,
         )
 
@@ -215,7 +218,7 @@ class ShotLoop:
             return weight
         if linear.name not in self._dense_weights:
             own = weight.to(linear.weight.dtype)
-            self._dense_weights[linear.name] = pinned(own) if self.config.offload == "cpu" else own
+            self._dense_weights[linear.name] = self._memory.copy(own) if self.config.offload == "cpu" else own
             return weight
         return self._dense_weights[linear.name].to(self.device, non_blocking=True).to(weight.dtype)
 

@@ -11,7 +11,7 @@ from llm_surgeon import Calibration, InputError, PruneConfig, prune
 from llm_surgeon.activations import measure_activations
 from llm_surgeon.capture import estimate_curvature, mean_loss
 from llm_surgeon.models import find_decoder
-from llm_surgeon.offload import Prefetcher, copies_in_main_memory, offloaded, store
+from llm_surgeon.offload import PinnedMemory, Prefetcher, copies_in_main_memory, offloaded
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -25,9 +25,8 @@ def test_streamed_blocks_give_the_same_curvature_and_loss(name):
     expected, loss = estimate_curvature(model, decoder, data, batch_size=2), mean_loss(model, data, 2)
     with offloaded(model, decoder, CPU):
         assert mean_loss(model, data, 2) == loss
-        found = estimate_curvature(
-            model, decoder, data, batch_size=2, checkpoint_activations=True, blocks_per_pass=1, store=store
-        )
+        options = {"checkpoint_activations": True, "blocks_per_pass": 1, "store": PinnedMemory().store}
+        found = estimate_curvature(model, decoder, data, batch_size=2, **options)
     assert found.loss == expected.loss
     for linear in decoder.linears:
         for ours, theirs in zip(found.factors(linear), expected.factors(linear), strict=True):
@@ -79,6 +78,31 @@ def test_everything_is_back_in_its_place_even_after_a_failure():
     assert not any("forward" in vars(block) for block in decoder.blocks)
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_that_fails_leaves_the_weights_of_main_memory_as_they_were():
+    model = build("gpt2")
+    decoder, linear = find_decoder(model), find_decoder(model).linears[0]
+    before, pointer = linear.weight.clone(), linear.weight.data_ptr()
+    with pytest.raises(KeyError), offloaded(model, decoder, CPU):
+        linear.write(torch.zeros_like(linear.matrix()))
+        raise KeyError
+    assert torch.equal(linear.weight, before) and linear.weight.data_ptr() == pointer
+    with offloaded(model, decoder, CPU):
+        linear.write(torch.ones_like(linear.matrix()))
+    assert torch.equal(linear.weight, torch.ones_like(before))
+
+
+def test_pinned_memory_is_used_again_and_holds_copies_of_any_kind():
+    memory = PinnedMemory()
+    tensors = [torch.randn(40, 30).T, torch.ones(2, dtype=torch.bfloat16), torch.empty(0), torch.tensor(3.0)]
+    copies = [memory.copy(tensor) for tensor in tensors]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(copies, tensors, strict=True))
+    memory.reuse()
+    again = memory.copy(torch.zeros(30, 40))
+    assert again.data_ptr() == copies[0].data_ptr() and memory.copy(tensors[0]).data_ptr() != again.data_ptr()
+    memory.close()
+    assert not again.is_pinned() and torch.equal(again, torch.zeros(30, 40))
 
 
 def test_copies_in_main_memory_are_no_views():

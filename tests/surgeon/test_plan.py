@@ -21,12 +21,13 @@ FACTORS = 4 * (sum(n**2 for n in SHARED_INPUTS) + sum(R**2 for R, _ in BLOCK))  
 BLOCK_BYTES = 4 * (WEIGHTS // 2 + 2 * 32)  # with its two norms
 
 
-def plan_of(name="llama", device="cpu", memory=10**12, monkeypatch=None, **options):
+def plan_of(name="llama", device="cpu", memory=10**12, link=1e300, monkeypatch=None, **options):
     model = build(name)
     decoder = find_decoder(model)
     config = PruneConfig(**{"samples": 8, "seqlen": 16, **options})
     if monkeypatch is not None:
         monkeypatch.setattr(llm_surgeon.plan, "matmul_rate", lambda device, dtype: 2.0)
+        monkeypatch.setattr(llm_surgeon.plan, "copy_rate", lambda device: link)
         monkeypatch.setattr(llm_surgeon.plan, "compute_device", lambda model, config: torch.device(device))
         monkeypatch.setattr(llm_surgeon.plan, "available_memory", lambda device: memory)
     return model, make_plan(model, decoder, config)
@@ -50,13 +51,11 @@ def test_offloaded_parts_are_in_main_memory(monkeypatch):
     assert (plan.blocks_per_pass, plan.passes) == (1, 2)
     everything = 4 * sum(p.numel() for p in model.parameters())
     assert plan.weights_bytes == everything  # two blocks in all: both may be on the device at once
-    # Pinned memory comes in powers of two: 9216 bytes of a factor of width 48 take 16384, its 6144 of weights 8192.
-    factors, block = FACTORS + 3 * (16384 - 9216), BLOCK_BYTES + 3 * (8192 - 6144)
-    dense = 4 * WEIGHTS + 2 * 3 * (8192 - 6144)
-    assert plan.host_bytes == 4 * WEIGHTS + dense + 2 * factors + 2 * block + WEIGHTS
+    dense, masks = 4 * WEIGHTS, WEIGHTS
+    assert plan.host_bytes == everything + dense + 2 * FACTORS + 2 * BLOCK_BYTES + masks
     _, alone = plan_of(curvature_layers=1, device="cuda", monkeypatch=monkeypatch)
     assert alone.factors_bytes == 0 and alone.masks_bytes == WEIGHTS
-    assert alone.host_bytes == 4 * WEIGHTS + 2 * factors
+    assert alone.host_bytes == 4 * WEIGHTS + 2 * FACTORS
 
 
 def test_as_many_windows_and_blocks_as_fit(monkeypatch):
@@ -118,6 +117,15 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     assert single.seconds == pytest.approx(plan.seconds - 3 * (10 + 2) * products / 2.0)
     _, again = plan_of(shots=3, max_iterations=10, checkpoint_activations=True, monkeypatch=monkeypatch)
     assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
+    # Of two passes the second goes back through one block only, computing its activations again; weights of
+    # both are streamed in every one of them, and once more for the final loss.
+    pinned = 2 * (FACTORS + BLOCK_BYTES) / llm_surgeon.plan_time.PINNING_RATE
+    offloaded = {"shots": 1, "max_iterations": 10, "offload": "cpu", "curvature_layers": 1, "device": "cuda"}
+    _, fast = plan_of(**offloaded, monkeypatch=monkeypatch)
+    _, slow = plan_of(**offloaded, link=BLOCK_BYTES / 1e9, monkeypatch=monkeypatch)
+    assert slow.seconds - pinned == pytest.approx(4.5 * 2e9, rel=0.1)
+    operations = (2 + 2 * 1.5 + 1) * forward + tokens * grams + 5 / 3 * cubes + 2 * (10 + 2 * 3) / 10.5 * products
+    assert fast.seconds == pytest.approx(operations / 2.0 + pinned)
     _, magnitude = plan_of(method="magnitude", monkeypatch=monkeypatch)
     assert magnitude.seconds == pytest.approx(forward / 2.0)
 
