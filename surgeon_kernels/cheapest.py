@@ -23,6 +23,7 @@ def k_cheapest(
     pattern: Pattern | None = None,
     previous: Sequence[Tensor] | None = None,
     at_most: Sequence[int] | None = None,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[float, list[Tensor]]:
     """Select the ``k`` cheapest weights, or N:M groups, of all layers: exactly ``k``, ties included.
 
@@ -39,10 +40,12 @@ def k_cheapest(
         previous: bool ``[R, C]`` per layer: weights that are pruned, and zero, already: they stay selected. With a
             ``pattern``, what an earlier call returned.
         at_most: the most that may be selected of each layer.
+        out: bool ``[R, C]`` per layer, on any devices, the masks to be written; they may be those of ``previous``. Of
+            masks in pinned memory the copies are on their way when this returns, in the order of the current stream.
 
     Returns:
         The threshold, the highest cost selected where no layer is at its limit (-inf for ``k = 0``), and one bool
-        mask ``[R, C]`` per layer, where its weight is: True where a weight is (to be) pruned.
+        mask ``[R, C]`` per layer, where its weight is unless given by ``out``: True where a weight is (to be) pruned.
 
     Raises:
         ValueError: ``k`` is out of range or smaller than what is pruned already; a cost is NaN or negative.
@@ -65,15 +68,21 @@ def k_cheapest(
     masks = []
     for layer, cost in enumerate(costs):
         before = None if previous is None else previous[layer]
+        given = None if out is None else out[layer]
         if below[layer] > limits[layer]:
             alone = None if before is None else [before]
-            masks.append(k_cheapest([cost], limits[layer], pattern=pattern, previous=alone)[1][0])
+            target = None if given is None else [given]
+            masks.append(k_cheapest([cost], limits[layer], pattern=pattern, previous=alone, out=target)[1][0])
             continue
         room = min(up_to[layer], limits[layer]) - below[layer] - first[layer]
         more = max(0, min(left, room))
         left -= more
         rest = up_to[layer] - below[layer] - first[layer] - more
-        masks.append(_select(cost, threshold, pattern, before, more, rest).to(cost.weight.device))
+        mask = _select(cost, threshold, pattern, before, more, rest)
+        if given is None:
+            masks.append(mask.to(cost.weight.device))
+        else:
+            masks.append(given.copy_(mask, non_blocking=given.is_pinned()))
     return threshold, masks
 
 

@@ -6,6 +6,7 @@ Everything goes through page-locked ("pinned") memory, the only kind that a GPU 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 from collections import defaultdict, deque
@@ -27,7 +28,7 @@ _STAGED = 2**26
 
 
 class PinnedMemory:
-    """Page-locked main memory for copies of tensors: locked once, used again, and unlocked when it is closed.
+    """Page-locked main memory for tensors: locked once, used again, and unlocked when it is closed.
 
     Locking takes longer than copying. PyTorch's own pinned memory comes in powers of two, up to twice what is asked
     for, is touched page by page by one thread, and stays locked for good.
@@ -37,26 +38,30 @@ class PinnedMemory:
         self._used: list[Tensor] = []
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # by their number of bytes
 
+    def empty(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any values."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        free = self._free[nbytes]
+        memory = free.pop() if free else _locked(nbytes)
+        self._used.append(memory)
+        return memory[:nbytes].view(dtype).view(shape)
+
     def copy(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor``, for which later work on the GPU's stream waits, but not the host."""
-        free = self._free[tensor.nbytes]
-        memory = free.pop() if free else _locked(tensor.nbytes)
-        self._used.append(memory)
-        copy = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        return copy.copy_(tensor, non_blocking=True)
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
 
     def store(self, sums: SymmetricAccumulator) -> SymmetricAccumulator:
         """A copy of ``sums``, see :meth:`copy`."""
         return SymmetricAccumulator(sums.n, self.copy(sums.storage))
 
     def reuse(self) -> None:
-        """All copies made so far may be overwritten by the next ones: no device must be reading them."""
+        """All tensors given out so far may be overwritten by the next ones: no device must be reading them."""
         for memory in self._used:
             self._free[memory.numel()].append(memory)
         self._used = []
 
     def close(self) -> None:
-        """Unlock everything; copies stay what they are, in memory like any other."""
+        """Unlock everything; tensors stay what they are, in memory like any other."""
         self.reuse()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()

@@ -184,7 +184,7 @@ class _Planner:
             selection_bytes=self._selection_bytes(),
             update_bytes=self._update_bytes(),
             snapshot_bytes=snapshot,
-            host_bytes=copies + pinned + self.offload * self.weights if self._on_gpu else 0,
+            host_bytes=copies + pinned if self._on_gpu else 0,
             disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters) + _OTHER_FILES,
             seconds=run_seconds(
                 self.config,
@@ -236,10 +236,10 @@ class _Planner:
         return [size for sizes in self.factor_sizes for size in sizes]
 
     def _pinned_bytes(self) -> int:
-        """Pinned memory for what is kept there: factors, streamed weights, dense weights."""
+        """Pinned memory for what is kept there: factors, masks, streamed weights, dense weights."""
         pinned = sum(self.factor_bytes) if self.hosted else 0
         if self.offload:
-            pinned += sum(p.nbytes for block in self.decoder.blocks for p in block.parameters())
+            pinned += self.weights + sum(p.nbytes for block in self.decoder.blocks for p in block.parameters())
             pinned += self.itemsize * sum(R * C for R, C in self.sizes) * self.config.around_dense_weights
         return pinned
 

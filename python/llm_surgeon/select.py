@@ -24,7 +24,8 @@ class Selection:
 
     def to(self, device: torch.device) -> Selection:
         rows, columns = (None if mask is None else mask.to(device) for mask in (self.rows, self.columns))
-        return Selection(self.pruned.to(device), rows, columns, self.removed)
+        # Masks in pinned memory are copied to a GPU without waiting.
+        return Selection(self.pruned.to(device, non_blocking=device.type == "cuda"), rows, columns, self.removed)
 
     @classmethod
     def of_rows_columns(cls, rows: Tensor, columns: Tensor, removed: tuple[int, int] | None = None) -> Selection:
@@ -34,7 +35,11 @@ class Selection:
 
 
 def select_elements(
-    costs: Sequence[WeightCosts], previous: Sequence[Tensor], config: PruneConfig, sparsity: float
+    costs: Sequence[WeightCosts],
+    previous: Sequence[Tensor],
+    config: PruneConfig,
+    sparsity: float,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[list[Selection], float | None]:
     """Choose single weights so that ``sparsity`` of all of them is pruned, earlier choices included.
 
@@ -45,11 +50,12 @@ def select_elements(
     Args:
         costs: one per layer, ``[R, C]``; previous: bool ``[R, C]`` per layer, pruned already and zero (they stay so).
         sparsity: fraction to have pruned after this shot.
+        out: the masks to be written, as of :func:`~surgeon_kernels.k_cheapest`; new ones where left out.
 
     Returns:
         One :class:`Selection` per layer and the global threshold (``None`` where there is none).
     """
-    masks, threshold = _select_masks(costs, previous, config, sparsity)
+    masks, threshold = _select_masks(costs, previous, config, sparsity, out)
     return [Selection(mask) for mask in masks], _finite(threshold)
 
 
@@ -66,7 +72,11 @@ def reselect(pruned: Tensor, cost: Tensor, config: PruneConfig) -> Tensor:
 
 
 def _select_masks(
-    costs: Sequence[WeightCosts], previous: Sequence[Tensor], config: PruneConfig, sparsity: float
+    costs: Sequence[WeightCosts],
+    previous: Sequence[Tensor],
+    config: PruneConfig,
+    sparsity: float,
+    out: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], float | None]:
     sizes = [cost.weight.numel() for cost in costs]
     limits, pattern, fraction = sizes, None, sparsity
@@ -75,15 +85,19 @@ def _select_masks(
         pattern, fraction = (config.pattern.n, config.pattern.m), sparsity / config.sparsity
         limits = sizes = [size // config.pattern.m for size in sizes]
     elif config.method == "wanda":
-        return [_cheapest_in_rows(c, gone, sparsity) for c, gone in zip(costs, previous, strict=True)], None
+        masks = [_cheapest_in_rows(c, gone, sparsity) for c, gone in zip(costs, previous, strict=True)]
+        return masks if out is None else [o.copy_(mask) for o, mask in zip(out, masks, strict=True)], None
     else:
         limits = [size - math.floor(config.min_kept * size) for size in sizes]
     if config.method in GLOBAL_METHODS:
         count = round(fraction * sum(sizes))
-        threshold, masks = k_cheapest(costs, count, pattern=pattern, previous=previous, at_most=limits)
+        threshold, masks = k_cheapest(costs, count, pattern=pattern, previous=previous, at_most=limits, out=out)
         return masks, threshold
-    layers = zip(costs, previous, sizes, strict=True)
-    return [k_cheapest([c], round(fraction * n), pattern=pattern, previous=[p])[1][0] for c, p, n in layers], None
+    targets = [None] * len(costs) if out is None else [[mask] for mask in out]
+    layers = zip(costs, previous, sizes, targets, strict=True)
+    return [
+        k_cheapest([c], round(fraction * n), pattern=pattern, previous=[p], out=o)[1][0] for c, p, n, o in layers
+    ], None
 
 
 def _finite(threshold: float | None) -> float | None:

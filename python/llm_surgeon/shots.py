@@ -48,11 +48,10 @@ class ShotLoop:
         self.correction_data = calibration  # what low-rank corrections learn from
         self.config, self.progress = config, progress
         self.device = compute_device(model, config)
-        # Where curvature and masks are kept between the passes and the layers' turns.
-        self.storage = torch.device("cpu") if config.offload == "cpu" else self.device
+        self.offload = config.offload == "cpu"
         self.plan = make_plan(model, decoder, config)
         self.batch_size = self.plan.batch_size
-        self.selections = [_nothing(linear, config, self.storage) for linear in decoder.linears]
+        self.selections: list[Selection] = []
         self.reports: list[ShotReport] = []
         self._before_update: Callable[[], object] = lambda: None
         self._dense_weights: dict[str, Tensor] = {}  # [W | b] before the first shot, where later ones need it
@@ -69,10 +68,11 @@ class ShotLoop:
         """
         self._before_update = before_update
         with closing(self._memory), closing(self._factor_memory), self._offloaded():
+            self.selections = [self._nothing(linear) for linear in self.decoder.linears]
             self._run()
 
     def _offloaded(self) -> AbstractContextManager[None]:
-        return offloaded(self.model, self.decoder, self.device) if self.config.offload == "cpu" else nullcontext()
+        return offloaded(self.model, self.decoder, self.device) if self.offload else nullcontext()
 
     def _run(self) -> None:
         assert self.config.shots is not None
@@ -140,7 +140,7 @@ class ShotLoop:
         )
 
     def _estimate(self, index: int) -> Curvature:
-        kept_apart = self.config.offload == "cpu" or self.config.curvature_layers is not None
+        kept_apart = self.offload or self.config.curvature_layers is not None
         return estimate_curvature(
             self.model,
             self.decoder,
@@ -171,8 +171,8 @@ class ShotLoop:
                 )
             )
             previous = [selection.pruned for selection in self.selections]
-            self.selections, threshold = select_elements(costs, previous, self.config, target)
-        self.selections = [selection.to(self.storage) for selection in self.selections]
+            out = previous if self.offload else None
+            self.selections, threshold = select_elements(costs, previous, self.config, target, out)
         return threshold
 
     def _update(self, factors: DampedFactors | None) -> tuple[float | None, list[SolverTrace]]:
@@ -194,7 +194,11 @@ class ShotLoop:
                     new = compensate_by_pairs(around, selection, self._paired.of(linear), self.config)
                 factors.note_jitter(linear, new.jitter)
             if new.selection is not selection:  # exchanges changed it
-                selection_of[linear.name] = new.selection.to(self.storage)
+                if self.offload:
+                    mask = selection_of[linear.name].pruned
+                    mask.copy_(new.selection.pruned, non_blocking=mask.is_pinned())
+                else:
+                    selection_of[linear.name] = new.selection
             linear.write(new.weight)
             if new.objective:
                 traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
@@ -218,9 +222,21 @@ class ShotLoop:
             return weight
         if linear.name not in self._dense_weights:
             own = weight.to(linear.weight.dtype)
-            self._dense_weights[linear.name] = self._memory.copy(own) if self.config.offload == "cpu" else own
+            self._dense_weights[linear.name] = self._memory.copy(own) if self.offload else own
             return weight
         return self._dense_weights[linear.name].to(self.device, non_blocking=True).to(weight.dtype)
+
+    def _nothing(self, linear: PrunableLinear) -> Selection:
+        """The empty selection a run starts from: on the device, or in main memory where that keeps the weights."""
+        device = torch.device("cpu") if self.offload else self.device
+        if not self.config.pattern.single_weights:
+            return Selection.of_rows_columns(
+                torch.zeros(linear.rows, dtype=torch.bool, device=device),
+                torch.zeros(linear.columns, dtype=torch.bool, device=device),
+            )
+        if self.offload:
+            return Selection(self._memory.empty((linear.rows, linear.columns), torch.bool).zero_())
+        return Selection(torch.zeros(linear.rows, linear.columns, dtype=torch.bool, device=device))
 
     def _each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:
         results = []
@@ -246,13 +262,3 @@ class ShotLoop:
     def _record_loss_after(report: ShotReport, loss: float | None) -> None:
         if loss is not None and report.loss_before is not None:
             report.measured_increase = loss - report.loss_before
-
-
-def _nothing(linear: PrunableLinear, config: PruneConfig, device: torch.device) -> Selection:
-    """The empty selection a run starts from."""
-    if not config.pattern.single_weights:
-        return Selection.of_rows_columns(
-            torch.zeros(linear.rows, dtype=torch.bool, device=device),
-            torch.zeros(linear.columns, dtype=torch.bool, device=device),
-        )
-    return Selection(torch.zeros(linear.rows, linear.columns, dtype=torch.bool, device=device))

@@ -88,6 +88,10 @@ def test_exactly_k_then_more_of_the_pruned_weights(problem, sampled, ties_at_onc
             if limits is None and k > 0:
                 costs = [nm_group_cost(layer, *pattern) if pattern else layer.dense() for layer in layers]
                 assert threshold == float(torch.cat([cost.flatten() for cost in costs]).sort().values[k - 1])
+            if previous is not None:  # written over
+                _, again = k_cheapest(layers, k, pattern=pattern, previous=previous, at_most=limits, out=previous)
+                assert all(ours is theirs for ours, theirs in zip(again, previous, strict=True))
+                assert all(map(torch.equal, again, expected))
             for layer, mask in zip(layers, masks, strict=True):
                 layer.weight[mask] = 0.0
             previous = masks

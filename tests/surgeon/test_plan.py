@@ -119,7 +119,7 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
     # Of two passes the second goes back through one block only, computing its activations again; weights of
     # both are streamed in every one of them, and once more for the final loss.
-    pinned = 2 * (FACTORS + BLOCK_BYTES) / llm_surgeon.plan_time.PINNING_RATE
+    pinned = (2 * (FACTORS + BLOCK_BYTES) + WEIGHTS) / llm_surgeon.plan_time.PINNING_RATE
     offloaded = {"shots": 1, "max_iterations": 10, "offload": "cpu", "curvature_layers": 1, "device": "cuda"}
     _, fast = plan_of(**offloaded, monkeypatch=monkeypatch)
     _, slow = plan_of(**offloaded, link=BLOCK_BYTES / 1e9, monkeypatch=monkeypatch)
