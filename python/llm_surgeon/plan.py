@@ -212,15 +212,22 @@ class _Planner:
             return windows, per_pass
         free = (1 - _SLACK) * self._limit() - resident
         # Fewer passes are worth more than larger batches, once a batch fills the GPU: half of the tokens do.
-        while self.config.batch_size is None and windows > 1 and self._curvature_bytes(windows, 1) > free / 2:
-            windows -= 1
-        while self.hosted and self.config.curvature_layers is None and per_pass > 1:
-            if self._curvature_bytes(windows, per_pass) <= free:
-                break
-            per_pass -= 1
-        if self.config.curvature_layers is None:
-            per_pass = -(-blocks // -(-blocks // per_pass))  # as few passes, of equal size
+        smallest = windows
+        if self.config.batch_size is None:
+            while windows > 1 and self._curvature_bytes(windows, 1) > free / 2:
+                windows -= 1
+            smallest = max(1, windows // 2)
+        if self.hosted and self.config.curvature_layers is None:
+            passes, windows = min(
+                (-(-blocks // self._blocks_that_fit(n, free)), -n) for n in range(smallest, windows + 1)
+            )
+            windows, per_pass = -windows, -(-blocks // passes)  # of equal size
         return windows, per_pass
+
+    def _blocks_that_fit(self, windows: int, free: float) -> int:
+        """Blocks, at least one, whose factors fit ``free`` bytes beside the activations of so many windows."""
+        blocks = range(len(self.decoder.blocks), 1, -1)
+        return next((count for count in blocks if self._curvature_bytes(windows, count) <= free), 1)
 
     def _inverses_bytes(self, resident: int) -> int:
         """All inverses, where the update needs them and they fit beside ``resident`` bytes."""
