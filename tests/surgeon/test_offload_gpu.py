@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.models import find_decoder
-from llm_surgeon.offload import copies_in_main_memory
+from llm_surgeon.offload import PinnedMemory, copies_in_main_memory
 from llm_surgeon.plan import make_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -64,6 +64,34 @@ def test_a_cap_on_memory_holds_and_is_lifted(no_collector):
     report = prune(build("cuda"), TOKENS, structure="rows-columns", shots=1, offload="cpu", gpu_memory="1.5GB")
     assert report.peak_memory_bytes <= 1.5e9
     assert torch.zeros(2 * 10**9, dtype=torch.uint8, device="cuda").numel() == 2 * 10**9
+
+
+def test_pinned_memory_is_exactly_as_large_as_asked_for_and_unlocked_in_the_end():
+    memory, tensors = PinnedMemory(), [torch.randn(n, device="cuda") for n in (1, 5000, 3 << 20)]
+    locked = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    copies = [memory.copy(tensor) for tensor in tensors]
+    torch.cuda.synchronize()
+    assert all(copy.is_pinned() and torch.equal(copy, x.cpu()) for copy, x in zip(copies, tensors, strict=True))
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == locked  # none of it is PyTorch's
+    memory.reuse()
+    last = memory.copy(2.0 * tensors[2])
+    assert last.data_ptr() == copies[2].data_ptr()
+    memory.close()
+    assert not any(copy.is_pinned() for copy in copies) and torch.equal(last, 2.0 * tensors[2].cpu())
+
+
+def test_a_run_that_fails_leaves_offloaded_weights_as_they_were(monkeypatch):
+    def fail(*_):
+        raise KeyError
+
+    for home in ("cuda", "cpu"):
+        model = build(home)
+        before = copy.deepcopy(model.state_dict())
+        with monkeypatch.context() as patch, pytest.raises(KeyError):
+            patch.setattr("llm_surgeon.shots.mean_loss", fail)  # once all weights have been changed
+            prune(model, TOKENS, structure="rows-columns", shots=1, offload="cpu")
+        for name, tensor in model.state_dict().items():
+            assert tensor.device.type == home and not tensor.is_pinned() and torch.equal(tensor, before[name])
 
 
 def test_copies_in_main_memory_are_complete_and_leave_later_work_alone():
