@@ -125,7 +125,7 @@ class PruneConfig:
             the next (the paper's section 3.6); 0: none.
         lora_steps, lora_learning_rate: AdamW steps of each correction, on 4096 tokens of the calibration data each.
         offload: ``"cpu"`` keeps weights and factors in main memory and streams them through the GPU, block by block;
-            activations are computed again then.
+            activations are computed again then. For runs on a GPU, like ``gpu_memory``.
         curvature_layers: decoder blocks whose curvature is accumulated in one pass over the data (left out: all; with
             ``offload`` as many as fit). What is accumulated then waits in main memory.
         gpu_memory: cap on the GPU memory that PyTorch may take, ``"24GB"`` say.

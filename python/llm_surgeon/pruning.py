@@ -32,6 +32,9 @@ from llm_surgeon.structures.loop import GroupLoop
 from llm_surgeon.structures.size import model_size
 from llm_surgeon.structures.width import WidthLoop
 
+# Options about a GPU's memory alone.
+_GPU_OPTIONS = ("offload", "gpu_memory")
+
 
 def prune(
     model: nn.Module,
@@ -177,6 +180,10 @@ class CheckpointJob:
         text = read_text(str(calibration), "calibration")
         lora_text = None if lora_data is None else read_text(str(lora_data), "calibration")
         self.device = choose_device(device)
+        # Options that were given and have no effect without a GPU.
+        defaults = {} if self.device.type == "cuda" else {name: getattr(PruneConfig, name) for name in _GPU_OPTIONS}
+        self.unused = [name for name, default in defaults.items() if getattr(config, name) != default]
+        config = dataclasses.replace(config, **defaults)
         # What is offloaded never lies on the GPU as a whole. A CPU computes faster, and no less exactly, in float32.
         home = torch.device("cpu") if config.offload == "cpu" else self.device
         self.model, self.tokenizer, self.dtype = load_model(

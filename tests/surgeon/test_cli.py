@@ -88,6 +88,15 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_for_a_gpu_alone_say_that_they_have_no_effect(tmp_path, capsys):
+    options = [*SMALL, "--device", "cpu", "--offload", "cpu", "--gpu-memory", "24GB", "--shots", 1]
+    assert surgeon("prune", MODEL, tmp_path / "out", *options, "--dry-run") == 0
+    words = "has no effect: this runs on cpu, no GPU"
+    assert capsys.readouterr().err.splitlines() == [f"surgeon: --offload {words}", f"surgeon: --gpu-memory {words}"]
+    assert surgeon("prune", MODEL, tmp_path / "out", *SMALL, "--offload", "none", "--dry-run") == 0
+    assert not capsys.readouterr().err
+
+
 def test_eval_prints_the_perplexity(tmp_path, capsys):
     assert surgeon("eval", MODEL, "--data", TEXT, "--seqlen", 256, "--quiet") == 0
     # The model card's 22.86 is for windows without the beginning-of-text token in front.

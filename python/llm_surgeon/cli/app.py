@@ -199,6 +199,8 @@ def prune(
     job_options.setdefault("calibration", "wikitext2")
     settings = PruneConfig.from_mapping(options)
     job = CheckpointJob(model, out, settings, **job_options)
+    for name in job.unused:
+        print(f"surgeon: --{name.replace('_', '-')} has no effect: this runs on {job.device}, no GPU", file=sys.stderr)
     if dry_run:
         views.print_plan(console, job)
         return

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import itertools
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -87,8 +88,9 @@ def generate(
             unpack_model(causal_lm)
         disk = model_bytes(causal_lm)
         causal_lm.to(place)
-        if name == "packed" and cusparselt:
-            use_cusparselt(causal_lm)
+        if name == "packed" and cusparselt and not use_cusparselt(causal_lm):
+            needs = "it needs an NVIDIA GPU, and layers without a bias whose sides are divisible by 16"
+            print(f"surgeon: --cusparselt has no effect on this model on {place}: {needs}", file=sys.stderr)
         if name == "packed" and fuse:
             fuse_linears(causal_lm)
         for way, size in itertools.product(ways, batch_size or [1, 16]):
