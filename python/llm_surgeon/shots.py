@@ -236,13 +236,13 @@ class ShotLoop:
         directions: dict[str, Tensor] = {}
 
         def towards(linear: PrunableLinear) -> None:
-            gradient = gradients.pop(linear.name)
+            gradient = gradients.pop(linear.name).to(self.device)
             found = direction(gradient, pruned[linear.name], *factors.of(linear), self.config.max_iterations)
-            directions[linear.name] = found.to(linear.weight.dtype)
+            directions[linear.name] = found.to(linear.weight)
 
         def follow(linear: PrunableLinear, change: Tensor) -> None:
             if linear.name in self._dense_weights:
-                self._dense_weights[linear.name] -= change
+                self._dense_weights[linear.name] -= change.to(self.device)
 
         taken: list[GradientStep] = []
         for _ in range(self.config.gradient_steps):
