@@ -82,7 +82,8 @@ def in_half_precision() -> None:
         best = joint_update(*inputs, tolerance=1e-6, max_iterations=2000).objective[-1]
         half = [x if x.dtype == torch.bool else x.float() for x in inputs]
         half[0] = half[0] * scale
-        with mock.patch.object(sys.modules["surgeon_kernels.joint_update"], "masked_cg", FusedCG):
+        modules = [sys.modules[f"surgeon_kernels.joint_{name}"] for name in ("update", "dual")]
+        with mock.patch.object(modules[0], "masked_cg", FusedCG), mock.patch.object(modules[1], "masked_cg", FusedCG):
             result = joint_update(*half)
         delta = result.delta.double() / scale
         true = 0.5 * float((delta * (G @ delta @ A)).sum())

@@ -20,6 +20,7 @@ from .dense import (
 
 # The package exports a function under the module's name.
 module = importlib.import_module("surgeon_kernels.joint_update")
+dual_module = importlib.import_module("surgeon_kernels.joint_dual")
 
 INF, NAN = float("inf"), float("nan")
 
@@ -287,15 +288,17 @@ def test_any_start_finds_the_optimum(kind):
 
 def corrections(monkeypatch, *problem, **options):
     """The corrections that the dual's solvers had, one for each solver, and the result."""
-    used, build = [], module.masked_cg
+    used, build, modules = [], module.masked_cg, (module, dual_module)
 
     def watched(terms, free, residual, correction=None):
         used.append(correction is not None)
         return build(terms, free, residual, correction)
 
-    monkeypatch.setattr(module, "masked_cg", watched)
+    for each in modules:
+        monkeypatch.setattr(each, "masked_cg", watched)
     result = joint_update(*problem, **options)
-    monkeypatch.setattr(module, "masked_cg", build)
+    for each in modules:
+        monkeypatch.setattr(each, "masked_cg", build)
     return used, result
 
 
@@ -305,7 +308,7 @@ def test_the_preconditioner_is_corrected_where_the_first_iterations_are_slow(mon
     problem = (W, pruned, G, A, *inverses(G, A))
     used, result = corrections(monkeypatch, *problem, tolerance=1e-4)
     assert used[:2] == [False, True]
-    monkeypatch.setattr(module, "_WORTH", INF)
+    monkeypatch.setattr(dual_module, "_WORTH", INF)
     plain_used, plain = corrections(monkeypatch, *problem, tolerance=1e-4)
     assert not any(plain_used)
     assert len(result.bound) < 0.8 * len(plain.bound)
