@@ -1,4 +1,4 @@
-"""What exchanging kept and pruned weights after the joint update is worth, small enough for a CPU.
+"""What exchanging kept and pruned weights within the joint update is worth, small enough for a CPU.
 
     python bench/exchanges.py --model MODEL --data wikitext-2.zip --rounds 0 2
     python bench/exchanges.py --model MODEL --data wikitext-2.zip --rounds 0 --kron-rank 2

@@ -27,7 +27,7 @@ from llm_surgeon.report.schema import GradientStep
 from surgeon_kernels import joint_update
 from surgeon_kernels.kron_product import kron_product
 
-# Of the calibration windows, those whose loss decides how far to go.
+# Of the calibration windows, those whose loss decides how far to go; curvature and selection have seen them.
 _HELD_OUT = 1 / 8
 # The length that is tried first, what others are multiplied by, and between which they lie. Little is left of a whole
 # step: a gradient of N tokens is mostly noise in as many directions as there are weights, which the inverses magnify.
@@ -61,7 +61,7 @@ def mean_gradients(
     """
     _, targets = count_tokens(model, calibration)
     device = model.get_input_embeddings().weight.device
-    parameters = {p: p.dtype for linear in decoder.linears for p in linear.module.parameters(recurse=False)}
+    parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
     with frozen(model), evaluation_mode(model), fused(model), _summed(parameters) as sums, torch.enable_grad():
         for input_ids, mask in calibration.batches(batch_size, device):
             logits = run_model(model, input_ids, mask).logits
@@ -82,9 +82,9 @@ def _matrix(linear: PrunableLinear, of: dict[nn.Parameter, Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _summed(parameters: dict[nn.Parameter, torch.dtype]) -> Iterator[dict[nn.Parameter, Tensor]]:
+def _summed(parameters: list[nn.Parameter]) -> Iterator[dict[nn.Parameter, Tensor]]:
     """The sums of the parameters' gradients over all backward passes, in float32 at least; their ``.grad`` stays."""
-    sums = {p: torch.zeros_like(p, dtype=torch.promote_types(d, torch.float32)) for p, d in parameters.items()}
+    sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters}
     held = {p: p.grad for p in parameters}
 
     def take(p: nn.Parameter) -> None:

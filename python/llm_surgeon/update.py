@@ -92,7 +92,6 @@ def _solve(
 
     A round's multipliers begin at those of the last one, and so do the solution's: few iterations bring them near.
     """
-
     assert config.exchanges is not None
     factors = g.damped, a.damped, g.inverse, a.inverse
     options: dict[str, Any] = {"tolerance": config.tolerance, "max_iterations": config.max_iterations}
@@ -100,8 +99,8 @@ def _solve(
     def solve(chosen: Selection, start: Tensor | None = None) -> JointUpdate:
         return joint_update(weight, with_bias(chosen, weight.shape[1]), *factors, start=start, **options)
 
-    def estimate(chosen: Selection, **options: Any) -> JointUpdate:
-        return joint_estimate(weight, with_bias(chosen, weight.shape[1]), *factors, **options)
+    def estimate(chosen: Selection, **settings: Any) -> JointUpdate:
+        return joint_estimate(weight, with_bias(chosen, weight.shape[1]), *factors, **settings)
 
     if not config.exchanges:
         return solve(selection), selection
