@@ -1,4 +1,4 @@
-"""Blocks of other sizes, built by their own class on the meta device: what a smaller block must look like."""
+"""Models and blocks of other sizes, built by their own classes: what a smaller one must look like, and loads as."""
 
 from __future__ import annotations
 
