@@ -21,7 +21,7 @@ from llm_surgeon.plan_result import Plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import check_model, prune
 from llm_surgeon.report.schema import PruneReport
-from llm_surgeon.resources import choose_device, require_disk, require_memory
+from llm_surgeon.resources import choose_device, human_bytes, require_disk, require_memory
 from llm_surgeon.structures.blocks import reachable_blocks
 from llm_surgeon.structures.loop import reachable_dimensions
 from llm_surgeon.structures.width import reachable_width
@@ -141,6 +141,12 @@ class CheckpointJob:
         plan = self.plan()
         held = 0 if self.config.offload == "cpu" else plan.weights_bytes
         require_memory(plan.memory_bytes - held, plan.device)
+        cap = self.config.gpu_memory_bytes
+        if cap is not None and plan.memory_bytes > cap:
+            raise InputError(
+                f"about {human_bytes(plan.memory_bytes)} of memory are needed on {plan.device} and gpu_memory allows "
+                f"{human_bytes(cap)}: offload 'cpu' takes less"
+            )
         if plan.host_bytes:
             loaded = sum(p.nbytes for p in self.model.parameters() if p.device.type == "cpu")
             require_memory(plan.host_bytes - loaded, "cpu")

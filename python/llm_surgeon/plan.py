@@ -190,7 +190,11 @@ class _Planner:
         held = sum(p.nbytes for p in self.model.parameters() if p.device == self.device)
         available = available_memory(self.device) + held
         cap = self.config.gpu_memory_bytes
-        return available if cap is None else min(cap, available)
+        if cap is None:
+            return available
+        # The cap is on all that PyTorch takes: what else the process holds there counts against it.
+        others = torch.cuda.memory_allocated(self.device) - held if self._on_gpu else 0
+        return min(cap - others, available)
 
     def _curvature_bytes(self, windows: int, per_pass: int) -> int:
         tokens = windows * self.seqlen

@@ -1,5 +1,6 @@
 """The plan of a run: its parts by hand, its layout by the memory there is, and its peak against the allocator's."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -8,9 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llm_surgeon.plan
 import llm_surgeon.plan_time
-from llm_surgeon import PruneConfig, prune
+from llm_surgeon import InputError, PruneConfig, prune
+from llm_surgeon.checkpoint_job import CheckpointJob
 from llm_surgeon.models import find_decoder
 from llm_surgeon.plan import factor_sizes, make_plan
+from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import build
 
 # Two blocks of a Llama of width 32: q 32x32, k and v 16x32, o 32x32, gate and up 48x32, down 32x48.
@@ -136,6 +139,16 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     assert fast.seconds == pytest.approx(operations / 2.0 + pinned + 2.5)
     _, magnitude = plan_of(method="magnitude", monkeypatch=monkeypatch)
     assert magnitude.seconds == pytest.approx(forward / 2.0)
+
+
+def test_a_cap_that_the_run_would_exceed_is_refused_before_the_work(tmp_path):
+    source, text = save_folder(tmp_path / "model", build("llama")), tmp_path / "text.txt"
+    text.write_text("w2 w3 w4 w5 " * 40)
+    job = CheckpointJob(source, tmp_path / "out", PruneConfig(samples=2, seqlen=8), calibration=str(text))
+    job.config = dataclasses.replace(job.config, gpu_memory="1kB")  # without a GPU the option itself is dropped
+    with pytest.raises(InputError, match="memory are needed on cpu and gpu_memory allows 1 kB"):
+        job.run()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_written_dtype_decides_the_disk():
