@@ -9,7 +9,7 @@ import torch
 
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.report import text
-from llm_surgeon.report.schema import LayerReport, PruneReport, ShotReport, SolverTrace, collect_versions
+from llm_surgeon.report.schema import DataRecord, LayerReport, PruneReport, ShotReport, SolverTrace, collect_versions
 from tests.surgeon.reports import DOWN, QUERY, layer, magnitude_report, surgeon_report
 
 
@@ -40,6 +40,18 @@ def test_json_round_trip(make):
     assert again == report
     assert all(type(each) is LayerReport for each in again.layers)
     assert all(type(trace) is SolverTrace for shot in again.shots for trace in shot.solver)
+
+
+def test_the_data_and_the_revision_survive_json_and_old_reports_have_neither():
+    report = surgeon_report()
+    record = DataRecord("chat.jsonl", "calibration", "ab" * 32, 243, 64, 2, 128, "messages", "chat template")
+    report.data, report.revision = {"calibration": record}, "c0ffee"
+    again = PruneReport.from_json(report.to_json())
+    assert again == report and again.data["calibration"].distinct_windows == 2
+    data = json.loads(report.to_json())
+    del data["data"], data["revision"]
+    old = PruneReport.from_json(json.dumps(data))
+    assert old.data == {} and old.revision is None
 
 
 def test_json_is_indented_and_versioned():

@@ -109,6 +109,32 @@ class ShotReport:
     correction_rank: int = 0
 
 
+@dataclass(frozen=True)
+class DataRecord:
+    """The text that windows were drawn from.
+
+    Attributes:
+        source: as it was given: ``"wikitext2"``, a hub data set or a path.
+        split: ``"calibration"`` or ``"evaluation"``.
+        field: the field of its rows that was read; ``None`` for plain text.
+        rendering: how conversations became text: ``"chat template"`` or ``"plain"``; ``None`` where there were none.
+        sha256: of the text in UTF-8.
+        tokens: of the whole text, BOS included.
+        windows, distinct_windows: how many were drawn, and how many of these differ in where they begin.
+        seqlen: tokens of a window.
+    """
+
+    source: str
+    split: str
+    sha256: str
+    tokens: int
+    windows: int
+    distinct_windows: int
+    seqlen: int
+    field: str | None = None
+    rendering: str | None = None
+
+
 @dataclass
 class PruneReport:
     """What was pruned, how, and what it cost.
@@ -126,6 +152,9 @@ class PruneReport:
         sizes: of structures that leave the model, entries "before" and "after", each with "parameters", "macs" (of all
             linears for one token), "bytes" of weights and "seconds" of a forward pass over one calibration sequence.
         custom_code: the model needs the code that its checkpoint carries.
+        data: what it was calibrated on, and what low-rank corrections learned from: entries "calibration" and
+            "lora_data"; none where token ids were given.
+        revision: commit of the hub repository that the model came from; ``None`` for a folder.
     """
 
     config: dict[str, Any]
@@ -141,6 +170,8 @@ class PruneReport:
     perplexity: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, dict[str, float]] = field(default_factory=dict)
     custom_code: bool = False
+    data: dict[str, DataRecord] = field(default_factory=dict)
+    revision: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
