@@ -65,7 +65,7 @@ def prune_checkpoint(
     job = CheckpointJob(
         source,
         out,
-        config or PruneConfig(**options),
+        config or PruneConfig.from_mapping(options),
         calibration=calibration,
         lora_data=lora_data,
         overwrite=overwrite,

@@ -9,10 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_surgeon.checks import require_bool, require_choice, require_number, require_positive_int
+from llm_surgeon.checks import (
+    LARGEST_COUNT,
+    require_bool,
+    require_choice,
+    require_int,
+    require_known,
+    require_number,
+    require_positive_int,
+    shown,
+)
 from llm_surgeon.errors import InputError
 from llm_surgeon.pattern import COUPLED_STRUCTURES, Structure
-from llm_surgeon.resources import parse_bytes
 
 METHODS = ("surgeon", "sparsegpt", "wanda", "magnitude", "l-obd", "k-obd")
 UPDATES = ("joint", "chunked", "independent", "none")
@@ -31,6 +39,11 @@ IMPORTANCES = ("kronecker", *GRADIENT_IMPORTANCES, "magnitude", "random")
 ALLOCATIONS = ("global", "local")
 # Rounds of exchanges in a joint update of single weights: more hardly lower its objective any further.
 _EXCHANGES = 4
+# Rounds of work beyond these are a slip of the keyboard, and would run for ever.
+_MOST_ROUNDS = 10_000
+_MOST_BLOCKS = 100_000
+# What torch's generators take, and room for the draws that later shots make with the numbers after it.
+LARGEST_SEED = 2**63 - 1 - _MOST_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -145,8 +158,10 @@ class PruneConfig:
             raise InputError("lora_rank and groups need the whole model on one device: leave offload out")
         if self.curvature_layers is not None and structure.coupled:
             raise InputError("groups need all of their curvature on one device: leave curvature_layers out")
-        if self.gpu_memory is not None and parse_bytes(self.gpu_memory) <= 0:
-            raise InputError(f"gpu_memory must be greater than 0, not {self.gpu_memory!r}")
+        if self.gpu_memory is not None and not isinstance(self.gpu_memory, str):
+            require_int("gpu_memory", self.gpu_memory, 1, 2**63 - 1)
+        if self.gpu_memory_bytes == 0:
+            raise InputError(f"gpu_memory must be greater than 0, not {shown(self.gpu_memory)}")
         if structure.kind == "rows-columns" and self.method not in STRUCTURED_METHODS:
             raise InputError(
                 f"method {self.method!r} has no definition for rows and columns: "
@@ -168,8 +183,7 @@ class PruneConfig:
             require_number(name, getattr(self, name), 0.0, math.inf)
         require_number("lora_learning_rate", self.lora_learning_rate, 0.0, math.inf)
         require_positive_int("lora_steps", self.lora_steps)
-        if self.lora_rank != 0 or isinstance(self.lora_rank, bool):
-            require_positive_int("lora_rank", self.lora_rank)
+        require_int("lora_rank", self.lora_rank, 0, LARGEST_COUNT)
         require_number("min_kept", self.min_kept, 0.0, 1.0, low_allowed=True)
         assert self.sparsity is not None
         if structure.kind != "n:m" and self.sparsity + self.min_kept > 1 + 1e-9:
@@ -177,12 +191,13 @@ class PruneConfig:
                 f"sparsity {self.sparsity} cannot be met while min_kept keeps {self.min_kept} of every layer"
             )
         require_bool("checkpoint_activations", self.checkpoint_activations)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise InputError(f"seed must be a whole number of at least 0, not {self.seed!r}")
+        require_int("seed", self.seed, 0, LARGEST_SEED)
 
     @property
     def gpu_memory_bytes(self) -> int | None:
         """``gpu_memory`` in bytes."""
+        from llm_surgeon.resources import parse_bytes  # brings torch: options are also listed without it
+
         return None if self.gpu_memory is None else parse_bytes(self.gpu_memory)
 
     @property
@@ -205,43 +220,42 @@ class PruneConfig:
         """The decoder blocks that ``skip_layers`` names."""
         found: set[int] = set()
         for part in self.skip_layers.split(",") if self.skip_layers else ():
-            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+            match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", part)
             if match is None:
-                raise InputError(f"skip_layers must be block numbers such as '0-3,30,31', not {self.skip_layers!r}")
+                raise InputError(
+                    f"skip_layers must be block numbers such as '0-3,30,31', not {shown(self.skip_layers)}"
+                )
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first:
                 raise InputError(f"skip_layers holds {part.strip()}, which ends before it begins")
+            if last >= _MOST_BLOCKS:
+                raise InputError(f"skip_layers holds {part.strip()}, and no model has {_MOST_BLOCKS} blocks")
             found.update(range(first, last + 1))
         return frozenset(found)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> PruneConfig:
         """Build from plain data (a YAML file, say); an :class:`InputError` names an unknown key."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise InputError(f"unknown option {unknown[0]!r}: choose among {', '.join(sorted(known))}")
+        require_known(options, [field.name for field in dataclasses.fields(cls)])
         return cls(**options)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def _resolve_exchanges(self, structure: Structure) -> None:
-        if self.kron_rank not in (1, 2):
-            raise InputError(f"kron_rank must be 1 or 2, not {self.kron_rank!r}")
+        require_int("kron_rank", self.kron_rank, 1, 2)
         solved = self.method == "surgeon" and self.update == "joint" and structure.single_weights
         if self.exchanges is None:
             self._set("exchanges", _EXCHANGES if solved and self.kron_rank == 1 else 0)
-        if self.exchanges != 0:
-            require_positive_int("exchanges", self.exchanges)
-            if not solved:
-                raise InputError("exchanges need method 'surgeon', update 'joint' and a structure of single weights")
+        require_int("exchanges", self.exchanges, 0, _MOST_ROUNDS)
+        if self.exchanges and not solved:
+            raise InputError("exchanges need method 'surgeon', update 'joint' and a structure of single weights")
         if self.kron_rank == 2 and not solved:
             raise InputError("kron_rank 2 needs method 'surgeon', update 'joint' and a structure of single weights")
         if self.kron_rank == 2 and (self.checkpoint_activations or self.offload != "none" or self.exchanges):
             raise InputError("kron_rank 2 goes with neither checkpoint_activations nor offload nor exchanges")
-        if self.gradient_steps != 0:
-            require_positive_int("gradient_steps", self.gradient_steps)
+        require_int("gradient_steps", self.gradient_steps, 0, _MOST_ROUNDS)
+        if self.gradient_steps:
             if not solved:
                 raise InputError(
                     "gradient_steps need method 'surgeon', update 'joint' and a structure of single weights"
@@ -275,7 +289,7 @@ class PruneConfig:
             self._set("reconstruct", fits)
         if not isinstance(self.reconstruct, bool) or (self.reconstruct and structure.kind not in ("groups", "layers")):
             raise InputError(
-                f"reconstruct must be true or false, and true for groups and layers only, not {self.reconstruct!r}"
+                f"reconstruct must be true or false, and true for groups and layers only, not {shown(self.reconstruct)}"
             )
         if structure.kind == "rows-columns" and self.update == "chunked":
             raise InputError("update 'chunked' has no meaning for rows-columns: 'joint' is their exact closed form")
@@ -290,7 +304,7 @@ class PruneConfig:
         require_positive_int("round_to", self.round_to)
         require_bool("uniform", self.uniform)
         if not isinstance(self.skip_layers, str):
-            raise InputError(f"skip_layers must be text such as '0-3,30,31', not {self.skip_layers!r}")
+            raise InputError(f"skip_layers must be text such as '0-3,30,31', not {shown(self.skip_layers)}")
         self.skipped_layers  # noqa: B018 (refuses what it cannot read)
         if structure.coupled and self.method != "surgeon":
             raise InputError(f"structure {structure.kind!r} needs method 'surgeon': choose an importance instead")
@@ -303,10 +317,12 @@ class PruneConfig:
         if structure.kind == "layers" and self.round_to != 1:
             raise InputError("round_to has no meaning for layers: whole blocks go")
         defaults = {"importance": "kronecker", "round_to": 1, "uniform": False, "skip_layers": ""}
+        without = {"round_to": "layers", "skip_layers": "width"}
         for name, default in defaults.items():
             if not structure.coupled and getattr(self, name) != default:
+                fitting = [kind for kind in COUPLED_STRUCTURES if kind != without.get(name)]
                 raise InputError(
-                    f"{name} has no meaning for structure {self.structure!r}: choose {' or '.join(COUPLED_STRUCTURES)}"
+                    f"{name} has no meaning for structure {self.structure!r}: choose {' or '.join(fitting)}"
                 )
 
     def _resolve_shots(self, structure: Structure) -> None:
@@ -315,6 +331,6 @@ class PruneConfig:
             multi = {"rows-columns": max(1, round(80 * self.sparsity)), "layers": 1}.get(structure.kind, 5)
             again = self.method in GLOBAL_METHODS and self.importance == "kronecker"
             self._set("shots", multi if again else 1)
-        require_positive_int("shots", self.shots)
+        require_positive_int("shots", self.shots, _MOST_ROUNDS)
         if self.method == "sparsegpt" and self.shots != 1:
             raise InputError(f"method 'sparsegpt' goes through the layers once: shots must be 1, not {self.shots}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from llm_surgeon.checks import meant, shown
 from llm_surgeon.errors import InputError
 
 # Structures that are removed from the model for good.
@@ -21,14 +22,14 @@ class Structure:
 
     @classmethod
     def parse(cls, text: str) -> Structure:
-        if text in ("unstructured", "rows-columns", *COUPLED_STRUCTURES):
+        named = ("unstructured", "rows-columns", *COUPLED_STRUCTURES)
+        if text in named:
             return cls(text)
-        # YAML reads a bare 2:4 as a base-60 number.
-        match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text) if isinstance(text, str) else None
         if match is None:
             raise InputError(
-                f"unknown structure {text!r}: choose 'unstructured', 'rows-columns', "
-                f"{', '.join(map(repr, COUPLED_STRUCTURES))} or a quoted N:M, '2:4'"
+                f"unknown structure {shown(text)}{meant(text, named)}: "
+                f"choose {', '.join(map(repr, named))} or N:M, such as '2:4'"
             )
         n, m = int(match[1]), int(match[2])
         if not 0 < n < m:

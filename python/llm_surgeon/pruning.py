@@ -62,7 +62,7 @@ def prune(
         NumericalError: NaN or infinity was met; the model has its original weights again.
     """
     if config is None:
-        config = PruneConfig(structure=structure, **options)
+        config = PruneConfig.from_mapping({"structure": structure, **options})
     elif options or structure != "2:4":
         raise InputError("give either config or single options, not both")
     windows = Calibration.of(calibration)

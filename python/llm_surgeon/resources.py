@@ -103,7 +103,7 @@ def nearest_existing(path: Path) -> Path:
 
 def parse_bytes(text: str | int) -> int:
     """Bytes of ``"24GB"``, ``"22.5 GiB"`` or a plain number; raises :class:`InputError` for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?", str(text).strip())
+    match = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,19})?)\s*([kMGT]i?)?B?", str(text).strip())
     if match is None:
         raise InputError(f"{text!r} is no amount of memory: write 24GB or 22.5GiB")
     prefix = match[2] or ""

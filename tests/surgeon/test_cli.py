@@ -152,7 +152,7 @@ def test_info_and_summary_are_readable(tmp_path, capsys):
         (["--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--calibration", "wikitext2"], "pass a .txt, .jsonl, .parquet or .zip file instead"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
-        (["--config", "nowhere.yaml"], "config file nowhere.yaml cannot be read"),
+        (["--config", "nowhere.yaml"], "config file 'nowhere.yaml' cannot be read"),
     ],
 )
 def test_bad_options_exit_with_2_and_one_sentence(tmp_path, sentence, options, words, monkeypatch):
@@ -172,15 +172,21 @@ def test_unknown_flags_and_missing_arguments_are_usage_errors(capsys):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("sparsity: [", "cannot be read"),
+        ("sparsity: [", "line 1: an option is one value"),
         ("- 1", "must hold option: value"),
         ("sparsty: 0.5", "unknown option 'sparsty': do you mean 'sparsity'?"),
         ("dry-run: true", "unknown option 'dry_run': choose among allocation"),
         ("overwrite: 'no'", "overwrite must be true or false, not 'no'"),
+        ("overwrite: 1", "overwrite must be true or false, not 1"),
         ("trust_remote_code: 'no'", "trust_remote_code must be true or false, not 'no'"),
-        ("{structure: groups, skip_layers: 3}", "skip_layers must be text such as '0-3,30,31', not 3"),
+        ("{structure: groups, skip_layers: a}", "skip_layers must be block numbers such as '0-3,30,31', not 'a'"),
         ("lora_rank: false", "lora_rank must be a whole number"),
-        ("device: [cpu]", "device ['cpu'] cannot be used here"),
+        ("device: [cpu]", "line 1: an option is one value, not a list or a mapping"),
+        ("seed: 2020-99-99", "seed must be a whole number of at least 0, not '2020-99-99'"),
+        ("shot: 1", "unknown option 'shot': do you mean 'shots'?"),
+        ("structure: group", "unknown structure 'group' (do you mean 'groups'?)"),
+        ("shots: " + "9" * 5000, "shots must be a whole number of at least 1, not '999"),
+        (f"seed: {2**63}", "seed must be at most 9223372036854765807, not 9223372036854775808"),
     ],
 )
 def test_bad_config_files(tmp_path, sentence, content, words):
@@ -194,7 +200,7 @@ def test_the_calibration_in_a_config_file_is_text(tmp_path, sentence):
     config = tmp_path / "prune.yaml"
     config.write_text("calibration:")
     assert surgeon("prune", MODEL, tmp_path / "out", "--config", config) == 2
-    assert "calibration must be text, not None" in sentence()
+    assert "calibration must be text, not nothing" in sentence()
 
 
 def test_text_that_is_empty_or_too_short(tmp_path, sentence):

@@ -34,8 +34,7 @@ def test_unknown_structure_is_named(text):
 
 @pytest.mark.parametrize("value", [124, None, 0.5, ["2:4"]])
 def test_structure_that_is_no_text_is_an_input_error(value):
-    # YAML 1.1 reads an unquoted 2:4 as the base-60 number 124.
-    with pytest.raises(InputError, match=r"unknown structure .* quoted N:M, '2:4'"):
+    with pytest.raises(InputError, match=r"unknown structure .* or N:M, such as '2:4'"):
         PruneConfig(structure=value)
 
 
@@ -257,7 +256,10 @@ def test_seed_is_a_whole_number_from_zero(value):
 
 def test_seed_may_be_zero_or_more():
     assert PruneConfig(seed=0).seed == 0
-    assert PruneConfig(seed=2**40).seed == 2**40
+    largest = 2**63 - 1 - 10_000  # later shots draw with the numbers after it
+    assert PruneConfig(seed=largest).seed == largest
+    with pytest.raises(InputError, match=rf"^seed must be at most {largest}, not {largest + 1}$"):
+        PruneConfig(seed=largest + 1)
 
 
 def test_from_mapping_builds_the_same_value():
@@ -267,8 +269,91 @@ def test_from_mapping_builds_the_same_value():
 
 
 def test_from_mapping_names_the_unknown_option():
-    with pytest.raises(InputError, match=r"unknown option 'sparsityy': choose among .*\bsparsity\b"):
+    with pytest.raises(InputError, match=r"unknown option 'sparsityy': do you mean 'sparsity'\?"):
         PruneConfig.from_mapping({"sparsityy": 0.5, "structure": "2:4"})
+    with pytest.raises(InputError, match=r"unknown option 'colour': choose among .*\bsparsity\b"):
+        PruneConfig.from_mapping({"colour": 0.5})
+    for name in (None, 3):
+        with pytest.raises(InputError, match=f"unknown option '{name}'"):
+            PruneConfig.from_mapping({name: 0.5})
+
+
+@pytest.mark.parametrize(
+    "option, value, meant",
+    [
+        ("method", "surgoen", "surgeon"),
+        ("structure", "group", "groups"),
+        ("structure", "unstructred", "unstructured"),
+        ("update", "join", "joint"),
+        ("offload", "CPU ", None),
+    ],
+)
+def test_a_choice_that_is_nearly_right_is_asked_about(option, value, meant):
+    with pytest.raises(InputError) as error:
+        PruneConfig(**{option: value})
+    assert (f"unknown {option} {value!r} (do you mean {meant!r}?)" in str(error.value)) == (meant is not None)
+
+
+COUNTS = {field.name for field in dataclasses.fields(PruneConfig) if str(field.type) in ("int", "int | None")} - {
+    "seed"
+}
+
+
+def test_the_counts_are_those_that_the_limits_are_tested_for():
+    assert len(COUNTS) == 13 and {"samples", "shots", "lora_rank", "max_iterations", "round_to"} <= COUNTS
+
+
+@pytest.mark.parametrize("option", sorted(COUNTS))
+@pytest.mark.parametrize("value", [2**31, 2**70, 10**5000], ids=["2**31", "2**70", "10**5000"])
+def test_counts_have_a_limit(option, value):
+    context = {"round_to": {"structure": "groups"}}.get(option, {})
+    with pytest.raises(InputError, match=rf"^{option} must be at most \d+, not (\d+|a number of thousands of digits)$"):
+        PruneConfig(**{option: value}, **context)
+
+
+@pytest.mark.parametrize("option", sorted(COUNTS))
+@pytest.mark.parametrize("value", [True, False, 1.0, "1", math.nan])
+def test_counts_are_integers_and_no_truth_values(option, value):
+    with pytest.raises(InputError, match=rf"^{option} must be a whole number of at least"):
+        PruneConfig(**{option: value})
+
+
+@pytest.mark.parametrize("option", ["damp_g", "damp_a", "tolerance", "schedule", "lora_learning_rate"])
+def test_integers_that_no_float_holds_are_refused(option):
+    with pytest.raises(InputError, match=rf"^{option} must be at most"):
+        PruneConfig(**{option: 10**400})
+
+
+def test_what_an_error_shows_of_a_value_is_short():
+    with pytest.raises(InputError, match=r"^seed must be a whole number of at least 0, not 'x{90,}…$"):
+        PruneConfig(seed="x" * 10**6)
+    with pytest.raises(InputError, match=r"^unknown method 'x{90,}…: choose one of"):
+        PruneConfig(method="x" * 10**6)
+
+
+@pytest.mark.parametrize("value", ["0-999999999", "0-99999999999999", "100000"])
+def test_skipped_blocks_are_block_numbers(value):
+    with pytest.raises(InputError, match=r"skip_layers (holds|must be block numbers)"):
+        PruneConfig(structure="groups", skip_layers=value)
+
+
+@pytest.mark.parametrize(
+    "option, value, structures",
+    [
+        ("skip_layers", "0", "groups or layers"),
+        ("round_to", 8, "groups or width"),
+        ("uniform", True, "groups or width or layers"),
+    ],
+)
+def test_options_of_smaller_models_name_the_structures_that_take_them(option, value, structures):
+    with pytest.raises(InputError, match=f"{option} has no meaning for structure '2:4': choose {structures}$"):
+        PruneConfig(**{option: value})
+
+
+@pytest.mark.parametrize("value", ["0GB", 0, -1, True, "9" * 400, "1e400", 2**64])
+def test_memory_is_an_amount(value):
+    with pytest.raises(InputError, match=r"gpu_memory must be|is no amount of memory"):
+        PruneConfig(gpu_memory=value)
 
 
 def test_from_mapping_validates():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llm_surgeon.update
-from llm_surgeon import Calibration, InputError, NumericalError, PruneConfig, prune
+from llm_surgeon import Calibration, InputError, NumericalError, PruneConfig, prune, prune_checkpoint
 from llm_surgeon.capture import estimate_curvature, mean_loss
 from llm_surgeon.models import find_decoder
 from llm_surgeon.progress import Progress
@@ -234,6 +234,14 @@ def test_bad_requests_change_nothing(options, message):
     with pytest.raises(InputError, match=message):
         prune(model, TOKENS, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_unknown_options_are_input_errors():
+    model = build("llama")
+    with pytest.raises(InputError, match=r"unknown option 'shot': do you mean 'shots'\?"):
+        prune(model, TOKENS, shot=1)
+    with pytest.raises(InputError, match="unknown option 'colour': choose among"):
+        prune_checkpoint("model", "out", colour=1)
 
 
 def test_bad_calibration_is_refused():

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failure, 2 bad usage or input, 130 interrupted.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-import yaml
 
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.checkpoint.load import first_line
@@ -24,6 +22,7 @@ from llm_surgeon.checkpoint_job import CheckpointJob
 from llm_surgeon.cli import views
 from llm_surgeon.cli.bench import bench_app
 from llm_surgeon.cli.compact import compact
+from llm_surgeon.cli.config_file import read_options
 from llm_surgeon.cli.options import (
     DATA_HELP,
     Device,
@@ -54,6 +53,8 @@ app = typer.Typer(
 _JOB_OPTIONS = ("calibration", "lora_data", "overwrite", "trust_remote_code", "device")
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PruneConfig)}
+_WANT_TEXT = {field.name for field in dataclasses.fields(PruneConfig) if "str" in str(field.type)}
+_WANT_TEXT |= {"calibration", "lora_data", "device"}
 
 
 # The sections of `surgeon prune --help`; the rest stands first.
@@ -201,9 +202,10 @@ def prune(
         for name, value in locals().items()
         if value is not None and name not in ("model", "out", "config", "dry_run", "quiet")
     }
-    options = {**_read_yaml(config, known={*_DEFAULTS, *_JOB_OPTIONS}), **flags}
+    options = {**({} if config is None else read_options(config, {*_DEFAULTS, *_JOB_OPTIONS}, _WANT_TEXT)), **flags}
     job_options = {name: options.pop(name) for name in _JOB_OPTIONS if name in options}
-    job_options.setdefault("calibration", "wikitext2")
+    if job_options.setdefault("calibration", "wikitext2") is None:
+        raise InputError(f"calibration must be text, not nothing, in config file {str(config)!r}")
     settings = PruneConfig.from_mapping(options)
     job = CheckpointJob(model, out, settings, **job_options)
     for name in job.unused:
@@ -274,27 +276,6 @@ def demo(
 def info() -> None:
     """Which accelerators, compiled parts and versions were found, and why something is missing."""
     views.print_info(console)
-
-
-def _read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"config file {path} cannot be read: {reason}") from error
-    if not isinstance(options, dict):
-        raise InputError(f"config file {path} must hold option: value lines")
-    options = {str(name).replace("-", "_"): value for name, value in options.items()}
-    for name in options:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            advice = f"do you mean {nearest[0]!r}?" if nearest else f"choose among {', '.join(sorted(known))}"
-            raise InputError(f"config file {path} holds the unknown option {name!r}: {advice}")
-    if not isinstance(options.get("calibration", ""), str):
-        raise InputError(f"calibration must be text, not {options['calibration']!r}, in config file {path}")
-    return options
 
 
 def _fail(error: SurgeonError | str, code: int) -> None:

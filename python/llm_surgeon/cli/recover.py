@@ -46,6 +46,9 @@ def recover(
     dropout: Annotated[float | None, _option("dropout", "LoRA: dropout before A.")] = None,
     temperature: Annotated[float | None, _option("temperature", "Distillation: T of T² KL.")] = None,
     eval_every: Annotated[int | None, _option("eval_every", "Steps between held-out losses: steps / 10.")] = None,
+    eval_windows: Annotated[
+        int | None, _option("eval_windows", "Held-out sequences of each: 64, fewer in short trainings.")
+    ] = None,
     patience: Annotated[int | None, _option("patience", "Evaluations without improvement before stopping.")] = None,
     seed: Annotated[int | None, _option("seed", "Seed of batches and initial values.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted recovery into OUT.")] = False,

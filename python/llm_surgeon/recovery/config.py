@@ -7,10 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_surgeon.checks import require_choice, require_number, require_positive_int
+from llm_surgeon.checks import (
+    LARGEST_COUNT,
+    require_choice,
+    require_int,
+    require_known,
+    require_number,
+    require_positive_int,
+)
 from llm_surgeon.errors import InputError
 
 METHODS = ("lora", "full")
+_HELD_OUT_WINDOWS = 64
+LARGEST_SEED = 2**32 - 1  # numpy's generators, which Trainer seeds, take no more
 
 # LLM-Pruner (Ma et al., NeurIPS 2023): its post-training; the steps are its 2 epochs of 50 thousand instructions.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -45,6 +54,8 @@ class RecoverConfig:
         rank, alpha, dropout: LoRA: a correction is ``alpha / rank · B A`` with B ``[R, rank]`` and A ``[rank, C]``.
         temperature: with a teacher, the loss is ``T² KL(teacher ‖ student)`` of logits divided by T.
         eval_every: steps between evaluations of the held-out loss (left out: a tenth of ``steps``).
+        eval_windows: held-out sequences of each (left out: 64, or fewer where all evaluations together, the ones before
+            and after the training included, would see more sequences than the training).
         patience: evaluations without improvement before training stops; the best state is kept in any case.
         seed: of batches, dropout and LoRA's initial values.
     """
@@ -62,33 +73,45 @@ class RecoverConfig:
     dropout: float = 0.0
     temperature: float = 1.0
     eval_every: int | None = None
+    eval_windows: int | None = None
     patience: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_choice("method", self.method, METHODS)
+        for name in ("steps", "batch_size", "rank", "patience"):
+            require_positive_int(name, getattr(self, name))
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 2e-3 if self.method == "lora" else 5e-4)
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", self.steps // 20)
         if self.eval_every is None:
             object.__setattr__(self, "eval_every", max(1, self.steps // 10))
-        for name in ("steps", "batch_size", "rank", "eval_every", "patience"):
-            require_positive_int(name, getattr(self, name))
-        for name in ("micro_batch_size", "seqlen"):
+        require_positive_int("eval_every", self.eval_every)
+        for name in ("micro_batch_size", "seqlen", "eval_windows"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
         for name in ("learning_rate", "alpha", "temperature"):
             require_number(name, getattr(self, name), 0.0, float("inf"))
         require_number("weight_decay", self.weight_decay, 0.0, float("inf"), low_allowed=True)
         require_number("dropout", self.dropout, 0.0, 1.0, low_allowed=True)
-        require_number("warmup_steps", self.warmup_steps, 0, float("inf"), low_allowed=True)
-        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
+        require_int("warmup_steps", self.warmup_steps, 0, LARGEST_COUNT)
+        assert self.warmup_steps is not None
+        if self.warmup_steps >= self.steps:
             raise InputError(f"warmup_steps {self.warmup_steps} leave nothing of the {self.steps} steps: take fewer")
-        require_number("seed", self.seed, 0, float("inf"), low_allowed=True)
+        require_int("seed", self.seed, 0, LARGEST_SEED)
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise InputError(f"batch_size {self.batch_size} is not divisible by micro_batch_size {micro}")
+
+    @property
+    def held_out_windows(self) -> int:
+        """``eval_windows``, or what it stands for where it was left out."""
+        if self.eval_windows is not None:
+            return self.eval_windows
+        assert self.eval_every is not None
+        evaluations = -(-self.steps // self.eval_every) + 2
+        return max(1, min(_HELD_OUT_WINDOWS, self.steps * self.batch_size // evaluations))
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> RecoverConfig:
@@ -97,8 +120,5 @@ class RecoverConfig:
         name = given.pop("preset", None)
         if name is not None:
             require_choice("preset", name, tuple(PRESETS))
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            raise InputError(f"unknown option {unknown[0]!r}: choose among {', '.join(sorted(known))}")
+        require_known(given, [field.name for field in dataclasses.fields(cls)])
         return cls(**{**PRESETS.get(name or "", {}), **given})

@@ -11,7 +11,7 @@ from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import Calibration
 from llm_surgeon.models import Decoder
 from llm_surgeon.progress import Progress
-from llm_surgeon.recovery.config import RecoverConfig
+from llm_surgeon.recovery.config import LARGEST_SEED, RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, zero_masks
@@ -42,7 +42,7 @@ def correct(
         steps=config.lora_steps,
         learning_rate=config.lora_learning_rate,
         batch_size=max(1, _BATCH_TOKENS // calibration.input_ids.shape[1]),
-        seed=config.seed + shot,
+        seed=(config.seed + shot) % (LARGEST_SEED + 1),
     )
     with (
         tempfile.TemporaryDirectory() as folder,

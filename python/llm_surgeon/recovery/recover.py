@@ -29,9 +29,8 @@ from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.resources import choose_device
 from llm_surgeon.structures.size import is_compact
 
-# Of the text: at least a window, at most so many.
+# Of the text at most; there is always one window.
 _HELD_OUT_FRACTION = 0.02
-_HELD_OUT_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def recover_checkpoint(
 def _split(ids: Tensor, config: RecoverConfig) -> tuple[Tensor, Tensor]:
     """Training windows at random places of the stream ``ids``, held-out windows from its end."""
     assert config.seqlen is not None
-    wanted = min(_HELD_OUT_WINDOWS, max(1, int(_HELD_OUT_FRACTION * len(ids)) // config.seqlen))
+    wanted = max(1, min(config.held_out_windows, int(_HELD_OUT_FRACTION * len(ids)) // config.seqlen))
     cut = len(ids) - wanted * config.seqlen
     if cut < config.seqlen:
         raise InputError(f"the text has {len(ids)} tokens: training and held-out data need {2 * config.seqlen}")
