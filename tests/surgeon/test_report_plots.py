@@ -7,7 +7,7 @@ import pytest
 from matplotlib import rcParams
 
 from llm_surgeon.report import plots
-from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.report.schema import HeldOutLoss, ShotReport, SolverTrace
 from tests.surgeon.reports import DOWN, QUERY, Page, magnitude_report, surgeon_report
 
 
@@ -34,6 +34,21 @@ def test_prediction_figure_draws_what_is_known():
     np.testing.assert_array_equal(lines["measured"].get_xydata(), [[1, 0.015], [2, 0.05]])
     assert axes.get_ylabel() == "loss increase (nats per token)"
     assert axes.get_ylim()[0] == 0
+
+
+def test_prediction_figure_of_a_single_shot_has_bars():
+    report = surgeon_report()
+    report.shots = report.shots[:1]
+    (axes,) = plots.prediction_figure(report).axes
+    assert [bar.get_width() for bar in axes.patches] == [0.0123, 0.015]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["predicted", "calibration loss"]
+    report.held_out = HeldOutLoss(4, 400, 3.0, 3.5)
+    report.config["reconstruct"] = True
+    (axes,) = plots.prediction_figure(report).axes
+    assert [bar.get_width() for bar in axes.patches] == [0.0123, 0.015, 0.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["predicted", "training loss", "held-out loss"]
+    assert [label.get_text() for label in axes.texts] == ["+0.0123", "+0.0150", "+0.5000"]
+    assert axes.get_xlabel() == "loss increase (nats per token)"
 
 
 def test_prediction_figure_shows_a_loss_that_fell():

@@ -7,7 +7,7 @@ import yaml
 
 from llm_surgeon.config import METHODS, PruneConfig
 from llm_surgeon.report import render
-from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.report.schema import HeldOutLoss, ShotReport, SolverTrace
 from tests.surgeon.reports import DOWN, QUERY, Page, magnitude_report, surgeon_report
 
 
@@ -50,7 +50,8 @@ def test_html_escapes_names():
     page = Page(render.render_html(report))
     assert "script" not in page.tags
     assert [hostile, "10 × 10", "20", "20.0%"] in page.rows
-    assert page.text.count(hostile) >= 8  # title, heading, method, device twice, figure, caption, tables
+    assert page.text.count(hostile) >= 6  # method, device twice, figure, caption, tables
+    assert "Pruning report: script>" in page.text and "script>, pruned" in page.text  # what follows the last slash
 
 
 def test_low_rank_corrections_show_how_their_rank_grew():
@@ -97,7 +98,7 @@ def test_measured_total_says_how_many_shots_it_covers():
     report.layers, report.shots[1].solver = [], []
     report.shots[1].measured_increase = None
     page = Page(render.render_html(report))
-    assert "measured on the calibration text in 1 of 2 shots; predicted +0.012" in page.text
+    assert "measured on the windows that pruning used in 1 of 2 shots; predicted +0.012" in page.text
     report.shots[0].predicted_increase = None
     page = Page(render.render_html(report))
     assert "in 1 of 2 shots" in page.text and "; predicted" not in page.text
@@ -140,7 +141,10 @@ def test_model_card_body():
     assert "400 of 800 weights in 4 linear layers; the whole model has 1,234,567 parameters." in card
     assert f"| `{QUERY}` | 40.0% |\n| `{DOWN}` | 53.3% |" in card
     assert "- Perplexity before pruning: 27.65\n- Perplexity after pruning: 34.00\n" in card
-    assert "- Increase of the mean calibration loss: +0.0650 nats per token measured, +0.0579 predicted\n" in card
+    assert (
+        "- Increase of the calibration loss, on the windows that pruning used: +0.0650 nats per token measured, "
+        "+0.0579 predicted\n" in card
+    )
     assert 'AutoModelForCausalLM.from_pretrained(path, dtype="auto")' in card
     assert "Versions: python 3.11.7, torch 2.13.0.\n" in card
     assert "ICLR 2024" in card
@@ -169,6 +173,82 @@ def test_model_card_of_a_model_that_became_smaller():
         "| latency | 20.0 ms | 10.0 ms | 0.50 |",
     ]
     assert "\n\n\n" not in card
+
+
+def test_held_out_perplexity_and_warnings_come_first():
+    report = surgeon_report()
+    report.held_out = HeldOutLoss(16, 2048, 3.3026, 3.7206)
+    report.warnings = ["Few <tokens>."]
+    report.config["reconstruct"] = True
+    card = render.render_model_card(report, "facebook/opt-125m")
+    assert card.index("**Perplexity on held-out text: 27.18 → 41.29 (16 windows, 2,048 tokens).**") < card.index(
+        "## What"
+    )
+    assert card.index("> Warning: Few <tokens>.\n") < card.index("## What")
+    assert "- Increase of the loss on held-out text: +0.4180 nats per token\n" in card
+    assert "- Increase of the training loss, on the windows that pruning was fitted to: +0.0650 nats" in card
+    assert "\n\n\n" not in card
+    page = Page(render.render_html(report))
+    words = " ".join(page.text.split())
+    assert "Perplexity on held-out text 27.18 → 41.29 before and after; lower is better. Loss +0.418 nats" in words
+    assert "Warnings Few <tokens>." in words and words.index("Few <tokens>") < words.index("27.18")
+    assert (
+        "Increase of the training loss, nats per token +0.065 measured on the windows that pruning was fitted" in words
+    )
+    assert words.index("Perplexity on held-out text") < words.index("Weights removed")
+
+
+def test_a_local_path_is_never_a_title(tmp_path):
+    report = surgeon_report()
+    report.model = str(tmp_path / "my-model")
+    report.command = ["surgeon", "prune", report.model, str(tmp_path / "out")]
+    html = render.render_html(report)
+    assert "<title>Pruning report: my-model</title>" in html and "<h1>my-model, pruned</h1>" in html
+    assert str(tmp_path) not in html and "<code>surgeon prune my-model out</code>" in html
+    card = render.render_model_card(report, report.model)
+    assert "```bash\nsurgeon prune my-model out\n```" in card and str(tmp_path) not in card
+    assert report.model in report.to_json()
+
+
+def test_the_revision_is_told():
+    report = surgeon_report()
+    assert "revision" not in render.render_model_card(report, "a/b").lower()
+    report.revision = "0123abcd"
+    assert "from revision `0123abcd`" in render.render_model_card(report, "a/b")
+    assert "Revision of the model: <code>0123abcd</code>." in render.render_html(report)
+
+
+def test_what_was_done_afterwards_stands_at_the_head_of_the_page():
+    report = surgeon_report()
+    report.history = ["It was recovered.", "It was packed."]
+    words = " ".join(Page(render.render_html(report)).text.split())
+    assert words.index("It was recovered.") < words.index("It was packed.") < words.index("Weights removed")
+
+
+def timed(before: tuple[float, float, float], after: tuple[float, float, float]):
+    names = ("seconds_low", "seconds", "seconds_high", "parameters", "macs", "bytes")
+    states = {"before": before, "after": after}
+    return {state: dict(zip(names, (*times, 2.0, 2.0, 2.0), strict=True)) for state, times in states.items()}
+
+
+@pytest.mark.parametrize(
+    "before, after, words",
+    [
+        ((1.9, 2.0, 2.1), (0.9, 1.0, 1.1), "It is faster here: a forward pass took 2.00× as long before."),
+        ((0.9, 1.0, 1.1), (1.3, 1.5, 1.6), "It is slower here: a forward pass takes 1.50× as long as before."),
+        ((0.9, 1.0, 1.3), (0.7, 0.8, 0.95), "No difference in latency was measured: it lies within the noise of the"),
+    ],
+)
+def test_what_is_said_of_speed_follows_from_what_was_measured(before, after, words):
+    report = surgeon_report()
+    report.config, report.sizes = dataclasses.asdict(PruneConfig("groups")), timed(before, after)
+    card, html = render.render_model_card(report, "a/b"), render.render_html(report)
+    assert f"the model is smaller. {words}" in card and words in html
+    assert "faster wherever" not in card
+    for state in report.sizes.values():
+        del state["seconds_low"]
+    card = render.render_model_card(report, "a/b")  # of an older version
+    assert "the model is smaller.\n" in card and words not in card
 
 
 def test_model_card_without_measurements():

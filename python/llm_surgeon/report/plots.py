@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from llm_surgeon.report.schema import PruneReport, SolverTrace
-from llm_surgeon.report.text import percent
+from llm_surgeon.report.text import percent, signed
 
 # Okabe and Ito's blue and vermilion: told apart by every common kind of colour vision, and in grey.
 BLUE, VERMILION = "#0072B2", "#D55E00"
@@ -92,9 +92,14 @@ def sparsity_figure(report: PruneReport) -> Figure | None:
 
 @matplotlib.rc_context(_STYLE)
 def prediction_figure(report: PruneReport) -> Figure | None:
-    """Predicted and measured loss increase of each shot; ``None`` unless some shot knows both."""
+    """Predicted and measured loss increase of each shot; ``None`` unless some shot knows both.
+
+    Of a single shot, bars: predicted, measured, and measured on held-out text where there was any.
+    """
     if all(shot.predicted_increase is None or shot.measured_increase is None for shot in report.shots):
         return None
+    if len(report.shots) == 1:
+        return _single_shot_figure(report)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots()
     series = (("predicted", BLUE, "o", "-"), ("measured", VERMILION, "s", (0, (5, 2))))
@@ -107,6 +112,25 @@ def prediction_figure(report: PruneReport) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
     axes.legend()
+    return figure
+
+
+def _single_shot_figure(report: PruneReport) -> Figure:
+    bars = [("predicted", report.predicted_increase, BLUE), (report.loss_name, report.measured_increase, VERMILION)]
+    if report.held_out is not None:
+        bars.append(("held-out loss", report.held_out.increase, VERMILION))
+    names, values, colors = zip(*bars, strict=True)
+    figure = Figure(figsize=(9, 0.9 + 0.5 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh(range(len(bars)), values, height=0.6, color=colors)
+    axes.bar_label(drawn, [signed(value) for value in values], padding=4, color=INK, fontsize=9.5)
+    axes.set_yticks(range(len(bars)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)  # room for the labels
+    axes.axvline(0.0, color=INK, linewidth=1)
+    axes.set(title="Cost of the shot", xlabel="loss increase (nats per token)")
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
     return figure
 
 

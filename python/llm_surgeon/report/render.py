@@ -53,7 +53,7 @@ def render_model_card(report: PruneReport, base_model: str) -> str:
     context = _context(report) | {
         "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "config_yaml": yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True),
-        "name": base_model if on_hub else Path(base_model).absolute().name,
+        "name": base_model if on_hub else text.base_name(base_model),
     }
     return _environment().get_template("model_card.md.j2").render(context)
 
@@ -67,6 +67,21 @@ def is_hub_id(name: str) -> bool:
     return not Path(name).exists()
 
 
+def speed_sentence(sizes: dict[str, dict[str, float]]) -> str | None:
+    """How the latency of a smaller model compares with the dense one's, as far as ``sizes`` tell.
+
+    The quartiles of the two, measured in turns, must lie apart for a difference; ``None`` where there are none.
+    """
+    before, after = sizes.get("before", {}), sizes.get("after", {})
+    if not all({"seconds_low", "seconds_high"} <= set(state) for state in (before, after)):
+        return None
+    if after["seconds_high"] < before["seconds_low"]:
+        return f"It is faster here: a forward pass took {before['seconds'] / after['seconds']:.2f}× as long before."
+    if after["seconds_low"] > before["seconds_high"]:
+        return f"It is slower here: a forward pass takes {after['seconds'] / before['seconds']:.2f}× as long as before."
+    return "No difference in latency was measured: it lies within the noise of the measurement."
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("llm_surgeon.report"),
@@ -76,16 +91,20 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    formats = (text.percent, text.signed, text.compact, text.duration, human_bytes, text.plural)
+    formats = (text.percent, text.signed, text.compact, text.duration, human_bytes, text.plural, text.two_decimals)
     environment.filters.update({function.__name__: function for function in formats})
     return environment
 
 
 def _context(report: PruneReport) -> dict[str, Any]:
     measured = [shot for shot in report.shots if shot.measured_increase is not None]
+    name = report.model if is_hub_id(report.model) else text.base_name(report.model)
     predicted = [shot.predicted_increase for shot in measured if shot.predicted_increase is not None]
     return {
         "report": report,
+        "name": name,
+        "command": text.command_line(report.command),
+        "speed": speed_sentence(report.sizes),
         "method": METHODS.get(str(report.config.get("method")), str(report.config.get("method"))),
         "structure": describe_structure(str(report.config.get("structure"))),
         "kinds": report.sparsity_by("kind"),
@@ -124,7 +143,8 @@ def _figures(report: PruneReport) -> list[tuple[Markup, str, str]]:
             plots.prediction_figure(report),
             "Predicted and measured loss increase of each shot",
             "What each shot was expected to cost, from the curvature of the loss, and what it then cost, "
-            "measured on the calibration text.",
+            f"measured on the calibration windows ({report.loss_name})"
+            f"{' and on held-out text' if report.held_out and len(report.shots) == 1 else ''}.",
         ),
         (
             plots.convergence_figure(report),

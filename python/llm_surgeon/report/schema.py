@@ -15,15 +15,19 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from llm_surgeon.errors import InputError, NumericalError
-from llm_surgeon.report.text import duration, percent, plural, signed, size_table
+from llm_surgeon.report.text import duration, percent, perplexity_of, plural, signed, size_table, two_decimals
 from llm_surgeon.resources import human_bytes
 
 SCHEMA_VERSION = 1
+# Numbers beyond these are no counts and no losses: nothing that can be drawn or computed with.
+_LARGEST_INT, _LARGEST_FLOAT = 2**63, 1e30
+_DEEPEST = 20  # lists in lists, in an option
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,36 @@ class DataRecord:
     rendering: str | None = None
 
 
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean token loss of the dense and of the pruned model on text that pruning did not see: ``windows`` sequences.
+
+    Perplexities are ``exp`` of the losses; ``tokens`` counts the real tokens of the windows.
+    """
+
+    windows: int
+    tokens: int
+    loss_before: float
+    loss_after: float
+
+    @property
+    def increase(self) -> float:
+        return self.loss_after - self.loss_before
+
+    @property
+    def perplexity_before(self) -> float:
+        return perplexity_of(self.loss_before)
+
+    @property
+    def perplexity_after(self) -> float:
+        return perplexity_of(self.loss_after)
+
+    def describe(self) -> str:
+        """``"27.18 → 41.30 (16 windows, 2,048 tokens)"``."""
+        change = f"{two_decimals(self.perplexity_before)} → {two_decimals(self.perplexity_after)}"
+        return f"{change} ({plural(self.windows, 'window')}, {plural(self.tokens, 'token')})"
+
+
 @dataclass
 class PruneReport:
     """What was pruned, how, and what it cost.
@@ -148,13 +182,18 @@ class PruneReport:
         started: ISO 8601 time.
         seconds, peak_memory_bytes: of the whole run; 0 bytes where the peak is not known.
         layers, shots: in execution order.
-        perplexity: optional entries "dense" and "pruned".
+        perplexity: optional entries "dense" and "pruned", of a test set.
         sizes: of structures that leave the model, entries "before" and "after", each with "parameters", "macs" (of all
-            linears for one token), "bytes" of weights and "seconds" of a forward pass over one calibration sequence.
+            linears for one token), "bytes" of weights and "seconds" of a forward pass over one calibration sequence
+            (the median; "seconds_low" and "seconds_high" are the quartiles).
         custom_code: the model needs the code that its checkpoint carries.
         data: what it was calibrated on, and what low-rank corrections learned from: entries "calibration" and
             "lora_data"; none where token ids were given.
         revision: commit of the hub repository that the model came from; ``None`` for a folder.
+        held_out: the losses on text that was held out; ``None`` where none was.
+        warnings: sentences on what makes the result doubtful, see :func:`llm_surgeon.report.warnings.warnings_of`.
+        command: the command line, word by word, where one was given.
+        history: what was done to the model after pruning, a sentence each.
     """
 
     config: dict[str, Any]
@@ -172,6 +211,10 @@ class PruneReport:
     custom_code: bool = False
     data: dict[str, DataRecord] = field(default_factory=dict)
     revision: str | None = None
+    held_out: HeldOutLoss | None = None
+    warnings: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+    history: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -186,6 +229,26 @@ class PruneReport:
     def sparsity(self) -> float:
         """Removed weights over all weights of all layers; 0 without any."""
         return self.removed / self.weights if self.weights else 0.0
+
+    @property
+    def trained(self) -> bool:
+        """Whether weights were fitted to the loss or the activations of the calibration windows, beyond updates."""
+        return any(self.config.get(name) for name in ("gradient_steps", "reconstruct", "lora_rank"))
+
+    @property
+    def loss_name(self) -> str:
+        """What the loss on the calibration windows is called: "training loss" where something was fitted to them."""
+        return "training loss" if self.trained else "calibration loss"
+
+    @property
+    def measured_increase(self) -> float | None:
+        """Rise of the loss on the calibration windows over all shots; ``None`` unless each was measured."""
+        return _total([shot.measured_increase for shot in self.shots])
+
+    @property
+    def predicted_increase(self) -> float | None:
+        """The shots' predicted increases together; ``None`` unless each has one."""
+        return _total([shot.predicted_increase for shot in self.shots])
 
     def sparsity_by(self, attribute: str) -> dict[Any, float]:
         """Sparsity of every group of layers that share ``attribute`` ("kind" or "depth"), in execution order."""
@@ -208,7 +271,10 @@ class PruneReport:
         """Read :meth:`to_json`'s output; :class:`InputError` names what is wrong with any other text."""
         try:
             data = json.loads(text, parse_constant=_reject_constant)
-        except json.JSONDecodeError as error:
+            json.dumps(data, ensure_ascii=False).encode("utf-8")  # fails on halves of surrogate pairs
+        except RecursionError as error:
+            raise InputError("the report is nested too deeply") from error
+        except ValueError as error:  # also a number of thousands of digits, and text that is not Unicode
             raise InputError(f"the report is not valid JSON: {error}") from error
         if not isinstance(data, dict):
             raise InputError(f"the report must be a JSON object, not {type(data).__name__}")
@@ -218,10 +284,21 @@ class PruneReport:
                 f"the report has schema_version {version!r}, but this version of llm_surgeon reads {SCHEMA_VERSION}"
             )
         report: PruneReport = _decode(cls, data, "report")
+        _check_sizes(report.sizes)
         return report
 
+    @classmethod
+    def read(cls, path: str | Path) -> PruneReport:
+        """The report in the file ``path``; :class:`InputError` where it is damaged."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"report {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+        except InputError as error:
+            raise InputError(f"report {str(path)!r} is damaged: {error}") from error
+
     def summary(self) -> str:
-        """A few lines for the terminal: what was done, each shot's predicted and measured cost, perplexity."""
+        """A few lines for the terminal: what was done, perplexity, each shot's predicted and measured cost."""
         options = f"structure {self.config.get('structure')}, update {self.config.get('update')}"
         peak = f", peak memory {human_bytes(self.peak_memory_bytes)}" if self.peak_memory_bytes else ""
         lines = [
@@ -229,8 +306,13 @@ class PruneReport:
             f"Removed {self.removed:,} of {self.weights:,} weights ({percent(self.sparsity)}) in "
             f"{plural(len(self.layers), 'layer')}, {plural(len(self.shots), 'shot')}, {duration(self.seconds)}{peak}",
         ]
+        if self.held_out is not None:
+            lines.append(f"Perplexity on held-out text: {self.held_out.describe()}")
+        if self.perplexity:
+            lines.append("Perplexity: " + ", ".join(f"{value:.2f} {key}" for key, value in self.perplexity.items()))
+        lines += [f"Warning: {warning}" for warning in self.warnings]
         if self.shots:
-            lines.append("shot  sparsity  predicted   measured   (loss increase, nats per token)")
+            lines.append(f"shot  sparsity  predicted   measured   (increase of the {self.loss_name}, nats per token)")
         if any(shot.correction_rank for shot in self.shots):
             ranks = ", ".join(str(shot.correction_rank) for shot in self.shots)
             lines[-1] = f"Low-rank corrections absorbed after each shot, rank so far: {ranks}\n{lines[-1]}"
@@ -244,8 +326,6 @@ class PruneReport:
             lines.append(f"{shot.index:>4}  {percent(shot.sparsity):>8}  {predicted:>9}  {measured:>9}")
         if self.sizes:
             lines += [" ".join(f"{cell:>12}" for cell in row) for row in size_table(self.sizes)]
-        if self.perplexity:
-            lines.append("Perplexity: " + ", ".join(f"{value:.2f} {key}" for key, value in self.perplexity.items()))
         return "\n".join(lines)
 
 
@@ -260,6 +340,19 @@ def collect_versions() -> dict[str, str]:
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
     return versions
+
+
+def _total(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def _check_sizes(sizes: dict[str, dict[str, float]]) -> None:
+    """Raise :class:`InputError` unless both states have all figures, above 0, as a ratio of them is shown."""
+    for state in ("before", "after") if sizes else ():
+        for name in ("parameters", "macs", "bytes", "seconds"):
+            if not sizes.get(state, {}).get(name, 0.0) > 0.0:
+                raise InputError(f"report.sizes.{state}.{name} must be a number greater than 0")
 
 
 def _floats(value: object, where: str) -> Iterator[tuple[str, float]]:
@@ -282,14 +375,19 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     """``value`` as the annotated type ``hint``, checked all the way down."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
+        _check_plain(value, where)
         return value
     if origin in (typing.Union, types.UnionType):  # every union here is "T | None"
         return None if value is None else _decode(arguments[0], value, where)
     expected = origin or (dict if dataclasses.is_dataclass(hint) else hint)
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    if expected is float and isinstance(value, int) and abs(value) < _LARGEST_INT and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise InputError(f"{where} must be of type {expected.__name__}, not {type(value).__name__}")
+    if isinstance(value, int) and expected is int and not 0 <= value < _LARGEST_INT:
+        raise InputError(f"{where} must lie between 0 and 2^63")
+    if isinstance(value, float):
+        _check_float(value, where)
     if origin is list:
         return [_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if origin is dict:
@@ -297,6 +395,22 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _decode_dataclass(hint, value, where)
     return value
+
+
+def _check_plain(value: Any, where: str, depth: int = 0) -> None:
+    """Raise :class:`InputError` where plain data hold what cannot be shown."""
+    if depth > _DEEPEST:
+        raise InputError("the report is nested too deeply")
+    if isinstance(value, (int, float)):
+        _check_float(value, where)
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        _check_plain(part, f"{where}.{key}", depth + 1)
+
+
+def _check_float(value: float, where: str) -> None:
+    if not abs(value) <= _LARGEST_FLOAT:  # infinity, too, which JSON can say as 1e999
+        raise InputError(f"{where} must lie within ±{_LARGEST_FLOAT:g}")
 
 
 def _decode_dataclass(cls: Any, data: dict[str, Any], where: str) -> Any:

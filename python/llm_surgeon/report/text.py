@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import shlex
+from pathlib import Path
+
 from llm_surgeon.resources import human_bytes
 
 MISSING = "–"
@@ -15,6 +19,39 @@ def percent(fraction: float) -> str:
 def signed(value: float | None, digits: int = 4) -> str:
     """``0.0123`` -> ``"+0.0123"``; ``None`` -> a dash."""
     return MISSING if value is None else f"{value:+.{digits}f}"
+
+
+def perplexity_of(loss: float) -> float:
+    """``exp(loss)``, infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def two_decimals(value: float) -> str:
+    """``27.184`` -> ``"27.18"``; from a million on ``"1.2e+06"``."""
+    return f"{value:.2f}" if abs(value) < 1e6 else f"{value:.2g}"
+
+
+def base_name(path: str) -> str:
+    """The last part of a local path: folders of one's own machine are nobody else's concern."""
+    return Path(path).absolute().name or path
+
+
+def published_name(source: str) -> str:
+    """``source`` as it may be published: of a path that is one of this machine's only its last part."""
+    path = Path(source).expanduser()
+    try:
+        local = path.is_absolute() or path.exists()
+    except (OSError, ValueError):  # too long for a path, or with a zero byte
+        local = False
+    return base_name(source) if local else source
+
+
+def command_line(words: list[str]) -> str:
+    """A command as it is typed into a shell, of absolute paths the last parts only."""
+    parts = [word.rpartition("=") for word in words]
+    return shlex.join(
+        name + sign + (base_name(value) if Path(value).is_absolute() else value) for name, sign, value in parts
+    )
 
 
 def compact(count: int) -> str:
