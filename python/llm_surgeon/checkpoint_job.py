@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_surgeon.checkpoint import check_output, load_model, save_checkpoint
+from llm_surgeon.checkpoint import check_output, checkpoint_bytes, claimed_output, load_model, save_checkpoint
 from llm_surgeon.checks import require_bool
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import calibration_windows, choose_seqlen, read_text, tokenize
@@ -62,17 +62,18 @@ def prune_checkpoint(
     """
     if config is not None and options:
         raise InputError("give either config or single options, not both")
-    job = CheckpointJob(
-        source,
-        out,
-        config or PruneConfig.from_mapping(options),
-        calibration=calibration,
-        lora_data=lora_data,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        device=device,
-    )
-    return job.run(progress)
+    with claimed_output(out, overwrite, model=source, calibration=calibration, lora_data=lora_data):
+        job = CheckpointJob(
+            source,
+            out,
+            config or PruneConfig.from_mapping(options),
+            calibration=calibration,
+            lora_data=lora_data,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            device=device,
+        )
+        return job.run(progress)
 
 
 class CheckpointJob:
@@ -86,14 +87,17 @@ class CheckpointJob:
         *,
         calibration: str,
         lora_data: str | None = None,
+        config_file: str | Path | None = None,
         overwrite: bool = False,
         trust_remote_code: bool = False,
         device: str | None = None,
     ) -> None:
-        require_bool("overwrite", overwrite)  # "no" in quotes, from a YAML file, must not delete anything
         require_bool("trust_remote_code", trust_remote_code)
         self.source, self.out, self.overwrite = str(source), Path(out), overwrite
-        check_output(self.out, self.source, overwrite)
+        self._inputs = {
+            "model": self.source, "calibration": calibration, "lora_data": lora_data, "config_file": config_file,
+        }  # fmt: skip
+        check_output(self.out, overwrite, **self._inputs)
         if lora_data is not None and not config.lora_rank:
             raise InputError("lora_data means nothing without lora_rank")
         text = read_text(str(calibration), "calibration")
@@ -134,10 +138,15 @@ class CheckpointJob:
     def plan(self) -> Plan:
         """How the run would go: memory, disk and time."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return make_plan(self.model, self.decoder, self.config, saved_dtype=self.dtype)
+            plan = make_plan(self.model, self.decoder, self.config, saved_dtype=self.dtype)
+        return dataclasses.replace(plan, disk_bytes=checkpoint_bytes(self.model, self.tokenizer, self.dtype))
 
     def run(self, progress: Progress | None = None) -> PruneReport:
         """Prune and write ``out``."""
+        with claimed_output(self.out, self.overwrite, **self._inputs):
+            return self._run(progress)
+
+    def _run(self, progress: Progress | None) -> PruneReport:
         plan = self.plan()
         held = 0 if self.config.offload == "cpu" else plan.weights_bytes
         require_memory(plan.memory_bytes - held, plan.device)

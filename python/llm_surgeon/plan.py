@@ -28,7 +28,6 @@ _BACKWARD_COPIES = 3
 _STREAMED_BLOCKS = 3
 # Share of the memory that is left free: what allocators waste between tensors, and libraries' own workspaces.
 _SLACK = 0.08
-_OTHER_FILES = 32 * 2**20  # tokenizer, configuration, reports
 
 
 def compute_device(model: nn.Module, config: PruneConfig) -> torch.device:
@@ -116,7 +115,7 @@ class _Planner:
             update_bytes=update,
             snapshot_bytes=snapshot,
             host_bytes=copies + pinned if self._on_gpu else 0,
-            disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters) + _OTHER_FILES,
+            disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in parameters),
             seconds=run_seconds(
                 self.config,
                 self.sizes,

@@ -30,7 +30,7 @@ class Plan:
         snapshot_bytes: copies of the weights, to restore on failure, in main memory.
         host_bytes: what is kept in main memory for a GPU: the snapshot, or the weights as they came where these were in
             main memory already, and what is offloaded.
-        disk_bytes: the checkpoint that is written.
+        disk_bytes: the checkpoint that is written; of its weights alone where the tokenizer is not known.
         seconds: of all shots.
     """
 

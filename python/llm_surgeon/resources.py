@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import ssl
@@ -87,7 +88,7 @@ def require_memory(needed: int, device: torch.device | str) -> None:
 
 def require_disk(out: str | Path, needed: int) -> None:
     """Raise :class:`InputError` where the disk that ``out`` will be on has fewer than ``needed`` bytes left."""
-    folder = nearest_existing(Path(out).expanduser().resolve())
+    folder = nearest_existing(Path(os.path.realpath(os.path.expanduser(out))))
     available = shutil.disk_usage(folder).free
     if needed > available:
         raise InputError(
@@ -98,7 +99,7 @@ def require_disk(out: str | Path, needed: int) -> None:
 
 def nearest_existing(path: Path) -> Path:
     """``path`` or the nearest of its parents that exists."""
-    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
+    return next(candidate for candidate in (path, *path.parents) if os.path.exists(candidate))
 
 
 def parse_bytes(text: str | int) -> int:

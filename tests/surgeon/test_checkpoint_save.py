@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import llm_surgeon.checkpoint.save as save_module
-from llm_surgeon.checkpoint import check_output, save_checkpoint
+from llm_surgeon.checkpoint import save_checkpoint
 from llm_surgeon.errors import InputError
 from tests.surgeon.checkpoints import CHAT, logits, rounded, save_folder, tokenizer_of_words, tree
 from tests.surgeon.tiny_models import build
@@ -93,13 +91,13 @@ def test_generation_config_is_kept_even_if_it_is_inconsistent(tmp_path: Path) ->
 
 def test_overwriting_leaves_nothing_of_the_old_folder(tmp_path: Path) -> None:
     out = save_folder(tmp_path / "out", build("opt"), max_shard_size="20KB")
-    (out / "old.txt").write_text("old")
+    (out / "chat_template.json").write_text("old")
     with pytest.raises(InputError, match="is not empty: choose another folder or pass --overwrite"):
         save_checkpoint(build("llama"), tokenizer_of_words(), out, dtype=torch.float32, extra_files={})
-    assert (out / "old.txt").exists()
+    assert (out / "chat_template.json").exists()
     save_checkpoint(build("llama"), tokenizer_of_words(), out, dtype=torch.float32, extra_files={}, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not (out / "old.txt").exists() and len(list(out.glob("*.safetensors"))) == 1
+    assert not (out / "chat_template.json").exists() and len(list(out.glob("*.safetensors"))) == 1
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), logits(build("llama")))
 
 
@@ -132,8 +130,9 @@ def test_a_failed_save_leaves_everything_as_it_was(
         monkeypatch.setattr(
             os, "rename", lambda a, b: fail() if ".partial-" in str(a) and str(b) == str(out) else rename(a, b)
         )
+        monkeypatch.setattr("llm_surgeon.checkpoint.output._exchange", lambda one, other: False)
     elif stage == "extra files":
-        monkeypatch.setattr(Path, "write_text", fail)
+        monkeypatch.setattr(Path, "write_bytes", fail)
     else:
         monkeypatch.setattr(tokenizer, "save_pretrained", fail)
     with pytest.raises(KeyboardInterrupt if stage == "interrupt" else InputError) as caught:
@@ -142,48 +141,3 @@ def test_a_failed_save_leaves_everything_as_it_was(
         assert "out' cannot be written: [Errno 28] No space left on device" in str(caught.value)
     assert tree(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if existing else [])
-
-
-# ---- check_output
-
-
-def test_output_may_be_new_or_empty(tmp_path: Path) -> None:
-    source = save_folder(tmp_path / "model", build("llama"))
-    (tmp_path / "empty").mkdir()
-    for out in (tmp_path / "new", tmp_path / "a" / "b", tmp_path / "empty"):
-        check_output(out, source, overwrite=False)
-        check_output(str(out), "some/model", overwrite=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model"]
-
-
-@pytest.mark.parametrize("out", ["model", "model/inside/deep", ".", "link", "link/inside", "model/../model"])
-def test_output_must_not_overlap_the_source(out: str, tmp_path: Path) -> None:
-    source = save_folder(tmp_path / "here" / "model", build("llama"))
-    (tmp_path / "here" / "link").symlink_to(source)
-    with pytest.raises(InputError, match="overlaps the model"):
-        check_output(tmp_path / "here" / out, source, overwrite=True)
-    with pytest.raises(InputError, match="overlaps the model"):
-        check_output(source, tmp_path / "here" / "link", overwrite=True)
-
-
-def test_outputs_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_folder(tmp_path / "model", build("llama"))
-    other = shutil.copytree(source, tmp_path / "other")
-    with pytest.raises(InputError, match=r"is not empty: .* pass --overwrite"):
-        check_output(other, source, overwrite=False)
-    check_output(other, source, overwrite=True)
-    (other / "config.json").unlink()
-    with pytest.raises(InputError, match="something other than a model"):
-        check_output(other, source, overwrite=True)
-    file = source / "config.json"
-    with pytest.raises(InputError, match="is a file"):
-        check_output(file, None, overwrite=True)
-    with pytest.raises(InputError, match="not a writable folder"):
-        check_output(file / "below", None, overwrite=True)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(InputError, match=f"'{tmp_path}' is not a writable folder"):
-        check_output(tmp_path / "a" / "b", None, overwrite=False)
-    monkeypatch.undo()
-    monkeypatch.setattr(save_module.Path, "is_mount", lambda path: True)
-    with pytest.raises(InputError, match="is a mount point"):
-        check_output(tmp_path / "a", None, overwrite=False)

@@ -113,7 +113,7 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, sentence, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llm_surgeon.checkpoint.save._move_into_place", interrupted)
+    monkeypatch.setattr("llm_surgeon.checkpoint.save.move_into_place", interrupted)
     assert surgeon("prune", MODEL, tmp_path / "out", *SMALL, "--method", "magnitude") == 130
     assert sentence() == "surgeon: interrupted"
     assert list(tmp_path.iterdir()) == []

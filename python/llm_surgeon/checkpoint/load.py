@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,9 +138,10 @@ def _trusted(name: str, folder: Path, trust_remote_code: bool) -> bool:
 
 def _folder_of(name: str) -> Path:
     """The local folder of a model, downloaded first where ``name`` is a hub id."""
-    if name and Path(name).is_dir():  # the path of no name is the current folder
-        return Path(name)
-    if name and Path(name).exists():
+    path = Path(os.path.expanduser(name))
+    if name and path.is_dir():  # the path of no name is the current folder
+        return path
+    if name and path.exists():
         raise InputError(f"model {name!r} is a file: pass the folder that holds it, with its config.json")
     try:
         huggingface_hub.utils.validate_repo_id(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,33 +15,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.checkpoint.load import first_line, read_json
+from llm_surgeon.checkpoint.output import claimed_output, move_into_place, partial_folder
 from llm_surgeon.errors import InputError
-from llm_surgeon.resources import nearest_existing
+from llm_surgeon.interrupts import uninterrupted
 
-
-def check_output(out: str | Path, source: str | Path | None, overwrite: bool) -> None:
-    """Raise :class:`InputError` where a checkpoint cannot or must not be written to ``out``.
-
-    ``out`` must not be the folder ``source``, inside it or around it, nor a file, nor a mount point; with
-    ``overwrite`` it may hold another model, and nothing else; and its parent must be writable.
-    """
-    target = Path(out).resolve()
-    if source is not None and Path(source).exists():
-        origin = Path(source).resolve()
-        if target == origin or origin in target.parents or target in origin.parents:
-            raise InputError(f"output {str(out)!r} overlaps the model {str(source)!r}: choose another folder")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"output {str(out)!r} is a file: choose a folder")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise InputError(f"output {str(out)!r} is not empty: choose another folder or pass --overwrite")
-        if not (target / "config.json").is_file():
-            raise InputError(f"output {str(out)!r} holds something other than a model: choose another folder")
-    if target.is_mount():
-        raise InputError(f"output {str(out)!r} is a mount point: choose a folder inside it")
-    parent = nearest_existing(target.parent)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"output {str(out)!r} cannot be written: {str(parent)!r} is not a writable folder")
+# Of a tokenizer's files, its vocabulary and its merges in JSON and once more in their old forms; and of all others.
+_TOKEN_BYTES, _OTHER_BYTES = 192, 2**20
 
 
 def save_checkpoint(
@@ -51,46 +29,69 @@ def save_checkpoint(
     out: str | Path,
     *,
     dtype: torch.dtype,
-    extra_files: Mapping[str, str],
+    extra_files: Mapping[str, str | bytes],
     overwrite: bool = False,
     max_shard_size: str = "5GB",
 ) -> None:
     """Write a folder that plain ``AutoModelForCausalLM`` and ``AutoTokenizer`` load: all of it, or nothing.
 
-    Everything goes into a hidden folder beside ``out`` that is renamed when it is complete; a folder that it replaces
-    is deleted last. Numbers are cast to ``dtype`` in copies in main memory (the model is left as it is), and every
-    zero is written as +0.0. Tied weights are stored once.
+    Everything goes into a hidden folder beside ``out`` that takes its place, on disk, in one step when it is complete
+    (see :func:`~llm_surgeon.checkpoint.output.move_into_place`). Numbers are cast to ``dtype`` in copies in main memory
+    (the model is left as it is), and every zero is written as +0.0. Tied weights are stored once.
 
     Args:
-        extra_files: texts by file name, such as ``README.md``.
+        extra_files: texts, or bytes as they are, by file name, such as ``README.md``.
         overwrite: replace the model that ``out`` holds.
 
     Raises:
-        InputError: see :func:`check_output`; also where writing fails (a full disk, say). ``out`` is as before then.
+        InputError: see :func:`~llm_surgeon.checkpoint.output.claimed_output`; also where writing fails (a full disk,
+            say). ``out`` is as before then.
     """
-    check_output(out, None, overwrite)
-    target = Path(out).resolve()
-    partial = _sibling(target, "partial")
+    with claimed_output(out, overwrite) as target:
+        partial = partial_folder(target)
+        try:
+            partial.mkdir(parents=True)
+            _write(model, tokenizer, partial, dtype, max_shard_size)
+            for name, content in extra_files.items():
+                (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+            for path in partial.iterdir():
+                shutil.copymode(partial / "config.json", path)  # safetensors makes files that only their owner can read
+            move_into_place(partial, target, out, overwrite)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"output {str(out)!r} cannot be written: {first_line(error)}") from error
+        finally:
+            uninterrupted(lambda: shutil.rmtree(partial, ignore_errors=True))  # not there any more after success
+
+
+def checkpoint_bytes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None) -> int:
+    """About as many bytes as :func:`save_checkpoint` writes, at most: weights, tokenizer, configuration and reports.
+
+    Args:
+        dtype: what floating-point tensors are cast to (``None``: each in its own).
+    """
+    tensors = {(tensor.device, tensor.data_ptr(), tensor.shape): tensor for tensor in model.state_dict().values()}
+    weights = sum(
+        t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in tensors.values()
+    )
+    return weights + _TOKEN_BYTES * len(tokenizer) + _OTHER_BYTES
+
+
+def pruning_records(source: str | Path) -> dict[str, bytes]:
+    """What a pruned checkpoint's folder says of its pruning, by file name: true of all that is made from it.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    return read_files(source, "surgeon_report.json", "report.html")
+
+
+def read_files(folder: str | Path, *names: str) -> dict[str, bytes]:
+    """The contents of those files that ``folder`` has; :class:`InputError` where one cannot be read."""
+    paths = [Path(os.path.expanduser(folder), name) for name in names]
     try:
-        partial.mkdir(parents=True)
-        _write(model, tokenizer, partial, dtype, max_shard_size)
-        for name, text in extra_files.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        for path in partial.iterdir():
-            shutil.copymode(partial / "config.json", path)  # safetensors makes files that only their owner can read
-        previous = _move_into_place(partial, target)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"output {str(out)!r} cannot be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # not there any more after success
-    if previous is not None:
-        shutil.rmtree(previous)
-
-
-def pruning_records(source: str | Path) -> dict[str, str]:
-    """What a pruned checkpoint's folder says of its pruning, texts by file name: true of all that is made from it."""
-    paths = [Path(source) / name for name in ("surgeon_report.json", "report.html")]
-    return {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    except OSError as error:
+        raise InputError(f"model {str(folder)!r} cannot be read: {error}") from error
 
 
 def _write(
@@ -132,22 +133,3 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         key: _with_dtype(part, dtype) for key, part in config.items() if isinstance(part, dict) and "dtype" in part
     }
     return {**config, **parts, "dtype": dtype}
-
-
-def _move_into_place(partial: Path, target: Path) -> Path | None:
-    """Rename ``partial`` to ``target``; where a former ``target`` has gone, to be deleted."""
-    if not target.exists():
-        os.rename(partial, target)
-        return None
-    previous = _sibling(target, "previous")
-    os.rename(target, previous)
-    try:
-        os.rename(partial, target)
-    except BaseException:
-        os.rename(previous, target)
-        raise
-    return previous
-
-
-def _sibling(path: Path, purpose: str) -> Path:
-    return path.with_name(f".{path.name}.{purpose}-{secrets.token_hex(4)}")

@@ -9,6 +9,7 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import torch
 import transformers
 import typer
 
-from llm_surgeon.checkpoint import load_model
+from llm_surgeon.checkpoint import claimed_output, load_model
 from llm_surgeon.checkpoint.load import first_line
 from llm_surgeon.checkpoint_job import CheckpointJob
 from llm_surgeon.cli import views
@@ -207,15 +208,20 @@ def prune(
     if job_options.setdefault("calibration", "wikitext2") is None:
         raise InputError(f"calibration must be text, not nothing, in config file {str(config)!r}")
     settings = PruneConfig.from_mapping(options)
-    job = CheckpointJob(model, out, settings, **job_options)
-    for name in job.unused:
-        print(f"surgeon: --{name.replace('_', '-')} has no effect: this runs on {job.device}, no GPU", file=sys.stderr)
-    if dry_run:
-        job.check_structure()
-        views.print_plan(console, job)
-        return
-    with progress_bars(quiet) as progress:
-        report = job.run(progress)
+    inputs = {name: job_options.get(name) for name in ("calibration", "lora_data")} | {"config_file": config}
+    claim = claimed_output(out, job_options.get("overwrite", False), model=model, **inputs)
+    with nullcontext() if dry_run else claim:
+        job = CheckpointJob(model, out, settings, config_file=config, **job_options)
+        for name in job.unused:
+            print(
+                f"surgeon: --{name.replace('_', '-')} has no effect: this runs on {job.device}, no GPU", file=sys.stderr
+            )
+        if dry_run:
+            job.check_structure()
+            views.print_plan(console, job)
+            return
+        with progress_bars(quiet) as progress:
+            report = job.run(progress)
     if not quiet:
         console.print(report.summary(), highlight=False, soft_wrap=True)
         console.print(f"\nwritten to {out}: the model, surgeon_report.json, report.html", highlight=False)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from llm_surgeon.checkpoint import check_output, load_model
+from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model
 from llm_surgeon.checkpoint_job import write_pruned
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import calibration_windows, evaluation_windows, read_text, tokenize
 from llm_surgeon.evaluate import perplexity
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import prune
+from llm_surgeon.resources import require_disk
 
 _NAME = "the demo model of surgeon-kernels"
 _METHODS = {"magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "surgeon": "Surgeon (joint)"}
@@ -40,21 +41,26 @@ def run_demo(out: str | Path, progress: Progress | None = None, *, overwrite: bo
     progress, out = progress or Progress(), Path(out)
     with as_file(files("llm_surgeon.demo") / "assets") as assets:
         source = assets / "model"
-        check_output(out, str(source), overwrite)
-        train = read_text(str(assets / "wikitext2-train-slice.txt"), "calibration")
-        test = read_text(str(assets / "wikitext2-test-slice.txt"), "evaluation")
+        with claimed_output(out, overwrite, model=source):
+            return _prune_and_compare(source, assets, out, progress, overwrite)
+
+
+def _prune_and_compare(source: Path, assets: Path, out: Path, progress: Progress, overwrite: bool) -> list[DemoResult]:
+    train = read_text(str(assets / "wikitext2-train-slice.txt"), "calibration")
+    test = read_text(str(assets / "wikitext2-test-slice.txt"), "evaluation")
+    model, tokenizer, dtype = load_model(str(source), device=torch.device("cpu"))
+    require_disk(out, checkpoint_bytes(model, tokenizer, dtype))
+    calibration = calibration_windows(tokenize(train, tokenizer), _CALIBRATION_WINDOWS, _SEQLEN, seed=0)
+    windows = evaluation_windows(tokenize(test, tokenizer), _SEQLEN)[:_TEST_WINDOWS]
+    dense = perplexity(model, windows)
+    results = [DemoResult("Dense", dense, 0.0)]
+    for method, name in _METHODS.items():
         model, tokenizer, dtype = load_model(str(source), device=torch.device("cpu"))
-        calibration = calibration_windows(tokenize(train, tokenizer), _CALIBRATION_WINDOWS, _SEQLEN, seed=0)
-        windows = evaluation_windows(tokenize(test, tokenizer), _SEQLEN)[:_TEST_WINDOWS]
-        dense = perplexity(model, windows)
-        results = [DemoResult("Dense", dense, 0.0)]
-        for method, name in _METHODS.items():
-            model, tokenizer, dtype = load_model(str(source), device=torch.device("cpu"))
-            begun = time.perf_counter()
-            report = prune(model, calibration, config=PruneConfig(method=method), progress=progress)
-            seconds = time.perf_counter() - begun
-            results.append(DemoResult(name, perplexity(model, windows), seconds))
-        report.model = _NAME
-        report.perplexity = {"dense": dense, "pruned": results[-1].perplexity}
-        write_pruned(model, tokenizer, out, dtype, report, _NAME, overwrite)
+        begun = time.perf_counter()
+        report = prune(model, calibration, config=PruneConfig(method=method), progress=progress)
+        seconds = time.perf_counter() - begun
+        results.append(DemoResult(name, perplexity(model, windows), seconds))
+    report.model = _NAME
+    report.perplexity = {"dense": dense, "pruned": results[-1].perplexity}
+    write_pruned(model, tokenizer, out, dtype, report, _NAME, overwrite)
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from llm_surgeon.checkpoint import check_output, load_model, pruning_records, save_checkpoint
+from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, pruning_records, save_checkpoint
+from llm_surgeon.checkpoint.save import read_files
 from llm_surgeon.packed.convert import pack_model
 from llm_surgeon.packed.format import QUANT_METHOD
 from llm_surgeon.report.text import plural
@@ -58,22 +60,24 @@ def pack_checkpoint(
         InputError: the model has no 2:4 weight, or is packed or quantized already; also for what is wrong with
             ``source``, ``out``, memory or disk.
     """
-    check_output(out, source, overwrite)
-    model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
-    dense_bytes = model_bytes(model)
-    config = pack_model(model, progress)
-    report = PackReport(config.modules, config.ignored, dense_bytes, model_bytes(model))
-    require_disk(Path(out), report.packed_bytes)
-    custom_code = model._auto_class is not None  # transformers writes such a class beside the weights
-    card = _model_card(Path(source), report, custom_code)
-    save_checkpoint(
-        model,
-        tokenizer,
-        out,
-        dtype=dtype,
-        extra_files={**pruning_records(source), "README.md": card},
-        overwrite=overwrite,
-    )
+    with claimed_output(out, overwrite, model=source):
+        records = pruning_records(source)
+        model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
+        dense_bytes = model_bytes(model)
+        require_disk(out, dense_bytes // 2)  # no packed weight takes less
+        config = pack_model(model, progress)
+        report = PackReport(config.modules, config.ignored, dense_bytes, model_bytes(model))
+        require_disk(out, checkpoint_bytes(model, tokenizer, None))
+        custom_code = model._auto_class is not None  # transformers writes such a class beside the weights
+        card = _model_card(Path(os.path.expanduser(source)), report, custom_code)
+        save_checkpoint(
+            model,
+            tokenizer,
+            out,
+            dtype=dtype,
+            extra_files={**records, "README.md": card},
+            overwrite=overwrite,
+        )
     return report
 
 
@@ -118,7 +122,8 @@ generate fastest. `model.dequantize()` gives the dense model back, zeros include
 
 def _front_matter(card: Path) -> dict[str, Any]:
     """The YAML at the head of a model card; nothing where there is none."""
-    parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.is_file() else []
+    text = read_files(card.parent, card.name).get(card.name, b"").decode(errors="replace")
+    parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.capture import mean_loss
-from llm_surgeon.checkpoint import check_output, load_model, pruning_records, save_checkpoint
+from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, pruning_records, save_checkpoint
+from llm_surgeon.checkpoint.save import read_files
 from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import check_finite, evaluation_mode, find_decoder
@@ -26,7 +27,7 @@ from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
 from llm_surgeon.report.schema import collect_versions
-from llm_surgeon.resources import choose_device
+from llm_surgeon.resources import choose_device, require_disk
 from llm_surgeon.structures.size import is_compact
 
 # Of the text at most; there is always one window.
@@ -164,11 +165,41 @@ def recover_checkpoint(
     if config is not None and options:
         raise InputError("give either config or single options, not both")
     config = config or RecoverConfig.from_mapping(options)
-    out = Path(out)
-    check_output(out, source, overwrite)
-    state = out.resolve().with_name(f".{out.name}.training")
+    with claimed_output(out, overwrite, model=source, teacher=teacher, data=data) as target:
+        return _recover_into(
+            target,
+            source,
+            Path(out),
+            config,
+            teacher=teacher,
+            data=data,
+            resume=resume,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            progress=progress,
+        )
+
+
+def _recover_into(
+    target: Path,
+    source: str | Path,
+    out: Path,
+    config: RecoverConfig,
+    *,
+    teacher: str | Path | None,
+    data: str,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    device: str | None,
+    progress: Progress | None,
+) -> RecoveryReport:
+    """:func:`recover_checkpoint` once ``out``, which means ``target``, is claimed."""
+    state = target.with_name(f".{target.name}.training")
     if state.exists() and not resume:
         raise InputError(f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it")
+    extra: dict[str, str | bytes] = {**pruning_records(source), **read_files(source, "README.md")}
     text = read_text(data, "calibration")
     place = choose_device(device)
     model, tokenizer, dtype = load_model(source, device=place, trust_remote_code=trust_remote_code)
@@ -183,6 +214,7 @@ def recover_checkpoint(
         config, seqlen=choose_seqlen(config.seqlen or min(512, choose_seqlen(None, model)), model)
     )
     windows, held_out = _split(tokenize(text, tokenizer), config)
+    require_disk(out, checkpoint_bytes(model, tokenizer, dtype) + _state_bytes(model, config))
     _claim(state, {"source": str(source), "teacher": str(teacher), "data": data, **dataclasses.asdict(config)})
     try:
         report = recover(
@@ -192,12 +224,19 @@ def recover_checkpoint(
         if not any(state.glob("checkpoint-*")):
             shutil.rmtree(state)  # nothing to go on from
         raise
-    extra = pruning_records(source) | {"surgeon_recovery.json": report.to_json()}
-    if (card := Path(source) / "README.md").is_file():
-        extra["README.md"] = card.read_text(encoding="utf-8")
+    extra["surgeon_recovery.json"] = report.to_json()
     save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=extra, overwrite=overwrite)
     shutil.rmtree(state)
     return report
+
+
+def _state_bytes(model: nn.Module, config: RecoverConfig) -> int:
+    """Bytes of the training state on disk: what is trained and AdamW's two moments, float32, of three checkpoints."""
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    if config.method == "lora":
+        linears = find_decoder(model).linears
+        trained = config.rank * sum(linear.rows + linear.columns for linear in linears)
+    return 3 * 3 * 4 * trained
 
 
 def _split(ids: Tensor, config: RecoverConfig) -> tuple[Tensor, Tensor]:

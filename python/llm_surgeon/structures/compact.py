@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.checkpoint import check_output, load_model, pruning_records, save_checkpoint
+from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, pruning_records, save_checkpoint
 from llm_surgeon.data import choose_seqlen
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models import Decoder, PrunableLinear, find_decoder
+from llm_surgeon.resources import require_disk
 from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.modeling_pruned import resize_block
@@ -53,15 +54,18 @@ def compact_checkpoint(
     Raises:
         InputError: nothing in the model is zero by whole rows or columns, or ``source`` or ``out`` is at fault.
     """
-    check_output(out, source, overwrite)
-    model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
-    ids = torch.arange(min(_PROMPT, choose_seqlen(None, model)))[None] % model.get_input_embeddings().num_embeddings
-    before = model_size(model, ids)
-    found = compact(model)
-    if found.before == found.after:
-        raise InputError(f"model {str(source)!r} has no zero rows or columns: prune it with structure rows-columns")
-    save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=pruning_records(source), overwrite=overwrite)
-    return replace(found, sizes={"before": before, "after": model_size(model, ids)})
+    with claimed_output(out, overwrite, model=source):
+        records = pruning_records(source)
+        model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
+        ids = torch.arange(min(_PROMPT, choose_seqlen(None, model)))[None] % model.get_input_embeddings().num_embeddings
+        before = model_size(model, ids)
+        found = compact(model)
+        if found.before == found.after:
+            raise InputError(f"model {str(source)!r} has no zero rows or columns: prune it with structure rows-columns")
+        require_disk(out, checkpoint_bytes(model, tokenizer, dtype))
+        sizes = {"before": before, "after": model_size(model, ids)}
+        save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=records, overwrite=overwrite)
+    return replace(found, sizes=sizes)
 
 
 def compact(model: PreTrainedModel, multiple: int = 8) -> Compacted:
