@@ -23,19 +23,19 @@ class BuildPy(build_py):
 
 
 def cuda_extension():
-    """The extension `surgeon_kernels._C` and the command that builds it, for every architecture nvcc can."""
+    """The extension `surgeon_kernels._C` and the command that builds it, for every architecture nvcc can, or those of
+    TORCH_CUDA_ARCH_LIST."""
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
     # Loaded by path: importing the package would import what is being built.
     spec = importlib.util.spec_from_file_location("extension", ROOT / "surgeon_kernels" / "extension.py")
     extension = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(extension)
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    flags = extension.gencode_flags(listed or extension.toolkit_architectures())
+    cxx_flags, nvcc_flags = extension.flags(extension.architectures())
     module = CUDAExtension(
         "surgeon_kernels._C",
         [str(path.relative_to(ROOT)) for path in extension.sources()],
-        extra_compile_args={"cxx": extension.COMPILER_FLAGS, "nvcc": [*extension.NVCC_FLAGS, *flags]},
+        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
     )
     return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}
 

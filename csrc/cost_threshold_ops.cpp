@@ -51,12 +51,6 @@ Tensor cost_mask(const Tensor& weight, const Tensor& g, const Tensor& a, double 
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(surgeon_kernels, m) {
-  m.def("cost_histogram(Tensor[] weights, Tensor[] g, Tensor[] a, int n, int m, int low, int shift, int bins,"
-        " int row_step) -> Tensor");
-  m.def("cost_mask(Tensor weight, Tensor g, Tensor a, float threshold, bool ties) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(surgeon_kernels, CUDA, m) {
   m.impl("cost_histogram", &cost_histogram);
   m.impl("cost_mask", &cost_mask);

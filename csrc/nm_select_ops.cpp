@@ -71,13 +71,6 @@ Tensor nm_prune(const Tensor& weight, const Tensor& g, const Tensor& a, int64_t 
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(surgeon_kernels, m) {
-  m.def("nm_select(Tensor weight, Tensor? g, Tensor? a, int n, int m, Tensor? previous, float threshold, bool ties,"
-        " Tensor(a!) invalid) -> Tensor");
-  m.def("nm_group_cost(Tensor weight, Tensor? g, Tensor? a, int n, int m, Tensor(a!) invalid) -> Tensor");
-  m.def("nm_prune(Tensor weight, Tensor g, Tensor a, int n, int m, Tensor(a!) invalid) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(surgeon_kernels, CUDA, m) {
   m.impl("nm_select", &nm_select);
   m.impl("nm_group_cost", &nm_group_cost);

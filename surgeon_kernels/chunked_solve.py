@@ -89,8 +89,8 @@ def _check(G_inv: Tensor, A_inv: Tensor, rows: Tensor, columns: Tensor, offsets:
 
 
 def uses_extension(x: Tensor) -> bool:
-    """The dispatch rule: float32 on a CUDA device runs the extension where there is one, all else the reference."""
-    return x.is_cuda and x.dtype == torch.float32 and extension.available()
+    """The dispatch rule: float32 on a CUDA device the extension is available for runs it; all else the reference."""
+    return x.is_cuda and x.dtype == torch.float32 and extension.available(x.device)
 
 
 def row_major(M: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ layer, and added up over layers on their device and over devices on the host.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +25,13 @@ _BINS = 1 << _BIN_BITS
 _SAMPLED_FROM = 1 << 26
 _SAMPLE_STEP = 64
 _SAMPLE_SLACK = 0.01  # of all costs, in rank: what the sample may be wrong by
+
+_library = torch.library.Library("surgeon_kernels", "FRAGMENT")
+_library.define(
+    "cost_histogram(Tensor[] weights, Tensor[] g, Tensor[] a, int n, int m, int low, int shift, int bins, int row_step)"
+    " -> Tensor"
+)
+_library.define("cost_mask(Tensor weight, Tensor g, Tensor a, float threshold, bool ties) -> Tensor")
 
 
 class _Window(NamedTuple):
@@ -162,7 +168,7 @@ def _columns(rows: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
 def fits_kernel(cost: WeightCosts, pattern: Pattern | None) -> bool:
     """The dispatch rule: weights of at most 32 bits on a CUDA device; of groups, 4, 8 or 16 columns, rows aligned."""
     weight = cost.weight
-    if cost.g is None or not (weight.is_cuda and weight.dtype in KERNEL_DTYPES and _kernels_ready()):
+    if cost.g is None or not (weight.is_cuda and weight.dtype in KERNEL_DTYPES and extension.available(weight.device)):
         return False
     if pattern is None:
         return True
@@ -171,28 +177,21 @@ def fits_kernel(cost: WeightCosts, pattern: Pattern | None) -> bool:
     return pattern[1] in (4, 8, 16) and weight.stride(1) == 1 and weight.shape[1] % lane == 0 and aligned
 
 
-@functools.cache
-def _kernels_ready() -> bool:
-    """Whether the CUDA ops are registered; gives them their fake kernels, which torch.compile traces."""
-    if not extension.available():
-        return False
+@torch.library.register_fake("surgeon_kernels::cost_histogram", lib=_library)
+def _(
+    weights: list[Tensor],
+    g: list[Tensor],
+    a: list[Tensor],
+    n: int,
+    m: int,
+    low: int,
+    shift: int,
+    bins: int,
+    row_step: int,
+) -> Tensor:
+    return weights[0].new_empty((len(weights), bins + 2), dtype=torch.int64)
 
-    @torch.library.register_fake("surgeon_kernels::cost_histogram")
-    def _(
-        weights: list[Tensor],
-        g: list[Tensor],
-        a: list[Tensor],
-        n: int,
-        m: int,
-        low: int,
-        shift: int,
-        bins: int,
-        row_step: int,
-    ) -> Tensor:
-        return weights[0].new_empty((len(weights), bins + 2), dtype=torch.int64)
 
-    @torch.library.register_fake("surgeon_kernels::cost_mask")
-    def _(weight: Tensor, g: Tensor, a: Tensor, threshold: float, ties: bool) -> Tensor:
-        return weight.new_empty(weight.shape, dtype=torch.bool)
-
-    return True
+@torch.library.register_fake("surgeon_kernels::cost_mask", lib=_library)
+def _(weight: Tensor, g: Tensor, a: Tensor, threshold: float, ties: bool) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.bool)

@@ -1,11 +1,16 @@
 """The CUDA extension: found ahead of time, or built by ninja on first use and cached.
 
 `csrc/*.cu` are CUDA kernels free of torch headers, `csrc/*_ops.cpp` register them as ``torch.ops.surgeon_kernels.*``.
-Which implementation an op runs is one rule: CUDA tensors run the extension's kernel where `available`, and the PyTorch
-reference everywhere else. Importing this module builds nothing and touches no device.
+Which implementation an op runs is one rule: CUDA tensors run the extension's kernel where it is `available` for their
+device, and the PyTorch reference everywhere else. Importing this module builds nothing and touches no device.
+
+Architectures are named as in ``8.0`` and ``9.0a``. The kernels need 8.0 or later. On 9.0 they use instructions that
+only the architecture-specific target 9.0a has (wgmma), so 9.0 always means 9.0a. No kernel uses such features of other
+architectures: these are built as the portable target, which also runs on later devices of the same major.
+Machine code only: PTX asked for by ``+PTX`` is not embedded.
 
 Environment: ``SURGEON_CUDA=0`` never uses the extension; ``TORCH_EXTENSIONS_DIR`` is where builds are cached;
-``TORCH_CUDA_ARCH_LIST`` overrides the architectures (such as ``8.0;9.0a``).
+``TORCH_CUDA_ARCH_LIST`` overrides the architectures, written as PyTorch takes them (``8.0;9.0+PTX``, ``Hopper``).
 """
 
 from __future__ import annotations
@@ -15,27 +20,75 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
 import threading
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-# 9.0a: wgmma and other Hopper instructions are not in the portable 9.0.
-ARCHITECTURES = ("8.0", "8.9", "9.0a", "10.0")
+# What an ahead-of-time build holds, as far as nvcc can.
+ARCHITECTURES = ("8.0", "8.9", "9.0a", "10.0", "12.0")
+# Of the instructions that csrc/ uses without an alternative: cp.async, mma of bf16 and tf32, mma.sp.
+OLDEST = (8, 0)
+# As PyTorch expands them.
+GENERATIONS = {
+    "Maxwell": "5.0 5.2",
+    "Maxwell+Tegra": "5.3",
+    "Pascal": "6.0 6.1",
+    "Volta": "7.0",
+    "Volta+Tegra": "7.2",
+    "Turing": "7.5",
+    "Ampere": "8.0 8.6",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9",
+    "Hopper": "9.0",
+    "Blackwell": "10.0 10.3 12.0 12.1",
+    "Blackwell+Tegra": "11.0",
+}
 COMPILER_FLAGS = ["-O3"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
 
+_SEPARATORS = ";, \t\n"
 _lock = threading.Lock()
 
 
-def available() -> bool:
-    """Whether the CUDA ops are registered; the first call may build them (a minute), or warns if it cannot."""
+def available(device: torch.device | None = None) -> bool:
+    """Whether the CUDA ops are registered, and hold machine code for ``device`` where one is given.
+
+    The first call may build them (a minute). What rules them out is said once, as a warning; what rules out one of
+    several devices, once for each kind of device.
+    """
+    built = built_architectures()
+    if not built or device is None:
+        return bool(built)
+    return device.type == "cuda" and _holds(built, torch.cuda.get_device_capability(device))
+
+
+def built_architectures() -> tuple[str, ...]:
+    """Names what the extension holds machine code for, such as ``("8.0", "9.0a")``; empty where there is none.
+
+    Loads the extension and, as :func:`available`, may build it.
+    """
     with _lock:
-        return _load() is None
+        return _load()
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether a device of ``capability`` runs machine code for ``architecture``, as CUDA's binary compatibility has it.
+
+    The same major, and a minor of the device that is at least the code's; code for an architecture-specific target
+    (9.0a) and code on or for 8.7, an integrated GPU, need the very same.
+    """
+    built = _number(architecture)
+    if architecture.endswith("a") or (8, 7) in (built, capability):
+        return built == capability
+    return built[0] == capability[0] and built[1] <= capability[1]
 
 
 def ahead_of_time() -> bool:
@@ -68,36 +121,114 @@ def sources() -> list[Path]:
     return []
 
 
-def gencode_flags(architectures: list[str]) -> list[str]:
+def parse_architectures(listed: str) -> tuple[list[str], list[str]]:
+    """What to build of a list in the syntax of ``TORCH_CUDA_ARCH_LIST``, given the nvcc of this machine.
+
+    Entries are separated by ``;``, ``,`` or spaces: ``8.0``, ``9.0a``, ``9.0+PTX``, or a generation (``Hopper``).
+
+    Returns:
+        Architectures in ascending order, ``9.0`` as ``9.0a``; and the entries left out, each with the reason.
+    """
+    found, dropped = set(), []
+    for entry in re.split(f"[{_SEPARATORS}]+", listed.strip(_SEPARATORS)):
+        for name in GENERATIONS.get(entry.removesuffix("+PTX"), entry).split():
+            version = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+            if version is None:
+                dropped.append(f"{entry!r} (not an architecture)")
+                continue
+            number = int(version[1]), int(version[2])
+            if number < OLDEST:
+                dropped.append(f"{entry} (the kernels need {_text(OLDEST)} or later)")
+            elif number not in _toolkit():
+                dropped.append(f"{entry} (this nvcc does not compile for it)")
+            else:
+                found.add(number)
+    return [_text(number) for number in sorted(found)], list(dict.fromkeys(dropped))
+
+
+def architectures(devices: Iterable[tuple[int, int]] | None = None) -> list[str]:
+    """What to build for: ``TORCH_CUDA_ARCH_LIST`` where it is set, otherwise ``devices`` or `ARCHITECTURES`.
+
+    Entries that cannot be built are left out, and a warning names them; of `ARCHITECTURES`, in silence.
+
+    Raises:
+        RuntimeError: nothing is left.
+    """
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(_SEPARATORS)
+    source = "TORCH_CUDA_ARCH_LIST"
+    if not listed or listed == "native":
+        source = "the devices found" if devices is not None else "the architectures of the kernels"
+        listed = " ".join(ARCHITECTURES if devices is None else map(_for_device, sorted(set(devices))))
+    found, dropped = parse_architectures(listed)
+    left_out = f"of {source}, the CUDA extension is not built for {', '.join(dropped)}"
+    if not found:
+        raise RuntimeError(f"{left_out}; nothing is left to build")
+    if dropped and source != "the architectures of the kernels":
+        warnings.warn(left_out, stacklevel=2)
+    return found
+
+
+def gencode_flags(architectures: Iterable[str]) -> list[str]:
     """nvcc's ``-gencode`` flags: machine code for every architecture such as ``9.0a``, and no PTX."""
     numbers = [architecture.replace(".", "") for architecture in architectures]
     return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
 
 
-def toolkit_architectures() -> list[str]:
-    """Those of `ARCHITECTURES` that the nvcc on the PATH can compile for."""
-    listed = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    return [
-        architecture for architecture in ARCHITECTURES if f"sm_{architecture.rstrip('a').replace('.', '')}" in listed
-    ]
+def flags(architectures: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags of the C++ compiler and of nvcc, which also bake the list into what is built (csrc/architectures.h)."""
+    baked = f"-DSURGEON_ARCHITECTURES={':'.join(architectures)}"  # at commas nvcc would split it
+    return [*COMPILER_FLAGS, baked], [*NVCC_FLAGS, baked, *gencode_flags(architectures)]
 
 
 @functools.cache
-def _load() -> str | None:
-    """Register the ops; None on success, otherwise why they are missing (said once, as a warning)."""
+def _toolkit() -> frozenset[tuple[int, int]]:
+    """The architectures that the nvcc on the PATH compiles for."""
+    command = [shutil.which("nvcc", path=_path()) or "nvcc", "--list-gpu-code"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return frozenset((int(major), int(minor)) for major, minor in re.findall(r"sm_(\d+)(\d)\b", listed))
+
+
+def _for_device(capability: tuple[int, int]) -> str:
+    """The closest architecture of nvcc's that the device runs, which may be newer than nvcc; else the device's own."""
+    return _text(max((able for able in _toolkit() if runs_on(_text(able), capability)), default=capability))
+
+
+def _number(architecture: str) -> tuple[int, int]:
+    major, minor = architecture.rstrip("a").split(".")
+    return int(major), int(minor)
+
+
+def _text(number: tuple[int, int]) -> str:
+    return "{}.{}".format(*number) + ("a" if number == (9, 0) else "")
+
+
+@functools.cache
+def _holds(built: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether a device of ``capability`` is served; warns if not."""
+    if any(runs_on(architecture, capability) for architecture in built):
+        return True
+    warnings.warn(
+        "the CUDA extension holds no machine code for devices of capability {}.{}, only for {}; the PyTorch references "
+        "run instead on these".format(*capability, ", ".join(built)),
+        stacklevel=4,
+    )
+    return False
+
+
+@functools.cache
+def _load() -> tuple[str, ...]:
+    """Register the ops, and name the architectures they hold; empty if they are missing (said once, as a warning)."""
     missing = obstacle()
     if missing is None:
         try:
-            if ahead_of_time():
-                importlib.import_module("surgeon_kernels._C")
-            else:
-                _build()
+            module = importlib.import_module("surgeon_kernels._C") if ahead_of_time() else _build()
+            return tuple(module.architectures.split(":"))
         # A compiler or loader that does not work must not stop a run that the references can finish.
         except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
             missing = f"the CUDA extension could not be built or loaded: {error}"
     if missing is not None and torch.cuda.is_available() and os.environ.get("SURGEON_CUDA") != "0":
         warnings.warn(f"{missing}; the PyTorch references run instead", stacklevel=4)
-    return missing
+    return ()
 
 
 def _path() -> str:
@@ -105,28 +236,22 @@ def _path() -> str:
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
 
-def _build() -> None:
+def _build() -> ModuleType:
     """Build for the devices of this machine, into a folder named by what determines the result."""
     from torch.utils import cpp_extension  # imports setuptools: only when something is built
 
-    nvcc_flags = [*NVCC_FLAGS, *gencode_flags(_architectures())]
+    devices = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    cxx_flags, nvcc_flags = flags(architectures(devices))
     files = sources()
     headers = sorted(files[0].parent.glob("*.h")) + sorted(files[0].parent.glob("*.cuh"))
     os.environ["PATH"] = _path()
-    digest = hashlib.sha256(" ".join([*nvcc_flags, *COMPILER_FLAGS, torch.__version__]).encode())
+    digest = hashlib.sha256(" ".join([*nvcc_flags, *cxx_flags, torch.__version__]).encode())
     for path in [*files, *headers]:
         digest.update(path.read_bytes())
-    cpp_extension.load(
+    return cpp_extension.load(
         name=f"surgeon_kernels_{digest.hexdigest()[:16]}",
         sources=[str(path) for path in files],
-        extra_cflags=COMPILER_FLAGS,
+        extra_cflags=cxx_flags,
         extra_cuda_cflags=nvcc_flags,
         verbose=os.environ.get("SURGEON_VERBOSE") == "1",
     )
-
-
-def _architectures() -> list[str]:
-    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return listed.replace(";", " ").split()
-    found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
-    return sorted(f"{major}.{minor}{'a' if major >= 9 else ''}" for major, minor in found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -16,6 +15,14 @@ from surgeon_kernels.costs import WeightCosts
 _LARGEST_GROUP = 1024
 # Of weights; costs that are given are float32.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_library = torch.library.Library("surgeon_kernels", "FRAGMENT")
+_library.define(
+    "nm_select(Tensor weight, Tensor? g, Tensor? a, int n, int m, Tensor? previous, float threshold, bool ties,"
+    " Tensor(a!) invalid) -> Tensor"
+)
+_library.define("nm_group_cost(Tensor weight, Tensor? g, Tensor? a, int n, int m, Tensor(a!) invalid) -> Tensor")
+_library.define("nm_prune(Tensor weight, Tensor g, Tensor a, int n, int m, Tensor(a!) invalid) -> Tensor")
 
 
 def nm_select(
@@ -138,7 +145,7 @@ def _fits_kernel(cost: Tensor | WeightCosts, m: int) -> bool:
     """The dispatch rule: float32 costs, or weights of at most 32 bits, on a CUDA device; groups of at most 1024."""
     weight = _weight(cost)
     dtypes = KERNEL_DTYPES if isinstance(cost, WeightCosts) else (torch.float32,)
-    return weight.is_cuda and weight.dtype in dtypes and m <= _LARGEST_GROUP and _kernels_ready()
+    return weight.is_cuda and weight.dtype in dtypes and m <= _LARGEST_GROUP and extension.available(weight.device)
 
 
 def _operands(cost: Tensor | WeightCosts) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -172,32 +179,26 @@ def _require_valid(invalid: Tensor) -> None:
         raise ValueError("a cost is NaN or negative")
 
 
-@functools.cache
-def _kernels_ready() -> bool:
-    """Whether the CUDA ops are registered; gives them their fake kernels, which torch.compile traces."""
-    if not extension.available():
-        return False
+@torch.library.register_fake("surgeon_kernels::nm_select", lib=_library)
+def _(
+    weight: Tensor,
+    g: Tensor | None,
+    a: Tensor | None,
+    n: int,
+    m: int,
+    previous: Tensor | None,
+    threshold: float,
+    ties: bool,
+    invalid: Tensor,
+) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.bool)
 
-    @torch.library.register_fake("surgeon_kernels::nm_select")
-    def _(
-        weight: Tensor,
-        g: Tensor | None,
-        a: Tensor | None,
-        n: int,
-        m: int,
-        previous: Tensor | None,
-        threshold: float,
-        ties: bool,
-        invalid: Tensor,
-    ) -> Tensor:
-        return weight.new_empty(weight.shape, dtype=torch.bool)
 
-    @torch.library.register_fake("surgeon_kernels::nm_group_cost")
-    def _(weight: Tensor, g: Tensor | None, a: Tensor | None, n: int, m: int, invalid: Tensor) -> Tensor:
-        return weight.new_empty((weight.shape[0], weight.shape[1] // m), dtype=torch.float32)
+@torch.library.register_fake("surgeon_kernels::nm_group_cost", lib=_library)
+def _(weight: Tensor, g: Tensor | None, a: Tensor | None, n: int, m: int, invalid: Tensor) -> Tensor:
+    return weight.new_empty((weight.shape[0], weight.shape[1] // m), dtype=torch.float32)
 
-    @torch.library.register_fake("surgeon_kernels::nm_prune")
-    def _(weight: Tensor, g: Tensor, a: Tensor, n: int, m: int, invalid: Tensor) -> Tensor:
-        return weight.new_empty(weight.shape)
 
-    return True
+@torch.library.register_fake("surgeon_kernels::nm_prune", lib=_library)
+def _(weight: Tensor, g: Tensor, a: Tensor, n: int, m: int, invalid: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape)

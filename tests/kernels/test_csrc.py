@@ -30,7 +30,7 @@ def run(*command):
 @nvcc
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_kernels_compile_without_spills(source, tmp_path):
-    flags = [*extension.NVCC_FLAGS, *extension.gencode_flags(extension.toolkit_architectures())]
+    _, flags = extension.flags(extension.parse_architectures(" ".join(extension.ARCHITECTURES))[0])
     log = run("nvcc", "-c", "-std=c++17", "--threads", 2, *flags, "-Xptxas", "-v", source, "-o", tmp_path / "kernel.o")
     spilled = [int(amount) for amount in re.findall(r"(\d+) bytes spill stores", log)]
     assert spilled, log
@@ -46,6 +46,7 @@ def test_registration_agrees_with_torch_and_the_kernels_headers(tmp_path):
     toolkit = Path(re.search(r"TOP=(\S+)", run("nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"))[1])
     folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"], toolkit / "include", tmp_path]
     flags = ["-std=c++20", "-DTORCH_EXTENSION_NAME=_C", *(f"-I{folder}" for folder in folders)]
+    flags += extension.flags(["8.0", "9.0a"])[0]
     # Torch's headers, which take longer than all that is checked, are read once.
     shared = tmp_path / "torch.h"
     shared.write_text("\n".join(re.findall(r"^#include <.*>$", OPS_HEADER.read_text(), re.MULTILINE)))

@@ -1,3 +1,4 @@
+import types
 import warnings
 
 import pytest
@@ -10,11 +11,13 @@ from surgeon_kernels import extension
 def fresh(monkeypatch):
     """As in a new process with a CUDA device and no ahead-of-time build."""
     extension._load.cache_clear()
+    extension._holds.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(extension, "ahead_of_time", lambda: False)
     monkeypatch.delenv("SURGEON_CUDA", raising=False)
     yield monkeypatch
     extension._load.cache_clear()
+    extension._holds.cache_clear()
 
 
 def tools(monkeypatch, *present):
@@ -58,18 +61,117 @@ def test_switched_off_silently(fresh):
     assert extension.obstacle() == "switched off by SURGEON_CUDA=0"
 
 
-def test_it_is_built_once_for_the_devices_found(fresh):
+def holding(*architectures):
+    return types.SimpleNamespace(architectures=":".join(architectures))
+
+
+@pytest.fixture
+def toolkit(monkeypatch):
+    """What nvcc 13.0 lists."""
+    numbers = ["7.5", "8.0", "8.6", "8.7", "8.8", "8.9", "9.0", "10.0", "11.0", "10.3", "12.0", "12.1"]
+    monkeypatch.setattr(extension, "_toolkit", lambda: {tuple(map(int, number.split("."))) for number in numbers})
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return monkeypatch
+
+
+def test_it_is_built_once(fresh):
     built = []
     tools(fresh, "nvcc", "ninja")
-    fresh.setattr(extension, "_build", lambda: built.append(True))
+    fresh.setattr(extension, "_build", lambda: built.append(True) or holding("8.0", "9.0a"))
     assert extension.available() and extension.available()
+    assert extension.built_architectures() == ("8.0", "9.0a")
     assert built == [True]
-    fresh.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    fresh.setattr(torch.cuda, "device_count", lambda: 3)
-    fresh.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (8, 0), (9, 0)][index])
-    assert extension._architectures() == ["8.0", "9.0a"]
-    fresh.setenv("TORCH_CUDA_ARCH_LIST", "8.9;10.0")
-    assert extension._architectures() == ["8.9", "10.0"]
+
+
+OLD = "the kernels need 8.0 or later"
+
+
+@pytest.mark.parametrize(
+    ("listed", "built", "dropped"),
+    [
+        ("9.0", ["9.0a"], []),
+        ("9.0a", ["9.0a"], []),
+        ("9.0;9.0a+PTX", ["9.0a"], []),
+        ("7.5;8.0;9.0+PTX", ["8.0", "9.0a"], [f"7.5 ({OLD})"]),
+        ("8.9, 8.6 12.0;", ["8.6", "8.9", "12.0"], []),
+        ("10.0a 12.0f 12.1", ["10.0", "12.0", "12.1"], []),
+        ("8.6+PTX", ["8.6"], []),
+        ("6.1", [], [f"6.1 ({OLD})"]),
+        ("Hopper", ["9.0a"], []),
+        ("Ampere+PTX;Turing", ["8.0", "8.6"], [f"Turing ({OLD})"]),
+        ("Ampere+Tegra", ["8.7"], []),
+        ("Pascal 8.0", ["8.0"], [f"Pascal ({OLD})"]),
+        ("Blackwell", ["10.0", "10.3", "12.0", "12.1"], []),
+        ("8.0 13.0", ["8.0"], ["13.0 (this nvcc does not compile for it)"]),
+        ("8.0 sm_90", ["8.0"], ["'sm_90' (not an architecture)"]),
+    ],
+)
+def test_a_list_of_architectures(toolkit, listed, built, dropped):
+    assert extension.parse_architectures(listed) == (built, dropped)
+
+
+def test_what_cannot_be_built_is_said_and_the_rest_is_built(toolkit):
+    toolkit.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX")
+    with pytest.warns(UserWarning, match=r"of TORCH_CUDA_ARCH_LIST, .* is not built for 7\.5 \(the kernels need 8\.0"):
+        assert extension.architectures() == ["8.0", "9.0a"]
+    toolkit.setenv("TORCH_CUDA_ARCH_LIST", "6.1")
+    with pytest.raises(RuntimeError, match=r"6\.1 \(the kernels need 8\.0 or later\); nothing is left to build"):
+        extension.architectures()
+
+
+def test_without_a_list_the_devices_or_the_default_count(toolkit):
+    assert extension.architectures([(9, 0), (8, 0), (9, 0)]) == ["8.0", "9.0a"]
+    assert extension.architectures() == ["8.0", "8.9", "9.0a", "10.0", "12.0"]
+    with pytest.warns(UserWarning, match=r"of the devices found, .* is not built for 6\.1 \(the kernels need 8\.0"):
+        assert extension.architectures([(6, 1), (8, 6)]) == ["8.6"]
+    toolkit.setenv("TORCH_CUDA_ARCH_LIST", " ;")
+    assert extension.architectures([(9, 0)]) == ["9.0a"]
+    toolkit.setenv("TORCH_CUDA_ARCH_LIST", "8.9;10.0")
+    assert extension.architectures([(9, 0)]) == extension.architectures() == ["8.9", "10.0"]
+
+
+def test_an_older_nvcc_builds_what_it_can(toolkit):
+    toolkit.setattr(extension, "_toolkit", lambda: {(8, 0), (9, 0), (12, 0)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert extension.architectures() == ["8.0", "9.0a", "12.0"]
+        assert extension.architectures([(12, 1), (8, 9)]) == ["8.0", "12.0"]  # which these devices run
+    with pytest.raises(RuntimeError, match=r"10\.0 \(this nvcc does not compile for it\); nothing is left"):
+        extension.architectures([(10, 0)])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs", "does_not"),
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)], [(8, 7), (7, 5), (9, 0)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (8, 7)]),
+        ("8.7", [(8, 7)], [(8, 9)]),
+        ("9.0a", [(9, 0)], [(10, 0), (8, 9)]),
+        ("10.0", [(10, 0), (10, 3)], [(12, 0), (11, 0)]),
+        ("12.0", [(12, 0), (12, 1)], [(10, 0)]),
+        ("12.1", [(12, 1)], [(12, 0)]),
+    ],
+)
+def test_which_devices_run_machine_code(architecture, runs, does_not):
+    assert all(extension.runs_on(architecture, capability) for capability in runs)
+    assert not any(extension.runs_on(architecture, capability) for capability in does_not)
+
+
+def test_of_several_devices_those_with_machine_code_are_served(fresh):
+    """One GPU served, another not: said once, for the kind of device."""
+    tools(fresh, "nvcc", "ninja")
+    fresh.setattr(extension, "_build", lambda: holding("8.0", "9.0a"))
+    capabilities = [(9, 0), (12, 0), (8, 9), (12, 0)]
+    fresh.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    h200, rtx, ada, rtx_too = (torch.device("cuda", index) for index in range(4))
+    assert extension.available() and extension.available(h200) and extension.available(ada)
+    assert not extension.available(torch.device("cpu"))
+    with pytest.warns(UserWarning, match=r"no machine code for devices of capability 12\.0, only for 8\.0, 9\.0a; the"):
+        assert not extension.available(rtx)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not extension.available(rtx) and not extension.available(rtx_too)
+        assert extension.available(h200)
 
 
 def test_flags_name_machine_code_only():

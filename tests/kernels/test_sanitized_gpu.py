@@ -41,7 +41,7 @@ def program(request, tmp_path_factory):
     target = tmp_path_factory.mktemp("sanitized") / request.param
     sources = [Path(__file__).with_name(f"{request.param}_sanitized.cu")]
     sources += [csrc / name for name in PROGRAMS[request.param]]
-    flags = [*extension.NVCC_FLAGS, *extension.gencode_flags(extension._architectures()), "--threads", "0"]
+    flags = [*extension.flags(extension.built_architectures())[1], "--threads", "0"]
     subprocess.run(["nvcc", "-std=c++17", *flags, f"-I{csrc}", *sources, "-o", target], check=True)
     return target
 

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <string_view>
+
+// What the build holds machine code for, such as 8.0:9.0a, from surgeon_kernels/extension.py, beside nvcc's flags.
+#ifndef SURGEON_ARCHITECTURES
+#error "define SURGEON_ARCHITECTURES, the list of architectures, between colons, that nvcc compiles for"
+#endif
+
+namespace surgeon {
+
+#define SURGEON_STRING(...) #__VA_ARGS__
+#define SURGEON_STRING_OF(...) SURGEON_STRING(__VA_ARGS__)
+inline constexpr std::string_view kArchitectures = SURGEON_STRING_OF(SURGEON_ARCHITECTURES);
+#undef SURGEON_STRING_OF
+#undef SURGEON_STRING
+
+// Whether the build holds code for `architecture`, named as in the list.
+constexpr bool built_for(std::string_view architecture) {
+  for (std::string_view rest = kArchitectures; !rest.empty();) {
+    const size_t end = rest.find(':');
+    if (rest.substr(0, end) == architecture) return true;
+    rest = end == std::string_view::npos ? std::string_view() : rest.substr(end + 1);
+  }
+  return false;
+}
+
+}  // namespace surgeon
