@@ -239,7 +239,8 @@ def starting_at(start: nn.Module) -> Iterator[None]:
         (args[0] if args else kwargs["hidden_states"]).requires_grad_()
 
     if isinstance(start, nn.Embedding):
-        handle = start.register_forward_hook(lambda _, args, y: y.requires_grad_())
+        # A copy: some models scale it in place, which autograd does not allow of a leaf.
+        handle = start.register_forward_hook(lambda _, args, y: y.requires_grad_().clone())
     else:
         handle = start.register_forward_pre_hook(require_gradient, with_kwargs=True)
     try:

@@ -19,12 +19,12 @@ from llm_surgeon.models import find_decoder
 from llm_surgeon.plan import make_plan
 from llm_surgeon.plan_result import Plan
 from llm_surgeon.progress import Progress
-from llm_surgeon.pruning import check_model, prune
+from llm_surgeon.pruning import check_model, prune, with_block_shots
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import choose_device, human_bytes, require_disk, require_memory
 from llm_surgeon.structures.blocks import reachable_blocks
 from llm_surgeon.structures.loop import reachable_dimensions
-from llm_surgeon.structures.width import reachable_width
+from llm_surgeon.structures.width import reachable_width, weights_removed
 
 # Options about a GPU's memory alone.
 _GPU_OPTIONS = ("offload", "gpu_memory")
@@ -116,24 +116,43 @@ class CheckpointJob:
             trust_remote_code=trust_remote_code,
         )
         self.config = dataclasses.replace(config, seqlen=choose_seqlen(config.seqlen, self.model))
-        assert self.config.seqlen is not None
         self.decoder = find_decoder(self.model)
         check_model(self.model, self.decoder, self.config)
+        self.config = with_block_shots(self.config, self.decoder)
+        assert self.config.seqlen is not None
         shape = self.config.samples, self.config.seqlen, self.config.seed
         self.calibration = calibration_windows(tokenize(text, self.tokenizer), *shape)
         self.correction_data = (
             None if lora_text is None else calibration_windows(tokenize(lora_text, self.tokenizer), *shape)
         )
 
-    def check_structure(self) -> None:
-        """Raise :class:`InputError` where the model cannot become smaller as asked, as :meth:`run` would."""
-        kind = self.config.pattern.kind
+    def removal(self) -> str:
+        """What goes, in words, the numbers those of the run.
+
+        Raises:
+            InputError: the model cannot become smaller as asked, as :meth:`run` would.
+        """
+        model, decoder, config = self.model, self.decoder, self.config
+        total = sum(linear.rows * linear.columns for linear in decoder.linears)
+        assert config.sparsity is not None
+        weights = round(config.sparsity * total)
+        kind = config.pattern.kind
+        if kind == "layers":
+            blocks, count = len(decoder.blocks), reachable_blocks(model, decoder, config)
+            alike = len({sum(p.numel() for p in block.parameters()) for block in decoder.blocks}) == 1
+            about, weights = "" if alike else "about ", round(total * count / blocks)
+            return f"{count} of {blocks} blocks, {about}{weights:,} of {total:,} weights, {count / blocks:.1%}"
+        if kind == "width":
+            residual, width = reachable_width(model, decoder, config)
+            weights = weights_removed(decoder, residual, width)
+            return (
+                f"{residual.width - width} of {residual.width} channels, {weights:,} of {total:,} weights, "
+                f"{weights / total:.1%}"
+            )
         if kind == "groups":
-            reachable_dimensions(self.model, self.decoder, self.config)
-        elif kind == "width":
-            reachable_width(self.model, self.decoder, self.config)
-        elif kind == "layers":
-            reachable_blocks(self.decoder, self.config)
+            reachable_dimensions(model, decoder, config)
+        least = "" if config.pattern.single_weights else "at least "
+        return f"{least}{weights:,} of {total:,} weights"
 
     def plan(self) -> Plan:
         """How the run would go: memory, disk and time."""

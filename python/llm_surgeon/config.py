@@ -316,13 +316,16 @@ class PruneConfig:
             raise InputError(f"lora_rank has no meaning for {structure.kind}: recover the pruned model instead")
         if structure.kind == "layers" and self.round_to != 1:
             raise InputError("round_to has no meaning for layers: whole blocks go")
-        defaults = {"importance": "kronecker", "round_to": 1, "uniform": False, "skip_layers": ""}
-        without = {"round_to": "layers", "skip_layers": "width"}
-        for name, default in defaults.items():
-            if not structure.coupled and getattr(self, name) != default:
-                fitting = [kind for kind in COUPLED_STRUCTURES if kind != without.get(name)]
+        options = {
+            "importance": ("kronecker", COUPLED_STRUCTURES),
+            "round_to": (1, ("groups", "width")),
+            "uniform": (False, ("groups",)),
+            "skip_layers": ("", ("groups", "layers")),
+        }
+        for name, (default, structures) in options.items():
+            if structure.kind not in structures and getattr(self, name) != default:
                 raise InputError(
-                    f"{name} has no meaning for structure {self.structure!r}: choose {' or '.join(fitting)}"
+                    f"{name} has no meaning for structure {self.structure!r}: choose {' or '.join(structures)}"
                 )
 
     def _resolve_shots(self, structure: Structure) -> None:

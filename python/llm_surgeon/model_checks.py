@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +14,48 @@ from llm_surgeon.errors import SurgeonError, UnsupportedModelError
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Two sequences of three tokens: unequal sizes tell [batch, length, C] from any other layout.
 PROBE_SHAPE = (2, 3)
+# Wrappers of torch that are refused inside a model, by name: their modules take long to import.
+_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
+def check_plain(model: Any) -> None:
+    """Refuse what is no decoder-only transformers model whose own weights lie in memory.
+
+    Raises:
+        UnsupportedModelError: it is wrapped (and not just as :func:`~llm_surgeon.models.unwrapped` takes off), holds an
+            adapter, is an encoder-decoder or quantized, or a parameter is missing or cannot be differentiated.
+    """
+    for name, module in model.named_modules():
+        place, kind = name or "the model", type(module).__name__
+        if kind in _WRAPPERS:
+            raise UnsupportedModelError(f"{place} is wrapped in a {kind}: take the module out, and wrap what is made")
+        if "base_layer" in module._modules or hasattr(module, "get_base_model"):
+            raise UnsupportedModelError(f"{place} holds an adapter: merge it first (peft's merge_and_unload)")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is no model of transformers: load a causal language model")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder: only decoder-only models are supported"
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} is quantized: prune the unquantized model")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"parameter {name} is on the meta device: load the whole model into memory")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            raise UnsupportedModelError(
+                f"{name} was made under torch.inference_mode and has no gradients: load the model outside of it"
+            )
+
+
+def check_shrinkable(model: PreTrainedModel) -> None:
+    """Refuse a model whose sizes are those of a part: :class:`UnsupportedModelError`."""
+    if model.config.get_text_config() is not model.config:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} wraps a language model with others: groups, width and layers cannot leave it, nor "
+            "can it be compacted; N:M, unstructured and rows-columns prune its decoder"
+        )
 
 
 @torch.no_grad()
@@ -36,6 +80,10 @@ def check_causal(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} gives no logits for every token: load a causal language model"
         )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no output head over the vocabulary: load a causal language model"
+        )
     earlier = logits[:, :-1]
     if bool(((earlier[0] - earlier[1]).abs() > torch.finfo(logits.dtype).eps ** 0.5 * earlier.abs().max()).any()):
         raise UnsupportedModelError(
@@ -45,7 +93,8 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 def _uneven_heads(model: PreTrainedModel) -> str | None:
-    heads, groups = (getattr(model.config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    config = model.config.get_text_config()
+    heads, groups = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
     uneven = isinstance(heads, int) and isinstance(groups, int) and groups and heads % groups
     return f"its {heads} attention heads do not divide into {groups} key-value groups" if uneven else None
 
@@ -72,8 +121,10 @@ def check_parameters(prefix: str, blocks: list[nn.Module], linears: dict[str, nn
     ]
     for name, parameter, module in others:
         if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d):
+            experts = any(word in f"{name} {type(module).__name__}".lower() for word in ("expert", "moe"))
+            what = "fused mixture-of-experts" if experts else "block-diagonal or otherwise stacked"
             raise UnsupportedModelError(
-                f"{name} is a stack of {parameter.shape[0]} matrices: fused mixture-of-experts layers are not supported"
+                f"{name} is a stack of {parameter.shape[0]} matrices: {what} layers are not supported"
             )
     for name, parameter, module in others:
         raise UnsupportedModelError(

@@ -18,6 +18,7 @@ from llm_surgeon.model_checks import (
     PROBE_SHAPE,
     check_causal,
     check_parameters,
+    check_plain,
     check_sharing,
     dotted,
     is_linear,
@@ -105,22 +106,18 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     """Find the decoder blocks of a causal language model and every linear layer inside them.
 
     The blocks are the elements of the outermost ``nn.ModuleList`` that holds linear layers (of several, the
-    one with most parameters). Execution order and shared inputs are those of one forward pass over six
-    tokens. Whatever lies outside the blocks (embeddings, the output head) is not prunable.
+    one with most parameters among those that a pass over text runs through). Execution order and shared inputs are
+    those of one forward pass over six tokens. Whatever lies outside the blocks (embeddings, the output head, the
+    encoders of images and sounds) is not prunable.
+
+    Args:
+        model: without wrappers, see :func:`unwrapped`.
 
     Raises:
         UnsupportedModelError: the model is not a decoder-only language model with floating-point weights, or
             a block holds a matrix that would be skipped or cannot be pruned on its own; the message names it.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder: only decoder-only models are supported"
-        )
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{type(model).__name__} is quantized: prune the unquantized model")
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UnsupportedModelError(f"parameter {name} is on the meta device: load the whole model into memory")
+    check_plain(model)
     prefix, blocks = _find_blocks(model)
     places = {
         dotted(prefix, depth, kind): (module, depth, kind)
@@ -133,6 +130,17 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     check_sharing(model, modules)
     groups = _probe(model, modules)
     return Decoder(blocks, [PrunableLinear(name, *places[name], group) for name, group in groups.items()])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, which share its weights."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # of a compiled module, whose class takes long to import
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def check_finite(decoder: Decoder) -> None:
@@ -189,8 +197,26 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
             outermost[name] = module
     if not outermost:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder blocks that hold linear layers")
-    name = max(outermost, key=lambda name: sum(p.numel() for p in outermost[name].parameters()))
+    names = _that_run(model, outermost) if len(outermost) > 1 else list(outermost)
+    name = max(names or outermost, key=lambda name: sum(p.numel() for p in outermost[name].parameters()))
     return name, list(outermost[name])
+
+
+def _that_run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> list[str]:
+    """Names of the module lists of which a pass over text runs a part: not a vision tower, say."""
+    ran: dict[str, None] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: ran.setdefault(name))
+        for name, children in lists.items()
+        for module in children
+    ]
+    try:
+        with evaluation_mode(model):
+            check_causal(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(ran)
 
 
 @torch.no_grad()

@@ -16,7 +16,9 @@ from torch import nn
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError
-from llm_surgeon.models import Decoder, check_finite, find_decoder
+from llm_surgeon.isolation import isolated
+from llm_surgeon.model_checks import check_shrinkable
+from llm_surgeon.models import Decoder, check_finite, evaluation_mode, find_decoder, unwrapped
 from llm_surgeon.offload import copies_in_main_memory
 from llm_surgeon.plan import compute_device
 from llm_surgeon.progress import Progress
@@ -24,12 +26,13 @@ from llm_surgeon.report.schema import LayerReport, PruneReport, collect_versions
 from llm_surgeon.resources import peak_memory
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
-from llm_surgeon.structures.blocks import BlockLoop
+from llm_surgeon.structures.blocks import BlockLoop, count_blocks
 from llm_surgeon.structures.loop import GroupLoop
 from llm_surgeon.structures.size import model_size
 from llm_surgeon.structures.width import WidthLoop
 
 
+@isolated()
 def prune(
     model: nn.Module,
     calibration: Any,
@@ -42,9 +45,13 @@ def prune(
 ) -> PruneReport:
     """Prune the decoder's linear layers of a causal LM in place.
 
+    Autocast, inference mode and no-grad outside do not reach inside, and random states are put back. Of several threads
+    that prune or recover, one runs at a time.
+
     Args:
-        model: a decoder-only Hugging Face causal LM; computed in the dtype and on the device it is in (float32 is
-            recommended: bfloat16 weights round every update).
+        model: a decoder-only Hugging Face causal LM; computed in evaluation mode, in the dtype and on the device it is
+            in (float32 is recommended: bfloat16 weights round every update). Inside a compiled model, DataParallel or
+            DistributedDataParallel it is pruned in place, running eagerly; what is compiled compiles itself anew.
         calibration: a :class:`~llm_surgeon.data.Calibration`, token ids ``[samples, seqlen]``, or a sequence of
             mappings with ``input_ids`` and, optionally, ``attention_mask``.
         structure: ``"2:4"``, any ``"N:M"``, ``"unstructured"``, ``"rows-columns"`` or ``"groups"`` (a smaller model).
@@ -65,13 +72,17 @@ def prune(
         config = PruneConfig.from_mapping({"structure": structure, **options})
     elif options or structure != "2:4":
         raise InputError("give either config or single options, not both")
-    windows = Calibration.of(calibration)
+    windows = _own(Calibration.of(calibration))
     if correction_data is not None and not config.lora_rank:
         raise InputError("data for low-rank corrections mean nothing without lora_rank")
+    if isinstance(model, nn.parallel.DistributedDataParallel) and config.pattern.coupled:
+        raise InputError("DistributedDataParallel keeps the sizes of its parameters: wrap the model once it is pruned")
+    model = unwrapped(model)
     samples, seqlen = windows.input_ids.shape
     config = dataclasses.replace(config, samples=samples, seqlen=seqlen)
     decoder = find_decoder(model)
     check_model(model, decoder, config)
+    config = with_block_shots(config, decoder)
     begun, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     device = compute_device(model, config)
     if device.type == "cuda":
@@ -80,10 +91,10 @@ def prune(
     sizes = {"before": model_size(model, windows.input_ids)} if config.pattern.coupled else {}
     loops: dict[str, type[ShotLoop]] = {"groups": GroupLoop, "layers": BlockLoop, "width": WidthLoop}
     kind = loops.get(config.pattern.kind, ShotLoop)
-    with _memory_capped(config):
+    with _memory_capped(config), evaluation_mode(model):
         loop = kind(model, decoder, windows, config, progress or Progress())
         if correction_data is not None:
-            loop.correction_data = Calibration.of(correction_data)
+            loop.correction_data = _own(Calibration.of(correction_data))
         with _restored_on_failure(decoder, offload=config.offload == "cpu") as saved:
             loop.run(before_update=saved)
             loop.finish()
@@ -109,8 +120,11 @@ def check_model(model: Any, decoder: Decoder, config: PruneConfig) -> None:
     """Refuse a model that ``config`` cannot be carried out on.
 
     Raises:
-        InputError: the sizes of a layer do not fit the structure; NumericalError: a weight is NaN or infinite.
+        InputError: the sizes of a layer, or the model itself, do not fit the structure.
+        NumericalError: a weight is NaN or infinite.
     """
+    if config.pattern.coupled:
+        check_shrinkable(model)
     check_finite(decoder)
     # Models that were made smaller here may count their groups of heads where they had no such number.
     checked = config.pattern.coupled and not hasattr(model, "is_pruned")
@@ -124,6 +138,19 @@ def check_model(model: Any, decoder: Decoder, config: PruneConfig) -> None:
             raise InputError(
                 f"structure {config.structure!r} needs widths divisible by {m}: {linear.name} has {linear.columns}"
             )
+
+
+def _own(windows: Calibration) -> Calibration:
+    """A copy, which backward passes may keep: tensors made under ``torch.inference_mode`` they may not."""
+    mask = windows.attention_mask
+    return Calibration(windows.input_ids.clone(), None if mask is None else mask.clone())
+
+
+def with_block_shots(config: PruneConfig, decoder: Decoder) -> PruneConfig:
+    """``config`` with as many shots as blocks will go, where blocks go."""
+    return (
+        dataclasses.replace(config, shots=count_blocks(decoder, config)) if config.pattern.kind == "layers" else config
+    )
 
 
 @contextmanager

@@ -342,7 +342,7 @@ def test_skipped_blocks_are_block_numbers(value):
     [
         ("skip_layers", "0", "groups or layers"),
         ("round_to", 8, "groups or width"),
-        ("uniform", True, "groups or width or layers"),
+        ("uniform", True, "groups"),
     ],
 )
 def test_options_of_smaller_models_name_the_structures_that_take_them(option, value, structures):

@@ -14,6 +14,7 @@ from llm_surgeon.models import find_decoder
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.importance import group_importance, weight_gradients
+from llm_surgeon.structures.narrow import become_pruned
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
@@ -181,9 +182,16 @@ def test_numbers_of_heads_that_do_not_divide_the_width(uniform, tmp_path):
 def test_a_failure_at_the_end_restores_the_model(monkeypatch):
     model = build("llama")
     state = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr("llm_surgeon.structures.narrow.become_pruned", lambda *_: 1 / 0)
+    calls = []
+
+    def fails_at_the_end(*arguments):
+        calls.append(arguments)  # the first call is the trial before the shots
+        become_pruned(*arguments) if len(calls) == 1 else 1 / 0
+
+    monkeypatch.setattr("llm_surgeon.structures.narrow.become_pruned", fails_at_the_end)
     with pytest.raises(ZeroDivisionError):
         prune(model, TOKENS, structure="groups", sparsity=0.3, shots=2)
+    assert len(calls) == 2
     assert type(model).__name__ == "LlamaForCausalLM"
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 

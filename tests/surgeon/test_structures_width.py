@@ -11,6 +11,7 @@ from llm_surgeon import InputError, NumericalError, PruneConfig, UnsupportedMode
 from llm_surgeon.config import IMPORTANCES
 from llm_surgeon.models import find_decoder
 from llm_surgeon.structures.channels import remove_channels, zero_channels
+from llm_surgeon.structures.narrow import probe_logits
 from llm_surgeon.structures.residual import find_residual, kept_width
 from tests.surgeon.tiny_models import VOCABULARY, build
 
@@ -144,7 +145,7 @@ def test_widths_divide_by_heads_and_rounding():
 )
 def test_what_cannot_be_narrowed_is_refused_and_left_as_it_was(name, error, words, monkeypatch):
     if error is NumericalError:  # a model whose narrower self computes something else
-        monkeypatch.setattr("llm_surgeon.structures.channels.same_logits", lambda *_: False)
+        monkeypatch.setattr("llm_surgeon.structures.channels.probe_logits", lambda model: 2.0 * probe_logits(model))
     model = build(name)
     state, before = copy.deepcopy(model.state_dict()), logits(model)
     with pytest.raises(error, match=words):

@@ -217,7 +217,6 @@ def prune(
                 f"surgeon: --{name.replace('_', '-')} has no effect: this runs on {job.device}, no GPU", file=sys.stderr
             )
         if dry_run:
-            job.check_structure()
             views.print_plan(console, job)
             return
         with progress_bars(quiet) as progress:

@@ -18,10 +18,9 @@ from surgeon_kernels import build_info
 
 def print_plan(console: Console, job: CheckpointJob) -> None:
     """What a run would prune, and the memory, disk and time it would take."""
-    config, linears, plan = job.config, job.decoder.linears, job.plan()
-    weights = sum(linear.rows * linear.columns for linear in linears)
-    sparsity, shots = config.sparsity, config.shots
-    assert sparsity is not None and shots is not None
+    removal, config, linears, plan = job.removal(), job.config, job.decoder.linears, job.plan()
+    assert config.shots is not None
+    shots = plural(config.shots, "shot")
     table = Table("layers", "kind", "rows × columns", title=f"{job.source}: {len(linears)} linear layers")
     shapes = Counter((linear.kind, linear.rows, linear.columns) for linear in linears)
     for (kind, rows, columns), count in shapes.items():
@@ -31,8 +30,8 @@ def print_plan(console: Console, job: CheckpointJob) -> None:
     host = f" and {human_bytes(plan.host_bytes)} of main memory" if plan.host_bytes else ""
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.by_kind().items() if size)
     console.print(
-        f"method {config.method}, structure {config.structure}, update {config.update}, {plural(shots, 'shot')}: "
-        f"would remove {round(sparsity * weights):,} of {weights:,} weights\n"
+        f"method {config.method}, structure {config.structure}, update {config.update}, {shots}: "
+        f"would remove {removal}\n"
         f"{plan.batch_size} windows of {config.seqlen} tokens at a time, {config.samples} in all, "
         f"{passes} for the curvature of a shot\n"
         f"memory {human_bytes(plan.memory_bytes)}{host}, disk {human_bytes(plan.disk_bytes)}, "

@@ -13,19 +13,21 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.capture import mean_loss
 from llm_surgeon.config import GRADIENT_IMPORTANCES, PruneConfig
-from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
+from llm_surgeon.data import Calibration
+from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.models import Decoder
+from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.importance import line_importance, weight_gradients
-from llm_surgeon.structures.narrow import check_reloads, probe_logits, same_logits, undone_on_failure
+from llm_surgeon.structures.narrow import probe_logits, undone, verified
 from llm_surgeon.structures.reconstruct import reconstruct
 from llm_surgeon.structures.residual import find_ends
 
 
 class BlockLoop(ShotLoop):
-    """Removes the fewest whole blocks that hold the sparsity asked for, one per shot.
+    """Removes the number of whole blocks that comes nearest to the sparsity asked for, one per shot.
 
     With ``importance="kronecker"`` a block's cost is the rise of the calibration loss without it, measured by a
     forward pass for every block still there: a block is no small perturbation that curvature could tell of. The other
@@ -33,17 +35,21 @@ class BlockLoop(ShotLoop):
     what a linear map can of those that go.
     """
 
+    def __init__(
+        self, model: Any, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
+    ) -> None:
+        self._count = reachable_blocks(model, decoder, config)
+        super().__init__(model, decoder, calibration, config, progress)
+
     def _run(self) -> None:
         config = self.config
-        self._sizes, target = reachable_blocks(self.decoder, config)
         if config.reconstruct:
-            try:
-                self._writers = {writer.kind for writer in find_ends(self.model, self.decoder)[1]}
-            except UnsupportedModelError as error:
-                raise UnsupportedModelError(f"{error}; blocks can be removed with reconstruct false") from error
+            self._writers = {writer.kind for writer in find_ends(self.model, self.decoder)[1]}
         self.removed: list[int] = []
-        while sum(self._sizes[depth] for depth in self.removed) < target:
-            self._shot(len(self.removed) + 1)
+        self.progress.shots(self._count)
+        for index in range(1, self._count + 1):
+            self.progress.shot(index)
+            self._shot(index)
         if config.reconstruct:
             with self._phase("reconstruction", self.reports[-1].seconds):
                 self._reconstruct()
@@ -110,37 +116,58 @@ class BlockLoop(ShotLoop):
         return costs
 
 
-def reachable_blocks(decoder: Decoder, config: PruneConfig) -> tuple[list[int], int]:
-    """Weights of every block, and how many must go; :class:`InputError` where ``config`` cannot be met."""
+def count_blocks(decoder: Decoder, config: PruneConfig) -> int:
+    """How many blocks go: the number nearest to the sparsity, and one at least.
+
+    Raises:
+        InputError: ``config`` cannot be met.
+    """
     assert config.sparsity is not None
     blocks = len(decoder.blocks)
-    sizes = [0] * blocks
-    for linear in decoder.linears:
-        sizes[linear.depth] += linear.rows * linear.columns
     if config.skipped_layers and max(config.skipped_layers) >= blocks:
         raise InputError(f"skip_layers names block {max(config.skipped_layers)}, and the model has {blocks}")
-    target = math.ceil(config.sparsity * sum(sizes) - 1e-6)
-    candidates = sum(size for depth, size in enumerate(sizes) if depth not in config.skipped_layers)
-    if config.skip_layers and candidates < target:
+    count = max(1, math.floor(config.sparsity * blocks + 0.5))
+    if config.skip_layers and blocks - len(config.skipped_layers) < count:
         raise InputError(f"sparsity {config.sparsity:g} cannot be met while blocks {config.skip_layers} stay")
-    if blocks == 1 or target > sum(sizes) - min(sizes):
+    if count >= blocks:
         stay = f"one of {blocks} blocks" if blocks > 1 else "its only block"
         raise InputError(f"sparsity {config.sparsity:g} would empty the model: {stay} must stay")
-    return sizes, target
+    return count
+
+
+def reachable_blocks(model: PreTrainedModel, decoder: Decoder, config: PruneConfig) -> int:
+    """:func:`count_blocks`, once it was tried that the model can go without one.
+
+    Raises:
+        InputError: ``config`` cannot be met. UnsupportedModelError: the model cannot be shorter.
+    """
+    count = count_blocks(decoder, config)
+    if config.reconstruct:
+        try:
+            find_ends(model, decoder)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}; blocks can be removed with reconstruct false") from error
+    first = next(depth for depth in range(len(decoder.blocks)) if depth not in config.skipped_layers)
+    with undone(model):
+        remove_blocks(model, decoder, [first])
+    return count
 
 
 def remove_blocks(model: PreTrainedModel, decoder: Decoder, removed: list[int]) -> None:
     """Take decoder blocks out of ``model``: the list, the blocks' own numbers, and the configuration.
 
     Raises:
-        NumericalError: the shorter model computes something else than the model that skips the blocks; it is as it was.
+        NumericalError: the shorter model computes something else than the model that skips the blocks.
+        UnsupportedModelError: it does not run, or cannot be loaded. The model is as it was in both cases.
     """
     with skipped(decoder.blocks, removed):
         before = probe_logits(model)
     blocks = len(decoder.blocks)
     kept = [depth for depth in range(blocks) if depth not in removed]
     name = decoder.linears[0].name.removesuffix(f".{decoder.linears[0].depth}.{decoder.linears[0].kind}")
-    with undone_on_failure(model):
+    numbers = _numbers(decoder.blocks)
+    message = "the shorter model's logits differ from those of the model that skips the blocks"
+    with verified(model, before, message):
         config: Any = model.config
         changes = [
             {key: getattr(config.per_layer_config[depth], key) for key in config.per_layer_attributes or ()}
@@ -149,7 +176,8 @@ def remove_blocks(model: PreTrainedModel, decoder: Decoder, removed: list[int]) 
         if config.per_layer_attributes:
             config.per_layer_config = None
         for key, value in list(vars(config).items()):
-            if isinstance(value, list) and len(value) == blocks:  # one entry for each block: their types
+            # One entry for each block: their types.
+            if isinstance(value, list) and len(value) == blocks and not key.endswith("_token_id"):
                 setattr(config, key, [value[depth] for depth in kept])
         config.num_hidden_layers = len(kept)
         if any(changes):
@@ -159,12 +187,23 @@ def remove_blocks(model: PreTrainedModel, decoder: Decoder, removed: list[int]) 
             config.pruned_modules = {str(n): modules[str(d)] for n, d in enumerate(kept) if str(d) in modules}
         for position, depth in enumerate(kept):
             for module in decoder.blocks[depth].modules():
-                if vars(module).get("layer_idx") == depth:
-                    vars(module)["layer_idx"] = position
-        model.set_submodule(name, nn.ModuleList(decoder.blocks[depth] for depth in kept))
-        if not same_logits(probe_logits(model), before):
-            raise NumericalError("the shorter model's logits differ from those of the model that skips the blocks")
-        check_reloads(model)
+                for key in numbers & vars(module).keys():
+                    if vars(module)[key] == depth:
+                        vars(module)[key] = position
+        blocks_left: Any = model.get_submodule(name)
+        for depth in sorted(removed, reverse=True):
+            del blocks_left[depth]
+
+
+def _numbers(blocks: list[nn.Module]) -> set[str]:
+    """Names of attributes that hold a block's depth: transformers' own, and whole numbers that are it in all blocks."""
+    found: dict[str, set[tuple[int, int]]] = {}
+    for depth, block in enumerate(blocks):
+        for module in block.modules():
+            for key, value in vars(module).items():
+                if type(value) is int:
+                    found.setdefault(key, set()).add((depth, value))
+    return {"layer_idx"} | {key for key, pairs in found.items() if pairs == {(n, n) for n in range(len(blocks))}}
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.errors import NumericalError, UnsupportedModelError
+from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models import Decoder, PrunableLinear
 from llm_surgeon.structures import modeling_pruned
-from llm_surgeon.structures.narrow import become_pruned, check_reloads, probe_logits, same_logits, undone_on_failure
+from llm_surgeon.structures.narrow import become_pruned, probe_logits, verified
 from llm_surgeon.structures.probe import capture_inputs
 from llm_surgeon.structures.rebuild import build_block, reloaded, weight_shape
 from llm_surgeon.structures.residual import Residual
@@ -43,19 +43,22 @@ def zero_channels(residual: Residual, removed: Tensor) -> None:
 
 
 @torch.no_grad()
-def remove_channels(model: PreTrainedModel, decoder: Decoder, residual: Residual, removed: Tensor) -> None:
-    """Remove channels that are zero, for good.
+def remove_channels(
+    model: PreTrainedModel, decoder: Decoder, residual: Residual, removed: Tensor, *, compared: bool = True
+) -> None:
+    """Remove channels that are zero, for good; where they are not, the model's logits are not ``compared``.
 
     A norm over d' of d channels divides by the root of the mean of fewer squares: the stream is scaled by
     ``√(d'/d)`` where it is written, and the norms' weights by ``√(d/d')``, so that the two models agree.
 
     Raises:
-        NumericalError: the narrower model computes something else. UnsupportedModelError: no class builds it. The model
-            is as it was.
+        NumericalError: the narrower model computes something else. UnsupportedModelError: no class builds or runs it.
+            The model is as it was.
     """
-    before, stream = probe_logits(model), capture_inputs(model, decoder.blocks[0])[0]
+    before, stream = probe_logits(model) if compared else None, capture_inputs(model, decoder.blocks[0])[0]
     kept, scale = ~removed, math.sqrt(int((~removed).sum()) / residual.width)
-    with undone_on_failure(model):
+    message = "the narrower model's logits differ from the zeroed model's: keep its width"
+    with verified(model, before, message, _ROUNDING):
         if not residual.tied:
             head = residual.head
             head.weight = nn.Parameter(head.weight[:, kept].contiguous(), head.weight.requires_grad)
@@ -76,9 +79,6 @@ def remove_channels(model: PreTrainedModel, decoder: Decoder, residual: Residual
         if residual.tied:  # the head has been scaled with the embedding
             offset = residual.offsets[residual.final_norm]
             _slice_norm(residual.final_norm, torch.ones_like(kept[kept]), offset, 1 / (scale * more), bias=True)
-        if not same_logits(probe_logits(model), before, _ROUNDING):
-            raise NumericalError("the narrower model's logits differ from the zeroed model's: keep its width")
-        check_reloads(model)
 
 
 def _set_embeddings(residual: Residual, kept: Tensor, factor: float) -> None:
@@ -139,7 +139,8 @@ def _slice(linear: PrunableLinear, kept: Tensor, reads: bool, writes: bool, scal
 def _resize(model: PreTrainedModel, decoder: Decoder, old: int, new: int) -> None:
     """Tell the configuration the width; what it cannot say of a block goes to ``pruned_modules``."""
     config: Any = model.config
-    if getattr(config, "head_dim", None) is None and hasattr(config, "num_attention_heads"):
+    told = "head_dim" in (config.per_layer_attributes or ()) or getattr(config, "head_dim", None) is not None
+    if not told and hasattr(config, "num_attention_heads"):
         config.head_dim = old // config.num_attention_heads
     for attribute in ("hidden_size", "word_embed_proj_dim"):  # transformers' own names, aliases resolved
         if getattr(config, attribute, None) == old:

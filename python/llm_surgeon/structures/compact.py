@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +12,15 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, pruning_records, save_checkpoint
 from llm_surgeon.data import choose_seqlen
-from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
-from llm_surgeon.models import Decoder, PrunableLinear, find_decoder
+from llm_surgeon.errors import InputError, UnsupportedModelError
+from llm_surgeon.isolation import isolated
+from llm_surgeon.model_checks import check_shrinkable
+from llm_surgeon.models import Decoder, PrunableLinear, find_decoder, unwrapped
 from llm_surgeon.resources import require_disk
 from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.modeling_pruned import resize_block
-from llm_surgeon.structures.narrow import (
-    become_pruned,
-    check_reloads,
-    narrow,
-    probe_logits,
-    same_logits,
-    undone_on_failure,
-)
+from llm_surgeon.structures.narrow import become_pruned, narrow, probe_logits, same_logits, verified
 from llm_surgeon.structures.size import is_compact, model_size
 
 _PROMPT = 64  # tokens that latency is measured with
@@ -68,7 +64,8 @@ def compact_checkpoint(
     return replace(found, sizes=sizes)
 
 
-def compact(model: PreTrainedModel, multiple: int = 8) -> Compacted:
+@isolated()
+def compact(model: Any, multiple: int = 8) -> Compacted:
     """Remove zero rows and columns of the decoder's linears, in place.
 
     Neurons that nothing reads, or that are always zero, go altogether. Other linears compute with what is left of
@@ -79,15 +76,16 @@ def compact(model: PreTrainedModel, multiple: int = 8) -> Compacted:
             numbers of 16 bits.
 
     Raises:
-        InputError: the model is compact already.
+        InputError: the model is compact already, or none that can be.
         NumericalError: the compact model computes something else; the model is as it was.
     """
+    model = unwrapped(model)
     if any(map(is_compact, model.modules())):
         raise InputError(f"{type(model).__name__} is compact already")
-    before = probe_logits(model)
     decoder = find_decoder(model)
+    check_shrinkable(model)
     total = _weights(decoder)
-    with undone_on_failure(model):
+    with verified(model, probe_logits(model), "the compact model's logits differ from the model's"):
         neurons = _fold(model, decoder, multiple)
         left, linears = 0, 0
         for linear in decoder.linears:
@@ -103,9 +101,6 @@ def compact(model: PreTrainedModel, multiple: int = 8) -> Compacted:
             left += kept
         if linears:
             become_pruned(model, decoder)
-        if not same_logits(probe_logits(model), before):
-            raise NumericalError("the compact model's logits differ from the model's")
-        check_reloads(model)
     return Compacted(total, left, neurons, linears)
 
 

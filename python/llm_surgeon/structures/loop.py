@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients
-from llm_surgeon.structures.narrow import narrow
+from llm_surgeon.structures.moves import allowed
+from llm_surgeon.structures.narrow import narrow, undone
 from llm_surgeon.structures.reconstruct import reconstruct
 from llm_surgeon.structures.select import check_reachable, select_groups
 from surgeon_kernels import NotPositiveDefiniteError, damp, objective, rows_columns_update, spd_inverse
@@ -44,7 +46,8 @@ class GroupLoop(ShotLoop):
         self.removed = [
             torch.zeros(d.groups, d.parts, dtype=torch.bool, device=d.columns.device) for d in self.dimensions
         ]
-        self._dense = copy.deepcopy(decoder.blocks) if config.reconstruct else []
+        # Targets are computed without dropout, whatever mode the model is in.
+        self._dense = [copy.deepcopy(block).eval() for block in decoder.blocks] if config.reconstruct else []
         self._generator = torch.Generator().manual_seed(config.seed)
 
     def finish(self) -> None:
@@ -199,15 +202,34 @@ class GroupLoop(ShotLoop):
             yield pair
 
 
-def reachable_dimensions(model: nn.Module, decoder: Decoder, config: PruneConfig) -> list[Dimension]:
-    """What groups can leave; :class:`InputError` unless ``config`` can be met there."""
+def reachable_dimensions(model: Any, decoder: Decoder, config: PruneConfig) -> list[Dimension]:
+    """What groups can leave.
+
+    Raises:
+        InputError: ``config`` cannot be met there. UnsupportedModelError: the model cannot be smaller, which is tried.
+    """
     if config.skipped_layers and max(config.skipped_layers) >= len(decoder.blocks):
         raise InputError(
             f"skip_layers names block {max(config.skipped_layers)}, and the model has {len(decoder.blocks)}"
         )
     dimensions = find_dimensions(model, decoder)
     check_reachable(dimensions, config, sum(x.rows * x.columns for x in decoder.linears))
+    with undone(model):
+        narrow(model, decoder, _smallest_step(dimensions, config))
     return dimensions
+
+
+def _smallest_step(dimensions: list[Dimension], config: PruneConfig) -> list[tuple[Dimension, Tensor]]:
+    """Every dimension with the fewest groups that may leave it; without ``uniform`` those of the last block stay."""
+    last = max(dimension.depth for dimension in dimensions)
+    removed = []
+    for dimension in dimensions:
+        parts = torch.zeros(dimension.groups, dimension.parts, dtype=torch.bool, device=dimension.columns.device)
+        sizes = range(dimension.groups - 1, 0, -1) if config.uniform or dimension.depth < last else ()
+        left = next((size for size in sizes if allowed(dimension, config, size, dimension.parts)), dimension.groups)
+        parts[left:] = True
+        removed.append((dimension, parts))
+    return removed
 
 
 def _alone(dimension: Dimension) -> Dimension:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,25 +28,37 @@ def narrow(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Dim
     """Remove parts whose weights are zero: matrices, configuration and, where blocks come to differ, the model's class.
 
     A model whose blocks keep equal sizes stays of its class; any other becomes a ``Pruned...`` of
-    :mod:`modeling_pruned`, whose code travels with the checkpoint. The logits of a few tokens are compared before and
-    after.
+    :mod:`modeling_pruned`, whose code travels with the checkpoint. The logits of a few tokens are compared with those
+    of the model whose removed parts are masked: so it may also be tried with weights that are not zero.
 
     Args:
         removed: dimensions with the parts that go, bool ``[groups, parts]``.
 
     Raises:
-        UnsupportedModelError: no class builds the smaller model. NumericalError: it computes something else. The
-            model is as it was then.
+        UnsupportedModelError: no class builds or runs the smaller model. NumericalError: it computes something else.
+            The model is as it was then.
     """
-    before = probe_logits(model)
-    with undone_on_failure(model):
+    with _masked(removed):
+        before = probe_logits(model)
+    with verified(model, before, "the smaller model's logits differ from the zeroed model's"):
         cuts = _cuts(decoder, removed)
         for linear in decoder.linears:
             _cut(linear, *cuts[linear.name])
         _resize(model, decoder, removed)
-        if not same_logits(probe_logits(model), before):
-            raise NumericalError("the smaller model's logits differ from the zeroed model's")
-        check_reloads(model)
+
+
+@contextmanager
+def _masked(removed: Sequence[tuple[Dimension, Tensor]]) -> Iterator[None]:
+    """Linears read zeros in the place of the parts that go, for a while."""
+
+    def mask(columns: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return args[0].masked_fill(columns, 0.0), *args[1:]
+
+    with ExitStack() as hooks:
+        for dimension, parts in removed:
+            columns = dimension.removed_columns(parts)
+            hooks.enter_context(dimension.consumer.module.register_forward_pre_hook(partial(mask, columns)))
+        yield
 
 
 def _cuts(decoder: Decoder, removed: Sequence[tuple[Dimension, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -141,17 +154,55 @@ def become_pruned(model: PreTrainedModel, decoder: Decoder) -> None:
     model._weight_conversions = None
 
 
+def _probe_ids(model: PreTrainedModel) -> Tensor:
+    """Token ids of two whole sequences."""
+    embedding = model.get_input_embeddings().weight
+    return torch.arange(2 * TOKENS, device=embedding.device).view(2, -1) % embedding.shape[0]
+
+
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel) -> Tensor:
-    """Logits of a few tokens, those a probe reads: of two whole sequences, and of two of which one is padded."""
-    embedding = model.get_input_embeddings().weight
-    ids = torch.arange(2 * TOKENS, device=embedding.device).view(2, -1) % embedding.shape[0]
+    """Logits of a few tokens, those a probe reads: of two whole sequences, and of two of which one is padded.
+
+    Raises:
+        UnsupportedModelError: the model's class does not run at its sizes.
+    """
+    ids = _probe_ids(model)
     mask = torch.ones_like(ids)
     mask[1, : TOKENS // 4] = 0  # attention takes other ways where there is a mask
-    with evaluation_mode(model):
-        whole = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    try:
+        with evaluation_mode(model):
+            whole = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+            padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model's own code says to sizes that it cannot run at
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run at these sizes: {_first_line(error)}"
+        ) from error
     return torch.cat([whole, padded])
+
+
+@torch.no_grad()
+def decodes(model: PreTrainedModel) -> bool:
+    """Whether the model gives the same logits token by token, as ``generate`` asks for them, as all at once.
+
+    A model whose class has no such cache, or fails with it, does not.
+    """
+    ids, found = _probe_ids(model), []
+    try:
+        with evaluation_mode(model):
+            whole = model(input_ids=ids, use_cache=False).logits
+            cache = None
+            for part in ids.split([TOKENS // 2] + [1] * (TOKENS - TOKENS // 2), dim=1):
+                output = model(input_ids=part, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                found.append(output.logits)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever the model's own code says: then it does not
+        return False
+    return cache is not None and same_logits(torch.cat(found, dim=1), whole, rounding=1e-5)
 
 
 def check_reloads(model: PreTrainedModel) -> None:
@@ -161,6 +212,26 @@ def check_reloads(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} of these sizes cannot be loaded again: its class computes other logits"
         )
+
+
+@contextmanager
+def verified(model: PreTrainedModel, before: Tensor | None, message: str, rounding: float = 0.0) -> Iterator[None]:
+    """A change of sizes that leaves :func:`probe_logits` as ``before``, the cache right and the model fit to be saved.
+
+    Without ``before`` logits are not compared.
+
+    Raises:
+        NumericalError: ``message``: the logits differ. UnsupportedModelError: the class cannot run, decode from its
+            cache what it could before, or load at these sizes. The model is as it was in all cases.
+    """
+    could_decode = decodes(model)
+    with undone_on_failure(model):
+        yield
+        if before is not None and not same_logits(probe_logits(model), before, rounding):
+            raise NumericalError(message)
+        if could_decode and not decodes(model):
+            raise UnsupportedModelError(f"{type(model).__name__} does not generate at these sizes: its cache fails")
+        check_reloads(model)
 
 
 def same_logits(x: Tensor, y: Tensor, rounding: float = 0.0) -> bool:
@@ -190,3 +261,22 @@ def undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
             module._modules.clear()
             module._modules.update(children)
         raise
+
+
+@contextmanager
+def undone(model: PreTrainedModel) -> Iterator[None]:
+    """A change of sizes is tried, and taken back."""
+    try:
+        with undone_on_failure(model):
+            yield
+            raise _Undone
+    except _Undone:
+        pass
+
+
+class _Undone(Exception):
+    """Takes back a change that went well."""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

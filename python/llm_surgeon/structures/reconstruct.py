@@ -51,7 +51,8 @@ def reconstruct(
     """
     device, blocks = model.get_input_embeddings().weight.device, decoder.blocks
     kept = [depth for depth in range(len(blocks)) if depth not in skipped]
-    with evaluation_mode(model), fused(nn.ModuleList([model, *dense])):
+    everything = nn.ModuleList([model, *dense])
+    with evaluation_mode(everything), fused(everything):
         batches = [record_batch(model, decoder, *batch) for batch in calibration.batches(batch_size, device)]
         streams = [batch.hidden for batch in batches]  # the dense model's
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llm_surgeon.capture import starting_at
 from llm_surgeon.config import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import NumericalError
@@ -21,6 +22,7 @@ from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.channels import remove_channels, zero_channels
 from llm_surgeon.structures.importance import line_importance, weight_gradients
+from llm_surgeon.structures.narrow import undone
 from llm_surgeon.structures.residual import Residual, find_residual, kept_width
 from surgeon_kernels import NotPositiveDefiniteError, damp, gram_accumulate_, rows_columns_update, spd_inverse
 
@@ -184,11 +186,29 @@ class WidthLoop(ShotLoop):
 
 
 def reachable_width(model: Any, decoder: Decoder, config: PruneConfig) -> tuple[Residual, int]:
-    """Who has the residual width, and what ``config`` makes of it; :class:`InputError` where that cannot be."""
+    """Who has the residual width, and what ``config`` makes of it.
+
+    Raises:
+        InputError: ``config`` cannot be met. UnsupportedModelError: the model cannot be narrower, which is tried.
+    """
     residual = find_residual(model, decoder)
     heads = getattr(model.config, "num_attention_heads", 1)
     assert config.sparsity is not None
-    return residual, kept_width(residual, config.sparsity, config.round_to, heads, config.min_kept)
+    goal = kept_width(residual, config.sparsity, config.round_to, heads, config.min_kept)
+    removed = torch.arange(residual.width, device=residual.head.weight.device) >= goal
+    with undone(model):
+        remove_channels(model, decoder, residual, removed, compared=False)  # for no channel is zero yet
+    return residual, goal
+
+
+def weights_removed(decoder: Decoder, residual: Residual, width: int) -> int:
+    """Weights of the decoder's linears that go where the stream keeps ``width`` channels."""
+    gone = residual.width - width
+    total = 0
+    for linear in decoder.linears:
+        rows, columns = gone * (linear in residual.writers), gone * (linear in residual.readers)
+        total += linear.rows * linear.columns - (linear.rows - rows) * (linear.columns - columns)
+    return total
 
 
 class _Moments:
@@ -209,8 +229,7 @@ class _Moments:
     @contextmanager
     def hooked(self, model: Any, readers: list[Any]) -> Iterator[None]:
         with ExitStack() as hooks:
-            embeddings = model.get_input_embeddings()
-            hooks.enter_context(embeddings.register_forward_hook(lambda _, args, y: y.requires_grad_()))
+            hooks.enter_context(starting_at(model.get_input_embeddings()))
             for norm in self._norms:
                 hooks.enter_context(norm.register_forward_hook(self._note_norm))
             for reader in readers:
