@@ -28,8 +28,11 @@ _scalars = st.one_of(
 _keys = st.one_of(st.sampled_from(KNOWN), st.text(max_size=8))
 _lines = st.tuples(_keys, _scalars).map(": ".join)
 _structures = st.sampled_from(
-    ["a: &x [1]\nb: *x", "? [1]\n: 2", "shots: {a: 1}", "- 1", "shots: !!python/name:os.system x", "--- 1\n--- 2"]
-    + ["[" * 3000, "{" * 3000, "shots: " + "[" * 3000, "\ufeffshots: 2", "shots: 1\nshots: 2", "%YAML 9.9\n---\na: b"]
+    [
+        *("a: &x [1]\nb: *x", "? [1]\n: 2", "shots: {a: 1}", "- 1", "shots: !!python/name:os.system x", "--- 1\n--- 2"),
+        *("[" * 3000, "{" * 3000, "shots: " + "[" * 3000),
+        *("\ufeffshots: 2", "shots: 1\nshots: 2", "%YAML 9.9\n---\na: b"),
+    ]
 )
 
 # Whole files: lines of options, lines with odd structures between, or any bytes at all.
