@@ -31,7 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from environment import append_row, environment
-from llm_surgeon.cli.bench import speed_record
+from llm_surgeon.cli.generate import speed_record
 from llm_surgeon.fused import fused
 from llm_surgeon.models import find_decoder
 from llm_surgeon.packed import fuse_linears, pack_model, unpack_model, use_cusparselt

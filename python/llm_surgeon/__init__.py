@@ -5,17 +5,28 @@
 
 The data's way through the package: model (:mod:`models`) -> factors (:mod:`capture`, :mod:`factors`) -> costs
 (:mod:`costs`) -> selection (:mod:`select`) -> update (:mod:`update`) -> model, once per shot (:mod:`shots`).
+
+Importing the package is quick: what is named here brings torch and transformers when it is first used. Transformers,
+imported before or after, learns to load packed models (:mod:`packed`).
 """
 
-from llm_surgeon.checkpoint_job import prune_checkpoint
-from llm_surgeon.config import PruneConfig
-from llm_surgeon.data import Calibration
-from llm_surgeon.errors import InputError, NumericalError, SurgeonError, UnsupportedModelError
-from llm_surgeon.evaluate import perplexity
-from llm_surgeon.packed import pack_model, to_torch_sparse, unpack_model
-from llm_surgeon.packed.checkpoint import pack_checkpoint
-from llm_surgeon.pruning import prune
-from llm_surgeon.report.schema import PruneReport
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from llm_surgeon import _registration
+
+if TYPE_CHECKING:
+    from llm_surgeon.checkpoint_job import prune_checkpoint
+    from llm_surgeon.config import PruneConfig
+    from llm_surgeon.data import Calibration
+    from llm_surgeon.errors import InputError, NumericalError, SurgeonError, UnsupportedModelError
+    from llm_surgeon.evaluate import perplexity
+    from llm_surgeon.packed import pack_model, to_torch_sparse, unpack_model
+    from llm_surgeon.packed.checkpoint import pack_checkpoint
+    from llm_surgeon.pruning import prune
+    from llm_surgeon.report.schema import PruneReport
 
 __all__ = [
     "Calibration",
@@ -33,3 +44,35 @@ __all__ = [
     "to_torch_sparse",
     "unpack_model",
 ]
+
+_PLACES = {
+    "Calibration": "data",
+    "InputError": "errors",
+    "NumericalError": "errors",
+    "PruneConfig": "config",
+    "PruneReport": "report.schema",
+    "SurgeonError": "errors",
+    "UnsupportedModelError": "errors",
+    "pack_checkpoint": "packed.checkpoint",
+    "pack_model": "packed",
+    "perplexity": "evaluate",
+    "prune": "pruning",
+    "prune_checkpoint": "checkpoint_job",
+    "to_torch_sparse": "packed",
+    "unpack_model": "packed",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_registration.register()

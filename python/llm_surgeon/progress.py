@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from types import TracebackType
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -25,15 +28,16 @@ class Progress:
 
 
 class TerminalProgress(Progress):
-    """Two live bars: shots, and the current phase with its layer and the time left. A context manager."""
+    """Two live bars on stderr: shots, and the current phase with its layer and the time left. A context manager."""
 
     def __init__(self) -> None:
         self._bars = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[what]}"),
+            TextColumn("{task.fields[what]}", markup=False),
+            console=Console(stderr=True),
             transient=True,
         )
         self._shots: TaskID | None = None
@@ -65,3 +69,31 @@ class TerminalProgress(Progress):
     def step(self, done: int, total: int, what: str = "") -> None:
         if self._phase is not None:
             self._bars.update(self._phase, completed=done, total=total, what=what)
+
+
+class LineProgress(Progress):
+    """A line on stderr for every phase, and for a long one every half minute: for logs, where no bar can move."""
+
+    _INTERVAL = 30.0
+
+    def __init__(self) -> None:
+        self._shots, self._shot, self._phase = 0, 0, ""
+        self._printed = time.monotonic()
+
+    def shots(self, total: int) -> None:
+        self._shots, self._shot = total, 0
+
+    def shot(self, index: int) -> None:
+        self._shot = index
+
+    def phase(self, name: str) -> None:
+        self._phase = f"shot {self._shot} of {self._shots}: {name}" if self._shot else name
+        self._print(self._phase)
+
+    def step(self, done: int, total: int, what: str = "") -> None:
+        if time.monotonic() - self._printed >= self._INTERVAL:
+            self._print(" ".join(filter(None, (f"{self._phase}: {done} of {total}", what))))
+
+    def _print(self, line: str) -> None:
+        self._printed = time.monotonic()
+        print(f"surgeon: {line}", file=sys.stderr, flush=True)

@@ -31,10 +31,11 @@ def surgeon(*arguments):
 
 @pytest.fixture
 def sentence(capsys):
-    """The one line a failed command printed to stderr."""
+    """The one line a failed command printed to stderr, beside those that name its phases."""
 
     def read():
-        lines = capsys.readouterr().err.strip().splitlines()
+        phases = ("surgeon: loading", "surgeon: packing", "surgeon: compacting", "surgeon: perplexity")
+        lines = [line for line in capsys.readouterr().err.strip().splitlines() if line not in phases]
         assert len(lines) == 1, lines
         return lines[0]
 
@@ -127,6 +128,43 @@ def test_running_out_of_gpu_memory_is_one_sentence(tmp_path, sentence, monkeypat
     assert surgeon("prune", MODEL, tmp_path / "out", *SMALL) == 1
     assert "out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. A smaller --batch-size" in sentence()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_terminal_every_phase_is_a_line_and_quiet_prints_none(tmp_path, capsys):
+    options = [*SMALL[:-1], "--method", "k-obd", "--structure", "unstructured", "--shots", 2]
+    assert surgeon("prune", MODEL, tmp_path / "out", *options) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "surgeon: loading" and len(set(lines)) == len(lines)
+    assert [line.split(":")[1] for line in lines[1:]] == sorted(line.split(":")[1] for line in lines[1:])
+    assert {line.split(":")[1] for line in lines[1:]} == {" shot 1 of 2", " shot 2 of 2"}
+    assert surgeon("eval", MODEL, "--data", TEXT, "--seqlen", 256, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[bold]y[/bold]", ":smile:", "new\nline", "\x1b[31mred"])
+def test_names_are_not_markup_and_stay_in_their_line(tmp_path, capsys, name, sentence):
+    model, out = tmp_path / f"model {name}".replace("/", "_"), tmp_path / f"out {name}".replace("/", "_")
+    shutil.copytree(MODEL, model)
+    shown = repr(str(out))[1:-1]
+    assert surgeon("prune", model, out, *SMALL[:-1], "--method", "magnitude", "--dry-run") == 0
+    assert f"nothing was written to {shown}" in capsys.readouterr().out.replace("\n", "")
+    assert surgeon("prune", model, out, *SMALL[:-1], "--method", "magnitude") == 0
+    assert f"written to {shown}: the model" in capsys.readouterr().out.replace("\n", "")
+    for arguments in (("eval", name), ("prune", name, tmp_path / "x", *SMALL), ("recover", name, tmp_path / "x")):
+        assert surgeon(*arguments) == 2
+        assert "\x1b" not in sentence()
+
+
+def test_what_may_not_be_read_and_what_is_not_utf8_is_one_sentence(tmp_path, sentence, monkeypatch):
+    assert surgeon("prune", "mod\udcffel", tmp_path / "out", *SMALL) == 2
+    assert sentence() == "surgeon: the argument 'mod\\udcffel' is not UTF-8: rename the file"
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", "/secret/model")
+
+    monkeypatch.setattr("llm_surgeon.checkpoint_job.check_output", refused)
+    assert surgeon("prune", MODEL, tmp_path / "out", *SMALL) == 2
+    assert sentence() == "surgeon: '/secret/model' cannot be read or written: Permission denied"
 
 
 def test_info_and_summary_are_readable(tmp_path, capsys):

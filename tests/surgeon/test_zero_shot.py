@@ -65,7 +65,7 @@ def test_the_command_prints_every_score_and_their_mean(folder, tmp_path, monkeyp
         (score,) = zero_shot(model, tokenizer, ["which_word"], **options, task_folder=folder)
         return [replace(score, task=task) for task in tasks]
 
-    monkeypatch.setattr("llm_surgeon.cli.app.zero_shot", our_tasks)
+    monkeypatch.setattr("llm_surgeon.zero_shot.zero_shot", our_tasks)
     source = save_folder(tmp_path / "model", build("llama"))
     with pytest.raises(SystemExit) as exit:
         main(["eval", str(source), "--tasks", "which_word,llm-pruner", "--device", "cpu", "--quiet"])

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failure, 2 bad usage or input, 130 interrupted.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,14 +14,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-import transformers
 import typer
 
-from llm_surgeon.checkpoint import claimed_output, load_model
-from llm_surgeon.checkpoint.load import first_line
-from llm_surgeon.checkpoint_job import CheckpointJob
-from llm_surgeon.cli import views
 from llm_surgeon.cli.bench import bench_app
 from llm_surgeon.cli.compact import compact
 from llm_surgeon.cli.config_file import read_options
@@ -28,27 +23,26 @@ from llm_surgeon.cli.options import (
     DATA_HELP,
     Device,
     Dtype,
+    Overwrite,
     Quiet,
     TrustRemoteCode,
     console,
     parse_dtype,
+    printable,
     progress_bars,
+    quiet_libraries,
 )
 from llm_surgeon.cli.pack import pack
 from llm_surgeon.cli.recover import recover
 from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES, PruneConfig
-from llm_surgeon.demo import run_demo
 from llm_surgeon.errors import InputError, SurgeonError
-from llm_surgeon.evaluate import load_for_evaluation, perplexity
-from llm_surgeon.resources import choose_device
-from llm_surgeon.zero_shot import parse_tasks, zero_shot
 
 app = typer.Typer(
     name="surgeon",
     help="Prune large language models with Kronecker-factored curvature, and run what comes out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 # Options that prune() takes beside the fields of PruneConfig.
 _JOB_OPTIONS = ("calibration", "lora_data", "overwrite", "trust_remote_code", "device")
@@ -86,9 +80,8 @@ def _option(name: str, text: str, *flags: str) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and turns errors into one line on stderr and an exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # what others will rename is no concern of the user's
-    transformers.utils.logging.disable_progress_bar()  # its bars would run through ours
-    transformers.utils.logging.set_verbosity_error()  # what is wrong with a model is said here, in one sentence
     try:
+        _check_encoding(sys.argv[1:] if arguments is None else arguments)
         app(args=arguments, prog_name="surgeon")
     except SystemExit as exit:
         if exit.code == 130:  # what typer makes of Ctrl-C, without a word
@@ -98,8 +91,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error, 2)
     except SurgeonError as error:
         _fail(error, 1)
-    except torch.OutOfMemoryError as error:
-        _fail(f"out of GPU memory: {first_line(error)} A smaller --batch-size takes less, and prune --offload cpu", 1)
+    except PermissionError as error:
+        _fail(f"{error.filename!r} cannot be read or written: {error.strerror}", 2)
+    except Exception as error:
+        torch = sys.modules.get("torch")  # not imported here, see options.py
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "")
+        _fail(f"out of GPU memory: {reason} A smaller --batch-size takes less, and prune --offload cpu", 1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"surgeon-kernels {importlib.metadata.version('surgeon-kernels')}")
+        raise typer.Exit
+
+
+@app.callback()
+def surgeon(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()
@@ -209,23 +223,29 @@ def prune(
         raise InputError(f"calibration must be text, not nothing, in config file {str(config)!r}")
     settings = PruneConfig.from_mapping(options)
     inputs = {name: job_options.get(name) for name in ("calibration", "lora_data")} | {"config_file": config}
-    claim = claimed_output(out, job_options.get("overwrite", False), model=model, **inputs)
-    with nullcontext() if dry_run else claim:
-        job = CheckpointJob(model, out, settings, config_file=config, **job_options)
-        for name in job.unused:
-            print(
-                f"surgeon: --{name.replace('_', '-')} has no effect: this runs on {job.device}, no GPU", file=sys.stderr
-            )
-        if dry_run:
-            views.print_plan(console, job)
-            return
-        with progress_bars(quiet) as progress:
-            report = job.run(progress)
+    with progress_bars(quiet) as progress:
+        progress.phase("loading")
+        quiet_libraries()
+        from llm_surgeon.checkpoint import claimed_output
+        from llm_surgeon.checkpoint_job import CheckpointJob
+        from llm_surgeon.cli.views import print_plan
+
+        claim = claimed_output(out, job_options.get("overwrite", False), model=model, **inputs)
+        with nullcontext() if dry_run else claim:
+            job = CheckpointJob(model, out, settings, config_file=config, **job_options)
+            for name in job.unused:
+                words = f"has no effect: this runs on {job.device}, no GPU"
+                print(f"surgeon: --{name.replace('_', '-')} {words}", file=sys.stderr)
+            if not dry_run:
+                report = job.run(progress)
+    if dry_run:
+        print_plan(console, job)
+        return
     if not quiet:
-        console.print(report.summary(), highlight=False, soft_wrap=True)
-        console.print(f"\nwritten to {out}: the model, surgeon_report.json, report.html", highlight=False)
+        console.print(report.summary(), soft_wrap=True)
+        console.print(f"\nwritten to {printable(str(out))}: the model, surgeon_report.json, report.html")
         if settings.structure == "2:4":
-            console.print(f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {out} OUT", highlight=False)
+            console.print(f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {printable(str(out))} OUT")
 
 
 @app.command("eval")
@@ -245,18 +265,29 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity of MODEL (exp of the mean token loss over non-overlapping windows of the test text), or accuracies."""
-    if tasks is not None:
-        names = parse_tasks(tasks)
-        causal_lm, tokenizer, _ = load_model(
-            model, parse_dtype(dtype), choose_device(device), trust_remote_code=trust_remote_code, packed=True
-        )
-        views.print_scores(console, zero_shot(causal_lm, tokenizer, names, limit=limit, batch_size=batch_size or 8))
-        return
-    causal_lm, windows = load_for_evaluation(model, data, seqlen, device, trust_remote_code, parse_dtype(dtype))
     with progress_bars(quiet) as progress:
-        progress.phase("perplexity")
-        value = perplexity(causal_lm, windows, batch_size, progress.step)
-    console.print(f"{value:.4f}" if quiet else f"perplexity {value:.4f}", highlight=False)
+        progress.phase("loading")
+        quiet_libraries()
+        from llm_surgeon.checkpoint import load_model
+        from llm_surgeon.cli.views import print_scores
+        from llm_surgeon.evaluate import load_for_evaluation, perplexity
+        from llm_surgeon.resources import choose_device
+        from llm_surgeon.zero_shot import parse_tasks, zero_shot
+
+        number = parse_dtype(dtype)
+        if tasks is None:
+            causal_lm, windows = load_for_evaluation(model, data, seqlen, device, trust_remote_code, number)
+            progress.phase("perplexity")
+            value = perplexity(causal_lm, windows, batch_size, progress.step)
+        else:
+            names = parse_tasks(tasks)
+            causal_lm, tokenizer, _ = load_model(
+                model, number, choose_device(device), trust_remote_code=trust_remote_code, packed=True
+            )
+    if tasks is not None:
+        print_scores(console, zero_shot(causal_lm, tokenizer, names, limit=limit, batch_size=batch_size or 8))
+    else:
+        console.print(f"{value:.4f}" if quiet else f"perplexity {value:.4f}")
 
 
 app.command()(recover)
@@ -268,21 +299,37 @@ app.add_typer(bench_app, name="bench")
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(metavar="[OUT]", help="Folder to write.")] = Path("demo-output"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Prune the small model that ships with the package to 2:4 with four methods and compare them."""
     with progress_bars(quiet) as progress:
+        progress.phase("loading")
+        quiet_libraries()
+        from llm_surgeon.cli.views import print_demo
+        from llm_surgeon.demo import run_demo
+
         results = run_demo(out, progress, overwrite=overwrite)
-    views.print_demo(console, results, out)
+    print_demo(console, results, out)
 
 
 @app.command()
 def info() -> None:
     """Which accelerators, compiled parts and versions were found, and why something is missing."""
-    views.print_info(console)
+    from llm_surgeon.cli.views import print_info
+
+    print_info(console)
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Refuse arguments that are not UTF-8: names of files go into reports and model cards, which are."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the argument {argument!r} is not UTF-8: rename the file") from error
 
 
 def _fail(error: SurgeonError | str, code: int) -> None:
-    print(f"surgeon: {error}", file=sys.stderr)
+    print(f"surgeon: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     sys.exit(code)

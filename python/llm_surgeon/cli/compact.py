@@ -7,9 +7,15 @@ from typing import Annotated
 
 import typer
 
-from llm_surgeon.cli.options import Overwrite, Quiet, TrustRemoteCode, console
-from llm_surgeon.report.text import percent, size_table
-from llm_surgeon.structures.compact import compact_checkpoint
+from llm_surgeon.cli.options import (
+    Overwrite,
+    Quiet,
+    TrustRemoteCode,
+    console,
+    printable,
+    progress_bars,
+    quiet_libraries,
+)
 
 
 def compact(
@@ -22,13 +28,18 @@ def compact(
     quiet: Quiet = False,
 ) -> None:
     """Take zero rows and columns (--structure rows-columns) out of MODEL's matrices: smaller and faster."""
-    found = compact_checkpoint(model, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    with progress_bars(quiet) as progress:
+        progress.phase("compacting")
+        quiet_libraries()
+        from llm_surgeon.report.text import percent, size_table
+        from llm_surgeon.structures.compact import compact_checkpoint
+
+        found = compact_checkpoint(model, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
     if not quiet:
         table = "\n".join(" ".join(f"{cell:>12}" for cell in row) for row in size_table(found.sizes))
         console.print(
             f"{found.after:,} of {found.before:,} weights left ({percent(found.after / found.before)}): "
             f"{found.neurons:,} neurons removed, {found.linears} linears gather inputs or outputs\n{table}\n"
-            f"written to {out}; load it with trust_remote_code=True, or with this package",
-            highlight=False,
+            f"written to {printable(str(out))}; load it with trust_remote_code=True, or with this package",
             soft_wrap=True,
         )

@@ -1,18 +1,26 @@
-"""Options that several commands have, and where they print."""
+"""Options that several commands have, and where they print.
+
+What brings torch or transformers is imported inside the commands: help and completion must be quick.
+"""
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 
+from llm_surgeon.checks import shown
 from llm_surgeon.errors import InputError
-from llm_surgeon.progress import Progress, TerminalProgress
+from llm_surgeon.progress import LineProgress, Progress, TerminalProgress
 
-console = Console()
+if TYPE_CHECKING:
+    import torch
+
+# Names of files and models hold brackets, colons and numbers that mean nothing to rich.
+console = Console(markup=False, emoji=False, highlight=False)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
@@ -23,10 +31,28 @@ DATA_HELP = "wikitext2, c4, or a .txt, .jsonl, .parquet or .zip file"
 
 
 def progress_bars(quiet: bool) -> AbstractContextManager[Progress]:
-    return nullcontext(Progress()) if quiet else TerminalProgress()
+    """Progress on stderr: bars on a terminal, lines elsewhere, nothing where ``quiet``."""
+    if quiet:
+        return nullcontext(Progress())
+    return TerminalProgress() if sys.stderr.isatty() else nullcontext(LineProgress())
+
+
+def quiet_libraries() -> None:
+    """Keep what transformers says and shows to itself: what is wrong with a model is said here, in one sentence."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # its bars would run through ours
+    transformers.utils.logging.set_verbosity_error()
+
+
+def printable(text: str) -> str:
+    """``text`` in one line: control characters, which names of files may hold, as their escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def parse_dtype(name: str) -> torch.dtype:
     if name not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"unknown dtype {name!r}: float32, bfloat16 or float16")
+        raise InputError(f"unknown dtype {shown(name)}: float32, bfloat16 or float16")
+    import torch
+
     return getattr(torch, name)

@@ -7,8 +7,15 @@ from typing import Annotated
 
 import typer
 
-from llm_surgeon.cli.options import Overwrite, Quiet, TrustRemoteCode, console, progress_bars
-from llm_surgeon.packed.checkpoint import pack_checkpoint
+from llm_surgeon.cli.options import (
+    Overwrite,
+    Quiet,
+    TrustRemoteCode,
+    console,
+    printable,
+    progress_bars,
+    quiet_libraries,
+)
 
 
 def pack(
@@ -26,9 +33,12 @@ def pack(
     """
     with progress_bars(quiet) as progress:
         progress.phase("packing")
+        quiet_libraries()
+        from llm_surgeon.packed.checkpoint import pack_checkpoint
+
         report = pack_checkpoint(
             model, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress.step
         )
     if not quiet:
-        console.print(report.summary(), highlight=False, soft_wrap=True)
-        console.print(f"written to {out}; load it after `import llm_surgeon`", highlight=False)
+        console.print(report.summary(), soft_wrap=True)
+        console.print(f"written to {printable(str(out))}; load it after `import llm_surgeon`")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from llm_surgeon.progress import Progress, TerminalProgress
+from llm_surgeon.cli.options import (
+    DATA_HELP,
+    Overwrite,
+    Quiet,
+    TrustRemoteCode,
+    console,
+    printable,
+    progress_bars,
+    quiet_libraries,
+)
 from llm_surgeon.recovery.config import METHODS, PRESETS, RecoverConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RecoverConfig)}
@@ -27,9 +34,7 @@ def recover(
     teacher: Annotated[str | None, typer.Option(help="The dense checkpoint: distil from it.")] = None,
     method: Annotated[str | None, _option("method", " | ".join(METHODS))] = None,
     preset: Annotated[str | None, typer.Option(help="Settings of a paper: " + " | ".join(PRESETS))] = None,
-    data: Annotated[
-        str, typer.Option(help="wikitext2, c4, or a .txt, .jsonl, .parquet or .zip file; its training part is used.")
-    ] = "wikitext2",
+    data: Annotated[str, typer.Option(help=f"{DATA_HELP}; its training part is used.")] = "wikitext2",
     steps: Annotated[int | None, _option("steps", "Optimizer steps.")] = None,
     batch_size: Annotated[int | None, _option("batch_size", "Sequences a step.")] = None,
     micro_batch_size: Annotated[
@@ -52,23 +57,23 @@ def recover(
     patience: Annotated[int | None, _option("patience", "Evaluations without improvement before stopping.")] = None,
     seed: Annotated[int | None, _option("seed", "Seed of batches and initial values.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted recovery into OUT.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Overwrite = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: a GPU if there is one).")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train what pruning left of MODEL into OUT: low-rank or full, plain or distilled; every zero stays a zero."""
-    from llm_surgeon.recovery.recover import recover_checkpoint  # brings peft and Trainer: only where they are used
-
     options = {name: value for name, value in locals().items() if name in {*_DEFAULTS, "preset"} and value is not None}
-    with nullcontext(Progress()) if quiet else TerminalProgress() as progress:
-        progress.phase("recovery")
+    config = RecoverConfig.from_mapping(options)
+    with progress_bars(quiet) as progress:
+        progress.phase("loading")
+        quiet_libraries()
+        from llm_surgeon.recovery.recover import recover_checkpoint
+
         report = recover_checkpoint(
             model,
             out,
-            RecoverConfig.from_mapping(options),
+            config,
             teacher=teacher,
             data=data,
             resume=resume,
@@ -78,4 +83,4 @@ def recover(
             progress=progress,
         )
     if not quiet:
-        Console().print(report.summary() + f"\nwritten to {out}", highlight=False, soft_wrap=True)
+        console.print(report.summary() + f"\nwritten to {printable(str(out))}", soft_wrap=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_surgeon.checkpoint_job import CheckpointJob
+from llm_surgeon.cli.options import printable
 from llm_surgeon.demo import DemoResult
 from llm_surgeon.report.text import duration, plural
 from llm_surgeon.resources import human_bytes
@@ -21,7 +22,7 @@ def print_plan(console: Console, job: CheckpointJob) -> None:
     removal, config, linears, plan = job.removal(), job.config, job.decoder.linears, job.plan()
     assert config.shots is not None
     shots = plural(config.shots, "shot")
-    table = Table("layers", "kind", "rows × columns", title=f"{job.source}: {len(linears)} linear layers")
+    table = Table("layers", "kind", "rows × columns", title=f"{printable(job.source)}: {len(linears)} linear layers")
     shapes = Counter((linear.kind, linear.rows, linear.columns) for linear in linears)
     for (kind, rows, columns), count in shapes.items():
         table.add_row(str(count), kind, f"{rows} × {columns}")
@@ -37,8 +38,7 @@ def print_plan(console: Console, job: CheckpointJob) -> None:
         f"memory {human_bytes(plan.memory_bytes)}{host}, disk {human_bytes(plan.disk_bytes)}, "
         f"about {duration(plan.seconds)} on {plan.device}\n"
         f"  {parts}\n"
-        f"nothing was written to {job.out}",
-        highlight=False,
+        f"nothing was written to {printable(str(job.out))}",
     )
 
 
@@ -50,7 +50,7 @@ def print_demo(console: Console, results: list[DemoResult], out: Path) -> None:
         above = "" if result is results[0] else f"+{100 * (result.perplexity / dense - 1):.1f} %"
         table.add_row(result.name, f"{result.perplexity:.2f}", above, f"{result.seconds:.1f}")
     console.print(table)
-    console.print(f"the Surgeon model and its report.html are in {out}", highlight=False)
+    console.print(f"the Surgeon model and its report.html are in {printable(str(out))}")
 
 
 def print_scores(console: Console, scores: list[TaskScore]) -> None:

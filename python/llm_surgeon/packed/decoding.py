@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import time
 from typing import Any
 
@@ -10,19 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
-
-class Decoding(str, enum.Enum):
-    """How the steps of a decoding run, all of them with a static cache.
-
-    ``eager``: the forward pass as it is. ``graph``: the same, captured in one CUDA graph and replayed. ``compiled``:
-    through torch.compile, on a GPU captured in one CUDA graph as well. ``generate``: by transformers' ``generate``
-    with ``cache_implementation="static"``, which on a GPU compiles the step and captures CUDA graphs by itself.
-    """
-
-    EAGER = "eager"
-    GRAPH = "graph"
-    COMPILED = "compiled"
-    GENERATE = "generate"
+from llm_surgeon.decoding import Decoding as Decoding
 
 
 class GreedyDecoder:

@@ -1,0 +1,161 @@
+"""What ``surgeon bench generate`` measures and prints."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from llm_surgeon.checkpoint import load_model
+from llm_surgeon.cli.options import console, parse_dtype, printable, quiet_libraries
+from llm_surgeon.decoding import Decoding
+from llm_surgeon.errors import InputError
+from llm_surgeon.fused import fused
+from llm_surgeon.packed import fuse_linears, pack_model, unpack_model, use_cusparselt
+from llm_surgeon.packed.checkpoint import model_bytes
+from llm_surgeon.packed.speed import Speed, measure_speed
+from llm_surgeon.report.schema import collect_versions
+from llm_surgeon.report.text import MISSING
+from llm_surgeon.resources import choose_device, human_bytes
+
+
+def measure(
+    model: str,
+    packed: Path | None,
+    *,
+    batch_sizes: list[int],
+    prompt: int,
+    new_tokens: int,
+    repeats: int,
+    dtype: str | None,
+    decoding: list[Decoding] | None,
+    fuse: bool,
+    cusparselt: bool,
+    fused_parts: bool,
+    csv_file: Path | None,
+    device: str | None,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> None:
+    """Measure ``model`` dense and packed and print a table for every way of decoding.
+
+    Raises:
+        InputError: there is no GPU and no ``device`` was asked for, or anything asked for cannot be measured.
+    """
+    quiet_libraries()
+    if device is None and not torch.cuda.is_available():
+        raise InputError(
+            "no NVIDIA GPU was found, on which packed layers are fast: --device cpu measures both models here"
+        )
+    place, number = choose_device(device), None if dtype is None else parse_dtype(dtype)
+    ways = decoding or ([Decoding.GENERATE, Decoding.GRAPH] if place.type == "cuda" else [Decoding.EAGER])
+    if csv_file is not None and not csv_file.absolute().parent.is_dir():
+        raise InputError(f"{str(csv_file)!r} cannot be written: there is no folder {str(csv_file.parent)!r}")
+    causal_lm = _load(model if packed is None else str(packed), number, trust_remote_code)
+    if packed is not None and not _is_packed(causal_lm):
+        raise InputError(f"{str(packed)!r} is not packed: make it with surgeon pack")
+    if not _is_packed(causal_lm):
+        pack_model(causal_lm)
+    rows: list[tuple[str, int, Speed]] = []
+    for name in ("packed", "dense"):
+        if name == "dense" and packed is not None:
+            del causal_lm  # before the other takes its memory
+            causal_lm = _load(model, number, trust_remote_code)
+        if name == "dense" and _is_packed(causal_lm):
+            unpack_model(causal_lm)
+        disk = model_bytes(causal_lm)
+        causal_lm.to(place)
+        if name == "packed" and cusparselt and not use_cusparselt(causal_lm):
+            needs = "it needs an NVIDIA GPU, and layers without a bias whose sides are divisible by 16"
+            print(f"surgeon: --cusparselt has no effect on this model on {place}: {needs}", file=sys.stderr)
+        if name == "packed" and fuse:
+            fuse_linears(causal_lm)
+        for way, size in itertools.product(ways, batch_sizes):
+            if not quiet:
+                console.print(f"{name}, {way.value}, batch size {size} …")
+            with fused(causal_lm) if fused_parts else contextlib.nullcontext():
+                speed = measure_speed(
+                    causal_lm, batch_size=size, prompt=prompt, new_tokens=new_tokens, repeats=repeats, decoding=way
+                )
+            rows.append((name, disk, speed))
+    rows.sort(key=lambda row: row[0])
+    chosen = {
+        "packed with linears fused": fuse,
+        "packed with cuSPARSELt": cusparselt,
+        "both with fused parts": fused_parts,
+    }
+    how = "; ".join(words for words, given in chosen.items() if given)
+    if place.type != "cuda":
+        how = "; ".join(filter(None, (how, "without a GPU packed layers run as dense ones, so nothing is compared")))
+    for way in ways:
+        console.print(_table(model, [row for row in rows if row[2].decoding is way], how, place))
+    if csv_file is not None:
+        _write_csv(csv_file, model, rows, how, place)
+
+
+def _load(model: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    return load_model(model, dtype, trust_remote_code=trust_remote_code, packed=True)[0]
+
+
+def _is_packed(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def _table(model: str, rows: list[tuple[str, int, Speed]], how: str, device: torch.device) -> Table:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    first = rows[0][2]
+    what = f"{first.prompt} + {first.new_tokens} tokens on {where}"
+    table = Table(
+        title=f"{printable(model)}, {what}, tokens per second, decoding: {first.decoding.value}",
+        title_justify="left",
+        caption=how or None,
+        caption_justify="left",
+    )
+    for column in ("", "batch", "prefill", "decode", "weights", "peak", "on disk"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    dense = {speed.batch_size: speed for name, _, speed in rows if name == "dense"}
+    for name, disk, speed in rows:
+        base = dense[speed.batch_size]
+        prefill, decode = f"{speed.prefill_rate:,.0f}", f"{speed.decode_rate:,.1f}"
+        if name == "packed" and device.type == "cuda":
+            prefill += f"  {speed.prefill_rate / base.prefill_rate:.2f}×"
+            decode += f"  {speed.decode_rate / base.decode_rate:.2f}×"
+        peak = human_bytes(speed.peak_bytes) if speed.peak_bytes else MISSING
+        table.add_row(
+            name, str(speed.batch_size), prefill, decode, human_bytes(speed.weight_bytes), peak, human_bytes(disk)
+        )
+    return table
+
+
+def _write_csv(path: Path, model: str, rows: list[tuple[str, int, Speed]], how: str, device: torch.device) -> None:
+    about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)}
+    about |= {name: str(version) for name, version in collect_versions().items()}
+    records = [
+        {"model": model, "options": how, "weights": name, **speed_record(speed), "disk_bytes": disk, **about}
+        for name, disk, speed in rows
+    ]
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written: {error}") from error
+
+
+def speed_record(speed: Speed) -> dict[str, object]:
+    return {
+        **dataclasses.asdict(speed),
+        "decoding": speed.decoding.value,
+        "prefill_seconds": f"{speed.prefill_seconds:.6g}",
+        "decode_seconds": f"{speed.decode_seconds:.6g}",
+        "prefill_tokens_per_s": f"{speed.prefill_rate:.6g}",
+        "decode_tokens_per_s": f"{speed.decode_rate:.6g}",
+    }

@@ -1,0 +1,58 @@
+"""What importing the package and asking the command for help bring along, and that packed models load all the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llm_surgeon
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "matplotlib", "peft", "datasets", "pyarrow")
+HELP = """
+import sys
+from llm_surgeon.cli import main
+for line in ("--help", "-h", "prune --help", "bench generate -h", "recover -h", "--version"):
+    try:
+        main(line.split())
+    except SystemExit as exit:
+        assert not exit.code, (line, exit.code)
+"""
+
+
+def loaded(code, *names):
+    """Which modules of ``names`` a fresh interpreter has after ``code``."""
+    code = f"{code}\nimport sys; print([name for name in {names!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return eval(done.stdout.splitlines()[-1]), done.stdout
+
+
+def test_neither_the_package_nor_help_import_what_is_slow():
+    assert loaded("import llm_surgeon", *HEAVY)[0] == []
+    found, text = loaded(HELP, *HEAVY)
+    assert found == []
+    assert "Usage: surgeon" in text and "--install-completion" in text and "surgeon-kernels 0." in text
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("import llm_surgeon", "import transformers.modeling_utils"),
+        ("import transformers.modeling_utils", "import llm_surgeon"),
+        ("from transformers import AutoModelForCausalLM; import llm_surgeon", "import transformers.modeling_utils"),
+    ],
+)
+def test_transformers_knows_the_packed_format_whichever_was_imported_first(first, second):
+    mapping = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known"
+    code = f"{first}\n{second}\n{mapping}\nassert known['surgeon-2of4'].__name__ == 'Surgeon24Quantizer'"
+    assert loaded(code, "llm_surgeon.packed.quantizer")[0] == ["llm_surgeon.packed.quantizer"]
+
+
+def test_every_public_name_is_there_and_listed():
+    for name in llm_surgeon.__all__:
+        assert getattr(llm_surgeon, name).__name__ == name
+        assert name in dir(llm_surgeon)
+    assert set(llm_surgeon._PLACES) == set(llm_surgeon.__all__)
+    with pytest.raises(AttributeError, match="module 'llm_surgeon' has no attribute 'prone'"):
+        llm_surgeon.prone  # noqa: B018
