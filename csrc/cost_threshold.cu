@@ -134,9 +134,8 @@ cudaError_t launch_histogram(const CostMatrix* matrices, int count, int64_t tile
   const auto kernel = histogram_kernel<T, E, M, kHalf>;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared);
   if (error != cudaSuccess) return error;
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(tiles, int64_t{processors} * std::max(1, resident)));
-  kernel<<<blocks, kThreads, shared, stream>>>(matrices, count, tiles, h, counts);
-  return cudaGetLastError();
+  const int64_t blocks = std::min<int64_t>(tiles, int64_t{processors} * std::max(1, resident));
+  return launch_kernel(kernel, blocks, kThreads, shared, stream, matrices, count, tiles, h, counts);
 }
 
 }  // namespace
@@ -188,8 +187,7 @@ cudaError_t cost_mask(const CostMatrix& matrix, float threshold, bool ties, bool
   const int64_t units = ceil_div(matrix.columns, 32 * lane) * ceil_div(matrix.rows, rows);
   if (units == 0) return cudaSuccess;
   const auto kernel = aligned ? mask_kernel<T, kLane<T, 1>> : mask_kernel<T, 1>;
-  kernel<<<static_cast<unsigned>(ceil_div(units, kWarps)), kThreads, 0, stream>>>(matrix, threshold, ties, selected);
-  return cudaGetLastError();
+  return launch_kernel(kernel, ceil_div(units, kWarps), kThreads, 0, stream, matrix, threshold, ties, selected);
 }
 
 #define INSTANTIATE(T)                                                                                       \

@@ -2,7 +2,9 @@
 #include "linear_2_4.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <climits>
 #include <map>
 #include <mutex>
 #include <shared_mutex>
@@ -20,45 +22,57 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 struct Device {
   int id = 0;
   int capability = 0;
+  bool wgmma = false;  // the device has it, and this build the kernels for it
   std::once_flag once;
   std::atomic<int> clusters[2][kKernelCount][kSplitCount] = {};  // that run at the same time, 0 where not yet asked
 };
-
-Device& current_device() {
-  static Device devices[kMaxDevices];
-  int id = 0;
-  cudaGetDevice(&id);
-  Device& device = devices[id];
-  std::call_once(device.once, [&] {
-    device.id = id;
-    cudaDeviceGetAttribute(&device.capability, cudaDevAttrComputeCapabilityMajor, id);
-  });
-  return device;
-}
 
 const Kernel24& kernel_of(int number) {
   return number < kMmaCount ? linear_2_4_mma_kernel(number) : linear_2_4_wgmma_kernel(number - kMmaCount);
 }
 
+// How many clusters run at once; -1 where the kernel does not run so. Nothing is launched, so an error that CUDA notes
+// meanwhile is of no interest to anyone; one that it had noted before is.
+int ask_clusters(const Kernel24& kernel, bool half, int split) {
+  const cudaError_t before = cudaPeekAtLastError();
+  int clusters = 0;
+  if (kernel.run[half]({}, {0, 0, split, 0}, nullptr, &clusters) == cudaSuccess) return clusters > 0 ? clusters : -1;
+  if (before == cudaSuccess) cudaGetLastError();
+  return -1;
+}
+
+Device& current_device() {
+  static std::array<Device, kMaxDevices> devices;
+  int id = -1;
+  cudaGetDevice(&id);
+  Device& device = devices.at(id);
+  std::call_once(device.once, [&] {
+    device.id = id;
+    cudaDeviceGetAttribute(&device.capability, cudaDevAttrComputeCapabilityMajor, id);
+    device.wgmma = device.capability == 9 && ask_clusters(kernel_of(kMmaCount), false, 1) > 0;
+  });
+  return device;
+}
+
 bool allowed(const Linear24& call, int number, int split, const Device& device) {
-  if (number >= kMmaCount && device.capability != 9) return false;
+  if (number >= kMmaCount && !device.wgmma) return false;
   if (split > 1 && device.capability < 9) return false;  // no clusters
   const Kernel24& kernel = kernel_of(number);
-  if (kernel.tokens < (device.capability == 9 ? 128 : 32) && call.tokens > 8 * kernel.tokens)
+  if (kernel.tokens < (device.wgmma ? 128 : 32) && call.tokens > 8 * kernel.tokens)
     return false;  // never the fastest, and long to try
   return split == 1 || split * kernel.step <= call.units;
+}
+
+bool allowed(const Linear24& call, int choice, const Device& device) {
+  return allowed(call, choice / kSplitCount, kSplits[choice % kSplitCount], device);
 }
 
 int concurrent_clusters(const Linear24& call, int number, int index, Device& device) {
   std::atomic<int>& known = device.clusters[call.half][number][index];
   if (known.load(std::memory_order_relaxed) == 0) {
-    int clusters = 0;
-    if (kernel_of(number).run[call.half](call, {0, 0, kSplits[index], 0}, nullptr, &clusters) != cudaSuccess) {
-      cudaGetLastError();  // not launched, so nothing is lost: such a split is simply not chosen
-      clusters = -1;
-    }
+    const int clusters = ask_clusters(kernel_of(number), call.half, kSplits[index]);
     // Large clusters do not always find their places next to others'.
-    known.store(kSplits[index] > 3 ? clusters * 9 / 10 : clusters, std::memory_order_relaxed);
+    known.store(kSplits[index] > 3 && clusters > 1 ? clusters * 9 / 10 : clusters, std::memory_order_relaxed);
   }
   return known.load(std::memory_order_relaxed);
 }
@@ -116,9 +130,19 @@ int choice_for_many(const Linear24& call, Device& device) {
 // Of cuSPARSELt 0.8's algorithms the one that was fastest, or nearly, at all sizes from this number of tokens on.
 constexpr int kLibraryTokens = 1024, kLibraryAlgorithm = 17;
 
+// Without sparse wgmma, from this number of tokens on: cuSPARSELt by its own choice of an algorithm where the caller has
+// it, else the dense product with the weight, unpacked for the call. Estimated, not measured: the kernel for few tokens
+// reads W from L2 anew for every 32 of them, about 40 operations a byte, which takes longer than a dense product and the
+// time to unpack.
+constexpr int kDenseTokens = 256, kDefaultAlgorithm = 0;
+
 int choice_for(const Linear24& call, bool library, Device& device) {
+  if (!device.wgmma) {
+    if (call.tokens < kDenseTokens) return choice_for_few(call, device);
+    return library ? linear_2_4_choices() + kDefaultAlgorithm : linear_2_4_dense();
+  }
   if (library && call.tokens >= kLibraryTokens) return linear_2_4_choices() + kLibraryAlgorithm;
-  return call.tokens <= 16 || device.capability != 9 ? choice_for_few(call, device) : choice_for_many(call, device);
+  return call.tokens <= 16 ? choice_for_few(call, device) : choice_for_many(call, device);
 }
 
 // Sizes that share a pinned choice: tokens up to the same power of two.
@@ -135,10 +159,13 @@ std::map<Key, int> pins;
 
 }  // namespace
 
-int linear_2_4_choices() { return kKernelCount * kSplitCount; }
+int linear_2_4_mma_choices() { return kMmaCount * kSplitCount; }
+int linear_2_4_dense() { return kKernelCount * kSplitCount; }
+int linear_2_4_choices() { return linear_2_4_dense() + 1; }
 
 cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream) {
   if (choice < 0 || choice >= linear_2_4_choices()) return cudaErrorInvalidValue;
+  if (choice == linear_2_4_dense()) return cudaErrorNotSupported;
   if (call.tokens == 0 || call.rows == 0) return cudaSuccess;  // a grid may not be empty
   Device& device = current_device();
   const int number = choice / kSplitCount, split = kSplits[choice % kSplitCount];
@@ -160,10 +187,13 @@ cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream
   return run(with, {alone, tiles, split, tiles - alone}, stream, nullptr);
 }
 
-void linear_2_4_pin(const Linear24& call, bool library, int choice) {
+bool linear_2_4_pin(const Linear24& call, bool library, int choice) {
+  // How many algorithms there are only the library knows.
+  if (choice < 0 || choice >= (library ? INT_MAX : linear_2_4_choices())) return false;
   const Key key = key_of(call, library, current_device());
   const std::unique_lock lock(pins_mutex);
   pins[key] = choice;
+  return true;
 }
 
 int linear_2_4_choice(const Linear24& call, bool library) {
@@ -171,7 +201,8 @@ int linear_2_4_choice(const Linear24& call, bool library) {
   {
     const std::shared_lock lock(pins_mutex);
     const auto found = pins.find(key_of(call, library, device));
-    if (found != pins.end()) return found->second;
+    if (found != pins.end() && (found->second >= linear_2_4_dense() || allowed(call, found->second, device)))
+      return found->second;
   }
   return choice_for(call, library, device);
 }

@@ -17,9 +17,11 @@ enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kS
 enum class Overlap : int { kNone = 0, kEarly = 1, kLate = 2 };
 
 // y[tokens, rows] = act(x[tokens, columns] W^T + bias), W 2:4 sparse, [ceil(rows / 16)][units][kUnitBytes] in the order
-// of surgeon_kernels/linear_2_4_layout.py.
+// of surgeon_kernels/linear_2_4_layout.py. Kernels on capability 9.0 and newer start to read W while the kernel before
+// them in the stream may still run, and wait for its end before they touch x, bias or y: a kernel that writes W must have
+// ended for the host before the first call.
 struct Linear24 {
-  const void* weight;
+  const void* weight;  // aligned to 16 bytes
   const void* x;     // contiguous, aligned to 16 bytes, columns a multiple of 8
   const void* bias;  // [rows] or null
   void* y;           // contiguous
@@ -41,7 +43,8 @@ struct Part24 {
 };
 
 // A kernel for tiles of `rows` x `tokens`, whose warps take `step` units at a time. `run` launches it or, where
-// `capacity` is given, only says how many clusters of `split` blocks run at once.
+// `capacity` is given, only says how many clusters of `split` blocks run at once. cudaErrorNotSupported where the build
+// does not hold it for the current device.
 struct Kernel24 {
   int tokens;
   int rows;
@@ -56,16 +59,24 @@ enum Wgmma24 { kWgmma32, kWgmma64, kWgmma64Wide, kWgmma128, kWgmma128Wide, kWgmm
 const Kernel24& linear_2_4_mma_kernel(int which);
 const Kernel24& linear_2_4_wgmma_kernel(int which);
 
-// Choices are numbers: below linear_2_4_choices() a kernel and its split; from there on, if the caller has the weight
-// also as cuSPARSELt compresses it (`library`), that library's algorithm of the number that is left.
+// Choices are numbers: below linear_2_4_dense() a kernel and its split, those below linear_2_4_mma_choices() on mma.sp;
+// linear_2_4_dense() a dense product with the unpacked weight, the last of linear_2_4_choices(); from there on, if the
+// caller has the weight also as cuSPARSELt compresses it (`library`), that library's algorithm of the number that is
+// left.
+int linear_2_4_mma_choices();
+int linear_2_4_dense();
 int linear_2_4_choices();
 
-// The choice of the rules in linear_2_4.cpp, or the one pinned for this device, these sizes and this dtype.
+// The choice of the rules in linear_2_4.cpp, or the one pinned for this device, these sizes and this dtype, if it runs.
+// Pinned is what exists; false otherwise. Devices beyond kMaxDevices throw std::out_of_range.
 int linear_2_4_choice(const Linear24& call, bool library);
-void linear_2_4_pin(const Linear24& call, bool library, int choice);
+bool linear_2_4_pin(const Linear24& call, bool library, int choice);
 
-// Runs one of our own; cudaErrorNotSupported where the device or the sizes do not allow it, cudaErrorInvalidValue where
-// there is no such choice.
+// Runs a kernel; cudaErrorNotSupported where the device, the build or the sizes do not allow it and for the dense
+// product, which is the caller's, cudaErrorInvalidValue where there is no such choice.
 cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream);
+
+// dense[rows, columns] = W, 16 bits each, contiguous and aligned to 16 bytes.
+cudaError_t linear_2_4_unpack(const void* weight, void* dense, int rows, int columns, cudaStream_t stream);
 
 }  // namespace surgeon

@@ -4,6 +4,8 @@
 #include <dlfcn.h>
 #include <library_types.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -45,6 +47,8 @@ struct Library {
                    void*, cudaStream_t*, int32_t);
   Status (*compressed_size)(const Opaque*, const Opaque*, size_t*, size_t*);
   Status (*compress)(const Opaque*, const Opaque*, const void*, void*, void*, cudaStream_t);
+  Status (*destroy_plan)(const Opaque*);
+  Status (*destroy_matrix)(const Opaque*);
 
   Library() {
     // Loaded already by a torch that was built with it.
@@ -70,6 +74,8 @@ struct Library {
     find(matmul, "cusparseLtMatmul");
     find(compressed_size, "cusparseLtSpMMACompressedSize");
     find(compress, "cusparseLtSpMMACompress");
+    find(destroy_plan, "cusparseLtMatmulPlanDestroy");
+    find(destroy_matrix, "cusparseLtMatDescriptorDestroy");
     int major = 0, minor = 0, patch = 0;
     if (!complete || property(MAJOR_VERSION, &major) || property(MINOR_VERSION, &minor) ||
         property(PATCH_LEVEL, &patch))
@@ -93,10 +99,10 @@ struct Device {
 };
 
 Device& current_device() {
-  static Device devices[kMaxDevices];
-  int id = 0;
+  static std::array<Device, kMaxDevices> devices;
+  int id = -1;
   cudaGetDevice(&id);
-  Device& device = devices[id];
+  Device& device = devices.at(id);
   std::call_once(device.once, [&] {
     device.id = id;
     if (library().version == 0) return;
@@ -117,8 +123,20 @@ struct CusparseltPlan {
   Device* device;
   Opaque weight, x, y, matmul, algorithm, plan;
   size_t workspace = 0;
-  bool exists = true;  // such an algorithm
-  std::mutex running;  // calls on the host follow one another
+  bool exists = false;    // such an algorithm
+  bool captured = false;  // served a capture: kept, whatever of it a graph may refer to
+  int64_t used = 0;       // when, counted in calls
+  std::mutex running;     // calls on the host follow one another
+  int matrices = 0;       // of weight, x and y that are described
+
+  CusparseltPlan() = default;
+  CusparseltPlan(const CusparseltPlan&) = delete;
+  // A launch has copied what it needs: torch destroys its plans directly after it.
+  ~CusparseltPlan() {
+    if (exists) library().destroy_plan(&plan);
+    const Opaque* described[] = {&weight, &x, &y};
+    for (int i = 0; i < matrices; ++i) library().destroy_matrix(described[i]);
+  }
 
   const char* make(const Cusparselt24& size, int number) {
     const Library& use = library();
@@ -127,18 +145,18 @@ struct CusparseltPlan {
     const int64_t tokens = size.tokens, rows = size.rows, columns = size.columns;
     int most = 0;
     Status status = use.structured(handle, &weight, rows, columns, columns, 16, type, kRowMajor, kFiftyPercent);
-    if (!status) status = use.dense(handle, &x, tokens, columns, columns, 16, type, kRowMajor);
-    if (!status) status = use.dense(handle, &y, rows, tokens, rows, 16, type, kColumnMajor);
+    matrices += !status;
+    if (!status) status = use.dense(handle, &x, tokens, columns, columns, 16, type, kRowMajor), matrices += !status;
+    if (!status) status = use.dense(handle, &y, rows, tokens, rows, 16, type, kColumnMajor), matrices += !status;
     if (!status)
       status = use.matmul_descriptor(handle, &matmul, kNoTranspose, kTranspose, &weight, &x, &y, &y, kComputeFloat);
     if (!status) status = use.algorithm(handle, &algorithm, &matmul, kDefaultAlgorithm);
     if (!status) status = use.get_algorithm(handle, &algorithm, kAlgorithmMaxId, &most, sizeof(most));
     if (status) return use.error(status);
     if (number >= most || use.set_algorithm(handle, &algorithm, kAlgorithmId, &number, sizeof(number)) ||
-        use.plan(handle, &plan, &matmul, &algorithm)) {
-      exists = false;
+        use.plan(handle, &plan, &matmul, &algorithm))
       return nullptr;
-    }
+    exists = true;
     status = use.workspace(handle, &plan, &workspace);
     return status ? use.error(status) : nullptr;
   }
@@ -146,10 +164,50 @@ struct CusparseltPlan {
 
 int cusparselt_version() { return library().version; }
 
+int cusparselt_tokens(int tokens) {
+  int step = 8;
+  while (tokens / step >= 16) step *= 2;
+  return tokens / step * step;
+}
+
+namespace {
+
+// The plan, or null where there is no such algorithm, or no plan and none `may_make` one.
+const char* find_plan(const Cusparselt24& size, int algorithm, bool may_make, std::shared_ptr<CusparseltPlan>* plan) {
+  using Plans = std::map<std::tuple<int, Cusparselt24, int>, std::shared_ptr<CusparseltPlan>>;
+  static std::mutex mutex;
+  static Plans& plans = *new Plans;  // never destroyed: the library may be gone before
+  static int64_t calls = 0;
+  plan->reset();
+  Device& device = current_device();
+  if (device.error != nullptr) return device.error;
+  const std::lock_guard lock(mutex);
+  auto found = plans.find({device.id, size, algorithm});
+  if (found == plans.end()) {
+    if (!may_make) return nullptr;
+    auto made = std::make_shared<CusparseltPlan>();
+    made->device = &device;
+    if (const char* error = made->make(size, algorithm)) return error;
+    const auto evictable = [](const Plans::value_type& each) { return !each.second->captured; };
+    if (std::count_if(plans.begin(), plans.end(), evictable) >= kMostPlans) {
+      plans.erase(std::min_element(plans.begin(), plans.end(), [&](const auto& a, const auto& b) {
+        return std::pair(a.second->captured, a.second->used) < std::pair(b.second->captured, b.second->used);
+      }));
+    }
+    found = plans.emplace(std::tuple(device.id, size, algorithm), std::move(made)).first;
+  }
+  CusparseltPlan& kept = *found->second;
+  kept.used = ++calls;
+  kept.captured = kept.captured || (!may_make && kept.exists);
+  if (kept.exists) *plan = found->second;
+  return nullptr;
+}
+
+}  // namespace
+
 const char* cusparselt_compressed_bytes(const Cusparselt24& size, size_t* bytes, size_t* buffer_bytes) {
-  CusparseltPlan* plan = nullptr;
-  size_t workspace = 0;
-  if (const char* error = cusparselt_plan(size, 0, &plan, &workspace)) return error;
+  std::shared_ptr<CusparseltPlan> plan;
+  if (const char* error = find_plan(size, 0, true, &plan)) return error;
   if (plan == nullptr) return "its first algorithm does not take these sizes";
   const Status status = library().compressed_size(&plan->device->handle, &plan->plan, bytes, buffer_bytes);
   return status ? library().error(status) : nullptr;
@@ -157,39 +215,30 @@ const char* cusparselt_compressed_bytes(const Cusparselt24& size, size_t* bytes,
 
 const char* cusparselt_compress(const Cusparselt24& size, const void* dense, void* compressed, void* buffer,
                                 cudaStream_t stream) {
-  CusparseltPlan* plan = nullptr;
-  size_t workspace = 0;
-  if (const char* error = cusparselt_plan(size, 0, &plan, &workspace)) return error;
+  std::shared_ptr<CusparseltPlan> plan;
+  if (const char* error = find_plan(size, 0, true, &plan)) return error;
   if (plan == nullptr) return "its first algorithm does not take these sizes";
   const std::lock_guard lock(plan->running);
   const Status status = library().compress(&plan->device->handle, &plan->plan, dense, compressed, buffer, stream);
   return status ? library().error(status) : nullptr;
 }
 
-const char* cusparselt_plan(const Cusparselt24& size, int algorithm, CusparseltPlan** plan, size_t* workspace_bytes) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, Cusparselt24, int>, std::unique_ptr<CusparseltPlan>> plans;
-  Device& device = current_device();
-  if (device.error != nullptr) return device.error;
-  const std::lock_guard lock(mutex);
-  std::unique_ptr<CusparseltPlan>& kept = plans[{device.id, size, algorithm}];
-  if (kept == nullptr) {
-    auto made = std::make_unique<CusparseltPlan>();
-    made->device = &device;
-    if (const char* error = made->make(size, algorithm)) return error;
-    kept = std::move(made);
-  }
-  *plan = kept->exists ? kept.get() : nullptr;
-  *workspace_bytes = kept->workspace;
+const char* cusparselt_plan(const Cusparselt24& size, int algorithm, cudaStream_t stream,
+                            std::shared_ptr<CusparseltPlan>* plan, size_t* workspace_bytes) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const cudaError_t status = cudaStreamIsCapturing(stream, &capture);
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  if (const char* error = find_plan(size, algorithm, capture == cudaStreamCaptureStatusNone, plan)) return error;
+  *workspace_bytes = *plan == nullptr ? 0 : (*plan)->workspace;
   return nullptr;
 }
 
-const char* cusparselt_run(CusparseltPlan* plan, const void* compressed, const void* x, void* y, void* workspace,
+const char* cusparselt_run(CusparseltPlan& plan, const void* compressed, const void* x, void* y, void* workspace,
                            cudaStream_t stream) {
   const float one = 1, zero = 0;
-  const std::lock_guard lock(plan->running);
-  const Status status = library().matmul(&plan->device->handle, &plan->plan, &one, compressed, x, &zero, y, y,
-                                         workspace, &stream, 1);
+  const std::lock_guard lock(plan.running);
+  const Status status = library().matmul(&plan.device->handle, &plan.plan, &one, compressed, x, &zero, y, y, workspace,
+                                         &stream, 1);
   return status ? library().error(status) : nullptr;
 }
 

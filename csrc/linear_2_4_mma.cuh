@@ -170,7 +170,8 @@ cudaError_t launch_linear_2_4_mma(const Linear24& p, const Part24& part, cudaStr
   using Tile = MmaTile<T, NT, MT, WM, WK, STAGES>;
   auto kernel = linear_2_4_mma<T, NT, MT, WM, WK, STAGES, BLOCKS>;
   static std::atomic<bool> ready[kMaxDevices];
-  const cudaError_t status = allow_shared_bytes(reinterpret_cast<const void*>(kernel), Tile::kSharedBytes, ready);
+  const cudaError_t status =
+      prepare_kernel(reinterpret_cast<const void*>(kernel), Tile::kThreads, Tile::kSharedBytes, ready);
   if (status != cudaSuccess) return status;
   if (capacity != nullptr) return count_clusters(kernel, part.split, Tile::kThreads, Tile::kSharedBytes, capacity);
   const dim3 grid(part.split, (p.tokens + Tile::kTokens - 1) / Tile::kTokens, (p.rows + Tile::kRows - 1) / Tile::kRows);

@@ -107,12 +107,19 @@ struct Launch {
   Launch(const Launch&) = delete;
 };
 
-// More than 48 KB of shared memory has to be asked for, once a device.
-inline cudaError_t allow_shared_bytes(const void* kernel, int bytes, std::atomic<bool>* ready) {
+// Once a device, before a kernel runs. Whether this build holds it there: one that was compiled without its instructions
+// takes fewer threads than it needs (linear_2_4_wgmma.cuh). And its shared memory: more than 48 KB has to be asked for.
+inline cudaError_t prepare_kernel(const void* kernel, int threads, int shared_bytes, std::atomic<bool>* ready) {
   int device = 0;
-  cudaGetDevice(&device);
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
   if (ready[device].load(std::memory_order_acquire)) return cudaSuccess;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaFuncAttributes attributes;
+  status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess && attributes.maxThreadsPerBlock < threads) status = cudaErrorNotSupported;
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status == cudaSuccess) ready[device].store(true, std::memory_order_release);
   return status;
 }
@@ -125,9 +132,10 @@ cudaError_t count_clusters(void (*kernel)(Arguments...), int split, int threads,
     return cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config);
   }
   int device = 0, multiprocessors = 0, blocks = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess)
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
   *clusters = blocks * multiprocessors;
   return status;
 }

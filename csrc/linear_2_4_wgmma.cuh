@@ -6,6 +6,14 @@
 
 namespace surgeon {
 
+// Compiled for 9.0 instead of 9.0a, or for another device, the kernels have none of their instructions: they trap, and
+// are bounded to one warp, by which prepare_kernel knows them.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 struct Share24 {  // of a block: its units of the columns, and the stage where x begins
@@ -36,7 +44,7 @@ __device__ inline int2 place_of(const Linear24& p, int tile) {
 #endif
 
 template <class T, int BN, int WG, int STAGES, int HALVES, int WSTAGES>
-__global__ void __launch_bounds__(128 * (WG + 1), 1)
+__global__ void __launch_bounds__(kHasWgmma ? 128 * (WG + 1) : 32, 1)
     linear_2_4_wgmma(const Linear24 p, const Part24 part, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Tile = WgmmaTile<T, BN, WG, STAGES, HALVES, WSTAGES>;
@@ -159,12 +167,18 @@ __global__ void __launch_bounds__(128 * (WG + 1), 1)
     };
 
     for (; tile < part.end; tile += part.clusters) {
-      // Each group the bias of its own rows.
+      // Each group the bias of its own rows. It is an input as x is: the kernel before may be the one that writes it.
       const int row = warp / 4 * 64 + threadIdx.x % 128;
-      if (threadIdx.x % 128 < 64) bias[row] = load_bias<T>(p, place_of<Tile>(p, tile).y + row, 0);
+      const bool takes_bias = threadIdx.x % 128 < 64;
+      float added = 0.f;
+      if (takes_bias && p.bias != nullptr) {
+        wait_for_previous_kernel();
+        added = load_bias<T>(p, place_of<Tile>(p, tile).y + row, 0);
+      }
 #pragma unroll
       for (int i = 0; i < BN / 2; ++i) sums[i] = 0.f;
       load_unit(0);
+      if (takes_bias) bias[row] = added;
 #pragma unroll 1
       for (int unit = 0; unit + 1 < count; unit += 2) {
         multiply(std::integral_constant<int, 0>(), unit);
@@ -183,6 +197,8 @@ __global__ void __launch_bounds__(128 * (WG + 1), 1)
                                                          share.rank);
     }
   }
+#else
+  __trap();
 #endif
 }
 
@@ -193,15 +209,16 @@ cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const Part24& part, cudaS
   static_assert(Tile::kSharedBytes <= 232448, "a multiprocessor has no more shared memory");
   auto kernel = linear_2_4_wgmma<T, BN, WG, STAGES, HALVES, WSTAGES>;
   static std::atomic<bool> ready[kMaxDevices];
-  const cudaError_t status = allow_shared_bytes(reinterpret_cast<const void*>(kernel), Tile::kSharedBytes, ready);
-  if (status != cudaSuccess) return status;
   constexpr int kThreads = Tile::kThreads + 128;
+  const cudaError_t status = prepare_kernel(reinterpret_cast<const void*>(kernel), kThreads, Tile::kSharedBytes, ready);
+  if (status != cudaSuccess) return status;
   if (capacity != nullptr) return count_clusters(kernel, part.split, kThreads, Tile::kSharedBytes, capacity);
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(status == cudaSuccess ? function : nullptr);
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
   CUtensorMap map;

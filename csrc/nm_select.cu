@@ -180,25 +180,19 @@ __global__ void __launch_bounds__(kGeneralThreads, kOutput == Output::kGroupCost
 }
 
 template <typename T, int M, Output kOutput>
-void launch_aligned(const NmProblem<T>& p, typename OutputType<T, kOutput>::type* out, cudaStream_t stream) {
+cudaError_t launch_aligned(const NmProblem<T>& p, typename OutputType<T, kOutput>::type* out, cudaStream_t stream) {
   constexpr int E = kLaneColumns<T, M>;
   const int64_t units = ceil_div(p.columns, 32 * E) * ceil_div(p.rows, kSteps<M> * Rows<T, E>::kCount);
-  const unsigned blocks = static_cast<unsigned>(ceil_div(units, kWarps));
+  const int64_t blocks = ceil_div(units, kWarps);
   const auto run = [&](auto half) {
     constexpr bool kHalf = decltype(half)::value;
     if constexpr (kOutput == Output::kMask) {
-      if (p.previous != nullptr || !p.ties || p.threshold != INFINITY) {
-        aligned_kernel<T, M, kOutput, kHalf, true><<<blocks, kThreads, 0, stream>>>(p, out);
-        return;
-      }
+      if (p.previous != nullptr || !p.ties || p.threshold != INFINITY)
+        return launch_kernel(aligned_kernel<T, M, kOutput, kHalf, true>, blocks, kThreads, 0, stream, p, out);
     }
-    aligned_kernel<T, M, kOutput, kHalf, false><<<blocks, kThreads, 0, stream>>>(p, out);
+    return launch_kernel(aligned_kernel<T, M, kOutput, kHalf, false>, blocks, kThreads, 0, stream, p, out);
   };
-  if (2 * p.n == M) {
-    run(std::true_type());
-  } else {
-    run(std::false_type());
-  }
+  return 2 * p.n == M ? run(std::true_type()) : run(std::false_type());
 }
 
 template <typename T>
@@ -213,21 +207,17 @@ cudaError_t launch(const NmProblem<T>& p, typename OutputType<T, kOutput>::type*
   if (p.rows == 0 || p.columns == 0) return cudaSuccess;
   switch (aligned(p) ? p.m : 0) {
     case 4:
-      launch_aligned<T, 4, kOutput>(p, out, stream);
-      break;
+      return launch_aligned<T, 4, kOutput>(p, out, stream);
     case 8:
-      launch_aligned<T, 8, kOutput>(p, out, stream);
-      break;
+      return launch_aligned<T, 8, kOutput>(p, out, stream);
     case 16:
-      launch_aligned<T, 16, kOutput>(p, out, stream);
-      break;
+      return launch_aligned<T, 16, kOutput>(p, out, stream);
     default: {
       const int64_t pieces = p.rows * ceil_div(p.columns, kLargestGroup / p.m * p.m);
-      const unsigned blocks = static_cast<unsigned>(pieces < (1 << 20) ? pieces : 1 << 20);
-      general_kernel<T, kOutput><<<blocks, kGeneralThreads, 0, stream>>>(p, out);
+      const int64_t blocks = pieces < (1 << 20) ? pieces : 1 << 20;
+      return launch_kernel(general_kernel<T, kOutput>, blocks, kGeneralThreads, 0, stream, p, out);
     }
   }
-  return cudaGetLastError();
 }
 
 }  // namespace

@@ -2,9 +2,11 @@
 
 On CUDA a kernel takes W as the sparse operand of the tensor cores, from the layout of
 :mod:`surgeon_kernels.linear_2_4_layout`. Few tokens: ``mma.sp``, bound by the time to read W. Many tokens, on Hopper:
-sparse ``wgmma``, or cuSPARSELt where the caller keeps the weight in its form as well. Sums are fp32, added in an order
-that depends on the sizes, the device and the kernel that :func:`~surgeon_kernels.linear_2_4_tune.tune_2_4` may have
-chosen: the same inputs give the same bits. Everywhere else the reference multiplies by the unpacked weight.
+sparse ``wgmma``, or cuSPARSELt where the caller keeps the weight in its form as well. From 256 tokens on, on other
+devices or where the extension was built without ``wgmma``: cuSPARSELt, or a dense product with the weight unpacked for
+the call (an estimate: only an H200 was measured). Sums are fp32, added in an order that depends on the sizes, the device
+and the kernel that :func:`~surgeon_kernels.linear_2_4_tune.tune_2_4` may have chosen: the same inputs give the same
+bits. Where there is no CUDA kernel the reference multiplies by the unpacked weight.
 """
 
 from __future__ import annotations
@@ -21,6 +23,14 @@ from surgeon_kernels import extension
 from surgeon_kernels.linear_2_4_layout import fragments, from_fragments
 from surgeon_kernels.pack_2_4 import Packed24, unpack_2_4
 
+# Here rather than in the extension, so that a graph that holds them loads before it.
+_library = torch.library.Library("surgeon_kernels", "FRAGMENT")
+_library.define(
+    "linear_2_4(Tensor x, Tensor weight, Tensor? bias, int rows, int activation, Tensor? compressed=None,"
+    " Tensor? dense=None) -> Tensor"
+)
+_library.define("linear_2_4_unpack(Tensor weight, int rows, int columns, ScalarType dtype) -> Tensor")
+
 # In the order of surgeon::Activation in csrc/linear_2_4.h.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _APPLY: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,7 +46,9 @@ class Linear24Weight(NamedTuple):
     """A 2:4 weight ``[rows, columns]`` in the kernels' layout; made by :func:`prepare_2_4` and not written afterwards.
 
     ``dense`` is the unpacked weight where the caller chose to keep it, ``compressed`` the weight as cuSPARSELt has it
-    where the caller chose that, ``kernel`` whether the CUDA kernel runs.
+    where the caller chose that, ``kernel`` whether the CUDA kernel runs. ``fragments`` begin at a multiple of 16 bytes
+    then. A kernel starts to read them while the one before it in the stream may still run: who writes to them in place
+    must synchronize the device before the next product.
     """
 
     fragments: Tensor
@@ -51,6 +63,15 @@ class Linear24Weight(NamedTuple):
         """The weight back in the library-independent form, bit for bit."""
         return from_fragments(self.fragments, self.rows, self.columns, self.dtype)
 
+    def unpacked(self) -> Tensor:
+        """``W`` ``[R, C]``, dense: the one that was kept, else a new one."""
+        if self.dense is not None:
+            return self.dense
+        if self.kernel:
+            op = torch.ops.surgeon_kernels.linear_2_4_unpack
+            return op(self.fragments, self.rows, self.columns, self.dtype)
+        return unpack_2_4(self.packed())
+
     @property
     def nbytes(self) -> int:
         kept = (self.fragments, self.dense, self.compressed)
@@ -64,11 +85,13 @@ def prepare_2_4(packed: Packed24, *, keep_dense: bool = False, cusparselt: bool 
 
     Args:
         packed: bfloat16 or float16 ``[R, C]``, ``C`` divisible by 8.
-        keep_dense: keep the dense weight as well (16/9 of the packed one) and multiply by it wherever the CUDA kernel
-            does not run, instead of unpacking at every call.
+        keep_dense: keep the dense weight as well (16/9 of the packed one) and multiply by it wherever no sparse kernel
+            runs, and in a backward pass, instead of unpacking at every call.
         cusparselt: keep the weight also as cuSPARSELt compresses it (as large as the packed one: together 9/8 of the
             dense weight) and let that library, found beside torch, multiply where it is faster: many tokens, without
-            bias and activation. No effect where the CUDA kernel does not run.
+            bias and activation. Its plans are made for rounded numbers of tokens, kernels of ours take the rest, and
+            never while a CUDA graph is captured: a size that has not run before runs in the graph as without
+            cuSPARSELt. No effect where the CUDA kernel does not run.
 
     Raises:
         TypeError: another dtype.
@@ -79,7 +102,7 @@ def prepare_2_4(packed: Packed24, *, keep_dense: bool = False, cusparselt: bool 
         raise TypeError(f"2:4 kernels take bfloat16 and float16, not {packed.values.dtype}")
     if packed.columns % 8:
         raise ValueError(f"2:4 kernels take widths divisible by 8, not {packed.columns}")
-    kernel = packed.values.is_cuda and packed.values.numel() > 0 and _kernel_ready()
+    kernel = packed.values.is_cuda and packed.values.numel() > 0 and extension.available(packed.values.device)
     dense = unpack_2_4(packed) if keep_dense else None
     data = fragments(packed)
     compressed = _compressed(packed) if cusparselt and kernel else None
@@ -106,13 +129,15 @@ def linear_2_4(
         x: ``[..., C]``, any leading shape, in the weight's dtype and on its device.
         weight: a prepared weight, or a packed one, which is unpacked at every call.
         bias: ``[R]`` in the same dtype, or None.
-        activation: one of `ACTIVATIONS`, applied in fp32 before rounding.
+        activation: one of `ACTIVATIONS`, applied in fp32 before rounding by the sparse kernels, else after rounding.
 
     Returns:
-        ``[..., R]``. Gradients flow to ``x`` and ``bias``; the weight is a constant.
+        ``[..., R]``. Gradients flow to ``x`` and ``bias``; the weight is a constant. The backward pass multiplies by
+        the dense weight; one that was not kept is unpacked into a temporary of ``2 R C`` bytes.
 
     Raises:
-        ValueError: sizes or devices do not fit, or the activation is unknown.
+        ValueError: sizes or devices do not fit, the activation is unknown, or a kernel is to read ``fragments`` that do
+            not begin at a multiple of 16 bytes.
         TypeError: dtypes differ.
     """
     _check(x, weight, bias, activation)
@@ -123,7 +148,7 @@ def linear_2_4(
         y = functional.linear(x, dense, bias) if isinstance(dense, Tensor) else _linear_2_4_reference(x, dense, bias)
         return _APPLY[activation](y)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _APPLY[activation](_Linear24.apply(x, weight, bias))
+        return _APPLY[activation](_Linear24.apply(x, bias, *weight))
     return _kernel(x, weight, bias, activation)
 
 
@@ -133,36 +158,65 @@ def _linear_2_4_reference(x: Tensor, packed: Packed24, bias: Tensor | None) -> T
 
 def _kernel(x: Tensor, weight: Linear24Weight, bias: Tensor | None, activation: str = "none") -> Tensor:
     op = torch.ops.surgeon_kernels.linear_2_4
-    return op(x, weight.fragments, bias, weight.rows, ACTIVATIONS.index(activation), weight.compressed)
+    return op(x, weight.fragments, bias, weight.rows, ACTIVATIONS.index(activation), weight.compressed, weight.dense)
 
 
 class _Linear24(torch.autograd.Function):
+    """The kernel with its gradients; the fields of the weight come one by one, its tensors as inputs."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Linear24Weight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *fields: Any) -> Tensor:
+        weight = Linear24Weight(*fields)
+        ctx.save_for_backward(weight.fragments, weight.dense)
+        ctx.rest = weight._replace(fragments=None, dense=None, compressed=None)
         return _kernel(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
-        dx = dy @ unpack_2_4(ctx.weight.packed()) if ctx.needs_input_grad[0] else None
-        db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, db
+        fragments, dense = ctx.saved_tensors
+        weight = ctx.rest._replace(fragments=fragments, dense=dense)
+        dx = dy @ weight.unpacked() if ctx.needs_input_grad[0] else None
+        db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return dx, db, *(None for _ in weight)
 
 
-@functools.cache
-def _kernel_ready() -> bool:
-    """Whether the CUDA op is registered; gives it its fake kernel, which torch.compile traces."""
-    if not extension.available():
-        return False
+@torch.library.impl(_library, "linear_2_4", "CPU")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    activation: int,
+    compressed: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> Tensor:
+    if dense is None:
+        dense = unpack_2_4(from_fragments(weight, rows, x.shape[-1], x.dtype))
+    return _APPLY[ACTIVATIONS[activation]](functional.linear(x, dense, bias))
 
-    @torch.library.register_fake("surgeon_kernels::linear_2_4")
-    def _(
-        x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation: int, compressed: Tensor | None = None
-    ) -> Tensor:
-        return x.new_empty(*x.shape[:-1], rows)
 
-    return True
+@torch.library.impl(_library, "linear_2_4_unpack", "CPU")
+def _(weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return unpack_2_4(from_fragments(weight, rows, columns, dtype))
+
+
+@torch.library.register_fake("surgeon_kernels::linear_2_4", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    activation: int,
+    compressed: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.register_fake("surgeon_kernels::linear_2_4_unpack", lib=_library)
+def _(weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty(rows, columns, dtype=dtype)
 
 
 def _check(x: Tensor, weight: Linear24Weight | Packed24, bias: Tensor | None, activation: str) -> None:

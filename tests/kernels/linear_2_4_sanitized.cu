@@ -1,5 +1,5 @@
-// Small 2:4 linears by every kernel, against double on the host: for compute-sanitizer, which test_sanitized_gpu.py runs
-// it under. Exits with 1 at the first wrong value.
+// Small 2:4 linears by every kernel, or with the argument "mma" by those on mma.sp, against double on the host: for
+// compute-sanitizer, which test_sanitized_gpu.py runs it under. Exits with 1 at the first wrong value.
 
 #include <cuda_bf16.h>
 
@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "linear_2_4.h"
@@ -53,7 +54,7 @@ struct Weight {
   }
 };
 
-int compare(int rows, int columns, int tokens, Activation activation) {
+int compare(int choices, int rows, int columns, int tokens, Activation activation) {
   const Weight weight(rows, columns);
   std::vector<__nv_bfloat16> x(tokens * columns), bias(rows), y(tokens * rows);
   std::generate(x.begin(), x.end(), draw);
@@ -67,8 +68,14 @@ int compare(int rows, int columns, int tokens, Activation activation) {
     }
   uint8_t* fragments = upload(weight.fragments);
   __nv_bfloat16 *device_x = upload(x), *device_bias = upload(bias), *device_y = upload(y);
+  __nv_bfloat16* device_dense = upload(std::vector<__nv_bfloat16>(rows * columns, __nv_bfloat16(1.f)));
+  check(linear_2_4_unpack(fragments, device_dense, rows, columns, nullptr));
+  const std::vector<__nv_bfloat16> dense = download(device_dense, rows * columns);
+  for (int i = 0; i < rows * columns; ++i)
+    if (__bfloat162float(dense[i]) != weight.dense[i])
+      std::printf("unpacked, at %d: %g, not %g\n", i, __bfloat162float(dense[i]), weight.dense[i]), std::exit(1);
   int ran = 0;
-  for (int choice = 0; choice < linear_2_4_choices(); ++choice) {
+  for (int choice = 0; choice < choices; ++choice) {
     check(cudaMemset(device_y, 0xff, sizeof(y[0]) * y.size()));
     const Linear24 call{fragments, device_x,     device_bias, device_y, tokens,         rows,
                         columns,   weight.units, activation,  false,    Overlap::kNone};
@@ -86,17 +93,18 @@ int compare(int rows, int columns, int tokens, Activation activation) {
     ++ran;
   }
   for (void* each : {static_cast<void*>(fragments), static_cast<void*>(device_x), static_cast<void*>(device_bias),
-                     static_cast<void*>(device_y)})
+                     static_cast<void*>(device_y), static_cast<void*>(device_dense)})
     check(cudaFree(each));
   return ran;
 }
 
 }  // namespace
 
-int main() {
-  int ran = compare(72, 1160, 5, Activation::kNone);
-  ran += compare(200, 1032, 100, Activation::kNone);
-  ran += compare(40, 384, 150, Activation::kRelu);
+int main(int count, char** arguments) {
+  const int choices = count > 1 && arguments[1] == std::string("mma") ? linear_2_4_mma_choices() : linear_2_4_choices();
+  int ran = compare(choices, 72, 1160, 5, Activation::kNone);
+  ran += compare(choices, 200, 1032, 100, Activation::kNone);
+  ran += compare(choices, 40, 384, 150, Activation::kRelu);
   check(cudaDeviceSynchronize());
   std::printf("%d ran, 0 wrong\n", ran);
 }

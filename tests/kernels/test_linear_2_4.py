@@ -1,15 +1,16 @@
 """The 2:4 linear's layout and reference, on the CPU."""
 
-import math
+import functools
+import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 
 from surgeon_kernels.linear_2_4 import ACTIVATIONS, linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_layout import UNIT_BYTES, fragments, from_fragments
-from surgeon_kernels.linear_2_4_tune import tune_2_4
 from surgeon_kernels.pack_2_4 import Packed24, pack_2_4, unpack_2_4
 
 
@@ -104,17 +105,115 @@ def test_gradients_reach_x_and_bias():
     torch.testing.assert_close(bias.grad, torch.full((8,), 4.0).bfloat16())
 
 
-@pytest.mark.parametrize("leading", [(), (0,), (3, 2)])
-def test_gradients_where_a_kernel_computes_the_product(leading, monkeypatch):
-    """Of any leading shape, none included; the reference stands in for the kernel."""
-    module = sys.modules["surgeon_kernels.linear_2_4"]
-    monkeypatch.setattr(module, "_kernel", lambda x, weight, bias: functional.linear(x, dense, bias))
+@pytest.fixture
+def kernel_weight():
+    """A dense weight, and the same for the op, whose implementation for the CPU stands in for the kernel."""
     dense = weight_2_4(8, 16)
-    prepared = prepare_2_4(pack_2_4(dense))._replace(kernel=True)
-    x, bias = torch.randn(*leading, 16).bfloat16().requires_grad_(), torch.zeros(8).bfloat16().requires_grad_()
-    linear_2_4(x, prepared, bias).sum().backward()
-    torch.testing.assert_close(x.grad, dense.sum(0).expand(*leading, 16), atol=0.02, rtol=0.02)
-    torch.testing.assert_close(bias.grad, torch.full((8,), float(math.prod(leading))).bfloat16())
+    return dense, prepare_2_4(pack_2_4(dense))._replace(kernel=True)
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+@pytest.mark.parametrize("leading", [(), (0,), (3, 2)])
+def test_gradients_where_a_kernel_computes_the_product(leading, keep_dense, kernel_weight):
+    """Of any leading shape, none included."""
+    dense, prepared = kernel_weight
+    prepared = prepared._replace(dense=dense if keep_dense else None)
+    x, bias = torch.randn(*leading, 16).bfloat16().requires_grad_(), torch.randn(8).bfloat16().requires_grad_()
+    dy = torch.randn(*leading, 8).bfloat16()
+    y = linear_2_4(x, prepared, bias)
+    assert torch.equal(y, functional.linear(x, dense, bias))
+    dx, db = torch.autograd.grad(y, (x, bias), dy)
+    assert torch.equal(dx, dy @ dense)
+    torch.testing.assert_close(db, dy.reshape(-1, 8).sum(0))
+    only = linear_2_4(x, prepared, bias.detach()) if leading != (0,) else None
+    assert only is None or torch.equal(torch.autograd.grad(only, x, dy)[0], dy @ dense)
+
+
+def test_gradients_and_their_gradients_by_differences(kernel_weight, monkeypatch):
+    """In float64, which the weight can have only dense."""
+    module = sys.modules["surgeon_kernels.linear_2_4"]
+    monkeypatch.setattr(module, "_kernel", lambda x, weight, bias: functional.linear(x, weight.dense, bias))
+    dense, prepared = kernel_weight
+    prepared = prepared._replace(dense=dense.double(), dtype=torch.float64)
+    x, bias = torch.randn(3, 16).double().requires_grad_(), torch.randn(8).double().requires_grad_()
+    for activation in ("none", "silu"):
+        function = functools.partial(linear_2_4, weight=prepared, activation=activation)
+        assert torch.autograd.gradcheck(lambda x, b, f=function: f(x, bias=b), (x, bias))
+        assert torch.autograd.gradgradcheck(lambda x, b, f=function: f(x, bias=b), (x, bias))
+
+
+@pytest.mark.parametrize("kept", ["fragments", "dense"])
+def test_a_weight_written_to_before_the_backward_pass_is_noticed(kept, kernel_weight):
+    dense, prepared = kernel_weight
+    prepared = prepared._replace(dense=dense)
+    y = linear_2_4(torch.randn(2, 16).bfloat16().requires_grad_(), prepared)
+    getattr(prepared, kept).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_saved_tensors_pass_the_hooks_and_are_freed_with_the_graph(kernel_weight):
+    _, prepared = kernel_weight
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = linear_2_4(torch.randn(2, 16).bfloat16().requires_grad_(), prepared)
+    assert any(t.data_ptr() == prepared.fragments.data_ptr() for t in saved)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+
+
+def test_the_kernel_and_its_gradients_compile_in_one_graph(kernel_weight):
+    _, prepared = kernel_weight
+    x, bias = torch.randn(4, 16).bfloat16().requires_grad_(), torch.randn(8).bfloat16().requires_grad_()
+    compiled = torch.compile(lambda x, b: linear_2_4(x, prepared, b), fullgraph=True, backend="aot_eager")
+    y, right = compiled(x, bias), linear_2_4(x, prepared, bias)
+    assert torch.equal(y, right)
+    dy = torch.randn_like(y)
+    for ours, eager in zip(*(torch.autograd.grad(each, (x, bias), dy) for each in (y, right)), strict=True):
+        assert torch.equal(ours, eager)
+
+
+def test_an_exported_graph_loads_in_a_process_that_has_prepared_no_weight(kernel_weight, tmp_path):
+    dense, prepared = kernel_weight
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return linear_2_4(x, prepared, activation="relu")
+
+    x = torch.randn(4, 16).bfloat16()
+    with torch.no_grad():
+        torch.export.save(torch.export.export(Layer(), (x,)), tmp_path / "layer.pt2")
+    torch.save(x, tmp_path / "x.pt")
+    program = (
+        "import torch, surgeon_kernels\n"
+        f"x = torch.load({str(tmp_path / 'x.pt')!r})\n"
+        f"layer = torch.export.load({str(tmp_path / 'layer.pt2')!r})\n"
+        "assert any('linear_2_4' in str(node.target) for node in layer.graph.nodes)\n"
+        f"torch.save(layer.module()(x), {str(tmp_path / 'y.pt')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "y.pt"), functional.linear(x, dense).relu())
+
+
+@pytest.mark.parametrize(
+    "op, arguments, shape, dtype",
+    [
+        ("linear_2_4", (torch.empty(3, 5, 16).bfloat16(), torch.empty(1, 1, 2304), None, 8, 0), [3, 5, 8], "bfloat16"),
+        ("linear_2_4_unpack", (torch.empty(1, 1, 2304).byte(), 8, 16, torch.float16), [8, 16], "float16"),
+        ("nm_select", (torch.empty(4, 8), None, None, 2, 4, None, 1.0, True, torch.tensor(False)), [4, 8], "bool"),
+        ("nm_group_cost", (torch.empty(4, 8), None, None, 2, 4, torch.tensor(False)), [4, 2], "float32"),
+        ("nm_prune", (torch.empty(4, 8).half(), *[torch.empty(4)] * 2, 2, 4, torch.tensor(False)), [4, 8], "float16"),
+        ("cost_histogram", ([torch.empty(4, 8)], *[[torch.empty(4)]] * 2, 0, 1, 0, 20, 2048, 1), [1, 2050], "int64"),
+        ("cost_mask", (torch.empty(4, 8), torch.empty(4), torch.empty(8), 1.0, True), [4, 8], "bool"),
+    ],
+)
+def test_ops_are_traced_without_the_extension(op, arguments, shape, dtype):
+    """What a graph may hold has its schema and its fake kernel from the import on."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = getattr(torch.ops.surgeon_kernels, op)(*arguments)
+    assert list(y.shape) == shape and y.dtype == getattr(torch, dtype)
 
 
 def test_compiles_in_one_graph():
@@ -149,12 +248,3 @@ def test_cusparselt_has_no_effect_without_the_kernel():
     packed = pack_2_4(weight_2_4(8, 16))
     prepared, x = prepare_2_4(packed, cusparselt=True), torch.randn(4, 16).bfloat16()
     assert prepared.compressed is None and torch.equal(linear_2_4(x, prepared), linear_2_4(x, packed))
-
-
-def test_tuning_needs_tokens():
-    """None have no time; what is chosen for them would be chosen for one."""
-    prepared = prepare_2_4(pack_2_4(weight_2_4(8, 16)))
-    assert tune_2_4(prepared) == {}
-    for tokens in ((0,), (4, -1)):
-        with pytest.raises(ValueError, match="tokens must be positive"):
-            tune_2_4(prepared, tokens)
