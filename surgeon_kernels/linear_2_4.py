@@ -4,9 +4,9 @@ On CUDA a kernel takes W as the sparse operand of the tensor cores, from the lay
 :mod:`surgeon_kernels.linear_2_4_layout`. Few tokens: ``mma.sp``, bound by the time to read W. Many tokens, on Hopper:
 sparse ``wgmma``, or cuSPARSELt where the caller keeps the weight in its form as well. From 256 tokens on, on other
 devices or where the extension was built without ``wgmma``: cuSPARSELt, or a dense product with the weight unpacked for
-the call (an estimate: only an H200 was measured). Sums are fp32, added in an order that depends on the sizes, the device
-and the kernel that :func:`~surgeon_kernels.linear_2_4_tune.tune_2_4` may have chosen: the same inputs give the same
-bits. Where there is no CUDA kernel the reference multiplies by the unpacked weight.
+the call (an estimate: only an H200 was measured). Sums are fp32, added in an order that depends on the sizes, the
+device and the kernel that :func:`~surgeon_kernels.linear_2_4_tune.tune_2_4` may have chosen: the same inputs give the
+same bits. Where there is no CUDA kernel the reference multiplies by the unpacked weight.
 """
 
 from __future__ import annotations
@@ -168,14 +168,14 @@ class _Linear24(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, *fields: Any) -> Tensor:
         weight = Linear24Weight(*fields)
         ctx.save_for_backward(weight.fragments, weight.dense)
-        ctx.rest = weight._replace(fragments=None, dense=None, compressed=None)
+        ctx.fixed = {name: getattr(weight, name) for name in ("rows", "columns", "dtype", "kernel")}
         return _kernel(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
         fragments, dense = ctx.saved_tensors
-        weight = ctx.rest._replace(fragments=fragments, dense=dense)
+        weight = Linear24Weight(fragments=fragments, dense=dense, **ctx.fixed)
         dx = dy @ weight.unpacked() if ctx.needs_input_grad[0] else None
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return dx, db, *(None for _ in weight)
