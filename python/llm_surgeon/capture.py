@@ -18,6 +18,7 @@ from llm_surgeon.config import FISHERS
 from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.fused import fused
+from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.loss import count_tokens, next_token_loss
 from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode, run_model, to_list
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
@@ -268,9 +269,13 @@ def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient for a while; afterwards each has its own flag back."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        uninterrupted(restore)

@@ -38,12 +38,13 @@ def fused(model: nn.Module) -> Iterator[None]:
             if "forward" in vars(module):
                 continue
             if is_rms_norm(module):
-                module.forward = functools.partial(_rms_norm, module)
+                forward = functools.partial(_rms_norm, module)
             elif is_swiglu(module):
-                module.forward = functools.partial(_swiglu, module)
+                forward = functools.partial(_swiglu, module)
             else:
                 continue
-            stack.callback(delattr, module, "forward")
+            stack.callback(vars(module).pop, "forward", None)  # before the change: interrupts come at any time
+            module.forward = forward
         for source in {sys.modules.get(type(module).__module__) for module in model.modules()}:
             if is_rotary(getattr(source, _ROTARY, None)):
                 _replace_rotary(source, stack)
@@ -117,8 +118,8 @@ def _replace_rotary(source: ModuleType | None, stack: contextlib.ExitStack) -> N
             return original(q, k, cos, sin, *args, **options)
         return rotary(q, cos, sin), rotary(k, cos, sin)
 
-    setattr(source, _ROTARY, both)
     stack.callback(setattr, source, _ROTARY, original)
+    setattr(source, _ROTARY, both)
 
 
 def _epsilon(module: Any) -> Any:

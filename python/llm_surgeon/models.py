@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import NumericalError, UnsupportedModelError
+from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.model_checks import (
     PROBE_SHAPE,
     check_causal,
@@ -162,12 +163,16 @@ def check_finite(decoder: Decoder) -> None:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """``model.eval()`` for a while; afterwards every module has its own ``training`` flag back."""
     training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, flag in training:
             module.training = flag
+
+    try:
+        model.eval()
+        yield
+    finally:
+        uninterrupted(restore)
 
 
 def run_model(module: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
@@ -18,8 +17,8 @@ from llm_surgeon.data import Calibration
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.model_checks import check_shrinkable
+from llm_surgeon.model_state import ModelState
 from llm_surgeon.models import Decoder, check_finite, evaluation_mode, find_decoder, unwrapped
-from llm_surgeon.offload import copies_in_main_memory
 from llm_surgeon.plan import compute_device
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import LayerReport, PruneReport, collect_versions
@@ -32,7 +31,6 @@ from llm_surgeon.structures.size import model_size
 from llm_surgeon.structures.width import WidthLoop
 
 
-@isolated()
 def prune(
     model: nn.Module,
     calibration: Any,
@@ -61,6 +59,9 @@ def prune(
         progress: receiver of progress; none by default.
         **options: fields of :class:`PruneConfig`.
 
+    Failed or interrupted (:class:`KeyboardInterrupt`) it leaves the model, its flags, hooks and configuration as they
+    were.
+
     Returns:
         The report: what was removed from which layer, and predicted beside measured loss of every shot.
 
@@ -72,6 +73,24 @@ def prune(
         config = PruneConfig.from_mapping({"structure": structure, **options})
     elif options or structure != "2:4":
         raise InputError("give either config or single options, not both")
+    state = ModelState(model)
+    try:
+        return _prune(model, state, calibration, config, correction_data, progress)
+    except BaseException:
+        state.restore()
+        raise
+
+
+@isolated()
+def _prune(
+    model: nn.Module,
+    state: ModelState,
+    calibration: Any,
+    config: PruneConfig,
+    correction_data: Any,
+    progress: Progress | None,
+) -> PruneReport:
+    """:func:`prune`, whose caller puts the model's ``state`` back if anything is raised."""
     windows = _own(Calibration.of(calibration))
     if correction_data is not None and not config.lora_rank:
         raise InputError("data for low-rank corrections mean nothing without lora_rank")
@@ -95,9 +114,9 @@ def prune(
         loop = kind(model, decoder, windows, config, progress or Progress())
         if correction_data is not None:
             loop.correction_data = _own(Calibration.of(correction_data))
-        with _restored_on_failure(decoder, offload=config.offload == "cpu") as saved:
-            loop.run(before_update=saved)
-            loop.finish()
+        saved = state.copy_weights(_written(model, decoder, config), at_once=config.offload == "cpu")
+        loop.run(before_update=saved)
+        loop.finish()
     if sizes:
         sizes["after"] = model_size(model, windows.input_ids)
     return PruneReport(
@@ -168,27 +187,15 @@ def _memory_capped(config: PruneConfig) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@contextmanager
-def _restored_on_failure(decoder: Decoder, *, offload: bool) -> Iterator[Callable[[], object]]:
-    """Copies of the weights, kept in main memory, are put back if anything is raised.
+def _written(model: nn.Module, decoder: Decoder, config: PruneConfig) -> list[nn.Parameter]:
+    """Parameters that a run may write in place.
 
-    They are made while the first pass over the data runs: call what this yields before any weight is changed. With
-    ``offload`` they are made before anything else, for weights are about to be moved; what is moved from main memory
-    needs none, see :func:`~llm_surgeon.offload.offloaded`.
+    Those that are moved from main memory are none of them, see :func:`~llm_surgeon.offload.offloaded`.
     """
+    if config.pattern.kind == "width":
+        return list(model.parameters())
     parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
-    if offload:
-        parameters = [parameter for parameter in parameters if parameter.device.type != "cpu"]
-    with ThreadPoolExecutor(1) as executor:
-        originals = executor.submit(copies_in_main_memory, [parameter.detach() for parameter in parameters])
-        if offload:
-            originals.result()
-        try:
-            yield originals.result
-        except BaseException:
-            for parameter, original in zip(parameters, originals.result(), strict=True):
-                parameter.data.copy_(original)
-            raise
+    return [p for p in parameters if p.device.type != "cpu"] if config.offload == "cpu" else parameters
 
 
 def _layer_reports(decoder: Decoder, selections: list[Selection]) -> list[LayerReport]:

@@ -20,6 +20,7 @@ from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model,
 from llm_surgeon.checkpoint.save import read_files
 from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
+from llm_surgeon.model_state import ModelState
 from llm_surgeon.models import check_finite, evaluation_mode, find_decoder
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import RecoverConfig
@@ -91,6 +92,10 @@ def recover(
         state_folder: where training keeps its state so that ``resume=True`` can go on (left out: nowhere).
         **options: fields of :class:`RecoverConfig`.
 
+    Failed or interrupted (:class:`KeyboardInterrupt`) it leaves the model's modules, flags, hooks and configuration as
+    they were. Weights are then those of the last step (``full``), or without corrections (``lora``; while these are
+    being absorbed, some layers have theirs already); every zero is a zero.
+
     Raises:
         InputError: the model is quantized, frozen or not on the first GPU; the teacher has another vocabulary; data or
             an option is at fault.
@@ -99,6 +104,25 @@ def recover(
     if config is not None and options:
         raise InputError("give either config or single options, not both")
     config = config or RecoverConfig.from_mapping(options)
+    state = ModelState(model)
+    try:
+        return _recover(model, windows, held_out, teacher, config, state_folder, resume, progress)
+    except BaseException:
+        state.restore()
+        raise
+
+
+def _recover(
+    model: nn.Module,
+    windows: Any,
+    held_out: Any,
+    teacher: nn.Module | None,
+    config: RecoverConfig,
+    state_folder: str | Path | None,
+    resume: bool,
+    progress: Progress | None,
+) -> RecoveryReport:
+    """:func:`recover`, whose caller puts everything but the weights' values back if anything is raised."""
     windows, held_out = Calibration.of(windows), Calibration.of(held_out)
     if any(map(is_compact, model.modules())):
         raise InputError("the model is compact: recover the checkpoint it was made from, then compact that")

@@ -15,6 +15,7 @@ from llm_surgeon.data import choose_seqlen
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.model_checks import check_shrinkable
+from llm_surgeon.model_state import ModelState
 from llm_surgeon.models import Decoder, PrunableLinear, find_decoder, unwrapped
 from llm_surgeon.resources import require_disk
 from llm_surgeon.structures.dimension import Dimension
@@ -64,7 +65,6 @@ def compact_checkpoint(
     return replace(found, sizes=sizes)
 
 
-@isolated()
 def compact(model: Any, multiple: int = 8) -> Compacted:
     """Remove zero rows and columns of the decoder's linears, in place.
 
@@ -75,15 +75,29 @@ def compact(model: Any, multiple: int = 8) -> Compacted:
         multiple: zeros stay where they fill sizes up to multiples of this: tensor cores want rows of 16 bytes, 8
             numbers of 16 bits.
 
+    Failed or interrupted it leaves the model as it was.
+
     Raises:
         InputError: the model is compact already, or none that can be.
-        NumericalError: the compact model computes something else; the model is as it was.
+        NumericalError: the compact model computes something else.
     """
-    model = unwrapped(model)
+    state = ModelState(model)
+    try:
+        return _compact(unwrapped(model), state, multiple)
+    except BaseException:
+        state.restore()
+        raise
+
+
+@isolated()
+def _compact(model: Any, state: ModelState, multiple: int) -> Compacted:
+    """:func:`compact`, whose caller puts the model's ``state`` back if anything is raised."""
     if any(map(is_compact, model.modules())):
         raise InputError(f"{type(model).__name__} is compact already")
     decoder = find_decoder(model)
     check_shrinkable(model)
+    parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
+    state.copy_weights(parameters, at_once=True)
     total = _weights(decoder)
     with verified(model, probe_logits(model), "the compact model's logits differ from the model's"):
         neurons = _fold(model, decoder, multiple)

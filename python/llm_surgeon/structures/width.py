@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -41,30 +41,11 @@ class WidthLoop(ShotLoop):
         self.residual, self._goal = reachable_width(model, decoder, config)
         super().__init__(model, decoder, calibration, config, progress)
         self.removed = torch.zeros(self.residual.width, dtype=torch.bool, device=self.device)
-
-        outside = [self.residual.head.weight, *(embedding.weight for embedding in self.residual.embeddings)]
-        self._outside = {parameter: parameter.detach().clone() for parameter in outside}
         self._generator = torch.Generator().manual_seed(config.seed)
-
-    def run(self, before_update: Callable[[], object] = lambda: None) -> None:
-        with self._outside_restored_on_failure():
-            super().run(before_update)
 
     def finish(self) -> None:
         """Take the channels out of the model."""
-        with self._outside_restored_on_failure():
-            remove_channels(self.model, self.decoder, self.residual, self.removed)
-
-    @contextmanager
-    def _outside_restored_on_failure(self) -> Iterator[None]:
-        """The embeddings and the head have their weights again if anything is raised."""
-        try:
-            yield
-        except BaseException:
-            with torch.no_grad():
-                for parameter, original in self._outside.items():
-                    parameter.copy_(original)
-            raise
+        remove_channels(self.model, self.decoder, self.residual, self.removed)
 
     def _shot(self, index: int) -> None:
         config = self.config
