@@ -15,6 +15,7 @@ from llm_surgeon.checks import require_bool
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import calibration_windows, choose_seqlen, read_text, tokenize
 from llm_surgeon.errors import InputError
+from llm_surgeon.held_out import split
 from llm_surgeon.models import find_decoder
 from llm_surgeon.plan import make_plan
 from llm_surgeon.plan_result import Plan
@@ -94,6 +95,7 @@ class CheckpointJob:
     ) -> None:
         require_bool("trust_remote_code", trust_remote_code)
         self.source, self.out, self.overwrite = str(source), Path(out), overwrite
+        self.command: list[str] = []  # the command line, where there is one, for the report
         self._inputs = {
             "model": self.source, "calibration": calibration, "lora_data": lora_data, "config_file": config_file,
         }  # fmt: skip
@@ -121,10 +123,15 @@ class CheckpointJob:
         self.config = with_block_shots(self.config, self.decoder)
         assert self.config.seqlen is not None
         shape = self.config.samples, self.config.seqlen, self.config.seed
-        self.calibration = calibration_windows(tokenize(text, self.tokenizer), *shape)
-        self.correction_data = (
-            None if lora_text is None else calibration_windows(tokenize(lora_text, self.tokenizer), *shape)
-        )
+        ids = tokenize(text, self.tokenizer)
+        self.tokens = len(ids)
+        self.calibration, self.held_out = split(ids, *shape)
+        self.correction_data = None
+        if lora_text is not None:
+            same = lora_text == text  # then nothing that is held out is learned from
+            self.correction_data = (
+                self.calibration if same else calibration_windows(tokenize(lora_text, self.tokenizer), *shape)
+            )
 
     def removal(self) -> str:
         """What goes, in words, the numbers those of the run.
@@ -185,8 +192,15 @@ class CheckpointJob:
                 self.calibration,
                 config=self.config,
                 correction_data=self.correction_data,
+                held_out=self.held_out,
                 progress=progress,
             )
+        if self.held_out is None:
+            report.warnings.append(
+                f"No text was held out, as {self.tokens:,} tokens are fewer than 8 windows of {self.config.seqlen}: "
+                "the losses are those on the calibration windows alone."
+            )
+        report.command = self.command
         write_pruned(self.model, self.tokenizer, self.out, self.dtype, report, self.source, self.overwrite)
         return report
 

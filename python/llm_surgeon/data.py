@@ -86,6 +86,11 @@ class Calibration:
         pad = torch.nn.utils.rnn.pad_sequence
         return cls(pad(ids, batch_first=True), pad(masks, batch_first=True).bool())
 
+    def counts(self) -> tuple[int, int]:
+        """Numbers of sequences and of their tokens that are not padding."""
+        real = self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return len(self.input_ids), real
+
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """``(input_ids, attention_mask)`` of at most ``batch_size`` sequences at a time, on ``device``, in order."""
         for start in range(0, len(self.input_ids), batch_size):
@@ -104,15 +109,19 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 def calibration_windows(ids: Tensor, samples: int, seqlen: int, seed: int) -> Calibration:
     """``samples`` windows of ``seqlen`` tokens of the stream ``ids``, starts drawn uniformly with ``seed``."""
-    _require_length(ids, seqlen)
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(ids) - seqlen + 1, (samples,), generator=generator)
+    require_length(ids, seqlen)
+    starts = window_starts(len(ids), samples, seqlen, seed)
     return Calibration(ids[starts[:, None] + torch.arange(seqlen)])
+
+
+def window_starts(length: int, samples: int, seqlen: int, seed: int) -> Tensor:
+    """Where the windows of :func:`calibration_windows` begin in a stream of ``length`` tokens, int64 ``[samples]``."""
+    return torch.randint(length - seqlen + 1, (samples,), generator=torch.Generator().manual_seed(seed))
 
 
 def evaluation_windows(ids: Tensor, seqlen: int) -> Tensor:
     """The stream cut into non-overlapping windows ``[len(ids) // seqlen, seqlen]``, the tail dropped."""
-    _require_length(ids, seqlen)
+    require_length(ids, seqlen)
     count = len(ids) // seqlen
     return ids[: count * seqlen].view(count, seqlen)
 
@@ -141,7 +150,8 @@ def require_windows(ids: Any, name: str) -> None:
         raise InputError(f"{name} holds the negative token id {int(ids.min())}")
 
 
-def _require_length(ids: Tensor, seqlen: int) -> None:
+def require_length(ids: Tensor, seqlen: int) -> None:
+    """Raise :class:`InputError` unless the stream holds a window."""
     if len(ids) < seqlen:
         raise InputError(
             f"the text has {len(ids)} tokens and one sequence needs {seqlen}: pass more text or less seqlen"

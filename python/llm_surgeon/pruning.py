@@ -21,13 +21,14 @@ from llm_surgeon.model_state import ModelState
 from llm_surgeon.models import Decoder, check_finite, evaluation_mode, find_decoder, unwrapped
 from llm_surgeon.plan import compute_device
 from llm_surgeon.progress import Progress
-from llm_surgeon.report.schema import LayerReport, PruneReport, collect_versions
+from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, collect_versions
+from llm_surgeon.report.warnings import warnings_of
 from llm_surgeon.resources import peak_memory
 from llm_surgeon.select import Selection
 from llm_surgeon.shots import ShotLoop
 from llm_surgeon.structures.blocks import BlockLoop, count_blocks
 from llm_surgeon.structures.loop import GroupLoop
-from llm_surgeon.structures.size import model_size
+from llm_surgeon.structures.size import compare_latencies, copy_in_main_memory, model_size
 from llm_surgeon.structures.width import WidthLoop
 
 
@@ -38,6 +39,7 @@ def prune(
     *,
     config: PruneConfig | None = None,
     correction_data: Any = None,
+    held_out: Any = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneReport:
@@ -56,6 +58,8 @@ def prune(
         config: every option at once, in place of ``structure`` and ``options``.
         correction_data: what low-rank corrections (``lora_rank``) learn from, given like ``calibration``, which they
             learn from where it is left out.
+        held_out: sequences that pruning does not see, given like ``calibration``: the report's ``held_out`` has the
+            losses on them before and after.
         progress: receiver of progress; none by default.
         **options: fields of :class:`PruneConfig`.
 
@@ -63,7 +67,7 @@ def prune(
     were.
 
     Returns:
-        The report: what was removed from which layer, and predicted beside measured loss of every shot.
+        The report: what was removed from which layer, predicted beside measured loss of every shot, and warnings.
 
     Raises:
         InputError: the model, the data or an option is at fault; nothing was changed.
@@ -75,7 +79,7 @@ def prune(
         raise InputError("give either config or single options, not both")
     state = ModelState(model)
     try:
-        return _prune(model, state, calibration, config, correction_data, progress)
+        return _prune(model, state, calibration, config, correction_data, held_out, progress)
     except BaseException:
         state.restore()
         raise
@@ -88,12 +92,14 @@ def _prune(
     calibration: Any,
     config: PruneConfig,
     correction_data: Any,
+    held_out: Any,
     progress: Progress | None,
 ) -> PruneReport:
     """:func:`prune`, whose caller puts the model's ``state`` back if anything is raised."""
     windows = _own(Calibration.of(calibration))
     if correction_data is not None and not config.lora_rank:
         raise InputError("data for low-rank corrections mean nothing without lora_rank")
+    apart = None if held_out is None else _own(Calibration.of(held_out))
     if isinstance(model, nn.parallel.DistributedDataParallel) and config.pattern.coupled:
         raise InputError("DistributedDataParallel keeps the sizes of its parameters: wrap the model once it is pruned")
     model = unwrapped(model)
@@ -114,12 +120,18 @@ def _prune(
         loop = kind(model, decoder, windows, config, progress or Progress())
         if correction_data is not None:
             loop.correction_data = _own(Calibration.of(correction_data))
+        loop.held_out = apart
         saved = state.copy_weights(_written(model, decoder, config), at_once=config.offload == "cpu")
         loop.run(before_update=saved)
+        # It has the dense model's sizes, which are what latency is a matter of.
+        dense = copy_in_main_memory(model) if sizes else None
         loop.finish()
+    peak = peak_memory(device)
     if sizes:
         sizes["after"] = model_size(model, windows.input_ids)
-    return PruneReport(
+        for when, latency in compare_latencies(dense, model, windows.input_ids).items():
+            sizes[when] |= latency
+    report = PruneReport(
         config=dataclasses.asdict(config),
         versions=collect_versions(),
         model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
@@ -127,12 +139,16 @@ def _prune(
         parameters=parameters,
         started=started,
         seconds=time.perf_counter() - begun,
-        peak_memory_bytes=peak_memory(device),
+        peak_memory_bytes=peak,
         layers=_layer_reports(decoder, loop.selections),
         shots=loop.reports,
         sizes=sizes,
         custom_code=hasattr(model, "is_pruned"),
     )
+    if apart is not None:
+        report.held_out = HeldOutLoss(*apart.counts(), *loop.held_out_losses)
+    report.warnings = warnings_of(report, windows.counts()[1])
+    return report
 
 
 def check_model(model: Any, decoder: Decoder, config: PruneConfig) -> None:

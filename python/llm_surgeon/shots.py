@@ -47,6 +47,8 @@ class ShotLoop:
     ) -> None:
         self.model, self.decoder, self.calibration = model, decoder, calibration
         self.correction_data = calibration  # what low-rank corrections learn from
+        self.held_out: Calibration | None = None  # what the whole run's cost is measured on
+        self.held_out_losses: list[float] = []  # before pruning, and after it
         self.steps_data = held_out(calibration) if config.gradient_steps else None
         self.config, self.progress = config, progress
         self.device = compute_device(model, config)
@@ -71,7 +73,21 @@ class ShotLoop:
         self._before_update = before_update
         with closing(self._memory), closing(self._factor_memory), self._offloaded():
             self.selections = [self._nothing(linear) for linear in self.decoder.linears]
+            self._measure_held_out()
             self._run()
+            with self._as_pruned():
+                self._measure_held_out()
+
+    def _as_pruned(self) -> AbstractContextManager[None]:
+        """Lets the model compute what it will once it is finished."""
+        return nullcontext()
+
+    def _measure_held_out(self) -> None:
+        if self.held_out is not None:
+            self.progress.phase("held-out loss")
+            tokens = self.batch_size * self.calibration.input_ids.shape[1]
+            batch_size = max(1, tokens // self.held_out.input_ids.shape[1])
+            self.held_out_losses.append(mean_loss(self.model, self.held_out, batch_size))
 
     def _offloaded(self) -> AbstractContextManager[None]:
         return offloaded(self.model, self.decoder, self.device) if self.offload else nullcontext()

@@ -66,6 +66,12 @@ def test_prune_writes_a_model_that_loads_in_plain_transformers(tmp_path):
     assert len(report.shots) == 2 and report.shots[1].measured_increase is not None
     assert "<svg" in (out / "report.html").read_text()
     card = (out / "README.md").read_text()
+    assert report.command[:4] == ["surgeon", "prune", str(MODEL), str(out)] and report.command[-2:] == [
+        "--max-iterations",
+        "5",
+    ]
+    assert f"\nsurgeon prune model out --calibration {TEXT.name} --samples 4" in card and str(tmp_path) not in card
+    assert report.held_out.windows == 16 and f"**Perplexity on held-out text: {report.held_out.describe()}.**" in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -134,9 +140,9 @@ def test_without_a_terminal_every_phase_is_a_line_and_quiet_prints_none(tmp_path
     options = [*SMALL[:-1], "--method", "k-obd", "--structure", "unstructured", "--shots", 2]
     assert surgeon("prune", MODEL, tmp_path / "out", *options) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "surgeon: loading" and len(set(lines)) == len(lines)
-    assert [line.split(":")[1] for line in lines[1:]] == sorted(line.split(":")[1] for line in lines[1:])
-    assert {line.split(":")[1] for line in lines[1:]} == {" shot 1 of 2", " shot 2 of 2"}
+    assert lines[:2] == ["surgeon: loading", "surgeon: held-out loss"] and len(set(lines)) == len(lines)
+    assert [line.split(":")[1] for line in lines[2:]] == sorted(line.split(":")[1] for line in lines[2:])
+    assert {line.split(":")[1] for line in lines[2:]} == {" shot 1 of 2", " shot 2 of 2"}
     assert surgeon("eval", MODEL, "--data", TEXT, "--seqlen", 256, "--quiet") == 0
     assert capsys.readouterr().err == ""
 

@@ -7,7 +7,7 @@ import yaml
 
 from llm_surgeon.config import METHODS, PruneConfig
 from llm_surgeon.report import render
-from llm_surgeon.report.schema import HeldOutLoss, ShotReport, SolverTrace
+from llm_surgeon.report.schema import DataRecord, HeldOutLoss, ShotReport, SolverTrace
 from tests.surgeon.reports import DOWN, QUERY, Page, magnitude_report, surgeon_report
 
 
@@ -208,6 +208,25 @@ def test_a_local_path_is_never_a_title(tmp_path):
     card = render.render_model_card(report, report.model)
     assert "```bash\nsurgeon prune my-model out\n```" in card and str(tmp_path) not in card
     assert report.model in report.to_json()
+
+
+def test_the_data_are_told(tmp_path):
+    report = surgeon_report()
+    (tmp_path / "chat.jsonl").touch()
+    source = str(tmp_path / "chat.jsonl")
+    report.data = {
+        "calibration": DataRecord("wikitext2", "calibration", "ab" * 32, 2_400_000, 128, 128, 2048),
+        "lora_data": DataRecord(source, "calibration", "cd" * 32, 243, 64, 2, 128, "messages", "chat template"),
+    }
+    calibration = f"Calibration text: wikitext2: 128 windows of 2,048 tokens out of 2,400,000, sha256 {'ab' * 32}."
+    corrections = (
+        "Text of the low-rank corrections: chat.jsonl, field messages as chat template: 64 windows of 128 tokens "
+        f"(2 distinct) out of 243, sha256 {'cd' * 32}."
+    )
+    card, page = render.render_model_card(report, "a/b"), Page(render.render_html(report))
+    assert f"\n{calibration}\n\n{corrections}\n" in card and str(tmp_path) not in card
+    assert calibration in page.text and corrections in page.text
+    assert "\n\n\n" not in card
 
 
 def test_the_revision_is_told():

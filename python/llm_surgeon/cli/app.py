@@ -81,8 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and turns errors into one line on stderr and an exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # what others will rename is no concern of the user's
     try:
-        _check_encoding(sys.argv[1:] if arguments is None else arguments)
-        app(args=arguments, prog_name="surgeon")
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        _check_encoding(words)
+        app(args=words, prog_name="surgeon", obj=words)
     except SystemExit as exit:
         if exit.code == 130:  # what typer makes of Ctrl-C, without a word
             print("surgeon: interrupted", file=sys.stderr)
@@ -118,6 +119,7 @@ def surgeon(
 
 @app.command()
 def prune(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")],
     structure: Annotated[
@@ -215,7 +217,7 @@ def prune(
     flags = {
         name: value
         for name, value in locals().items()
-        if value is not None and name not in ("model", "out", "config", "dry_run", "quiet")
+        if value is not None and name not in ("context", "model", "out", "config", "dry_run", "quiet")
     }
     options = {**({} if config is None else read_options(config, {*_DEFAULTS, *_JOB_OPTIONS}, _WANT_TEXT)), **flags}
     job_options = {name: options.pop(name) for name in _JOB_OPTIONS if name in options}
@@ -236,6 +238,7 @@ def prune(
             for name in job.unused:
                 words = f"has no effect: this runs on {job.device}, no GPU"
                 print(f"surgeon: --{name.replace('_', '-')} {words}", file=sys.stderr)
+            job.command = ["surgeon", *context.obj]
             if not dry_run:
                 report = job.run(progress)
     if dry_run:

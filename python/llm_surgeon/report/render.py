@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from llm_surgeon.report import plots, text
-from llm_surgeon.report.schema import PruneReport
+from llm_surgeon.report.schema import DataRecord, PruneReport
 from llm_surgeon.resources import human_bytes
 
 METHODS = {
@@ -23,6 +23,7 @@ METHODS = {
     "l-obd": "Layer-wise optimal brain damage",
     "k-obd": "Optimal brain damage with Kronecker-factored curvature",
 }
+_DATA = {"calibration": "Calibration text", "lora_data": "Text of the low-rank corrections"}
 STRUCTURES = {
     "unstructured": "single weights, anywhere in a matrix",
     "rows-columns": "whole rows and columns of the weight matrices",
@@ -105,6 +106,7 @@ def _context(report: PruneReport) -> dict[str, Any]:
         "name": name,
         "command": text.command_line(report.command),
         "speed": speed_sentence(report.sizes),
+        "data": [(_DATA.get(use, use), _describe_data(record)) for use, record in report.data.items()],
         "method": METHODS.get(str(report.config.get("method")), str(report.config.get("method"))),
         "structure": describe_structure(str(report.config.get("structure"))),
         "kinds": report.sparsity_by("kind"),
@@ -121,6 +123,17 @@ def _context(report: PruneReport) -> dict[str, Any]:
         "sizes": text.size_table(report.sizes) if report.sizes else [],
         "missing": text.MISSING,
     }
+
+
+def _describe_data(record: DataRecord) -> str:
+    """``"chat.jsonl, field messages as chat template: 64 windows of 128 tokens (2 distinct) out of 243, sha256 …"``."""
+    field = "" if record.field is None else f", field {record.field}"
+    rendered = "" if record.rendering is None else f" as {record.rendering}"
+    distinct = "" if record.distinct_windows == record.windows else f" ({record.distinct_windows:,} distinct)"
+    return (
+        f"{text.published_name(record.source)}{field}{rendered}: {text.plural(record.windows, 'window')} of "
+        f"{text.plural(record.seqlen, 'token')}{distinct} out of {record.tokens:,}, sha256 {record.sha256}"
+    )
 
 
 def describe_structure(structure: str) -> str:

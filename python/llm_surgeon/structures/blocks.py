@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -53,8 +53,11 @@ class BlockLoop(ShotLoop):
         if config.reconstruct:
             with self._phase("reconstruction", self.reports[-1].seconds):
                 self._reconstruct()
-        with skipped(self.decoder.blocks, self.removed):
+        with self._as_pruned():
             self._record_loss_after(self.reports[-1], mean_loss(self.model, self.calibration, self.batch_size))
+
+    def _as_pruned(self) -> AbstractContextManager[None]:
+        return skipped(self.decoder.blocks, self.removed)
 
     def finish(self) -> None:
         """Take the blocks out of the model."""
