@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import shutil
 from typing import Any
 
 import torch
@@ -65,8 +66,10 @@ def _triton_part() -> dict[str, Any]:
 
 
 def _nvcc_part() -> dict[str, Any]:
-    path = extension.nvcc()
-    return _part(path is not None, path or "nvcc is not on the PATH")
+    path = shutil.which("nvcc")
+    if path is None:
+        return _part(False, "nvcc is not on the PATH")
+    return _part(True, path)
 
 
 def _extension_part() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,11 @@ class ModelState:
         """Make the model what it was; an interrupt meanwhile is raised once that is done."""
         uninterrupted(self._restore)
 
-    def _restore(self) -> None:
+    def restore_around_weights(self) -> None:
+        """The same, but for what parameters and buffers hold, which was changed on purpose."""
+        uninterrupted(partial(self._restore, tensors=False))
+
+    def _restore(self, tensors: bool = True) -> None:
         for owner, cls, attributes in self._owners:
             vars(owner).clear()
             vars(owner).update(attributes)
@@ -63,9 +68,9 @@ class ModelState:
             (container.extend if isinstance(container, list) else container.update)(content)
         with torch.no_grad():
             for tensor in self._tensors:
-                tensor.restore()
+                tensor.restore(data=tensors)
             # Where copying failed, nothing has been written.
-            if self._copies is not None and self._copies.exception() is None:
+            if tensors and self._copies is not None and self._copies.exception() is None:
                 for parameter, original in zip(self._copied, self._copies.result(), strict=True):
                     parameter.data.copy_(original)
         torch.set_grad_enabled(self._grad_mode)
@@ -81,11 +86,11 @@ class _TensorState:
         self._grad = tensor.grad if tensor.is_leaf else None
         self._hooks = dict(tensor._post_accumulate_grad_hooks or {})
 
-    def restore(self) -> None:
+    def restore(self, data: bool) -> None:
         tensor = self._tensor
-        if self._data is not None:
+        if data and self._data is not None:
             tensor.data = self._data
-        elif tensor.device != self._device:
+        elif data and tensor.device != self._device:
             tensor.data = tensor.data.to(self._device)
         if tensor.requires_grad != self._requires_grad:
             tensor.requires_grad_(self._requires_grad)

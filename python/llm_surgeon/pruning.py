@@ -21,6 +21,7 @@ from llm_surgeon.model_state import ModelState
 from llm_surgeon.models import Decoder, check_finite, evaluation_mode, find_decoder, unwrapped
 from llm_surgeon.plan import compute_device
 from llm_surgeon.progress import Progress
+from llm_surgeon.recovery.config import check_rank
 from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, collect_versions
 from llm_surgeon.report.warnings import warnings_of
 from llm_surgeon.resources import peak_memory
@@ -161,6 +162,8 @@ def check_model(model: Any, decoder: Decoder, config: PruneConfig) -> None:
     if config.pattern.coupled:
         check_shrinkable(model)
     check_finite(decoder)
+    if config.lora_rank:
+        check_rank(decoder, config.lora_rank, "lora_rank")
     # Models that were made smaller here may count their groups of heads where they had no such number.
     checked = config.pattern.coupled and not hasattr(model, "is_pruned")
     for depth, own in enumerate(model.config.per_layer_config if checked else ()):

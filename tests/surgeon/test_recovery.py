@@ -16,8 +16,10 @@ from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.recover import _split, recover, recover_checkpoint
 from llm_surgeon.recovery.training import Windows, distillation_loss
 from llm_surgeon.recovery.zeros import zero_masks
+from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.structures.compact import compact
 from tests.surgeon.checkpoints import save_folder, tree
+from tests.surgeon.reports import surgeon_report
 from tests.surgeon.tiny_models import VOCABULARY, build
 
 OPTIONS = {"steps": 12, "batch_size": 4, "eval_every": 4, "rank": 4, "alpha": 8.0}
@@ -184,7 +186,8 @@ def test_preset_is_the_papers_and_gives_way_to_options():
 @pytest.fixture
 def folders(tmp_path):
     source = save_folder(tmp_path / "pruned", half_zero("llama"))
-    (source / "surgeon_report.json").write_text("{}")
+    (source / "surgeon_report.json").write_text(surgeon_report().to_json())
+    (source / "README.md").write_text("# A model\n\nPruned.\n")
     words = " ".join(f"w{int(token)}" for token in text_windows(400).flatten())
     (tmp_path / "text.txt").write_text(words)
     return source, tmp_path / "out", str(tmp_path / "text.txt")
@@ -197,43 +200,18 @@ def test_checkpoint(folders):
     assert report.loss_after < report.loss_before
     assert tree(source) == before
     assert not list(out.parent.glob(".out*"))
-    assert (out / "surgeon_report.json").read_text() == "{}"
+    (history,) = PruneReport.read(out / "surgeon_report.json").history
+    assert history.startswith(
+        "After pruning low-rank corrections were trained and merged for 12 steps on 768 tokens of"
+    )
+    title, section = (out / "README.md").read_text().split("## Recovered\n\n")
+    assert title.endswith("# A model\n\n") and " ".join(section.split()) == history + " Pruned."
+    assert f"{math.exp(report.loss_before):.2f} before the recovery, {math.exp(report.loss_after):.2f} after" in history
     assert json.loads((out / "surgeon_recovery.json").read_text())["zeros"] == report.zeros
     pruned, recovered = (find_decoder(AutoModelForCausalLM.from_pretrained(path)).linears for path in (source, out))
     for old, new in zip(pruned, recovered, strict=True):
         assert torch.equal(old.module.weight == 0, new.module.weight == 0)
         assert not torch.equal(old.module.weight, new.module.weight)
-
-
-def test_an_interrupted_recovery_goes_on_where_it_was(folders, monkeypatch):
-    source, out, data = folders
-    options = {"data": data, "device": "cpu", "seqlen": 16, "learning_rate": 1e-2, **OPTIONS}
-    whole = recover_checkpoint(source, out.with_name("whole"), **options)
-
-    from llm_surgeon.recovery import training
-
-    step = training._Report.on_step_end
-
-    def interrupt(self, args, state, control, **rest):
-        step(self, args, state, control, **rest)
-        if state.global_step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Report, "on_step_end", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            recover_checkpoint(source, out, **options)
-    assert not out.exists()
-    with pytest.raises(InputError, match="pass --resume or delete it"):
-        recover_checkpoint(source, out, **options)
-    with pytest.raises(InputError, match="the interrupted recovery has rank 4, not 2"):
-        recover_checkpoint(source, out, **options | {"rank": 2}, resume=True)
-    state = out.with_name(".out.training")
-    shutil.copytree(state / "checkpoint-4", state / "checkpoint-8")  # a kill while Trainer wrote the next one
-    (state / "checkpoint-8" / "trainer_state.json").write_text('{"best_')
-    resumed = recover_checkpoint(source, out, **options, resume=True)
-    assert math.isclose(resumed.loss_after, whole.loss_after, rel_tol=1e-5)
-    assert not list(out.parent.glob(".out*"))
 
 
 def test_a_recovery_that_is_refused_leaves_nothing(folders):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_surgeon.checks import (
     LARGEST_COUNT,
@@ -16,6 +16,9 @@ from llm_surgeon.checks import (
     require_positive_int,
 )
 from llm_surgeon.errors import InputError
+
+if TYPE_CHECKING:
+    from llm_surgeon.models import Decoder
 
 METHODS = ("lora", "full")
 _HELD_OUT_WINDOWS = 64
@@ -122,3 +125,10 @@ class RecoverConfig:
             require_choice("preset", name, tuple(PRESETS))
         require_known(given, [field.name for field in dataclasses.fields(cls)])
         return cls(**{**PRESETS.get(name or "", {}), **given})
+
+
+def check_rank(decoder: Decoder, rank: int, name: str) -> None:
+    """Refuse a rank, the option ``name``, that no layer can have: it is only a slip, and takes any amount of memory."""
+    most = max(min(linear.rows, linear.columns) for linear in decoder.linears)
+    if rank > most:
+        raise InputError(f"{name} {rank} is more than the rank of every layer, at most {most}")

@@ -13,6 +13,7 @@ from llm_surgeon.models import Decoder
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import LARGEST_SEED, RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
+from llm_surgeon.recovery.traces import traceless
 from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, zero_masks
 
@@ -45,11 +46,11 @@ def correct(
         seed=(config.seed + shot) % (LARGEST_SEED + 1),
     )
     with (
+        traceless(model),
         tempfile.TemporaryDirectory() as folder,
         low_rank_corrections(
             model, decoder, settings.rank, settings.alpha, settings.dropout, settings.seed
         ) as corrected,
     ):
         train(corrected, calibration, None, settings, Path(folder), progress=progress)
-    model.eval()
     check_zeros(masks)

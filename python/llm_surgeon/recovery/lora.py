@@ -44,9 +44,10 @@ class MaskedLoraLinear(lora.Linear):
         assert bias is None or isinstance(bias, Tensor)
         if self.fan_in_fan_out:  # Conv1D keeps its weight transposed
             weight, delta = weight.T, delta.T
+        # The correction is trained in float32; beside a weight of 16 bits it is rounded as absorbing it will round it.
         if dropped is x:
-            return F.linear(x, weight + delta, bias)
-        return F.linear(x, weight, bias) + F.linear(dropped, delta)
+            return F.linear(x, (weight + delta).to(weight.dtype), bias)
+        return F.linear(x, weight, bias) + F.linear(dropped, delta.to(weight.dtype))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import logging
 import shutil
 import tempfile
 import time
@@ -16,20 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.capture import mean_loss
-from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, pruning_records, save_checkpoint
-from llm_surgeon.checkpoint.save import read_files
+from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, save_checkpoint
+from llm_surgeon.checkpoint.output import output_path
 from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
 from llm_surgeon.errors import InputError
+from llm_surgeon.isolation import isolated
 from llm_surgeon.model_state import ModelState
-from llm_surgeon.models import check_finite, evaluation_mode, find_decoder
+from llm_surgeon.models import check_finite, evaluation_mode, find_decoder, unwrapped
 from llm_surgeon.progress import Progress
-from llm_surgeon.recovery.config import RecoverConfig
+from llm_surgeon.recovery.config import RecoverConfig, check_rank
 from llm_surgeon.recovery.lora import low_rank_corrections
+from llm_surgeon.recovery.state import claim, contents, finished, note_report
+from llm_surgeon.recovery.traces import traceless
 from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
+from llm_surgeon.report.card import Records, recovery_text
 from llm_surgeon.report.schema import collect_versions
+from llm_surgeon.report.text import perplexity_of
 from llm_surgeon.resources import choose_device, require_disk
 from llm_surgeon.structures.size import is_compact
+
+_logger = logging.getLogger(__name__)
 
 # Of the text at most; there is always one window.
 _HELD_OUT_FRACTION = 0.02
@@ -43,7 +50,7 @@ class RecoveryReport:
         config: the resolved options.
         versions: see :func:`llm_surgeon.report.schema.collect_versions`.
         zeros: weights of the linear layers that were and still are zero.
-        tokens: training tokens seen.
+        steps, tokens: of the training that was done.
         loss_before, loss_after: held-out token cross-entropy, nats.
         log: what Trainer logged: losses and learning rates by step.
         seconds: of training.
@@ -52,6 +59,7 @@ class RecoveryReport:
     config: dict[str, Any]
     versions: dict[str, str]
     zeros: int
+    steps: int
     tokens: int
     loss_before: float
     loss_after: float
@@ -62,13 +70,13 @@ class RecoveryReport:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def summary(self) -> str:
-        before, after = math.exp(self.loss_before), math.exp(self.loss_after)
-        return (
-            f"held-out perplexity {before:.2f} -> {after:.2f} after {self.tokens:,} tokens in {self.seconds:.0f} s; "
-            f"{self.zeros:,} pruned weights are still zero"
-        )
+        before, after = perplexity_of(self.loss_before), perplexity_of(self.loss_after)
+        kept = f"{self.zeros:,} pruned weights are still zero" if self.zeros else "no weight was or is zero"
+        work = f"{self.tokens:,} tokens in {self.seconds:.0f} s"
+        return f"held-out perplexity {before:.2f} -> {after:.2f} after {work}; {kept}"
 
 
+@isolated()
 def recover(
     model: nn.Module,
     windows: Any,
@@ -97,8 +105,8 @@ def recover(
     being absorbed, some layers have theirs already); every zero is a zero.
 
     Raises:
-        InputError: the model is quantized, frozen or not on the first GPU; the teacher has another vocabulary; data or
-            an option is at fault.
+        InputError: the model is quantized, frozen, not on the first GPU, or in float16 where all of it is trained; the
+            rank is larger than every layer; the teacher has another vocabulary; data or an option is at fault.
         NumericalError: a loss that is not a number; weights are then those of the last step.
     """
     if config is not None and options:
@@ -124,15 +132,21 @@ def _recover(
 ) -> RecoveryReport:
     """:func:`recover`, whose caller puts everything but the weights' values back if anything is raised."""
     windows, held_out = Calibration.of(windows), Calibration.of(held_out)
+    model = unwrapped(model)
+    teacher = None if teacher is None else unwrapped(teacher)
     if any(map(is_compact, model.modules())):
         raise InputError("the model is compact: recover the checkpoint it was made from, then compact that")
     decoder = find_decoder(model)
     check_finite(decoder)
-    _check_trainable(model, teacher)
+    _check_trainable(model, teacher, config.method)
+    if config.method == "lora":
+        check_rank(decoder, config.rank, "rank")
     masks = zero_masks(decoder)
-    begun = time.perf_counter()
+    begun, progress = time.perf_counter(), progress or Progress()
+    progress.phase("held-out loss before the training")
     before = _loss(model, held_out, config)
-    with tempfile.TemporaryDirectory() as scratch, evaluation_mode(teacher or nn.Identity()):
+    progress.phase("training")
+    with traceless(model), tempfile.TemporaryDirectory() as scratch, evaluation_mode(teacher or nn.Identity()):
         folder = Path(state_folder or scratch)
         if config.method == "lora":
             with low_rank_corrections(
@@ -144,13 +158,14 @@ def _recover(
         else:
             with zeros_kept(masks):
                 log = train(model, windows, held_out, config, folder, teacher=teacher, resume=resume, progress=progress)
-    model.eval()
     check_zeros(masks)
+    progress.phase("held-out loss after the training")
     steps = int(max((entry["step"] for entry in log), default=0))
     return RecoveryReport(
         config=dataclasses.asdict(config),
         versions=collect_versions(),
         zeros=count_zeros(masks),
+        steps=steps,
         tokens=steps * config.batch_size * windows.input_ids.shape[1],
         loss_before=before,
         loss_after=_loss(model, held_out, config),
@@ -189,6 +204,11 @@ def recover_checkpoint(
     if config is not None and options:
         raise InputError("give either config or single options, not both")
     config = config or RecoverConfig.from_mapping(options)
+    target = output_path(out)
+    if resume and (done := finished(_state_folder(target), target)) is not None:
+        _logger.warning("the recovery into %r was complete already: its training state is removed", str(out))
+        shutil.rmtree(_state_folder(target), ignore_errors=True)  # or by the process that is about to end
+        return RecoveryReport(**json.loads(done))
     with claimed_output(out, overwrite, model=source, teacher=teacher, data=data) as target:
         return _recover_into(
             target,
@@ -220,10 +240,10 @@ def _recover_into(
     progress: Progress | None,
 ) -> RecoveryReport:
     """:func:`recover_checkpoint` once ``out``, which means ``target``, is claimed."""
-    state = target.with_name(f".{target.name}.training")
+    state = _state_folder(target)
     if state.exists() and not resume:
         raise InputError(f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it")
-    extra: dict[str, str | bytes] = {**pruning_records(source), **read_files(source, "README.md")}
+    records = Records.read(source)
     text = read_text(data, "calibration")
     place = choose_device(device)
     model, tokenizer, dtype = load_model(source, device=place, trust_remote_code=trust_remote_code)
@@ -237,9 +257,11 @@ def _recover_into(
     config = dataclasses.replace(
         config, seqlen=choose_seqlen(config.seqlen or min(512, choose_seqlen(None, model)), model)
     )
-    windows, held_out = _split(tokenize(text, tokenizer), config)
+    ids = tokenize(text, tokenizer)
+    windows, held_out = _split(ids, config)
     require_disk(out, checkpoint_bytes(model, tokenizer, dtype) + _state_bytes(model, config))
-    _claim(state, {"source": str(source), "teacher": str(teacher), "data": data, **dataclasses.asdict(config)})
+    run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **dataclasses.asdict(config)}
+    claim(state, run, contents(model=model, teacher=dense, data=ids))
     try:
         report = recover(
             model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume, progress=progress
@@ -248,10 +270,27 @@ def _recover_into(
         if not any(state.glob("checkpoint-*")):
             shutil.rmtree(state)  # nothing to go on from
         raise
-    extra["surgeon_recovery.json"] = report.to_json()
+    note_report(state, report.to_json())
+    text = recovery_text(
+        method=config.method,
+        steps=report.steps,
+        tokens=report.tokens,
+        zeros=report.zeros,
+        data=data,
+        teacher=run["teacher"],
+        loss_before=report.loss_before,
+        loss_after=report.loss_after,
+    )
+    extra = {"surgeon_recovery.json": report.to_json(), **records.followed_by("recovered", text, name=str(source))}
+    if progress is not None:
+        progress.phase("writing")
     save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=extra, overwrite=overwrite)
     shutil.rmtree(state)
     return report
+
+
+def _state_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.training")
 
 
 def _state_bytes(model: nn.Module, config: RecoverConfig) -> int:
@@ -274,24 +313,11 @@ def _split(ids: Tensor, config: RecoverConfig) -> tuple[Tensor, Tensor]:
     return windows.input_ids, evaluation_windows(ids[cut:], config.seqlen)
 
 
-def _claim(state: Path, run: dict[str, Any]) -> None:
-    """Note what is trained in ``state``; an interrupted run goes on only as it was begun."""
-    note = state / "run.json"
-    if note.exists():
-        begun = json.loads(note.read_text(encoding="utf-8"))
-        for name, value in run.items():
-            if begun.get(name) != value:
-                raise InputError(f"the interrupted recovery has {name} {begun.get(name)!r}, not {value!r}")
-        return
-    state.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(run), encoding="utf-8")
-
-
 def _loss(model: nn.Module, data: Calibration, config: RecoverConfig) -> float:
     return mean_loss(model, data, config.micro_batch_size or max(1, 8192 // data.input_ids.shape[1]))
 
 
-def _check_trainable(model: nn.Module, teacher: nn.Module | None) -> None:
+def _check_trainable(model: nn.Module, teacher: nn.Module | None, method: str) -> None:
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise InputError("the model is quantized or packed: recover the checkpoint it was made from")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -299,6 +325,8 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None) -> None:
     device = next(model.parameters()).device
     if device.type == "cuda" and device.index:
         raise InputError(f"recovery trains on the first visible GPU, not on {device}: set CUDA_VISIBLE_DEVICES")
+    if next(model.parameters()).dtype == torch.float16 and method == "full":
+        raise InputError("float16 cannot hold AdamW's moments: recover model.float(), or by method 'lora'")
     if teacher is not None:
         ours, theirs = (m.get_input_embeddings().num_embeddings for m in (model, teacher))  # type: ignore[operator]
         if ours != theirs:

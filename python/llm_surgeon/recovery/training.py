@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from llm_surgeon.errors import NumericalError
 from llm_surgeon.models import run_model
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import RecoverConfig
+from llm_surgeon.recovery.state import latest_checkpoint
 
 _MICRO_TOKENS = 16384
 
@@ -177,20 +177,8 @@ def train(
         temperature=config.temperature,
     )
     trainer.remove_callback(PrinterCallback)  # progress is ours to show
-    trainer.train(resume_from_checkpoint=_latest_checkpoint(folder) if resume else None)
+    trainer.train(resume_from_checkpoint=latest_checkpoint(folder) if resume else None)
     return trainer.state.log_history
-
-
-def _latest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; what a kill left half-written is removed. Trainer writes its own state last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            TrainerState.load_from_json(str(path / "trainer_state.json"))
-        except (OSError, ValueError):  # missing or cut short
-            shutil.rmtree(path)
-        else:
-            return str(path)
-    return None
 
 
 def _micro_batch(batch_size: int, seqlen: int) -> int:
