@@ -46,11 +46,13 @@ constexpr int64_t factor_scratch_ints(int count, int tiles) { return int64_t{kAt
 cudaError_t factor_chunks(const GatheredSystems& systems, const int* chunks, int count, int tiles, float* factors,
                           int* scratch, int* level, cudaStream_t stream);
 
-// Where the right sides are: target[i] of position i, or, with a stride, target[(r_i - first_row) * stride + c_i].
+// Where the right sides are: target[i] of position i, or, with a stride, target[(r_i - first_row) * stride + c_i] of
+// `rows` rows. A position outside these ends the kernel with an assertion before anything is read there.
 struct Targets {
   const float* values;
   int64_t stride;  // 0: one value a position
   int64_t first_row;
+  int64_t rows;  // with a stride
 };
 constexpr int64_t solve_scratch_floats(int count, int tiles) { return int64_t{2} * count * ((tiles + 1) / 2 * 2 * kTile) + 4; }
 

@@ -10,6 +10,11 @@ namespace {
 
 constexpr int kStages = 3;  // pairs of slabs in flight; at the end they hold two tiles
 constexpr int kBlocks = 4;  // on a multiprocessor: what one waits for hides behind the others' products
+#if __CUDA_ARCH__ >= 1200
+constexpr int kResident = 2;  // shared memory holds no more there, and registers for four would spill
+#else
+constexpr int kResident = kBlocks;
+#endif
 constexpr int kShared = kStages * 2 * Shape::kSlab * sizeof(float) + 4 * kTile * sizeof(int) + 4 * sizeof(int);
 
 // The indices of a tile's rows or columns in shared memory, of which `count` are real; the others are 0.
@@ -203,7 +208,7 @@ __global__ void check_positions_kernel(GatheredSystems systems, const int* chunk
 }
 
 // Blocks take tiles until none is left.
-__global__ __launch_bounds__(Shape::kThreads, kBlocks) void factor_kernel(Factoring f) {
+__global__ __launch_bounds__(Shape::kThreads, kResident) void factor_kernel(Factoring f) {
   extern __shared__ float4 shared[];
   float* stages = reinterpret_cast<float*>(shared);
   int* indices = reinterpret_cast<int*>(stages + kStages * 2 * Shape::kSlab);

@@ -89,6 +89,7 @@ __device__ __forceinline__ int halves(int size, int i) { return size > (2 * i + 
 __device__ float target_at(const Solving& f, int64_t position) {
   if (f.targets.stride == 0) return f.targets.values[position];
   const int64_t row = f.systems.rows[position] - f.targets.first_row;
+  assert(row >= 0 && row < f.targets.rows && "chunked_solve: a position outside the rows of the targets");
   return f.targets.values[row * f.targets.stride + f.systems.columns[position]];
 }
 

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> chunked_solve(const Tensor& G_inv, const Tensor& A_in
       const auto [factors, scratch] = factor_chunks(systems, members, batch.count, batch.tiles, level);
       C10_CUDA_CHECK(surgeon::solve_factored(
           systems, members, batch.count, batch.tiles, factors.const_data_ptr<float>(),
-          {target.const_data_ptr<float>(), 0, 0}, solution.mutable_data_ptr<float>(), level.const_data_ptr<int>(),
+          {target.const_data_ptr<float>(), 0, 0, 0}, solution.mutable_data_ptr<float>(), level.const_data_ptr<int>(),
           static_cast<float*>(scratch.mutable_data_ptr()), stream));
     }
   }
@@ -156,7 +156,7 @@ Tensor chunked_sequence_(Tensor& Y, Tensor& pending, const Tensor& G_inv, const 
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     C10_CUDA_CHECK(surgeon::solve_factored(
         systems, ids + chunk, 1, tiles, factors.const_data_ptr<float>() + chunk * surgeon::factor_floats(tiles),
-        {pending.const_data_ptr<float>(), C, block_begin}, x, level.const_data_ptr<int>(),
+        {pending.const_data_ptr<float>(), C, block_begin, pending.size(0)}, x, level.const_data_ptr<int>(),
         static_cast<float*>(scratch.mutable_data_ptr()) + chunk * surgeon::solve_scratch_floats(1, tiles), stream));
     C10_CUDA_CHECK(surgeon::apply_chunk(
         systems, row_offsets.const_data_ptr<int64_t>(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-import shutil
 from typing import Any
 
 import torch
@@ -66,10 +65,8 @@ def _triton_part() -> dict[str, Any]:
 
 
 def _nvcc_part() -> dict[str, Any]:
-    path = shutil.which("nvcc")
-    if path is None:
-        return _part(False, "nvcc is not on the PATH")
-    return _part(True, path)
+    path = extension.nvcc()
+    return _part(path is not None, path or "nvcc is not on the PATH")
 
 
 def _extension_part() -> dict[str, Any]:

@@ -21,12 +21,16 @@ import importlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -106,10 +110,16 @@ def obstacle() -> str | None:
         return None
     if not sources():
         return "the sources in csrc/ are not installed"
-    for tool in ("nvcc", "ninja"):
-        if shutil.which(tool, path=_path()) is None:
-            return f"{tool} is not on the PATH"
+    if nvcc() is None:
+        return f"nvcc is not in {_cuda_home()}/bin" if _cuda_home() else "nvcc is not on the PATH"
+    if shutil.which("ninja", path=_path()) is None:
+        return "ninja is not on the PATH"
     return None
+
+
+def nvcc() -> str | None:
+    """The nvcc that builds use, as PyTorch looks for it: that of ``CUDA_HOME`` or ``CUDA_PATH``, or on the PATH."""
+    return shutil.which("nvcc", path=os.path.join(_cuda_home(), "bin") if _cuda_home() else _path())
 
 
 def sources() -> list[Path]:
@@ -182,8 +192,8 @@ def flags(architectures: Sequence[str]) -> tuple[list[str], list[str]]:
 
 @functools.cache
 def _toolkit() -> frozenset[tuple[int, int]]:
-    """The architectures that the nvcc on the PATH compiles for."""
-    command = [shutil.which("nvcc", path=_path()) or "nvcc", "--list-gpu-code"]
+    """The architectures that nvcc compiles for."""
+    command = [nvcc() or "nvcc", "--list-gpu-code"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return frozenset((int(major), int(minor)) for major, minor in re.findall(r"sm_(\d+)(\d)\b", listed))
 
@@ -231,27 +241,76 @@ def _load() -> tuple[str, ...]:
     return ()
 
 
+def _cuda_home() -> str:
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or ""
+
+
 def _path() -> str:
     """The PATH with this environment's scripts first: ninja is there also when the environment is not activated."""
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
 
 def _build() -> ModuleType:
-    """Build for the devices of this machine, into a folder named by what determines the result."""
+    """Build for the devices of this machine, or import what another process built.
+
+    The library is named by what determines it, compiled in a folder of its own and moved into place in one step: a
+    build that dies leaves nothing behind that a later process would load or wait for.
+    """
+    os.environ["PATH"] = _path()
     from torch.utils import cpp_extension  # imports setuptools: only when something is built
 
     devices = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     cxx_flags, nvcc_flags = flags(architectures(devices))
     files = sources()
-    headers = sorted(files[0].parent.glob("*.h")) + sorted(files[0].parent.glob("*.cuh"))
-    os.environ["PATH"] = _path()
-    digest = hashlib.sha256(" ".join([*nvcc_flags, *cxx_flags, torch.__version__]).encode())
-    for path in [*files, *headers]:
+    digest = hashlib.sha256("\n".join([*nvcc_flags, *cxx_flags, torch.__version__, *_compilers()]).encode())
+    for path in [*files, *sorted(files[0].parent.glob("*.h")), *sorted(files[0].parent.glob("*.cuh"))]:
         digest.update(path.read_bytes())
-    return cpp_extension.load(
-        name=f"surgeon_kernels_{digest.hexdigest()[:16]}",
-        sources=[str(path) for path in files],
-        extra_cflags=cxx_flags,
-        extra_cuda_cflags=nvcc_flags,
-        verbose=os.environ.get("SURGEON_VERBOSE") == "1",
-    )
+    name = f"surgeon_kernels_{digest.hexdigest()[:16]}"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(), name)
+    library = folder / f"{name}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder / "building.lock"):
+            if not library.exists():
+                for abandoned in folder.glob("building-*"):
+                    shutil.rmtree(abandoned, ignore_errors=True)
+                with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as scratch:
+                    module = cpp_extension.load(
+                        name=name,
+                        sources=[str(path) for path in files],
+                        extra_cflags=cxx_flags,
+                        extra_cuda_cflags=nvcc_flags,
+                        build_directory=scratch,
+                        verbose=os.environ.get("SURGEON_VERBOSE") == "1",
+                    )
+                    os.replace(Path(scratch, library.name), library)
+                    return module
+    spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compilers() -> list[str]:
+    """What else determines a build: versions of the compilers and of Python, and variables that the compilers read."""
+    found = [sysconfig.get_config_var("EXT_SUFFIX")]
+    for command in ([nvcc() or "nvcc"], shlex.split(os.environ.get("CXX", "c++"))):
+        found.append(subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout)
+    variables = ("CC", "CXX", "PYTORCH_NVCC", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+    return found + [f"{name}={os.environ.get(name, '')}" for name in variables]
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock that the kernel releases when this process dies, however it does; says when it has to wait."""
+    import fcntl  # not on Windows
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"surgeon-kernels: waiting for another process that builds the CUDA extension in {path.parent}"
+            print(message, file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -79,7 +79,7 @@ void solve(const std::vector<int>& sizes, bool ones) {
     int* counters = upload(std::vector<int>(factor_scratch_ints(b.count, b.tiles)));
     auto* scratch = reinterpret_cast<float*>(upload(std::vector<int>(solve_scratch_floats(b.count, b.tiles), -1)));
     check(factor_chunks(systems, members + b.first, b.count, b.tiles, factors, counters, level, nullptr));
-    check(solve_factored(systems, members + b.first, b.count, b.tiles, factors, {target, 0, 0}, x, level, scratch,
+    check(solve_factored(systems, members + b.first, b.count, b.tiles, factors, {target, 0, 0, 0}, x, level, scratch,
                          nullptr));
   }
   const auto solution = download(x, p.target.size());
@@ -110,7 +110,7 @@ void apply() {
   int* counters = upload(std::vector<int>(factor_scratch_ints(1, 3)));
   auto* scratch = reinterpret_cast<float*>(upload(std::vector<int>(solve_scratch_floats(1, 3), -1)));
   check(factor_chunks(systems, member, 1, 3, factors, counters, level, nullptr));
-  check(solve_factored(systems, member, 1, 3, factors, {pending, 90, 0}, x, level, scratch, nullptr));
+  check(solve_factored(systems, member, 1, 3, factors, {pending, 90, 0, 6}, x, level, scratch, nullptr));
   check(apply_chunk(systems, upload(row_offsets), {0, 135, 0, 3, 0, 6}, 90, x, Y, pending, nullptr));
   const auto solution = download(x, 270);
   expect(p.residual(0, solution) < 1e-4, "residual", p.residual(0, solution));

@@ -33,6 +33,23 @@ try:
 except RuntimeError as error:
     print("refused", error)
 """
+OUTSIDE_PENDING = """
+import torch
+from surgeon_kernels import chunked_solve  # registers the ops
+from surgeon_kernels import extension
+assert extension.available()
+S, Y = torch.eye(8, device="cuda"), torch.zeros(8, 8, device="cuda")
+rows, columns = torch.tensor([2, {row}], device="cuda"), torch.tensor([0, 1], device="cuda")
+row_offsets = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2], device="cuda")
+offsets, ranges = torch.tensor([0, 2]), torch.tensor([[2, 4]])
+arguments = Y, torch.ones(2, 8, device="cuda"), S, S, rows, columns, row_offsets, offsets, ranges, 2
+try:
+    torch.ops.surgeon_kernels.chunked_sequence_(*arguments)
+    torch.cuda.synchronize()
+    print("accepted", Y[2, 0].item(), Y[3, 1].item())
+except RuntimeError as error:
+    print("refused", error)
+"""
 SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 192, 193, 224, 255, 256, 257, 384, 385, 512, 700, 1100]
 
 
@@ -81,6 +98,15 @@ def test_a_position_outside_the_factors_stops_the_device_before_it_is_read(size,
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0 and "refused" in done.stdout, done.stdout[-2000:]
     assert "a position outside the inverse factors" in done.stdout
+
+
+@pytest.mark.parametrize("row, outside", [(3, False), (1, True), (4, True)])
+def test_a_position_outside_the_rows_of_a_block_stops_the_device_before_it_is_read(row, outside):
+    command = [sys.executable, "-c", OUTSIDE_PENDING.format(row=row)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert ("refused" in done.stdout and "outside the rows of the targets" in done.stdout) == outside, done.stdout
+    assert ("accepted 1.0 1.0" in done.stdout) == (not outside), done.stdout
 
 
 def test_ragged_chunks():

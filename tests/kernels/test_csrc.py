@@ -38,6 +38,31 @@ def test_kernels_compile_without_spills(source, tmp_path):
 
 
 @nvcc
+@pytest.mark.parametrize(
+    ("listed", "architectures"),
+    [
+        ("9.0", ["90a"]),
+        ("7.5;8.0;9.0+PTX", ["80", "90a"]),
+        ("8.6+PTX", ["86"]),
+        ("12.0", ["120"]),
+    ],
+)
+def test_a_list_of_architectures_compiles_to_their_machine_code(listed, architectures, tmp_path):
+    cuobjdump = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
+    built, _ = extension.parse_architectures(listed)
+    source = KERNELS[0].parent / "chunked_solve_apply.cu"
+    run("nvcc", "-c", "-std=c++17", *extension.flags(built)[1], source, "-o", tmp_path / "kernel.o")
+    assert re.findall(r"\.sm_(\w+)\.cubin", run(cuobjdump, "--list-elf", tmp_path / "kernel.o")) == architectures
+    listed_ptx = subprocess.run([cuobjdump, "--list-ptx", tmp_path / "kernel.o"], capture_output=True, text=True)
+    assert "PTX file" not in listed_ptx.stdout
+
+
+@nvcc
+def test_a_list_of_which_nothing_can_be_built():
+    assert extension.parse_architectures("6.1") == ([], ["6.1 (the kernels need 8.0 or later)"])
+
+
+@nvcc
 def test_registration_agrees_with_torch_and_the_kernels_headers(tmp_path):
     """What includes torch's headers is checked against the torch installed, which may be built without CUDA."""
     macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # a CPU build of torch does not ship it

@@ -1,3 +1,7 @@
+import contextlib
+import multiprocessing
+import shutil
+import time
 import types
 import warnings
 
@@ -14,7 +18,8 @@ def fresh(monkeypatch):
     extension._holds.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(extension, "ahead_of_time", lambda: False)
-    monkeypatch.delenv("SURGEON_CUDA", raising=False)
+    for name in ("SURGEON_CUDA", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
     yield monkeypatch
     extension._load.cache_clear()
     extension._holds.cache_clear()
@@ -184,6 +189,121 @@ def test_flags_name_machine_code_only():
 def test_the_sources_are_found():
     names = [path.name for path in extension.sources()]
     assert {"module.cpp", "nm_select_ops.cpp", "nm_select.cu"} <= set(names)
+
+
+MODULE = """
+#include <Python.h>
+#include "architectures.h"
+#define INIT_(name) PyInit_##name
+#define INIT(name) INIT_(name)
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "stand-in"};
+extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION_NAME)() {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddStringConstant(module, "architectures", surgeon::kArchitectures.data());
+  return module;
+}
+"""
+# Says that it compiles, and does while there is no file named hold.
+COMPILER = """#!/bin/sh
+case " $* " in *" -c "*) echo $$ >> compiled; while [ -e hold ]; do sleep 0.02; done ;; esac
+exec c++ "$@"
+"""
+
+
+@pytest.fixture
+def builds(toolkit, tmp_path):
+    """Real builds, each in a process of its own, of a module that stands for the extension: `start(name)` starts one.
+
+    What a build holds is in the file of that name, what it said in the one with the suffix .err.
+    """
+    csrc, cache = tmp_path / "csrc", tmp_path / "cache"
+    csrc.mkdir()
+    shutil.copy(extension.sources()[0].parent / "architectures.h", csrc)
+    (csrc / "module.cpp").write_text(MODULE)
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER.replace("hold", f"{tmp_path}/hold").replace(">> compiled", f">> {tmp_path}/compiled"))
+    compiler.chmod(0o755)
+    toolkit.setenv("CXX", str(compiler))
+    toolkit.setenv("TORCH_EXTENSIONS_DIR", str(cache))
+    toolkit.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")
+    toolkit.setattr(extension, "sources", lambda: [csrc / "module.cpp"])
+
+    def build(name):
+        with (tmp_path / f"{name}.err").open("w") as said, contextlib.redirect_stderr(said):
+            (tmp_path / name).write_text(extension._build().architectures)
+
+    started = []
+
+    def start(name):
+        started.append(multiprocessing.get_context("fork").Process(target=build, args=(name,)))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    (tmp_path / "hold").unlink(missing_ok=True)
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def compilations(folder):
+    return len((folder / "compiled").read_text().split()) if (folder / "compiled").exists() else 0
+
+
+@pytest.mark.skipif(extension.nvcc() is None, reason="there is no nvcc")
+def test_a_build_killed_half_way_holds_up_no_other(builds, tmp_path):
+    (tmp_path / "hold").touch()
+    killed = builds("killed")
+    wait_for(lambda: compilations(tmp_path) == 1)
+    killed.kill()  # its compiler lives on
+    killed.join()
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len(list(folder.glob("building-*"))) == 1
+    following = builds("following")
+    wait_for(lambda: compilations(tmp_path) == 2)
+    (tmp_path / "hold").unlink()
+    following.join(60)
+    assert following.exitcode == 0
+    assert (tmp_path / "following").read_text() == "8.0:9.0a"
+    assert (tmp_path / "following.err").read_text() == ""
+    assert sorted(path.name for path in folder.iterdir()) == ["building.lock", f"{folder.name}.so"]
+
+
+@pytest.mark.skipif(extension.nvcc() is None, reason="there is no nvcc")
+def test_two_processes_build_once(builds, tmp_path):
+    (tmp_path / "hold").touch()
+    first = builds("first")
+    wait_for(lambda: compilations(tmp_path) == 1)
+    second = builds("second")
+    said = tmp_path / "second.err"
+    wait_for(lambda: said.exists() and "waiting for another process that builds" in said.read_text())
+    (tmp_path / "hold").unlink()
+    for process in (first, second):
+        process.join(60)
+        assert process.exitcode == 0
+    assert (tmp_path / "first").read_text() == (tmp_path / "second").read_text() == "8.0:9.0a"
+    assert compilations(tmp_path) == 1
+
+
+@pytest.mark.skipif(extension.nvcc() is None, reason="there is no nvcc")
+def test_another_compiler_is_another_build(toolkit, tmp_path):
+    before = extension._compilers()
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho another 1.0\n")
+    compiler.chmod(0o755)
+    toolkit.setenv("CXX", str(compiler))
+    assert "another 1.0\n" in extension._compilers() and "another 1.0\n" not in before
+    toolkit.delenv("CXX")
+    toolkit.setenv("NVCC_APPEND_FLAGS", "-G")
+    assert extension._compilers() != before
+    assert any("release" in line for line in before)  # nvcc's version
 
 
 @pytest.mark.gpu

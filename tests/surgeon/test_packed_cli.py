@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import dataclasses
+import html
 import json
 import math
 import shutil
@@ -19,6 +21,7 @@ from llm_surgeon.packed import decoding, pack_model
 from llm_surgeon.packed.checkpoint import pack_checkpoint
 from llm_surgeon.packed.decoding import Decoding, GreedyDecoder
 from llm_surgeon.packed.speed import measure_speed
+from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.packed_models import IDS, build_2_4, continuation
 from tests.surgeon.test_cli import MODEL, SMALL, TEXT, sentence, surgeon  # noqa: F401 (sentence is a fixture)
 
@@ -56,12 +59,19 @@ def test_a_pruned_and_packed_model_generates_what_its_dense_twin_does(pruned, pa
 def test_what_pack_writes(pruned, packed, capsys):
     size, dense_size = ((folder / "model.safetensors").stat().st_size for folder in (packed, pruned))
     assert size < 0.7 * dense_size
-    for name in ("surgeon_report.json", "report.html", "tokenizer.json", "generation_config.json"):
+    for name in ("tokenizer.json", "generation_config.json"):
         assert (packed / name).read_bytes() == (pruned / name).read_bytes()
+    before, after = (PruneReport.read(folder / "surgeon_report.json") for folder in (pruned, packed))
+    (told,) = after.history
+    assert told.startswith("42 linear layers of this model have") and before.history == []
+    assert dataclasses.replace(after, history=[]) == before
+    assert html.escape(told, quote=False) in (packed / "report.html").read_text()
     card = (packed / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "surgeon-2of4" in front["tags"]
     assert "import llm_surgeon" in card and "report.html" in card and 'device_map="auto")' in card
+    assert card.index("## Packed") < card.index("## What was removed") and card.count("## How to load it") == 1
+    assert "How it is stored" not in card
     assert "surgeon pack" in (pruned / "README.md").read_text()
     assert surgeon("pack", pruned, packed, "--overwrite") == 0
     text = capsys.readouterr().out

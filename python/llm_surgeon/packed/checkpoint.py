@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from transformers import PreTrainedModel
 
-from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, pruning_records, save_checkpoint
-from llm_surgeon.checkpoint.save import read_files
+from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, save_checkpoint
 from llm_surgeon.packed.convert import pack_model
 from llm_surgeon.packed.format import QUANT_METHOD
+from llm_surgeon.report.card import Records
 from llm_surgeon.report.text import plural
 from llm_surgeon.resources import human_bytes, require_disk
 
@@ -61,7 +58,7 @@ def pack_checkpoint(
             ``source``, ``out``, memory or disk.
     """
     with claimed_output(out, overwrite, model=source):
-        records = pruning_records(source)
+        records = Records.read(source)
         model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
         dense_bytes = model_bytes(model)
         require_disk(out, dense_bytes // 2)  # no packed weight takes less
@@ -69,13 +66,19 @@ def pack_checkpoint(
         report = PackReport(config.modules, config.ignored, dense_bytes, model_bytes(model))
         require_disk(out, checkpoint_bytes(model, tokenizer, None))
         custom_code = model._auto_class is not None  # transformers writes such a class beside the weights
-        card = _model_card(Path(os.path.expanduser(source)), report, custom_code)
+        files = records.followed_by(
+            "packed",
+            _text(report, records),
+            name=str(source),
+            tags=["2:4", QUANT_METHOD],
+            loading=_loading(custom_code),
+        )
         save_checkpoint(
             model,
             tokenizer,
             out,
             dtype=dtype,
-            extra_files={**records, "README.md": card},
+            extra_files=files,
             overwrite=overwrite,
         )
     return report
@@ -87,24 +90,21 @@ def model_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _model_card(source: Path, report: PackReport, custom_code: bool) -> str:
-    """A README.md that says how to load the packed model; the front matter is that of the dense model's card."""
+def _text(report: PackReport, records: Records) -> str:
+    """What packing did, for the model card."""
+    more = " How it was pruned, and what that cost, is in `report.html`." if records.report is not None else ""
+    return (
+        f"{plural(len(report.modules), 'linear layer')} of this model have at most two nonzero weights in every four "
+        "consecutive ones of a row (2:4). They are stored packed, as the kept weights and their 2-bit positions, with "
+        f"the same values: {human_bytes(report.packed_bytes)} instead of {human_bytes(report.dense_bytes)}. On NVIDIA "
+        f"GPUs they run packed, too.{more}"
+    )
+
+
+def _loading(custom_code: bool) -> str:
+    """How to load the packed model, for the model card."""
     trust = ", trust_remote_code=True" if custom_code else ""
-    front = _front_matter(source / "README.md") or {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front["tags"] = list(dict.fromkeys([*front.get("tags", []), "2:4", QUANT_METHOD]))
-    more = "\nHow it was pruned, and what that cost: `report.html`.\n" if (source / "report.html").is_file() else ""
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
-
-# {source.absolute().name}, packed
-
-{plural(len(report.modules), "linear layer")} of this model have at most two nonzero weights in every four consecutive
-ones of a row (2:4). They are stored packed, as the kept weights and their 2-bit positions, with the same values:
-{human_bytes(report.packed_bytes)} instead of {human_bytes(report.dense_bytes)}. On NVIDIA GPUs they run packed, too.
-{more}
-## How to load it
-
-With `surgeon-kernels` installed:
+    return f"""With `surgeon-kernels` installed:
 
 ```python
 import llm_surgeon  # teaches transformers the format
@@ -118,16 +118,3 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 On a GPU `llm_surgeon.packed.fuse_linears(model)` and then `model.generate(..., cache_implementation="static")`
 generate fastest. `model.dequantize()` gives the dense model back, zeros included.
 """
-
-
-def _front_matter(card: Path) -> dict[str, Any]:
-    """The YAML at the head of a model card; nothing where there is none."""
-    text = read_files(card.parent, card.name).get(card.name, b"").decode(errors="replace")
-    parts = text.split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:  # someone else's card: it is not needed to pack
-        return {}
-    return front if isinstance(front, dict) else {}

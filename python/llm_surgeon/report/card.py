@@ -6,6 +6,7 @@ A card is someone's text: its YAML front matter may be damaged, of any type, or 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from typing import Any
 
 import yaml
 
+from llm_surgeon.checkpoint.save import read_files
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.report.text import perplexity_of, plural, published_name, two_decimals
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _LONGEST_FRONT_MATTER = 100_000  # characters; what is longer is no front matter
 _NEW = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-LOADING = "How to load it"
+# Sections of a card that are about the files.
+STORAGE, LOADING = "How it is stored", "How to load it"
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,12 +50,13 @@ class Records:
         """The records in ``folder``; a card that is not UTF-8 is read with marks where its bytes are none.
 
         Raises:
-            InputError: surgeon_report.json is damaged.
+            InputError: surgeon_report.json is damaged, or a file cannot be read.
         """
-        card, report = Path(folder) / "README.md", Path(folder) / "surgeon_report.json"
+        path = Path(os.path.expanduser(folder), "surgeon_report.json")
+        card = read_files(folder, "README.md").get("README.md")
         return cls(
-            card.read_bytes().decode("utf-8", errors="replace") if card.is_file() else None,
-            PruneReport.read(report) if report.is_file() else None,
+            None if card is None else card.decode("utf-8", errors="replace"),
+            PruneReport.read(path) if path.is_file() else None,
         )
 
     def followed_by(
@@ -67,7 +71,7 @@ class Records:
             what: was done, "recovered" say: in the title of a new card, and of the new section.
             name: of the model, a path of which the last part is shown, for the title where there was no card.
             tags: new ones for the card.
-            loading: Markdown in the place of the old section on how to load the model.
+            loading: Markdown in the place of the old sections on how the model is stored and how to load it.
         """
         from llm_surgeon.report.render import render_html  # brings matplotlib: only where it is needed
 
@@ -124,7 +128,7 @@ def extend_card(
     if not body.strip():
         body = f"# {published_name(name)}, {what}\n"
     if loading is not None:
-        body = _without_section(body, LOADING).rstrip() + f"\n\n## {LOADING}\n\n{loading.strip()}\n"
+        body = _without_sections(body, STORAGE, LOADING).rstrip() + f"\n\n## {LOADING}\n\n{loading.strip()}\n"
     title, rest = _split_title(body)
     head = f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
     parts = [title.strip(), f"## {what.capitalize()}\n\n{text.strip()}", rest.strip()]
@@ -160,14 +164,14 @@ def _split_title(body: str) -> tuple[str, str]:
     return (body[: match.end()], body[match.end() :]) if match else ("", body)
 
 
-def _without_section(body: str, heading: str) -> str:
-    """``body`` without its section ``## heading``, up to the next heading of that level outside of a code block."""
+def _without_sections(body: str, *headings: str) -> str:
+    """``body`` without its sections ``## heading``, up to the next heading of that level outside of a code block."""
     kept, inside, fenced = [], False, False
     for line in body.splitlines(keepends=True):
         if line.startswith("```"):
             fenced = not fenced
         elif line.startswith(("# ", "## ")) and not fenced:
-            inside = line.strip() == f"## {heading}"
+            inside = line.strip() in [f"## {heading}" for heading in headings]
         if not inside:
             kept.append(line)
     return "".join(kept)

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, pruning_records, save_checkpoint
+from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, save_checkpoint
 from llm_surgeon.data import choose_seqlen
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.model_checks import check_shrinkable
 from llm_surgeon.model_state import ModelState
 from llm_surgeon.models import Decoder, PrunableLinear, find_decoder, unwrapped
+from llm_surgeon.report.card import Records
+from llm_surgeon.report.text import percent, plural
 from llm_surgeon.resources import require_disk
 from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.modeling_pruned import resize_block
 from llm_surgeon.structures.narrow import become_pruned, narrow, probe_logits, same_logits, verified
-from llm_surgeon.structures.size import is_compact, model_size
+from llm_surgeon.structures.size import compare_latencies, copy_in_main_memory, is_compact, model_size
 
 _PROMPT = 64  # tokens that latency is measured with
 
@@ -52,17 +54,47 @@ def compact_checkpoint(
         InputError: nothing in the model is zero by whole rows or columns, or ``source`` or ``out`` is at fault.
     """
     with claimed_output(out, overwrite, model=source):
-        records = pruning_records(source)
+        records = Records.read(source)
         model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
         ids = torch.arange(min(_PROMPT, choose_seqlen(None, model)))[None] % model.get_input_embeddings().num_embeddings
-        before = model_size(model, ids)
+        before, dense = model_size(model, ids), copy_in_main_memory(model)
         found = compact(model)
         if found.before == found.after:
             raise InputError(f"model {str(source)!r} has no zero rows or columns: prune it with structure rows-columns")
         require_disk(out, checkpoint_bytes(model, tokenizer, dtype))
         sizes = {"before": before, "after": model_size(model, ids)}
-        save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=records, overwrite=overwrite)
-    return replace(found, sizes=sizes)
+        for when, latency in compare_latencies(dense, model, ids).items():
+            sizes[when] |= latency
+        found = replace(found, sizes=sizes)
+        files = records.followed_by(
+            "compacted", _text(found), name=str(source), loading=_loading(model._auto_class is not None)
+        )
+        save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=files, overwrite=overwrite)
+    return found
+
+
+def _text(found: Compacted) -> str:
+    """What compacting did, for the model card."""
+    from llm_surgeon.report.render import speed_sentence  # brings matplotlib: only where it is needed
+
+    return (
+        f"Zero rows and columns were taken out of the matrices of this model: {found.after:,} of {found.before:,} "
+        f"weights of its linear layers are left ({percent(found.after / found.before)}), "
+        f"{plural(found.neurons, 'neuron')} went altogether, and {plural(found.linears, 'linear layer')} gather inputs "
+        f"or outputs. It computes the same as before. {speed_sentence(found.sizes) or ''}"
+    )
+
+
+def _loading(custom_code: bool) -> str:
+    """How to load the compact model, for the model card."""
+    trust = ", trust_remote_code=True" if custom_code else ""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "path/to/this/model"  # the folder or hub id that holds this card
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained(path)
+```"""
 
 
 def compact(model: Any, multiple: int = 8) -> Compacted:
