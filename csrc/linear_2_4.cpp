@@ -31,13 +31,17 @@ const Kernel24& kernel_of(int number) {
   return number < kMmaCount ? linear_2_4_mma_kernel(number) : linear_2_4_wgmma_kernel(number - kMmaCount);
 }
 
-// How many clusters run at once; -1 where the kernel does not run so. Nothing is launched, so an error that CUDA notes
-// meanwhile is of no interest to anyone; one that it had noted before is.
+// Forgets the error that CUDA noted of a kernel that cannot run: another runs instead. One noted `before` is not ours.
+void forget(cudaError_t before) {
+  if (before == cudaSuccess) cudaGetLastError();
+}
+
+// How many clusters run at once; -1 where the kernel does not run so.
 int ask_clusters(const Kernel24& kernel, bool half, int split) {
   const cudaError_t before = cudaPeekAtLastError();
   int clusters = 0;
   if (kernel.run[half]({}, {0, 0, split, 0}, nullptr, &clusters) == cudaSuccess) return clusters > 0 ? clusters : -1;
-  if (before == cudaSuccess) cudaGetLastError();
+  forget(before);
   return -1;
 }
 
@@ -104,6 +108,17 @@ constexpr float kUnitTime[kWgmmaCount] = {510, 395, 535, 565, 790, 920};
 constexpr float kClusterTime[kWgmmaCount] = {2500, 3500, 4000, 3500, 4600, 7000};
 constexpr float kTileTime = 1700, kLaunchTime = 2700;
 
+// Without sparse wgmma, from this number of tokens on: cuSPARSELt by its own choice of an algorithm where the caller has
+// it, else the dense product with the weight, unpacked for the call. Estimated, not measured: the kernel for few tokens
+// reads W from L2 anew for every 32 of them, about 40 operations a byte, which takes longer than a dense product and the
+// time to unpack.
+constexpr int kDenseTokens = 256, kDefaultAlgorithm = 0;
+
+int choice_without_wgmma(const Linear24& call, bool library, Device& device) {
+  if (call.tokens < kDenseTokens) return choice_for_few(call, device);
+  return library ? linear_2_4_choices() + kDefaultAlgorithm : linear_2_4_dense();
+}
+
 // Many tokens: the least estimated time. Whole waves of tiles take their columns alone, the blocks of a cluster share
 // those of the tiles that are left.
 int choice_for_many(const Linear24& call, Device& device) {
@@ -124,23 +139,14 @@ int choice_for_many(const Linear24& call, Device& device) {
       if (best < 0 || time < least) best = number * kSplitCount + index, least = time;
     }
   }
-  return best < 0 ? choice_for_few(call, device) : best;  // where nothing is known to run
+  return best < 0 ? choice_without_wgmma(call, false, device) : best;  // where none is known to run
 }
 
 // Of cuSPARSELt 0.8's algorithms the one that was fastest, or nearly, at all sizes from this number of tokens on.
 constexpr int kLibraryTokens = 1024, kLibraryAlgorithm = 17;
 
-// Without sparse wgmma, from this number of tokens on: cuSPARSELt by its own choice of an algorithm where the caller has
-// it, else the dense product with the weight, unpacked for the call. Estimated, not measured: the kernel for few tokens
-// reads W from L2 anew for every 32 of them, about 40 operations a byte, which takes longer than a dense product and the
-// time to unpack.
-constexpr int kDenseTokens = 256, kDefaultAlgorithm = 0;
-
 int choice_for(const Linear24& call, bool library, Device& device) {
-  if (!device.wgmma) {
-    if (call.tokens < kDenseTokens) return choice_for_few(call, device);
-    return library ? linear_2_4_choices() + kDefaultAlgorithm : linear_2_4_dense();
-  }
+  if (!device.wgmma) return choice_without_wgmma(call, library, device);
   if (library && call.tokens >= kLibraryTokens) return linear_2_4_choices() + kLibraryAlgorithm;
   return call.tokens <= 16 ? choice_for_few(call, device) : choice_for_many(call, device);
 }
@@ -171,20 +177,25 @@ cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream
   const int number = choice / kSplitCount, split = kSplits[choice % kSplitCount];
   if (!allowed(call, number, split, device)) return cudaErrorNotSupported;
   const Kernel24& kernel = kernel_of(number);
-  const auto run = kernel.run[call.half];
+  const auto run = [&](const Linear24& with, const Part24& part) {
+    const cudaError_t before = cudaPeekAtLastError();
+    const cudaError_t status = kernel.run[call.half](with, part, stream, nullptr);
+    if (status == cudaErrorNotSupported) forget(before);
+    return status;
+  };
   Linear24 with = call;
   with.overlap = device.capability < 9 ? Overlap::kNone : kernel.overlap;
   const int tiles = tiles_of(call, kernel);
-  if (number < kMmaCount) return run(with, {0, tiles, split, tiles}, stream, nullptr);
+  if (number < kMmaCount) return run(with, {0, tiles, split, tiles});
   // An activation is applied in the memory of the next tile: no loop then.
   const int at_once = std::max(1, concurrent_clusters(call, number, 0, device));
   const int alone = split == 1 ? tiles : tiles / at_once * at_once;
   if (alone > 0) {
     const int clusters = call.activation == Activation::kNone ? std::min(alone, at_once) : alone;
-    const cudaError_t status = run(with, {0, alone, 1, clusters}, stream, nullptr);
+    const cudaError_t status = run(with, {0, alone, 1, clusters});
     if (status != cudaSuccess || alone == tiles) return status;
   }
-  return run(with, {alone, tiles, split, tiles - alone}, stream, nullptr);
+  return run(with, {alone, tiles, split, tiles - alone});
 }
 
 bool linear_2_4_pin(const Linear24& call, bool library, int choice) {

@@ -1,7 +1,7 @@
 #pragma once
 
-// For the <op>_ops.cpp files, the only ones that know torch: each registers one op's CUDA implementations. Schemas stand
-// beside the fake kernels in surgeon_kernels/<op>.py, so that a graph that holds an op loads before the extension does.
+// For the <op>_ops.cpp files, the only ones that know torch: each registers one op's CUDA implementations. Schemas and
+// fake kernels stand in surgeon_kernels/<op>.py, so that a graph that holds an op loads before the extension does.
 // Arguments are checked in Python (surgeon_kernels/<op>.py), where the same checks guard the reference; in C++ only what
 // would corrupt memory is checked again.
 

@@ -27,9 +27,11 @@ class PackedLinear(nn.Module):
 
     The packed weight is frozen; gradients flow to ``x`` and ``b``. Where :func:`surgeon_kernels.linear_2_4` has a
     kernel (CUDA, bfloat16 and float16), ``values`` and ``indices`` give way to ``fragments``, the same bits in the
-    kernel's order; state dicts hold the former all the same, in main memory. Of several kernels the fastest is found
-    by measurement, once per size and process, unless ``SURGEON_TUNE=0`` is set (the same choice in every process then).
-    Elsewhere the first pass unpacks a dense weight and keeps it beside the packed one, which a warning says once.
+    kernel's order; state dicts hold the former all the same, in main memory. Who writes to ``fragments`` in place
+    synchronizes the device before the next pass: see :class:`~surgeon_kernels.Linear24Weight`. Of several kernels the
+    fastest is found by measurement, once per size and process, unless ``SURGEON_TUNE=0`` is set (the same choice in
+    every process then). Elsewhere the first pass unpacks a dense weight and keeps it beside the packed one, which a
+    warning says once.
     """
 
     values: nn.Parameter | None
