@@ -18,7 +18,7 @@ import torch
 import triton
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from llm_surgeon import capture
 from llm_surgeon.data import Calibration
 from llm_surgeon.models import find_decoder
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", action="store_true", help="compute activations again in the backward pass")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "capture.csv")
     options = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=options.layers, max_position_embeddings=options.seqlen)
     with DEVICE:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from surgeon_kernels import chunked_solve, spd_inverse
 from timing import eager_ms
 
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["solves", "conditions", "updates"], help="part of the cases")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "chunked_solve.csv")
     options = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     about = environment(DEVICE)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from surgeon_kernels import WeightCosts, k_cheapest, nm_group_cost
 from surgeon_kernels.cost_threshold import kth_cost, number_of_costs
 from timing import copy_bandwidth
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="longest that torch.kthvalue may take")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cost_threshold.csv")
     options = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     copy, about = copy_bandwidth(), environment("cuda")
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.checkpoint import save_checkpoint
 from llm_surgeon.models import find_decoder
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "end_to_end.csv")
     options = parser.parse_args()
+    require_gpu(options.device)
     about = environment(options.device)
     layers = options.layers * len(options.runs) if len(options.layers) == 1 else options.layers
     for run, depth in zip(options.runs, layers, strict=True):

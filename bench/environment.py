@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def environment(device: str) -> dict[str, str]:
         "transformers": transformers.__version__,
         "commit": os.environ.get("SURGEON_COMMIT") or _commit(),
     }
+
+
+def require_gpu(device: str = "cuda") -> None:
+    """End the script, in a sentence and with exit code 2, where ``device`` is a GPU and there is none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"{Path(sys.argv[0]).name} measures an NVIDIA GPU, and torch finds none", file=sys.stderr)
+        sys.exit(2)
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from llm_surgeon.cli.generate import speed_record
 from llm_surgeon.fused import fused
 from llm_surgeon.models import find_decoder
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "generate.csv")
     options = parser.parse_args()
+    require_gpu(options.device)
     settings = [
         setting
         for setting in itertools.starmap(

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, gram_triton
 from surgeon_kernels.gram import kernel_config
 from surgeon_kernels.gram_plan import GramConfig, schedule
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time launch configurations instead")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gram.csv")
     options = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     if options.tune:
         for case in TUNED:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from surgeon_kernels import joint_update, nm_select, spd_inverse
 from surgeon_kernels.kron_product import kron_product
 from surgeon_kernels.low_rank import low_rank_correction
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "joint_update.csv")
     options = parser.parse_args()
+    require_gpu()
     if options.tune:
         tune()
         return

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from surgeon_kernels.linear_2_4 import linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_tune import tune_2_4
 from surgeon_kernels.pack_2_4 import pack_2_4
@@ -159,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "linear_2_4.csv")
     options = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     about = {**environment(DEVICE), "copy_TB_s": f"{(rate := bandwidth()) / 1e12:.2f}"}
     cases = [(shape, torch.bfloat16, False, TOKENS) for shape in SHAPES]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from surgeon_kernels import WeightCosts, nm_select
 from surgeon_kernels.nm_select import _reference
 from timing import copy_bandwidth, eager_ms, graph_ms
@@ -88,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "nm_select.csv")
     options = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     copy = copy_bandwidth()
     about = environment("cuda")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from surgeon_kernels import quadratic_form, quadratic_form_triton
 from surgeon_kernels.quadratic_form_triton import Config
 from timing import graph_ms
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time launch configurations instead")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quadratic_form.csv")
     options = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
     if options.tune:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from surgeon_kernels import inverse_diagonal, spd_inverse, unchecked_inverse
 
 
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--largest-checked", type=int, default=16384, help="No float64 inverse of larger matrices.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "spd_inverse.csv")
     options = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     about = environment("cuda")
     for n in options.sizes:

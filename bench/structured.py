@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from environment import append_row, environment
+from environment import append_row, environment, require_gpu
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.fused import fused
 from llm_surgeon.joined import joined
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "structured.csv")
     options = parser.parse_args()
+    require_gpu(options.device)
     about = {**environment(options.device), "model": "llama-2-7b shape", "layers": options.layers}
     model = build(options)
     if not options.no_dense:

@@ -59,3 +59,18 @@ def test_methods_take_options(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("surgeon", "surgeon joint, exchanges"):
         with pytest.raises(quality.argparse.ArgumentTypeError):
             quality.options_of(wrong)
+
+
+def test_scripts_for_a_gpu_say_so_in_a_line_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    scripts = [path.stem for path in BENCH.glob("*.py") if "def main()" in path.read_text()]
+    on_a_cpu = {"exchanges", "interleaved_lora", "quality", "recover", "solver", "train_demo_model"}
+    assert len(scripts) > 15 and on_a_cpu < set(scripts)
+    for name in set(scripts) - on_a_cpu:
+        with pytest.raises(SystemExit) as exit:
+            bench(name, monkeypatch, "--out", "nowhere.csv")
+        assert exit.value.code == 2
+        assert capsys.readouterr().err == f"{name} measures an NVIDIA GPU, and torch finds none\n"

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_surgeon import InputError, PruneConfig, prune_checkpoint
 from llm_surgeon.cli import main
+from llm_surgeon.cli.views import _verdict
 from llm_surgeon.report.schema import PruneReport
 
 ASSETS = Path(str(files("llm_surgeon.demo"))) / "assets"
@@ -177,8 +178,31 @@ def test_info_and_summary_are_readable(tmp_path, capsys):
     assert surgeon("info") == 0
     text = capsys.readouterr().out
     assert torch.__version__ in text and "nvcc" in text
+    table, verdict = text.strip().rsplit("\n", 1)
+    names = [row.split("│")[1].strip() for row in table.splitlines() if row.startswith("│")]
+    names = [name for name in names if name]  # a cell that is broken into lines has its name in the first
+    assert len(set(names)) == len(names) >= 9
+    assert verdict.startswith("everything works here")
     assert surgeon("prune", MODEL, tmp_path / "out", *SMALL[:-1], "--method", "magnitude") == 0
     assert "50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "accelerators, missing, words",
+    [
+        (
+            [],
+            ["triton", "extension"],
+            "on the CPU: for models of billions of weights take a machine with an NVIDIA GPU",
+        ),
+        ([{}], [], "everything works here, with all kernels"),
+        ([{}], ["extension"], "slower than it could: without CUDA kernels PyTorch's operations run"),
+        ([{}], ["triton", "extension"], "without Triton kernels and CUDA kernels PyTorch's"),
+    ],
+)
+def test_the_verdict_of_info(accelerators, missing, words):
+    parts = {name: {"available": name not in missing} for name in ("cuda", "triton", "extension", "nvcc")}
+    assert words in _verdict({"accelerators": accelerators, "parts": parts})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -63,14 +64,28 @@ def print_scores(console: Console, scores: list[TaskScore]) -> None:
     console.print(table)
 
 
+_PARTS = {"cuda": "GPU", "triton": "Triton kernels", "extension": "CUDA kernels", "nvcc": "CUDA compiler"}
+
+
 def print_info(console: Console) -> None:
-    """Accelerators, parts and versions."""
+    """Accelerators, parts and versions, and in a sentence what they come to."""
     found = build_info()
     table = Table("what", "found", "", title="surgeon-kernels", title_justify="left")
     for name, version in found["versions"].items():
-        table.add_row(name, version or "none", "")
-    for device in found["accelerators"]:
-        table.add_row("accelerator", device["name"], f"sm_{device['capability']}, {human_bytes(device['memory'])}")
+        table.add_row("CUDA of torch" if name == "cuda" else name, version or "none", "")
+    for index, device in enumerate(found["accelerators"]):
+        about = f"sm_{device['capability']}, {human_bytes(device['memory'])}"
+        table.add_row(f"accelerator {index}", device["name"], about)
     for name, part in found["parts"].items():
-        table.add_row(name, "yes" if part["available"] else "no", part["reason"])
+        table.add_row(_PARTS.get(name, name), "yes" if part["available"] else "no", part["reason"])
     console.print(table)
+    console.print(_verdict(found), soft_wrap=True)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    if not found["accelerators"]:
+        return "everything works here, on the CPU: for models of billions of weights take a machine with an NVIDIA GPU"
+    missing = [_PARTS[name] for name in ("triton", "extension") if not found["parts"][name]["available"]]
+    if missing:
+        return f"everything works here, slower than it could: without {' and '.join(missing)} PyTorch's operations run"
+    return "everything works here, with all kernels"
