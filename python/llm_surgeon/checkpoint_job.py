@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_surgeon.checkpoint import check_output, checkpoint_bytes, claimed_output, load_model, save_checkpoint
+from llm_surgeon.checkpoint import (
+    StoredDtypes,
+    check_output,
+    checkpoint_bytes,
+    claimed_output,
+    load_model,
+    save_checkpoint,
+)
 from llm_surgeon.checks import require_bool
 from llm_surgeon.config import PruneConfig
 from llm_surgeon.data import calibration_windows, choose_seqlen, read_text, tokenize
@@ -164,7 +171,7 @@ class CheckpointJob:
     def plan(self) -> Plan:
         """How the run would go: memory, disk and time."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            plan = make_plan(self.model, self.decoder, self.config, saved_dtype=self.dtype)
+            plan = make_plan(self.model, self.decoder, self.config, saved_dtype=self.dtype.main)
         return dataclasses.replace(plan, disk_bytes=checkpoint_bytes(self.model, self.tokenizer, self.dtype))
 
     def run(self, progress: Progress | None = None) -> PruneReport:
@@ -209,7 +216,7 @@ def write_pruned(
     model: nn.Module,
     tokenizer: Any,
     out: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | StoredDtypes,
     report: PruneReport,
     base_model: str,
     overwrite: bool,

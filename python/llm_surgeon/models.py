@@ -144,17 +144,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def check_finite(decoder: Decoder) -> None:
-    """Raise :class:`NumericalError` naming the first weight or bias that holds NaN or infinity."""
-    parameters = [
-        (name, parameter)
-        for linear in decoder.linears
-        for name, parameter in linear.module.named_parameters(prefix=linear.name, recurse=False)
-        if parameter.numel() > 0
+def check_finite(model: nn.Module) -> None:
+    """Raise :class:`NumericalError` naming the first parameter or persistent buffer that holds NaN or infinity.
+
+    Buffers that are made anew as the model is built (masks, rotary frequencies) may hold infinity.
+    """
+    tensors = [
+        (dotted(path, name), tensor.detach())
+        for path, module in model.named_modules()
+        for name, tensor in {**module._parameters, **module._buffers}.items()
+        if tensor is not None and tensor.is_floating_point() and tensor.numel() > 0
+        if name not in module._non_persistent_buffers_set
     ]
-    # The extremes are NaN where a weight is; on a CPU they are found far faster than asking every weight.
-    finite = [torch.stack(parameter.detach().aminmax()).isfinite().all() for _, parameter in parameters]
-    for (name, _), good in zip(parameters, to_list(finite), strict=True):
+    # The extremes are NaN where a number is; on a CPU they are found far faster than asking every number.
+    finite = [torch.stack(tensor.aminmax()).isfinite().all() for _, tensor in tensors]
+    for (name, _), good in zip(tensors, to_list(finite), strict=True):
         if not good:
             raise NumericalError(f"{name} holds NaN or infinity")
 

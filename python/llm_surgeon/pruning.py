@@ -161,7 +161,7 @@ def check_model(model: Any, decoder: Decoder, config: PruneConfig) -> None:
     """
     if config.pattern.coupled:
         check_shrinkable(model)
-    check_finite(decoder)
+    check_finite(model)
     if config.lora_rank:
         check_rank(decoder, config.lora_rank, "lora_rank")
     # Models that were made smaller here may count their groups of heads where they had no such number.

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-import llm_surgeon.checkpoint.load as load_module
+import llm_surgeon.checkpoint.folder as folder_module
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from tests.surgeon.checkpoints import edit_json, logits, rounded, save_folder
@@ -25,7 +25,7 @@ def test_load_model(name: str, shard: str, tmp_path: Path) -> None:
     save_folder(tmp_path, build(name, dtype=torch.bfloat16), max_shard_size=shard)
     assert len(list(tmp_path.glob("*.safetensors"))) > (1 if shard == "20KB" else 0)
     model, tokenizer, own_dtype = load_model(tmp_path)
-    assert own_dtype == torch.bfloat16
+    assert own_dtype.main == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
     torch.testing.assert_close(logits(model), logits(rounded(name, torch.bfloat16)), rtol=0, atol=0)
     assert tokenizer("w3 w5")["input_ids"] == [3, 5]
@@ -36,7 +36,7 @@ def test_load_model(name: str, shard: str, tmp_path: Path) -> None:
 def test_own_dtype_is_that_of_the_files(tmp_path: Path) -> None:
     save_folder(tmp_path, build("llama"))
     edit_json(tmp_path / "config.json", dtype="bfloat16")
-    assert load_model(tmp_path)[2] == torch.float32
+    assert load_model(tmp_path)[2].main == torch.float32
 
 
 def test_folders_that_are_no_model(tmp_path: Path) -> None:
@@ -168,16 +168,74 @@ def test_no_name_is_not_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_
         load_model("")
 
 
-def test_weights_that_are_not_used_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_outside_the_blocks_that_are_not_used_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_folder(tmp_path, build("llama"))
-    edit_json(tmp_path / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    path = tmp_path / "model.safetensors"
+    mask = {
+        "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8),
+        "model.layers.1.self_attn.masked_bias": torch.ones(1),
+    }
+    save_file(load_file(path) | mask | {"value_head.weight": torch.ones(1, 32)}, path, {"format": "pt"})
     model, _, _ = load_model(tmp_path)
-    assert len(model.model.layers) == 1
-    assert "does not use: model.layers.1.input_layernorm.weight (9 in all)" in caplog.text
+    torch.testing.assert_close(logits(model), logits(build("llama")), rtol=0, atol=0)
+    assert "weights it does not use: model.layers.0.self_attn.bias (3 in all)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_fewer_blocks_than_are_stored_are_refused(name: str, tmp_path: Path) -> None:
+    save_folder(tmp_path, build(name))
+    fewer = {"layer_types": ["full_attention"]} if name == "llama" else {}
+    edit_json(tmp_path / "config.json", **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1}, **fewer)
+    with pytest.raises(InputError, match=r"weights of its blocks that its configuration has no place for: .*\.1\."):
+        load_model(tmp_path)
+
+
+def test_a_bias_that_the_configuration_leaves_out_is_refused(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    path, bias = tmp_path / "model.safetensors", "model.layers.1.self_attn.q_proj.bias"
+    save_file(load_file(path) | {bias: torch.ones(32)}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"no place for: {bias} \(1 in all\)"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 1_000_000_000}, "says num_hidden_layers 1000000000, and its files hold 21 tensors"),
+        ({"intermediate_size": 10**9}, "describes 192,000,010,400 weights, and its files hold 19,616"),
+        ({"num_key_value_heads": 10**6}, "describes 1,024,017,568 weights, and its files hold 19,616"),
+        ({"vocab_size": 10**30}, "integer of more than 64 bits: vocab_size"),
+        ({"rope_parameters": {"factor": [-(10**30)]}}, "integer of more than 64 bits: factor"),
+        ({"auto_map": ["modeling_x.Y"]}, "auto_map in the configuration .* is not a JSON object"),
+        ({"auto_map": None}, "auto_map in the configuration .* is not a JSON object"),
+        ({"auto_map": {"AutoModelForCausalLM": {"a": ["x.Y"]}}}, r"needs code that comes with it \('x.Y'\)"),
+        ({"rope_parameters": 3}, "cannot be loaded"),
+        ({"layer_types": {"a": 1}}, "cannot be loaded"),
+        ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "is quantized"),
+        ({"quantization_config": [1]}, "is quantized"),
+        ({"transformers_weights": "other.safetensors"}, "names weights files of its own"),
+    ],
+)
+def test_odd_configurations_are_refused_in_one_sentence(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+def test_a_deeply_nested_configuration_is_refused(depth: int, tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    (tmp_path / "config.json").write_text('{"a":' * depth + "1" + "}" * depth)
+    with pytest.raises(InputError, match=r"config.json' cannot be read: "):
+        load_model(tmp_path)
 
 
 def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(load_module, "hub_reachable", lambda: False)
+    monkeypatch.setattr(folder_module, "hub_reachable", lambda: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match="no model folder 'some/model', and it cannot be downloaded: the Hugging Face"):
         load_model("some/model")
@@ -195,7 +253,7 @@ def test_a_hub_id_is_downloaded_without_pickles(monkeypatch: pytest.MonkeyPatch,
         assert list(wanted) == ["model.safetensors", "config.json", "tokenizer.model"]
         return str(tmp_path)
 
-    monkeypatch.setattr(load_module, "hub_reachable", lambda: True)
+    monkeypatch.setattr(folder_module, "hub_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model, _, _ = load_model("some/model")
     torch.testing.assert_close(logits(model), logits(build("llama")))
@@ -206,7 +264,7 @@ def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> str:
         raise LocalEntryNotFoundError("cut off\nsomewhere")
 
-    monkeypatch.setattr(load_module, "hub_reachable", lambda: True)
+    monkeypatch.setattr(folder_module, "hub_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError, match=r"cannot be downloaded: cut off$"):
         load_model("some/model")

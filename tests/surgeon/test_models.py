@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -140,16 +141,28 @@ def test_write_has_no_negative_zeros_and_checks_the_shape() -> None:
         linear.write(torch.zeros(1, 33))
 
 
-@pytest.mark.parametrize("kind", ["weight", "bias"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_check_finite_names_the_parameter(kind: str, value: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.decoder.layers.1.fc1.weight",
+        "model.decoder.layers.1.fc1.bias",
+        "model.decoder.layers.0.final_layer_norm.weight",
+        "model.decoder.embed_positions.weight",
+        "model.decoder.embed_tokens.weight",
+        "model.decoder.scale",
+    ],
+)
+def test_check_finite_names_the_tensor(name: str, value: float) -> None:
     model = build("opt")
-    decoder = find_decoder(model)
-    check_finite(decoder)
+    model.model.decoder.register_buffer("scale", torch.ones(5))
+    model.model.decoder.register_buffer("mask", torch.full((3, 3), float("-inf")), persistent=False)
+    check_finite(model)
+    tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
     with torch.no_grad():
-        getattr(model.model.decoder.layers[1].fc1, kind).view(-1)[3] = value
-    with pytest.raises(NumericalError, match=rf"^model\.decoder\.layers\.1\.fc1\.{kind} holds NaN or infinity$"):
-        check_finite(decoder)
+        tensor.view(-1)[3] = value
+    with pytest.raises(NumericalError, match=rf"^{re.escape(name)} holds NaN or infinity$"):
+        check_finite(model)
 
 
 def test_embeddings_and_head_are_never_prunable() -> None:

@@ -1,7 +1,16 @@
 """Load checkpoints without trusting their files, and write them whole or not at all."""
 
+from llm_surgeon.checkpoint.dtypes import StoredDtypes
 from llm_surgeon.checkpoint.load import load_model
 from llm_surgeon.checkpoint.output import check_output, claimed_output
 from llm_surgeon.checkpoint.save import checkpoint_bytes, pruning_records, save_checkpoint
 
-__all__ = ["check_output", "checkpoint_bytes", "claimed_output", "load_model", "pruning_records", "save_checkpoint"]
+__all__ = [
+    "StoredDtypes",
+    "check_output",
+    "checkpoint_bytes",
+    "claimed_output",
+    "load_model",
+    "pruning_records",
+    "save_checkpoint",
+]

@@ -45,7 +45,8 @@ def pack_checkpoint(
 ) -> PackReport:
     """Pack the 2:4 linears of the checkpoint ``source`` (a folder or hub id) into the new folder ``out``.
 
-    Weights keep their dtype and their values to the bit. After ``import llm_surgeon``,
+    Weights keep their dtype and their values to the bit (a 2:4 matrix that is stored in another dtype than most stays
+    dense), and the checksum of every tensor is written. After ``import llm_surgeon``,
     ``AutoModelForCausalLM.from_pretrained(out)`` loads it. ``out`` appears only when it is complete.
 
     Args:
@@ -56,13 +57,15 @@ def pack_checkpoint(
     Raises:
         InputError: the model has no 2:4 weight, or is packed or quantized already; also for what is wrong with
             ``source``, ``out``, memory or disk.
+        NumericalError: a tensor holds NaN or infinity.
     """
     with claimed_output(out, overwrite, model=source):
         records = Records.read(source)
-        model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
+        model, tokenizer, dtypes = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
         dense_bytes = model_bytes(model)
         require_disk(out, dense_bytes // 2)  # no packed weight takes less
-        config = pack_model(model, progress)
+        # A matrix stored in a dtype of its own was rounded as it was loaded; dense it is saved as it was stored.
+        config = pack_model(model, progress, [name.removesuffix(".weight") for name in dtypes.others])
         report = PackReport(config.modules, config.ignored, dense_bytes, model_bytes(model))
         require_disk(out, checkpoint_bytes(model, tokenizer, None))
         custom_code = model._auto_class is not None  # transformers writes such a class beside the weights
@@ -77,7 +80,7 @@ def pack_checkpoint(
             model,
             tokenizer,
             out,
-            dtype=dtype,
+            dtype=dtypes,
             extra_files=files,
             overwrite=overwrite,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,9 @@ from surgeon_kernels import is_2_4
 
 
 def pack_model(
-    model: PreTrainedModel, progress: Callable[[int, int, str], None] = lambda done, total, layer: None
+    model: PreTrainedModel,
+    progress: Callable[[int, int, str], None] = lambda done, total, layer: None,
+    keep_dense: Collection[str] = (),
 ) -> Surgeon24Config:
     """Replace every linear layer whose weight is 2:4 by a :class:`PackedLinear`; the model's config says so.
 
@@ -28,9 +30,10 @@ def pack_model(
 
     Args:
         progress: called as ``progress(layers_done, layers, layer)``.
+        keep_dense: names of linear layers that are not considered.
 
     Returns:
-        The config entry: which layers are packed, and which are not 2:4.
+        The config entry: which layers are packed, and which are not.
 
     Raises:
         InputError: the model is quantized or packed already, or no layer is 2:4; nothing was changed.
@@ -41,8 +44,8 @@ def pack_model(
     packable: list[str] = []
     ignored: list[str] = []
     for name, linear in _dense_linears(model):
-        alone = uses[id(linear.weight)] == 1
-        (packable if alone and is_2_4(matrix_of(linear)) else ignored).append(name)
+        considered = uses[id(linear.weight)] == 1 and name not in keep_dense
+        (packable if considered and is_2_4(matrix_of(linear)) else ignored).append(name)
     if not packable:
         raise InputError(
             "the model has no 2:4 weight to pack: prune it first, with surgeon prune --structure 2:4 (the default)"

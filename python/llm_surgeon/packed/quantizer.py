@@ -12,7 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from llm_surgeon.errors import InputError
 from llm_surgeon.packed.convert import matrix_of, packed_linears, unpack_model
-from llm_surgeon.packed.format import QUANT_METHOD, Surgeon24Config, check_stored
+from llm_surgeon.packed.format import QUANT_METHOD, Surgeon24Config, check_sha256, check_stored
 from llm_surgeon.packed.linear import PackedLinear
 from llm_surgeon.stored import read_headers
 from surgeon_kernels import check_packed_2_4
@@ -29,6 +29,8 @@ class Surgeon24Quantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         stored = None if checkpoint_files is None else read_headers(checkpoint_files)
+        # Saved again, in another dtype perhaps, the tensors would not be those that these were made from.
+        sha256 = self.quantization_config.__dict__.pop("sha256", None)
         for name in self.quantization_config.modules:
             place, linear = _find(model, name)
             if linear is None:
@@ -40,6 +42,8 @@ class Surgeon24Quantizer(HfQuantizer):
             packed = PackedLinear(C, R, linear.bias is not None, device="meta", dtype=weight.dtype)
             packed.replaces = type(linear)
             model.set_submodule(place, packed)
+        if checkpoint_files is not None:
+            check_sha256(sha256, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, module in packed_linears(model):

@@ -137,7 +137,7 @@ def _recover(
     if any(map(is_compact, model.modules())):
         raise InputError("the model is compact: recover the checkpoint it was made from, then compact that")
     decoder = find_decoder(model)
-    check_finite(decoder)
+    check_finite(model)
     _check_trainable(model, teacher, config.method)
     if config.method == "lora":
         check_rank(decoder, config.rank, "rank")
