@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llm_surgeon.checkpoint import (
-    StoredDtypes,
+    StoredForm,
     check_output,
     checkpoint_bytes,
     claimed_output,
@@ -216,7 +216,7 @@ def write_pruned(
     model: nn.Module,
     tokenizer: Any,
     out: Path,
-    dtype: torch.dtype | StoredDtypes,
+    dtype: torch.dtype | StoredForm,
     report: PruneReport,
     base_model: str,
     overwrite: bool,

@@ -57,9 +57,9 @@ def text(tmp_path):
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
 def test_what_is_loaded_and_saved_is_the_same_to_the_bit(name, dtype, tmp_path):
     source = mixed(tmp_path / "source", build(name), ("norm", "ln_"), max_shard_size="20KB" if dtype else "5GB")
-    model, tokenizer, dtypes = load_model(source, dtype)
-    assert dtypes.main == torch.bfloat16 and set(dtypes.others.values()) == {torch.float32}
-    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=dtypes, extra_files={})
+    model, tokenizer, form = load_model(source, dtype)
+    assert form.main == torch.bfloat16 and set(form.others.values()) == {torch.float32}
+    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=form, extra_files={})
     found, expected = stored(tmp_path / "out"), stored(source)
     assert found.keys() == expected.keys()
     assert_same(found, expected, expected.keys())
@@ -71,20 +71,20 @@ def test_what_is_loaded_and_saved_is_the_same_to_the_bit(name, dtype, tmp_path):
 )
 def test_other_mixtures(main, dtype, tmp_path):
     source = mixed(tmp_path / "source", build("llama"), ("layers.0", "norm"), dtype, main)
-    model, tokenizer, dtypes = load_model(source)
-    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=dtypes, extra_files={})
+    model, tokenizer, form = load_model(source)
+    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=form, extra_files={})
     assert_same(stored(tmp_path / "out"), stored(source), stored(source).keys())
 
 
 def test_what_was_changed_is_saved_in_the_dtype_it_was_stored_in(tmp_path, caplog):
     source = mixed(tmp_path / "source", build("llama"))
     expected = stored(source)
-    model, tokenizer, dtypes = load_model(source, None)
+    model, tokenizer, form = load_model(source, None)
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
         model.lm_head.weight[0] = 0.0
     (source / "model.safetensors").unlink()
-    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=dtypes, extra_files={})
+    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=form, extra_files={})
     found = stored(tmp_path / "out")
     assert torch.equal(found["model.norm.weight"], 2 * expected["model.norm.weight"].bfloat16().float())
     assert found["lm_head.weight"].dtype == torch.bfloat16 and not found["lm_head.weight"][0].any()
@@ -107,9 +107,9 @@ def test_pruning_keeps_what_it_does_not_touch(tmp_path, text):
 def test_blocks_that_change_their_number_keep_their_norms(tmp_path):
     """As on a GPU, where the weights lie in the checkpoint's dtype and norms are rounded."""
     source = mixed(tmp_path / "source", build("llama"))
-    model, tokenizer, dtypes = load_model(source, None)
+    model, tokenizer, form = load_model(source, None)
     prune(model, torch.arange(64).view(4, 16), structure="layers", sparsity=0.5, shots=1, reconstruct=False)
-    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=dtypes, extra_files={})
+    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=form, extra_files={})
     found, expected = stored(tmp_path / "out"), stored(source)
     for norm in ("input_layernorm", "post_attention_layernorm"):
         kept = found[f"model.layers.0.{norm}.weight"]

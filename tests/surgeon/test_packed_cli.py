@@ -22,6 +22,7 @@ from llm_surgeon.packed.checkpoint import pack_checkpoint
 from llm_surgeon.packed.decoding import Decoding, GreedyDecoder
 from llm_surgeon.packed.speed import measure_speed
 from llm_surgeon.report.schema import PruneReport
+from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.packed_models import IDS, build_2_4, continuation
 from tests.surgeon.test_cli import MODEL, SMALL, TEXT, sentence, surgeon  # noqa: F401 (sentence is a fixture)
 
@@ -130,8 +131,6 @@ def test_damaged_packed_folders_exit_with_one_sentence(packed, tmp_path, sentenc
 
 
 def test_weights_are_packed_in_their_own_dtype_to_the_bit(tmp_path):
-    from tests.surgeon.checkpoints import save_folder
-
     save_folder(tmp_path / "dense", build_2_4("opt", torch.float16))
     report = pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
     assert len(report.modules) == 12 and report.ignored == ["lm_head"]

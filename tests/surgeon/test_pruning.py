@@ -257,6 +257,9 @@ def test_nan_in_weights_and_activations_is_named():
         prune(model, TOKENS)
     model = build("llama")
     model.model.layers[0].input_layernorm.weight.data.fill_(float("inf"))
+    with pytest.raises(NumericalError, match=r"^model\.layers\.0\.input_layernorm\.weight holds NaN or infinity$"):
+        prune(model, TOKENS)
+    model.model.layers[0].input_layernorm.weight.data.fill_(3e38)  # finite, and products with it are not
     with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj.*batch 1 of"):
         prune(model, TOKENS)
 

@@ -155,12 +155,12 @@ def test_a_changed_copy_of_our_class_is_said_and_the_package_s_is_used(made, tmp
     expected = logits(load_model(made / "groups")[0])
     assert "differs" not in caplog.text
     for trust in (False, True):
-        model, tokenizer, dtypes = load_model(tmp_path / "model", trust_remote_code=trust)
+        model, tokenizer, form = load_model(tmp_path / "model", trust_remote_code=trust)
         assert type(model).__module__ == "llm_surgeon.structures.modeling_pruned"
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
     assert "modeling_pruned.py differs from this package's, which is used" in caplog.text
     assert not (tmp_path / "marker").exists()
-    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=dtypes, extra_files={})
+    save_checkpoint(model, tokenizer, tmp_path / "out", dtype=form, extra_files={})
     assert (tmp_path / "out" / "modeling_pruned.py").read_bytes() == (made / "groups/modeling_pruned.py").read_bytes()
 
 

@@ -1,12 +1,12 @@
 """Load checkpoints without trusting their files, and write them whole or not at all."""
 
-from llm_surgeon.checkpoint.dtypes import StoredDtypes
 from llm_surgeon.checkpoint.load import load_model
 from llm_surgeon.checkpoint.output import check_output, claimed_output
 from llm_surgeon.checkpoint.save import checkpoint_bytes, pruning_records, save_checkpoint
+from llm_surgeon.checkpoint.stored_form import StoredForm
 
 __all__ = [
-    "StoredDtypes",
+    "StoredForm",
     "check_output",
     "checkpoint_bytes",
     "claimed_output",

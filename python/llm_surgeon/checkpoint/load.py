@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.checkpoint.config_checks import check_config, is_packed
-from llm_surgeon.checkpoint.dtypes import StoredDtypes, stored_dtypes
 from llm_surgeon.checkpoint.folder import check_files, first_line, model_folder, read_json, read_weights
 from llm_surgeon.checkpoint.remote_code import check_tokenizer_class, own_class, refuse_code
+from llm_surgeon.checkpoint.stored_form import StoredForm, stored_form
 from llm_surgeon.errors import InputError, SurgeonError, UnsupportedModelError
 from llm_surgeon.models import check_finite
 from llm_surgeon.resources import require_memory
@@ -36,8 +36,8 @@ def load_model(
     trust_remote_code: bool = False,
     *,
     packed: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, StoredDtypes]:
-    """A causal LM in ``dtype`` on ``device``, its tokenizer, and the dtypes that its numbers are stored in.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, StoredForm]:
+    """A causal LM in ``dtype`` on ``device``, its tokenizer, and the form that it is stored in, for saving.
 
     Only safetensors are read, never pickles; the header and the length of every file are checked first. No code runs
     that comes with the checkpoint, unless ``trust_remote_code`` is set: models that this package made smaller are of
@@ -68,8 +68,8 @@ def load_model(
     check_tokenizer_class(name, folder, config)
     files, stored = read_weights(name, folder)
     check_config(name, config, stored)
-    dtypes = stored_dtypes(name, stored)
-    dtype = dtype or dtypes.main
+    form = stored_form(name, folder, stored)
+    dtype = dtype or form.main
     numbers = sum(tensor.numbers for tensor in stored.values())
     if packed and torch.device(device or "cpu").type != "cuda":  # a dense weight will be kept beside a packed one
         numbers += 2 * sum(tensor.numbers for key, tensor in stored.items() if key.endswith(".values"))
@@ -88,7 +88,7 @@ def load_model(
         )
         _check_loaded(name, model, info, stored)
         check_finite(model)
-        dtypes.follow(model, files)
+        form.follow(model, files)
         if device is not None:
             model.to(device)
     except SurgeonError:
@@ -100,7 +100,7 @@ def load_model(
             raise UnsupportedModelError(f"model {name!r} is a {kind}, not a causal language model") from error
         raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     model.config.name_or_path = name  # the hub id rather than the cache folder it lies in
-    return model, tokenizer, dtypes
+    return model, tokenizer, form
 
 
 def _check_size(

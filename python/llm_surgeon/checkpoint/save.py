@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_surgeon.checkpoint.dtypes import StoredDtypes
 from llm_surgeon.checkpoint.folder import first_line, read_json
 from llm_surgeon.checkpoint.output import claimed_output, move_into_place, partial_folder
+from llm_surgeon.checkpoint.stored_form import StoredForm
 from llm_surgeon.errors import InputError
 from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.packed.format import Surgeon24Config
@@ -31,7 +31,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     out: str | Path,
     *,
-    dtype: torch.dtype | StoredDtypes,
+    dtype: torch.dtype | StoredForm,
     extra_files: Mapping[str, str | bytes],
     overwrite: bool = False,
     max_shard_size: str = "5GB",
@@ -40,8 +40,8 @@ def save_checkpoint(
 
     Everything goes into a hidden folder beside ``out`` that takes its place, on disk, in one step when it is complete
     (see :func:`~llm_surgeon.checkpoint.output.move_into_place`). Numbers are cast to ``dtype``, or as
-    :class:`StoredDtypes` says, in copies in main memory (the model is left as it is), and every zero is written as
-    +0.0. Tied weights are stored once.
+    :class:`StoredForm` says, in copies in main memory (the model is left as it is), and every zero is written as
+    +0.0. Tied weights are stored once. With a :class:`StoredForm` go the files of its processor.
 
     Args:
         extra_files: texts, or bytes as they are, by file name, such as ``README.md``.
@@ -55,8 +55,8 @@ def save_checkpoint(
         partial = partial_folder(target)
         try:
             partial.mkdir(parents=True)
-            dtypes = dtype if isinstance(dtype, StoredDtypes) else StoredDtypes(dtype)
-            _write(model, tokenizer, partial, dtypes, max_shard_size)
+            form = dtype if isinstance(dtype, StoredForm) else StoredForm(dtype)
+            _write(model, tokenizer, partial, form, max_shard_size)
             for name, content in extra_files.items():
                 (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
             for path in partial.iterdir():
@@ -69,15 +69,15 @@ def save_checkpoint(
 
 
 def checkpoint_bytes(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | StoredDtypes | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | StoredForm | None
 ) -> int:
     """About as many bytes as :func:`save_checkpoint` writes, at most: weights, tokenizer, configuration and reports.
 
     Args:
         dtype: what floating-point tensors are cast to (``None``: each in its own).
     """
-    others = dtype.others if isinstance(dtype, StoredDtypes) else {}
-    main = dtype.main if isinstance(dtype, StoredDtypes) else dtype
+    others = dtype.others if isinstance(dtype, StoredForm) else {}
+    main = dtype.main if isinstance(dtype, StoredForm) else dtype
     sizes = {}
     for name, tensor in model.state_dict().items():
         saved = others.get(name, main or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
@@ -104,34 +104,37 @@ def read_files(folder: str | Path, *names: str) -> dict[str, bytes]:
 
 
 def _write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtypes: StoredDtypes, max_shard_size: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, form: StoredForm, max_shard_size: str
 ) -> None:
     # Some published generation configs do not pass the validation that some versions of transformers do when saving.
     generation = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        model.save_pretrained(folder, state_dict=_cast_state(model, dtypes), max_shard_size=max_shard_size)
+        model.save_pretrained(folder, state_dict=_cast_state(model, form), max_shard_size=max_shard_size)
     finally:
         model.generation_config = generation
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json")
     # save_pretrained notes the dtype that the model has in memory.
     path = folder / "config.json"
-    config = _with_dtype(read_json(path), str(dtypes.main).removeprefix("torch."))
+    config = _with_dtype(read_json(path), str(form.main).removeprefix("torch."))
     if isinstance(getattr(model.config, "quantization_config", None), Surgeon24Config):
         config["quantization_config"]["sha256"] = tensor_sha256(folder.glob("*.safetensors"))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
+    for name, content in form.processor.items():
+        if not (folder / name).exists():  # the tokenizer has written the chat template
+            (folder / name).write_bytes(content)
 
 
-def _cast_state(model: PreTrainedModel, dtypes: StoredDtypes) -> dict[str, Tensor]:
+def _cast_state(model: PreTrainedModel, form: StoredForm) -> dict[str, Tensor]:
     """Copies of all tensors in main memory as they are to be saved; what is tied stays tied."""
     copies: dict[tuple[object, ...], Tensor] = {}
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if identity not in copies:
-            copies[identity] = dtypes.saved(name, tensor)
+            copies[identity] = form.saved(name, tensor)
         state[name] = copies[identity]
     return state
 

@@ -61,11 +61,11 @@ def pack_checkpoint(
     """
     with claimed_output(out, overwrite, model=source):
         records = Records.read(source)
-        model, tokenizer, dtypes = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
+        model, tokenizer, form = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
         dense_bytes = model_bytes(model)
         require_disk(out, dense_bytes // 2)  # no packed weight takes less
         # A matrix stored in a dtype of its own was rounded as it was loaded; dense it is saved as it was stored.
-        config = pack_model(model, progress, [name.removesuffix(".weight") for name in dtypes.others])
+        config = pack_model(model, progress, [name.removesuffix(".weight") for name in form.others])
         report = PackReport(config.modules, config.ignored, dense_bytes, model_bytes(model))
         require_disk(out, checkpoint_bytes(model, tokenizer, None))
         custom_code = model._auto_class is not None  # transformers writes such a class beside the weights
@@ -80,7 +80,7 @@ def pack_checkpoint(
             model,
             tokenizer,
             out,
-            dtype=dtypes,
+            dtype=form,
             extra_files=files,
             overwrite=overwrite,
         )

@@ -1,4 +1,4 @@
-"""The dtypes that a checkpoint's tensors are stored in, carried from loading to saving."""
+"""The form that a checkpoint is stored in, carried from loading to saving: its dtypes, and files of its processor."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class _Origin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StoredDtypes:
-    """The floating-point dtypes of a checkpoint, and so of what is made from it.
+class StoredForm:
+    """The floating-point dtypes of a checkpoint and the files of its processor, and so of what is made from it.
 
     Every tensor is saved in the dtype that it was stored in. One that is as it was loaded is saved to the bit as it was
     stored, also where loading rounded it (float32 norms beside bfloat16 matrices, read as bfloat16); one that was
@@ -47,10 +47,12 @@ class StoredDtypes:
     Attributes:
         main: the dtype of most numbers.
         others: the dtypes of tensors stored otherwise, by their names in the model.
+        processor: files that say how images, sounds and chats become input, by name.
     """
 
     main: torch.dtype
     others: dict[str, torch.dtype] = field(default_factory=dict)
+    processor: Mapping[str, bytes] = field(default_factory=dict)
     _origins: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False, compare=False)
 
     def follow(self, model: PreTrainedModel, files: Iterable[Path]) -> None:
@@ -88,8 +90,8 @@ class StoredDtypes:
         return values.to(dtype) + 0.0
 
 
-def stored_dtypes(name: str, stored: Mapping[str, StoredTensor]) -> StoredDtypes:
-    """The dtypes of the files of checkpoint ``name``; :class:`UnsupportedModelError` for those of quantized weights."""
+def stored_form(name: str, folder: Path, stored: Mapping[str, StoredTensor]) -> StoredForm:
+    """The form of checkpoint ``name``; :class:`UnsupportedModelError` where dtypes are those of quantized weights."""
     numbers: Counter[str] = Counter()
     for tensor in stored.values():
         numbers[tensor.dtype] += tensor.numbers
@@ -101,7 +103,13 @@ def stored_dtypes(name: str, stored: Mapping[str, StoredTensor]) -> StoredDtypes
             raise UnsupportedModelError(
                 f"model {name!r} stores {key} as {tensor.dtype}, and its configuration does not say how it is quantized"
             )
-    return StoredDtypes(_FLOATS[most])
+    return StoredForm(_FLOATS[most], processor=processor_files(folder))
+
+
+def processor_files(folder: Path) -> dict[str, bytes]:
+    """The files of a model folder that its processor is made of, besides the tokenizer's, by name."""
+    names = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json", "chat_template.jinja")
+    return {path.name: path.read_bytes() for name in names for path in folder.glob(name) if path.is_file()}
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
