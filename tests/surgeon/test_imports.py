@@ -32,7 +32,7 @@ def test_neither_the_package_nor_help_import_what_is_slow():
     assert loaded("import llm_surgeon", *HEAVY)[0] == []
     found, text = loaded(HELP, *HEAVY)
     assert found == []
-    assert "Usage: surgeon" in text and "--install-completion" in text and "surgeon-kernels 0." in text
+    assert "Usage: surgeon" in text and "--install-completion" in text and "\nsurgeon-kernels " in text
 
 
 @pytest.mark.parametrize(

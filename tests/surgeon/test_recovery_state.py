@@ -5,12 +5,14 @@ import logging
 import math
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from llm_surgeon.checkpoint import save_checkpoint
+from llm_surgeon.checkpoint import claimed_output, save_checkpoint
 from llm_surgeon.errors import InputError
+from llm_surgeon.models import find_decoder
 from llm_surgeon.recovery import training
 from llm_surgeon.recovery.recover import recover_checkpoint
 from llm_surgeon.recovery.state import contents, latest_checkpoint
@@ -197,6 +199,46 @@ def test_a_kill_before_the_model_was_written_whole_trains_no_more(folders, monke
     report = recover_checkpoint(source, out, **options, resume=True)
     assert math.isclose(report.loss_after, first["loss_after"], rel_tol=1e-6)
     assert (out / "model.safetensors").is_file() and not state.exists()
+
+
+def test_of_two_recoveries_into_one_folder_the_second_is_refused(folders):  # noqa: F811
+    source, out, data = folders
+    state = interrupt(source, out, data, 5)
+    before = tree(state)
+    with claimed_output(out, False), ThreadPoolExecutor(1) as other:
+        second = other.submit(recover_checkpoint, source, out, data=data, **COMMON, resume=True)
+        with pytest.raises(InputError, match="is being written by another run"):
+            second.result()
+    assert tree(state) == before
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_the_state_before_stays(folders, monkeypatch):  # noqa: F811
+    source, out, data = folders
+    save = torch.save
+
+    def full(content, path, *rest, **options):
+        if "checkpoint-8" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nmore")
+        save(content, path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(InputError, match=r"state cannot be written to '.*\.out\.training': Pytorch.* failed$"):
+            recover_checkpoint(source, out, data=data, **COMMON)
+    state = out.with_name(".out.training")
+    assert latest_checkpoint(state) == str(state / "checkpoint-4")
+    assert not (state / "checkpoint-8").exists() and not out.exists()
+
+
+def test_what_is_on_the_disk_already_is_not_asked_for_again(folders, monkeypatch):  # noqa: F811
+    source, out, data = folders
+    asked = []
+    monkeypatch.setattr("llm_surgeon.recovery.recover.require_disk", lambda _, needed: asked.append(needed))
+    state = interrupt(source, out, data, 10)
+    there = sum(len(content) for content in tree(state).values())
+    recover_checkpoint(source, out, data=data, **COMMON, resume=True)
+    trained = 9 * 4 * OPTIONS["rank"] * sum(l.rows + l.columns for l in find_decoder(half_zero("llama")).linears)
+    assert asked[0] - asked[1] == min(there, trained) > 0
 
 
 def test_fingerprints_tell_values_names_dtypes_and_shapes():

@@ -104,7 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.print(f"surgeon-kernels {importlib.metadata.version('surgeon-kernels')}")
+        try:
+            version = importlib.metadata.version("surgeon-kernels")
+        except importlib.metadata.PackageNotFoundError:
+            version = "from a folder that is not installed"
+        console.print(f"surgeon-kernels {version}")
         raise typer.Exit
 
 

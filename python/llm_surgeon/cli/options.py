@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from llm_surgeon.checks import shown
-from llm_surgeon.errors import InputError
+from llm_surgeon.checks import require_choice
 from llm_surgeon.progress import LineProgress, Progress, TerminalProgress
 
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ def printable(text: str) -> str:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    if name not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"unknown dtype {shown(name)}: float32, bfloat16 or float16")
+    require_choice("dtype", name, ("float32", "bfloat16", "float16"))
     import torch
 
     return getattr(torch, name)

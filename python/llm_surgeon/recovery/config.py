@@ -57,8 +57,8 @@ class RecoverConfig:
         rank, alpha, dropout: LoRA: a correction is ``alpha / rank · B A`` with B ``[R, rank]`` and A ``[rank, C]``.
         temperature: with a teacher, the loss is ``T² KL(teacher ‖ student)`` of logits divided by T.
         eval_every: steps between evaluations of the held-out loss (left out: a tenth of ``steps``).
-        eval_windows: held-out sequences of each (left out: 64, or fewer where all evaluations together, the ones before
-            and after the training included, would see more sequences than the training).
+        eval_windows: held-out sequences of each, where a text is split (left out: 64, or fewer where all evaluations
+            together, the ones before and after the training included, would see more sequences than the training).
         patience: evaluations without improvement before training stops; the best state is kept in any case.
         seed: of batches, dropout and LoRA's initial values.
     """

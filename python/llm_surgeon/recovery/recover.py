@@ -259,7 +259,7 @@ def _recover_into(
     )
     ids = tokenize(text, tokenizer)
     windows, held_out = _split(ids, config)
-    require_disk(out, checkpoint_bytes(model, tokenizer, dtype) + _state_bytes(model, config))
+    require_disk(out, checkpoint_bytes(model, tokenizer, dtype) + _state_bytes(model, config, state))
     run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **dataclasses.asdict(config)}
     claim(state, run, contents(model=model, teacher=dense, data=ids))
     try:
@@ -293,13 +293,14 @@ def _state_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.training")
 
 
-def _state_bytes(model: nn.Module, config: RecoverConfig) -> int:
-    """Bytes of the training state on disk: what is trained and AdamW's two moments, float32, of three checkpoints."""
+def _state_bytes(model: nn.Module, config: RecoverConfig, state: Path) -> int:
+    """Bytes that the training state will still take: what is trained and AdamW's two moments, float32, three times."""
     trained = sum(parameter.numel() for parameter in model.parameters())
     if config.method == "lora":
         linears = find_decoder(model).linears
         trained = config.rank * sum(linear.rows + linear.columns for linear in linears)
-    return 3 * 3 * 4 * trained
+    there = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
+    return max(0, 3 * 3 * 4 * trained - there)
 
 
 def _split(ids: Tensor, config: RecoverConfig) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from llm_surgeon.data import Calibration
-from llm_surgeon.errors import NumericalError
+from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models import run_model
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import RecoverConfig
@@ -74,6 +75,15 @@ class RecoveryTrainer(Trainer):
             loss = distillation_loss(logits[counted], wanted[counted], self._temperature)
         # Trainer's evaluation wants outputs beside the loss; it drops them where only the loss is asked for.
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super()._save_checkpoint(*arguments, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError of torch's writer
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"the training state cannot be written to {self.args.output_dir!r}: {reason}") from error
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -129,7 +139,7 @@ def train(
         Trainer's log: losses, learning rates and held-out losses by step.
 
     Raises:
-        NumericalError: a loss that is not a number.
+        NumericalError: a loss that is not a number; InputError: ``folder`` cannot be written.
     """
     assert config.learning_rate is not None and config.warmup_steps is not None and config.eval_every is not None
     device = next(model.parameters()).device
