@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from surgeon_kernels import extension
+from surgeon_kernels import extension, gram_plan
 
 
 def build_info() -> dict[str, Any]:
@@ -59,8 +59,11 @@ def _cuda_part(found: bool) -> dict[str, Any]:
 def _triton_part() -> dict[str, Any]:
     if importlib.util.find_spec("triton") is None:
         return _part(False, "triton is not installed; the PyTorch references are used")
+    *majors, last = sorted({major for major, _ in gram_plan.CONFIGS})
+    capabilities = f"{', '.join(f'{major}.x' for major in majors)} and {last}.x"
     return _part(
-        True, "installed; Gram matrices are accumulated by a Triton kernel on CUDA devices of capability 8.x and 9.x"
+        True,
+        f"installed; Gram matrices are accumulated by a Triton kernel on CUDA devices of capability {capabilities}",
     )
 
 

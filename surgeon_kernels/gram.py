@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surgeon_kernels.gram_plan import GramConfig, choose
+from surgeon_kernels.half_products import addmm_half_
 from surgeon_kernels.symmetric import SymmetricAccumulator
 from surgeon_kernels.symmetric_layout import add_gram_reference_
 from surgeon_kernels.triton_support import has_kernels
@@ -63,14 +64,12 @@ def gram_accumulate_(
 
             mirror_(target)
         return out
-    rows = _prepare(rows, mask, ones_column)
+    rows = _prepare(rows, mask, ones_column).detach()  # results are written to out, which autograd does not follow
     if packed:
         add_gram_reference_(target, rows, alpha)
     elif rows.is_cuda and rows.dtype in _HALF and target.dtype == torch.float32:
         # Half-precision products are exact in float32: the tensor cores read x as it is, no upcast copy.
-        if rows.requires_grad:
-            rows = rows.detach()  # results are written to the output, which autograd does not follow
-        torch.addmm(target, rows.T, rows, alpha=alpha, out_dtype=torch.float32, out=target)
+        addmm_half_(target, rows.T, rows, alpha=alpha)
     else:
         gram_reference_(target, rows, alpha)
     return out

@@ -29,7 +29,7 @@ class GramConfig(NamedTuple):
     warps: int
     stages: int
     programs_per_sm: int
-    descriptors: bool  # loads through TMA tensor descriptors (sm_90), else through pointers
+    descriptors: bool  # loads through TMA tensor descriptors (from sm_90 on), else through pointers
     precision: str = "tf32"  # of float32 operands; 16-bit ones are exact
     # Steps that the tensor cores sum by themselves. They truncate, so that the error grows with the number of steps;
     # what is added to the output afterwards is rounded.
@@ -40,17 +40,25 @@ class GramConfig(NamedTuple):
 _WIDE = GramConfig(128, 256, 64, 8, 3, 1, True, step=0.63)
 _SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
 _AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=256, step=0.5)
+_AMPERE_TF32 = GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED, 2.0)
 # By major compute capability and type of x; where there are several, the one whose schedule takes the least time by
-# the figures above, which `bench/gram.py --tune` prints beside measured times (those of sm_80 are not measured).
+# the figures above, which `bench/gram.py --tune` prints beside measured times (those of sm_90 alone are measured).
 # 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product, but a small matrix has too few of
-# them. tf32x3 splits its operands in registers, which leaves room for less.
+# them. tf32x3 splits its operands in registers, which leaves room for less. Major 12 has Ampere's instructions and a
+# block of at most 99 KiB.
 CONFIGS: dict[tuple[int, torch.dtype], list[GramConfig]] = {
     (9, torch.bfloat16): [_WIDE, _SQUARE],
     (9, torch.float16): [_WIDE, _SQUARE],
     (9, torch.float32): [GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3", _UNLIMITED, 2.4)],
     (8, torch.bfloat16): [_AMPERE],
     (8, torch.float16): [_AMPERE],
-    (8, torch.float32): [GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED, 2.0)],
+    (8, torch.float32): [_AMPERE_TF32],
+    (10, torch.bfloat16): [_WIDE, _SQUARE],
+    (10, torch.float16): [_WIDE, _SQUARE],
+    (10, torch.float32): [_AMPERE_TF32],
+    (12, torch.bfloat16): [_AMPERE],
+    (12, torch.float16): [_AMPERE],
+    (12, torch.float32): [_AMPERE_TF32],
 }
 # Fewer rows are not worth a kernel, and the last digit of tf32x3 would show.
 _LEAST_TOKENS = 64

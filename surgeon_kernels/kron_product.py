@@ -7,7 +7,8 @@ three products are summed::
 
     A B ≈ 2⁻¹¹ (A₁B₀ + A₀B₁) + A₀B₀
 
-Sums are in float32; what tensor cores cut off them is said in :mod:`surgeon_kernels.split_matmul`.
+Sums are in float32, whatever PyTorch's switches allow (:mod:`surgeon_kernels.half_products`); what tensor cores cut off
+them is said in :mod:`surgeon_kernels.split_matmul`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surgeon_kernels.half_products import addmm_half_
 from surgeon_kernels.split_matmul import SPLIT_FROM
 from surgeon_kernels.triton_support import has_kernels
 
@@ -113,6 +115,4 @@ def mm_half(A: Tensor, B: Tensor, out: Tensor, *, beta: float = 0.0, alpha: floa
     if not out.is_cuda:
         previous = beta * out if beta else 0.0
         return out.copy_(previous + alpha * (A.float() @ B.float()))
-    if out.dtype == torch.float16:
-        return torch.addmm(out, A, B, beta=beta, alpha=alpha, out=out)
-    return torch.addmm(out, A, B, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
+    return addmm_half_(out, A, B, beta=beta, alpha=alpha)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surgeon_kernels.half_products import addmm_half_
 from surgeon_kernels.triton_support import has_kernels
 
 _ORDER = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
@@ -74,7 +75,7 @@ def addmm_split_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 0.0, alpha:
         run = RUN if i == j == 0 else max(1, A.shape[2])
         for a, b in zip(A[i].split(run, dim=1), B[j].split(run, dim=0), strict=True):
             if out.is_cuda:
-                torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
+                addmm_half_(out, a, b, beta=beta, alpha=alpha)
             else:
                 torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
             beta = 1.0

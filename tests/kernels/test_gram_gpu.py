@@ -1,12 +1,16 @@
 """The Gram kernel on a CUDA device, against float64 and PyTorch's own error."""
 
+import importlib
 import threading
 
 import pytest
 import torch
 
-from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_, symmetric_layout
 from surgeon_kernels.gram import kernel_config
+from surgeon_kernels.half_products import addmm_half_
+
+gram = importlib.import_module("surgeon_kernels.gram")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -190,3 +194,24 @@ def test_several_threads_and_streams():
         thread.join()
     assert len(results) == 4
     assert all(torch.equal(result, expected) for result in results.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "columns"), [(4096, 2048), (2047, 2500)])
+def test_without_a_configuration_panels_are_multiplied_by_tensor_cores(dtype, tokens, columns, monkeypatch):
+    """As on architectures that none is for: 16-bit rows are not converted, and errors are PyTorch's own."""
+    monkeypatch.setattr(gram, "kernel_config", lambda *arguments: None)
+    x = randn(tokens, columns, dtype=dtype).requires_grad_()
+    out = SymmetricAccumulator.zeros(columns, device="cuda")
+    assert out.packed
+    products = []
+    monkeypatch.setattr(
+        symmetric_layout,
+        "addmm_half_",
+        lambda out, A, B, **options: products.append((A.dtype, A.shape[0])) or addmm_half_(out, A, B, **options),
+    )
+    gram_accumulate_(out, x, alpha=0.5)
+    assert products == ([] if dtype == torch.float32 else [(dtype, 1024)] * 2 + [(dtype, 512)] * (columns == 2500))
+    truth = exact(x.detach())
+    assert error(2 * out.full(), truth) <= 2 * torch_error(x.detach(), truth)
+    assert not out.storage.requires_grad

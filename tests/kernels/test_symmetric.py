@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
-from surgeon_kernels.symmetric_layout import PACKED_FROM, TILE
+from surgeon_kernels.symmetric_layout import PACKED_FROM, TILE, add_gram_reference_
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SIZES = [1, 127, 128, 129, 300, 3 * TILE]
@@ -28,6 +28,15 @@ def test_accumulates_what_a_dense_matrix_would(n, packed, dtype):
     assert full.dtype == dtype
     assert torch.equal(out.diagonal(), full.diagonal())
     assert torch.equal(full, full.T)
+
+
+@pytest.mark.parametrize("panel", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [5 * TILE, 4 * TILE + 9])
+def test_panels_of_tiles(n, panel):
+    x, out = randn(40, n), SymmetricAccumulator.zeros(n, dtype=torch.float64, packed=True)
+    out.storage.fill_(1.0)
+    add_gram_reference_(out.storage, x, 0.5, panel=panel)
+    torch.testing.assert_close(out.full(), 1.0 + 0.5 * x.T @ x)
 
 
 def test_a_column_of_ones():

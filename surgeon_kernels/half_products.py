@@ -1,0 +1,71 @@
+"""Products of 16-bit matrices on CUDA devices whose sums are in float32 whatever PyTorch's switches allow."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Of float16 and of bfloat16, whether partial sums may be rounded and whether cuBLASLt may split sums; and whether
+# float16 may be summed in float16.
+_Switches = tuple[tuple[bool, bool], tuple[bool, bool], bool]
+_PINNED: _Switches = ((False, True), (False, True), False)
+
+_lock = threading.Lock()
+_inside = 0
+_before = _PINNED
+
+
+def addmm_half_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """``out = beta out + alpha A B`` of float16 or bfloat16 matrices on a CUDA device, see :func:`float32_sums`.
+
+    Args:
+        out: ``[m, n]``, of the dtype of ``A`` ``[m, k]`` and ``B`` ``[k, n]``, or float32. With ``beta = 0`` what it
+            holds before is not read.
+    """
+    with float32_sums():
+        if out.dtype == A.dtype:
+            return torch.addmm(out, A, B, beta=beta, alpha=alpha, out=out)
+        return torch.addmm(out, A, B, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Holds ``torch.backends.cuda.matmul``'s ``allow_fp16_reduced_precision_reduction``, its sibling of bfloat16 and
+    ``allow_fp16_accumulation`` at False, and puts back what they were.
+
+    They belong to the process: meanwhile products that other threads launch sum in float32 as well. Of several threads
+    in here the last to leave puts them back; what is assigned to them meanwhile is lost.
+    """
+    global _inside, _before
+    with _lock:
+        if _inside == 0:
+            _before = _switches()
+            _switch(_PINNED)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _switch(_before)
+
+
+def _switches() -> _Switches:
+    allowed = torch.backends.cuda.matmul
+    return (
+        (allowed.allow_fp16_reduced_precision_reduction, allowed.allow_fp16_reduced_precision_reduction_split_k),
+        (allowed.allow_bf16_reduced_precision_reduction, allowed.allow_bf16_reduced_precision_reduction_split_k),
+        allowed.allow_fp16_accumulation,
+    )
+
+
+def _switch(values: _Switches) -> None:
+    allowed = torch.backends.cuda.matmul
+    allowed.allow_fp16_reduced_precision_reduction = values[0]
+    allowed.allow_bf16_reduced_precision_reduction = values[1]
+    allowed.allow_fp16_accumulation = values[2]
