@@ -100,7 +100,7 @@ def choose(
             continue  # with the addresses of a dense output, wide blocks run out of registers; short runs want smaller
         if unaligned:
             config = config._replace(run=_UNALIGNED_RUN)
-        blocks = len(blocks_in_order(n, config))
+        blocks = _number_of_blocks(n, config.block_m, config.block_n)
         time = _split(blocks, -(-tokens // config.block_k), config, processors * config.programs_per_sm).time
         if time < least:
             best, least = config, time
@@ -144,6 +144,11 @@ def blocks_in_order(n: int, config: GramConfig) -> list[tuple[int, int]]:
                 (row, column) for row in range(start, end) if column * config.block_n < (row + 1) * config.block_m
             ]
     return order
+
+
+@functools.lru_cache(maxsize=1024)
+def _number_of_blocks(n: int, block_m: int, block_n: int) -> int:
+    return sum(-(-min((row + 1) * block_m, -(-n // block_n) * block_n) // block_n) for row in range(-(-n // block_m)))
 
 
 def schedule(n: int, steps: int, config: GramConfig, programs: int) -> Schedule:

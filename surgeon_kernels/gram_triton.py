@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -139,10 +140,25 @@ class Plan(NamedTuple):
     workspace: int
 
 
-@functools.lru_cache(maxsize=1024)
 def plan(columns: int, tokens: int, dtype: torch.dtype, packed: bool, config: GramConfig, device: torch.device) -> Plan:
+    """The plan of a product: one for all numbers of tokens of as many steps.
+
+    Making it takes the host a while, and waits for the device. Plans are kept, those long unused are not, except for
+    what a CUDA graph was captured with: it reads their schedules as long as it is replayed.
+    """
+    made = _plan(columns, -(-tokens // config.block_k), dtype, packed, config, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[id(made)] = made
+    return made
+
+
+_captured: dict[int, Plan] = {}
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(columns: int, steps: int, dtype: torch.dtype, packed: bool, config: GramConfig, device: torch.device) -> Plan:
     programs = config.programs_per_sm * _processors(device)
-    work = schedule(columns, -(-tokens // config.block_k), config, programs)
+    work = schedule(columns, steps, config, programs)
     return Plan(
         config,
         packed,
@@ -176,9 +192,9 @@ def accumulate_(out: Tensor, rows: Tensor, alpha: float, plan: Plan) -> None:
         right: Tensor | TensorDescriptor = rows
         if config.descriptors:
             shape, strides = [tokens, columns], [row_stride, 1]
-            left = right = _Rows(rows, shape, strides, [config.block_k, config.block_m])
+            left = right = _descriptor(rows, shape, strides, [config.block_k, config.block_m])
             if config.block_n != config.block_m:
-                right = _Rows(rows, shape, strides, [config.block_k, config.block_n])
+                right = _descriptor(rows, shape, strides, [config.block_k, config.block_n])
         aligned = out.data_ptr() % 16
         launch(
             gram_kernel, (config, plan.packed, rows.dtype, device, aligned), (plan.programs, 1, 1),
@@ -195,11 +211,28 @@ def accumulate_(out: Tensor, rows: Tensor, alpha: float, plan: Plan) -> None:
             )  # fmt: skip
 
 
-class _Rows(TensorDescriptor):
-    """A descriptor of readable rows: what it would check is known, and takes longer than a small product."""
+def _is_plain(descriptor: Any) -> bool:
+    """Whether a descriptor is a dataclass of base, shape, strides and block shape, and of others that have defaults."""
+    if not dataclasses.is_dataclass(descriptor) or hasattr(descriptor, "__slots__"):
+        return False
+    names, rest = [field.name for field in dataclasses.fields(descriptor)], dataclasses.fields(descriptor)[4:]
+    return names[:4] == ["base", "shape", "strides", "block_shape"] and all(hasattr(descriptor, f.name) for f in rest)
 
-    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
-        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
+
+_PLAIN = _is_plain(TensorDescriptor)
+
+
+def _descriptor(base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> TensorDescriptor:
+    """A descriptor of readable rows.
+
+    Its checks, of what is known, take longer than a small product: they are left out where Triton's class is what it is
+    known to be.
+    """
+    if not _PLAIN:
+        return TensorDescriptor(base, shape, strides, block_shape)
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape = base, shape, strides, block_shape
+    return made
 
 
 @functools.cache

@@ -1,33 +1,65 @@
-"""Launches of Triton kernels with little work on the host."""
+"""Launches of Triton kernels with little work on the host.
+
+What this takes is internal to Triton: a compiled kernel, indexed by a grid, takes all of the kernel's arguments as they
+are. That holds for the versions of :data:`_KNOWN`; with any other, every launch goes the documented, slower way.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+# From the first to before the second, major and minor.
+_KNOWN = (3, 6), (3, 10)
+
+
+def known(version: str) -> bool:
+    """Whether compiled kernels of this version of Triton can be launched directly."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return _KNOWN[0] <= (major, minor) < _KNOWN[1]
+
+
+_direct = known(triton.__version__)
+if not _direct:
+    versions = " to before ".join("{}.{}".format(*version) for version in _KNOWN)
+    warnings.warn(
+        f"Triton {triton.__version__} is not among the versions known here, {versions}: its kernels are launched "
+        "without the short cut, at some cost for small products"
+    )
+
+# By the identity of the kernel, which the entry keeps alive, and what :func:`launch` calls its key.
+_compiled: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
 
 def launch(kernel: Any, key: tuple[Any, ...], grid: tuple[int, int, int], *args: Any, **options: int) -> None:
     """``kernel[grid](*args, **options)``, from the second launch with a key on without looking for what to run.
 
     Triton searches for the compiled kernel by every argument's type, value and alignment, which takes longer than a
-    small product. The key must tell apart all of these that may differ (:func:`kind`), and the device.
+    small product. The key must tell apart all of these that may differ (:func:`kind`), and the device; of different
+    kernels it may be the same.
 
     Args:
         args: all of the kernel's parameters in order, constants included.
+
+    Raises:
+        TypeError: not all of them.
     """
-    key = (kernel.fn.__name__, *key)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*args)
+    key = (id(kernel), *key)
+    found = _compiled.get(key)
+    if found is not None:
+        found[1][grid](*args)
         return
+    if len(args) != len(kernel.arg_names):
+        raise TypeError(f"the kernel takes {len(kernel.arg_names)} arguments, not {len(args)}")
     compiled = kernel[grid](*args, **options)
-    if compiled is not None:  # the interpreter compiles nothing
-        _compiled[key] = compiled
+    if _direct and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+        _compiled[key] = kernel, compiled
 
 
 def kind(argument: Tensor | int) -> tuple[bool, ...]:
