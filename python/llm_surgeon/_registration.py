@@ -12,7 +12,8 @@ from types import ModuleType
 
 # What every model of transformers is loaded by, and the last of what the quantizer needs.
 _NEEDED = "transformers.modeling_utils"
-_QUANTIZER = "llm_surgeon.packed.quantizer"
+_PACKAGE = "llm_surgeon.packed"
+_QUANTIZER = f"{_PACKAGE}.quantizer"
 
 
 def register() -> None:
@@ -39,7 +40,8 @@ class _AfterModelingUtils(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(_QUANTIZER)
+            if _PACKAGE not in sys.modules:  # whose own import, which goes on to the quantizer, may have come here
+                importlib.import_module(_QUANTIZER)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -40,6 +40,7 @@ def test_neither_the_package_nor_help_import_what_is_slow():
     [
         ("import llm_surgeon", "import transformers.modeling_utils"),
         ("import transformers.modeling_utils", "import llm_surgeon"),
+        ("import llm_surgeon.packed.convert", "import transformers.modeling_utils"),
         ("from transformers import AutoModelForCausalLM; import llm_surgeon", "import transformers.modeling_utils"),
     ],
 )

@@ -72,10 +72,12 @@ def unpack_model(model: PreTrainedModel) -> None:
 
 
 def use_cusparselt(model: PreTrainedModel) -> list[str]:
-    """Let NVIDIA's cuSPARSELt multiply where it is faster, from 1024 tokens on: long prompts.
+    """Let NVIDIA's cuSPARSELt multiply where it is faster, from 1024 tokens on (other than Hopper GPUs: from 256 on, an
+    estimate): long prompts.
 
     The library has a form of its own for the weights, which are kept in both: together 9/8 of the dense bytes. Layers
-    with a bias, of sizes not divisible by 16, or without a kernel stay as they are.
+    with a bias, of sizes not divisible by 16, or without a kernel stay as they are. In a CUDA graph it multiplies
+    numbers of tokens that ran before the capture.
 
     Returns:
         The names of the layers prepared.
