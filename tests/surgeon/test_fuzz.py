@@ -8,7 +8,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.surgeon import fuzz_options
+from tests.surgeon import fuzz_options, fuzz_reports
+from tests.surgeon.reports import surgeon_report
 
 CASES = int(os.environ.get("SURGEON_FUZZ_CASES", "500"))
 
@@ -37,3 +38,23 @@ def test_option_files(tmp_path_factory, document):
 )
 def test_option_files_are_told_apart(tmp_path, document, outcome):
     assert fuzz_options.check(tmp_path, document) == outcome
+
+
+@cases(0.1)  # a page takes a second to draw
+@given(document=fuzz_reports.reports)
+def test_reports(tmp_path_factory, document):
+    folder = tmp_path_factory.getbasetemp()
+    assert fuzz_reports.check_report(folder, document) in ("shown", "refused")
+
+
+@cases()
+@given(card=fuzz_reports.cards)
+def test_model_cards(card):
+    assert fuzz_reports.check_card(card) in ("kept", "new")
+
+
+def test_reports_and_model_cards_are_told_apart(tmp_path):
+    assert fuzz_reports.check_report(tmp_path, surgeon_report().to_json().encode()) == "shown"
+    assert fuzz_reports.check_report(tmp_path, b"{}") == "refused"
+    assert fuzz_reports.check_card("---\nlicense: mit\n---\n# T\n") == "kept"
+    assert fuzz_reports.check_card("---\n- mit\n---\n# T\n") == "new"
