@@ -16,11 +16,21 @@ from llm_surgeon.checkpoint import (
     checkpoint_bytes,
     claimed_output,
     load_model,
+    require_model,
     save_checkpoint,
 )
 from llm_surgeon.checks import require_bool
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.data import calibration_windows, choose_seqlen, read_text, tokenize
+from llm_surgeon.data import (
+    calibration_windows,
+    choose_seqlen,
+    data_record,
+    read_documents,
+    require_fit,
+    require_room,
+    token_stream,
+    too_little_text,
+)
 from llm_surgeon.errors import InputError
 from llm_surgeon.held_out import split
 from llm_surgeon.models import find_decoder
@@ -45,6 +55,7 @@ def prune_checkpoint(
     *,
     calibration: str = "wikitext2",
     lora_data: str | None = None,
+    text_field: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     device: str | None = None,
@@ -59,8 +70,10 @@ def prune_checkpoint(
     ``report.html``. ``out`` appears only when it is complete.
 
     Args:
-        calibration: ``"wikitext2"``, ``"c4"`` or a path, see :func:`~llm_surgeon.data.read_text`.
+        calibration: ``"wikitext2"``, ``"c4"``, a data set of the hub or a path, see
+            :func:`~llm_surgeon.text.read_documents`.
         lora_data: the same for what low-rank corrections learn from (left out: the calibration windows).
+        text_field: the field of both's rows to read (left out: chosen by the file's fields).
         overwrite: replace an ``out`` that is not empty.
         trust_remote_code: run model code that comes with the checkpoint.
         **options: fields of :class:`PruneConfig`, where ``config`` is not given.
@@ -77,6 +90,7 @@ def prune_checkpoint(
             config or PruneConfig.from_mapping(options),
             calibration=calibration,
             lora_data=lora_data,
+            text_field=text_field,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             device=device,
@@ -96,6 +110,7 @@ class CheckpointJob:
         calibration: str,
         lora_data: str | None = None,
         config_file: str | Path | None = None,
+        text_field: str | None = None,
         overwrite: bool = False,
         trust_remote_code: bool = False,
         device: str | None = None,
@@ -109,8 +124,11 @@ class CheckpointJob:
         check_output(self.out, overwrite, **self._inputs)
         if lora_data is not None and not config.lora_rank:
             raise InputError("lora_data means nothing without lora_rank")
-        text = read_text(str(calibration), "calibration")
-        lora_text = None if lora_data is None else read_text(str(lora_data), "calibration")
+        if text_field is not None and not isinstance(text_field, str):
+            raise InputError(f"text_field must be text, not {text_field!r}")
+        require_model(self.source)
+        sources = {"calibration": calibration} | ({} if lora_data is None else {"lora_data": lora_data})
+        texts = {name: read_documents(str(data), "calibration", text_field) for name, data in sources.items()}
         self.device = choose_device(device)
         # Options that were given and have no effect without a GPU.
         defaults = {} if self.device.type == "cuda" else {name: getattr(PruneConfig, name) for name in _GPU_OPTIONS}
@@ -130,15 +148,22 @@ class CheckpointJob:
         self.config = with_block_shots(self.config, self.decoder)
         assert self.config.seqlen is not None
         shape = self.config.samples, self.config.seqlen, self.config.seed
-        ids = tokenize(text, self.tokenizer)
+        require_room(self.config.samples, self.config.seqlen)
+        streams = {name: token_stream(text, self.tokenizer) for name, text in texts.items()}
+        ids, digest = streams["calibration"]
         self.tokens = len(ids)
         self.calibration, self.held_out = split(ids, *shape)
-        self.correction_data = None
-        if lora_text is not None:
-            same = lora_text == text  # then nothing that is held out is learned from
-            self.correction_data = (
-                self.calibration if same else calibration_windows(tokenize(lora_text, self.tokenizer), *shape)
-            )
+        windows, self.correction_data = {"calibration": self.calibration}, None
+        if lora_data is not None:
+            more, other = streams["lora_data"]
+            # The same text: then nothing that is held out is learned from.
+            self.correction_data = self.calibration if digest == other else calibration_windows(more, *shape)
+            windows["lora_data"] = self.correction_data
+        self.data = {}
+        for name, each in windows.items():
+            require_fit(each.input_ids, self.model, f"the tokens of {name}")
+            stream, digest = streams[name]
+            self.data[name] = data_record(texts[name], self.tokenizer, digest, stream, each.input_ids)
 
     def removal(self) -> str:
         """What goes, in words, the numbers those of the run.
@@ -208,6 +233,8 @@ class CheckpointJob:
                 "the losses are those on the calibration windows alone."
             )
         report.command = self.command
+        report.data, report.revision = self.data, getattr(self.model.config, "_commit_hash", None)
+        report.warnings += filter(None, map(too_little_text, self.data.values()))
         write_pruned(self.model, self.tokenizer, self.out, self.dtype, report, self.source, self.overwrite)
         return report
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,12 +12,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llm_surgeon.chat import has_template
 from llm_surgeon.checks import require_positive_int
 from llm_surgeon.errors import InputError
+from llm_surgeon.report.schema import DataRecord
+from llm_surgeon.resources import require_memory
+from llm_surgeon.text import Documents
+from llm_surgeon.text import read_documents as read_documents
 from llm_surgeon.text import read_text as read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_logger = logging.getLogger(__name__)
+
+# Characters that are tokenized at once, for which a tokenizer takes about 150 bytes each;
+_PIECE = 2**16
+# those before a piece that are tokenized with it again, and around a cut to judge it by;
+_CONTEXT = 2**10
+# cuts that are tried before the rest of a text is taken at once, and pieces before the whole text is.
+_CUTS, _RETRIES = 64, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,23 +117,149 @@ class Calibration:
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The ids of the whole text, int64 ``[n]``: one BOS in front (where the tokenizer has one), no other specials."""
+    """The ids of the whole text, int64 ``[n]``: one BOS in front (where the tokenizer has one), no other specials.
+
+    A BOS that a chat template put in front already is that one. Long texts are tokenized piece by piece, to the same
+    ids in little memory: a piece is tokenized behind the end of the one before, whose ids are then taken off, and cut
+    where these agree in both, see :func:`_next_cut`. A text without such places is tokenized at once.
+    """
+    pieces = _pieces(text, tokenizer)
+    if pieces is None:
+        pieces = [_encode(text, tokenizer)]
+    bos = tokenizer.bos_token_id
+    if bos is not None and not (len(pieces[0]) and int(pieces[0][0]) == bos):
+        pieces.insert(0, torch.tensor([bos], dtype=torch.int32))
+    ids = torch.empty(sum(map(len, pieces)), dtype=torch.int64)
+    torch.cat(pieces, out=ids)
+    return ids
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     # verbose=False: the stream is cut into windows later, so its length deserves no warning.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return torch.tensor(bos + ids, dtype=torch.int64)
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return torch.tensor(tokenizer(text, add_special_tokens=False, **options)["input_ids"], dtype=torch.int32)
+
+
+def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Tensor] | None:
+    """Ids of consecutive pieces of ``text``; ``None`` where a piece and the context it follows do not agree."""
+    pieces: list[Tensor] = []
+    start, context = 0, torch.empty(0, dtype=torch.int32)  # the piece's place and the ids of what is before it
+    while start < len(text) or not pieces:
+        behind, place = max(0, start - _CONTEXT), start + _PIECE
+        for _ in range(_RETRIES):
+            end, following = _next_cut(text, place, tokenizer)
+            ids = _encode(text[behind:end], tokenizer)
+            seen = following[len(following) // 2 :]
+            if torch.equal(ids[len(ids) - len(seen) :], seen):
+                break
+            place = end + _CONTEXT
+        else:
+            return None
+        if not torch.equal(ids[: len(context)], context):
+            return None
+        pieces.append(ids[len(context) :])
+        start, context = end, following
+    return pieces
+
+
+def _next_cut(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Tensor]:
+    """A place from ``start`` on where no token is cut, and the ids of the context before it.
+
+    Whether a token ends at a place depends on what is near it alone, for pre-tokenizers scan from left to right and
+    merges stay inside words. So it ends there if it does so in the text around it: if the ids of what is before the
+    place are the first ids of that and what is behind it. Ends and beginnings of words are tried.
+    """
+    candidates = re.compile(r"(?<=\w)(?=\s)|(?<=\s)(?=\w)").finditer(text, start, max(start, len(text) - _CONTEXT))
+    for _, match in zip(range(_CUTS), candidates, strict=False):
+        end = match.end()
+        context = _encode(text[end - _CONTEXT : end], tokenizer)
+        around = _encode(text[end - _CONTEXT : end + _CONTEXT], tokenizer)
+        if len(context) > 8 and torch.equal(around[: len(context)], context):
+            return end, context
+    return len(text), torch.empty(0, dtype=torch.int32)
 
 
 def calibration_windows(ids: Tensor, samples: int, seqlen: int, seed: int) -> Calibration:
-    """``samples`` windows of ``seqlen`` tokens of the stream ``ids``, starts drawn uniformly with ``seed``."""
+    """``samples`` windows of ``seqlen`` tokens of the stream ``ids``, starts drawn uniformly with ``seed``.
+
+    Raises:
+        InputError: the stream is shorter than a window, or the windows are too many for the memory.
+    """
     require_length(ids, seqlen)
     starts = window_starts(len(ids), samples, seqlen, seed)
-    return Calibration(ids[starts[:, None] + torch.arange(seqlen)])
+    return Calibration(ids.unfold(0, seqlen, 1)[starts])
 
 
 def window_starts(length: int, samples: int, seqlen: int, seed: int) -> Tensor:
     """Where the windows of :func:`calibration_windows` begin in a stream of ``length`` tokens, int64 ``[samples]``."""
+    require_room(samples, seqlen)
     return torch.randint(length - seqlen + 1, (samples,), generator=torch.Generator().manual_seed(seed))
+
+
+def require_room(samples: int, seqlen: int) -> None:
+    """Raise :class:`InputError` where ``samples`` windows of ``seqlen`` int64 tokens do not fit the memory."""
+    require_memory(8 * samples * (seqlen + 1), "cpu", f"{samples} windows of {seqlen} tokens")
+
+
+def token_stream(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
+    """Ids of the documents' text, see :func:`tokenize`, and the text's SHA-256 in hexadecimal digits.
+
+    Says in the log which field was read, and how conversations became text.
+    """
+    if documents.fields:
+        how = ""
+        if documents.chat:
+            template = has_template(tokenizer)
+            how = (
+                ", conversations by the chat template"
+                if template
+                else ", conversations as 'User: …' paragraphs, for the tokenizer has no chat template"
+            )
+        _logger.info("%r is read by its field %s%s", documents.source, ", ".join(map(repr, documents.fields)), how)
+    text = documents.text(tokenizer)
+    digest = hashlib.sha256()
+    for start in range(0, len(text), _PIECE):
+        digest.update(text[start : start + _PIECE].encode("utf-8"))
+    return tokenize(text, tokenizer), digest.hexdigest()
+
+
+def data_record(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    sha256: str,
+    ids: Tensor,
+    windows: Tensor,
+    *,
+    passes: int = 1,
+) -> DataRecord:
+    """The record of ``windows`` ``[n, seqlen]`` that were drawn from ``ids``, the tokens of ``documents``.
+
+    Says in the log where the windows go over the text more than ``passes`` times.
+    """
+    record = DataRecord(
+        documents.source,
+        documents.split,
+        sha256,
+        tokens=len(ids),
+        windows=len(windows),
+        distinct_windows=len(windows.unique(dim=0)),
+        seqlen=windows.shape[1],
+        field=", ".join(documents.fields) or None,
+        rendering=("chat template" if has_template(tokenizer) else "plain") if documents.chat else None,
+    )
+    if (sentence := too_little_text(record, passes)) is not None:
+        _logger.warning("%s", sentence)
+    return record
+
+
+def too_little_text(record: DataRecord, passes: int = 1) -> str | None:
+    """A sentence where the windows hold more than ``passes`` times the tokens of the text they were drawn from."""
+    if record.windows * record.seqlen <= passes * record.tokens:
+        return None
+    return (
+        f"{record.windows} windows of {record.seqlen} tokens are drawn from the {record.tokens} tokens of "
+        f"{record.source!r}: {record.distinct_windows} distinct windows, pass more text"
+    )
 
 
 def evaluation_windows(ids: Tensor, seqlen: int) -> Tensor:
@@ -126,15 +269,36 @@ def evaluation_windows(ids: Tensor, seqlen: int) -> Tensor:
     return ids[: count * seqlen].view(count, seqlen)
 
 
+def positions(model: nn.Module) -> int | None:
+    """Tokens in the longest sequence that the (text part of the) model takes; ``None`` where it does not say."""
+    longest = getattr(text_config(model), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's decoder: its own, or the one inside that of a model of several modalities."""
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+
+
 def choose_seqlen(wanted: int | None, model: nn.Module) -> int:
     """Tokens in a window: ``wanted``, or else 2048 or the model's own limit; :class:`InputError` if it takes fewer."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = positions(model)
     if wanted is None:
         return min(2048, longest or 2048)
     require_positive_int("seqlen", wanted)
     if longest is not None and wanted > longest:
         raise InputError(f"seqlen {wanted} is longer than the {longest} positions of the model")
     return wanted
+
+
+def require_fit(ids: Tensor, model: nn.Module, name: str) -> None:
+    """Raise :class:`InputError` where ``ids`` ``[n, seqlen]`` hold tokens or positions that ``model`` lacks."""
+    embeddings = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    if (largest := int(ids.max())) >= embeddings:
+        raise InputError(f"{name} hold token id {largest}, and the model has {embeddings} embeddings")
+    longest = positions(model)
+    if longest is not None and ids.shape[1] > longest:
+        raise InputError(f"{name} have {ids.shape[1]} tokens, and the model has {longest} positions")
 
 
 def require_windows(ids: Any, name: str) -> None:

@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_surgeon.checkpoint import load_model
+from llm_surgeon.checkpoint import load_model, require_model
 from llm_surgeon.checks import require_positive_int
-from llm_surgeon.data import choose_seqlen, evaluation_windows, read_text, require_windows, tokenize
-from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.data import (
+    choose_seqlen,
+    evaluation_windows,
+    read_documents,
+    require_fit,
+    require_windows,
+    token_stream,
+)
+from llm_surgeon.errors import NumericalError
 from llm_surgeon.model_checks import check_causal
 from llm_surgeon.models import evaluation_mode
 from llm_surgeon.resources import choose_device
@@ -30,15 +37,25 @@ def load_for_evaluation(
     device: str | None,
     trust_remote_code: bool,
     dtype: torch.dtype = torch.float32,
+    *,
+    limit: int | None = None,
+    text_field: str | None = None,
 ) -> tuple[nn.Module, Tensor]:
-    """The checkpoint ``source``, dense or packed, and the windows of ``data``'s test part, for :func:`perplexity`."""
-    text = read_text(data, "evaluation")
+    """The checkpoint ``source``, dense or packed, and windows of ``data``'s test part, for :func:`perplexity`.
+
+    Args:
+        limit: only the first so many windows.
+        text_field: see :func:`~llm_surgeon.text.read_documents`.
+    """
+    require_model(source)
+    documents = read_documents(data, "evaluation", text_field)
     model, tokenizer, _ = load_model(
         source, dtype, choose_device(device), trust_remote_code=trust_remote_code, packed=True
     )
     with evaluation_mode(model):
         check_causal(model)
-    return model, evaluation_windows(tokenize(text, tokenizer), choose_seqlen(seqlen, model))
+    ids, _ = token_stream(documents, tokenizer)
+    return model, evaluation_windows(ids, choose_seqlen(seqlen, model))[:limit]
 
 
 @torch.no_grad()  # not inference_mode: what a model caches in a forward pass must stay usable for gradients later
@@ -59,14 +76,12 @@ def perplexity(
         progress: called as ``progress(windows_done, windows)``.
 
     Raises:
-        InputError: no windows, or a token id that the model has no embedding for.
+        InputError: no windows, or token ids or positions that the model has no embedding for.
         NumericalError: NaN or infinity in a window's loss; the message names the window.
     """
     require_windows(windows, "evaluation windows")
-    embeddings = model.get_input_embeddings().weight
-    largest = int(windows.max())
-    if largest >= len(embeddings):
-        raise InputError(f"evaluation windows hold token id {largest}, and the model has {len(embeddings)} embeddings")
+    require_fit(windows, model, "evaluation windows")
+    device = model.get_input_embeddings().weight.device
     count, seqlen = windows.shape
     if batch_size is None:
         batch_size = max(1, _BATCH_TOKENS // seqlen)
@@ -74,7 +89,7 @@ def perplexity(
     total = 0.0
     with evaluation_mode(model):
         for start in range(0, count, batch_size):
-            ids = windows[start : start + batch_size].to(embeddings.device).long()
+            ids = windows[start : start + batch_size].to(device).long()
             logits = model(input_ids=ids, use_cache=False).logits
             losses = [_window_loss(row, window) for row, window in zip(logits, ids, strict=True)]
             for index, loss in enumerate(torch.stack(losses).tolist(), start):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llm_surgeon.config import PruneConfig
-from llm_surgeon.data import Calibration
+from llm_surgeon.data import Calibration, require_fit
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.model_checks import check_shrinkable
@@ -109,6 +109,10 @@ def _prune(
     decoder = find_decoder(model)
     check_model(model, decoder, config)
     config = with_block_shots(config, decoder)
+    corrections = None if correction_data is None else Calibration.of(correction_data)
+    for use, each in (("calibration", windows), ("held-out", apart), ("correction", corrections)):
+        if each is not None:
+            require_fit(each.input_ids, model, f"{use} sequences")
     begun, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     device = compute_device(model, config)
     if device.type == "cuda":
@@ -119,8 +123,8 @@ def _prune(
     kind = loops.get(config.pattern.kind, ShotLoop)
     with _memory_capped(config), evaluation_mode(model):
         loop = kind(model, decoder, windows, config, progress or Progress())
-        if correction_data is not None:
-            loop.correction_data = _own(Calibration.of(correction_data))
+        if corrections is not None:
+            loop.correction_data = _own(corrections)
         loop.held_out = apart
         saved = state.copy_weights(_written(model, decoder, config), at_once=config.offload == "cpu")
         loop.run(before_update=saved)

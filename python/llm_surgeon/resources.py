@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -57,12 +58,53 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def available_memory(device: torch.device | str) -> int:
-    """Bytes free on a GPU (those cached by PyTorch included), or in main memory for any other device."""
+    """Bytes free on a GPU (those cached by PyTorch included), or in main memory for any other device.
+
+    Main memory counts as far as the limits of the process allow: those of its control groups (containers, Slurm) and of
+    its address space (``ulimit -v``).
+    """
     device = torch.device(device)
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return max(0, min(psutil.virtual_memory().available, *_group_memory(), *_address_space()))
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _group_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Bytes left to each control group that the process is in, of version 1 or 2; caches that can go do not count."""
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:  # not on Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # Within a container the path may be one of the host, which is not there: only the root is.
+        group = Path(path.lstrip("/"))
+        for folder in {top / each for each in (group, *group.parents)}:
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in names[:2])
+                counts = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
+            except OSError:  # no such group, or one without a limit of its own
+                continue
+            if limit != "max":
+                yield int(limit) - int(used) + int(counts.get(names[2], 0))
+
+
+def _address_space() -> Iterator[int]:
+    """Bytes of addresses left to the process, where they are limited."""
+    if sys.platform == "win32":
+        return
+    import resource  # not on Windows
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        yield limit - psutil.Process().memory_info().vms
 
 
 def peak_memory(device: torch.device) -> int:
@@ -77,12 +119,13 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def require_memory(needed: int, device: torch.device | str) -> None:
-    """Raise :class:`InputError` where fewer than ``needed`` bytes are available on ``device``."""
+def require_memory(needed: int, device: torch.device | str, purpose: str = "") -> None:
+    """Raise :class:`InputError` where fewer than ``needed`` bytes, for ``purpose``, are available on ``device``."""
     available = available_memory(device)
     if needed > available:
         raise InputError(
-            f"about {human_bytes(needed)} of memory are needed on {device} and {human_bytes(available)} are available"
+            f"about {human_bytes(needed)} of memory are needed on {device}{purpose and ' for ' + purpose} "
+            f"and {human_bytes(available)} are available"
         )
 
 

@@ -1,5 +1,6 @@
 """The surgeon command as a user types it: files written, exit codes, and a clear sentence for every bad input."""
 
+import hashlib
 import json
 import shutil
 from importlib.resources import files
@@ -111,6 +112,79 @@ def test_eval_prints_the_perplexity(tmp_path, capsys):
     assert float(capsys.readouterr().out) == pytest.approx(22.795, abs=0.005)
 
 
+def test_eval_of_a_few_windows_says_how_many(tmp_path, capsys):
+    texts = TEXT.read_text()
+    assert surgeon("eval", MODEL, "--data", TEXT, "--seqlen", 64, "--limit", 3) == 0
+    value = capsys.readouterr().out.strip()
+    assert value.startswith("perplexity ") and value.endswith(" over 3 windows")
+    short = tmp_path / "short.txt"
+    short.write_text(texts[:800])
+    assert surgeon("eval", MODEL, "--data", short, "--seqlen", 64, "--limit", 1, "--quiet") == 0
+    assert surgeon("eval", MODEL, "--data", TEXT, "--seqlen", 64, "--limit", 1, "--quiet") == 0
+    first, again = capsys.readouterr().out.split()
+    assert first == again  # the first window of both texts is the same
+
+
+def test_conversations_are_read_and_what_was_read_is_recorded(tmp_path, capsys):
+    turns = [{"from": "human", "value": "Who wrote it?"}, {"from": "gpt", "value": TEXT.read_text()[:2000]}]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(json.dumps({"id": f"id-{i}", "conversations": turns}) + "\n" for i in range(2)))
+    options = ["--calibration", chat, "--samples", 4, "--seqlen", 32, "--quiet", "--method", "magnitude"]
+    assert surgeon("prune", MODEL, tmp_path / "out", *options) == 0
+    said = capsys.readouterr().err.splitlines()
+    how = "conversations as 'User: …' paragraphs, for the tokenizer has no chat template"
+    assert said == [f"surgeon: {str(chat)!r} is read by its field 'conversations', {how}"]
+    report = PruneReport.read(tmp_path / "out" / "surgeon_report.json")
+    record = report.data["calibration"]
+    assert (record.source, record.field, record.rendering) == (str(chat), "conversations", "plain")
+    text = "\n\n".join(2 * [f"User: Who wrote it?\n\nAssistant: {turns[1]['value']}"])
+    assert record.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert (record.windows, record.distinct_windows, record.seqlen, record.split) == (4, 4, 32, "calibration")
+    assert report.revision is None and not any("distinct windows" in warning for warning in report.warnings)
+
+
+def test_too_little_text_is_said_and_recorded(tmp_path, capsys):
+    short = tmp_path / "short.csv"
+    short.write_text('n,body\n1,"' + TEXT.read_text()[:300].replace('"', "") + '"\n2,end\n')
+    options = ["--calibration", short, "--samples", 9, "--seqlen", 32, "--quiet", "--method", "magnitude"]
+    assert surgeon("prune", MODEL, tmp_path / "out", *options, "--text-field", "body") == 0
+    said = capsys.readouterr().err.splitlines()
+    report = PruneReport.read(tmp_path / "out" / "surgeon_report.json")
+    record = report.data["calibration"]
+    assert record.field == "body" and 32 < record.tokens < 9 * 32
+    sentence = (
+        f"9 windows of 32 tokens are drawn from the {record.tokens} tokens of {str(short)!r}: "
+        f"{record.distinct_windows} distinct windows, pass more text"
+    )
+    assert said[-1] == f"surgeon: {sentence}" and sentence in report.warnings
+    config = tmp_path / "prune.yaml"
+    config.write_text("text_field: nothing\nsamples: 2\nseqlen: 16")
+    assert surgeon("prune", MODEL, tmp_path / "o", "--calibration", short, "--config", config) == 2
+    assert "has no field 'nothing' (found body, n)" in capsys.readouterr().err
+
+
+def test_samples_that_no_memory_holds_are_refused_before_they_are_drawn(tmp_path, sentence):
+    for samples in (2_000_000_000, 2**31 - 1):
+        options = ["--calibration", TEXT, "--samples", samples, "--seqlen", 512, "--method", "magnitude"]
+        assert surgeon("prune", MODEL, tmp_path / "out", *options) == 2
+        assert f"memory are needed on cpu for {samples} windows of 512 tokens" in sentence()
+
+
+def test_a_model_that_does_not_exist_is_refused_before_the_text_is_asked_for(tmp_path, sentence, monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("the text was asked for")
+
+    monkeypatch.setattr("llm_surgeon.text._read_known", asked)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for command in (
+        ["prune", "no/such-model", tmp_path / "b"],
+        ["eval", "no such model"],
+        ["recover", "no", tmp_path / "b"],
+    ):
+        assert surgeon(*command) == 2
+        assert "no model folder 'no" in sentence()
+
+
 def test_eval_refuses_windows_and_batches_of_no_size(capsys):
     for options in (("--seqlen", 1), ("--seqlen", -5), ("--batch-size", 0), ("--limit", 0)):
         assert surgeon("eval", MODEL, "--data", TEXT, *options) == 2
@@ -218,7 +292,7 @@ def test_the_verdict_of_info(accelerators, missing, words):
         (["--seqlen", "100000"], "longer than the 512 positions"),
         (["--samples", "0"], "samples must be a whole number"),
         (["--calibration", "nowhere.txt"], "nowhere.txt"),
-        (["--calibration", "wikitext2"], "pass a .txt, .jsonl, .parquet or .zip file instead"),
+        (["--calibration", "wikitext2"], "pass a .txt, .jsonl, .json, .csv, .parquet, .gz or .zip file instead"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--config", "nowhere.yaml"], "config file 'nowhere.yaml' cannot be read"),
     ],

@@ -31,6 +31,7 @@ def test_perplexity_against_float64(name: str, batch_size: int | None) -> None:
 def test_windows_longer_than_a_chunk() -> None:
     model = build("gpt2")
     model.transformer.wpe = torch.nn.Embedding.from_pretrained(torch.zeros(1500, 32))
+    model.config.n_positions = 1500
     windows = windows_of(2, 1500)
     with torch.no_grad():
         logits = model(windows).logits[:, :-1].double()
@@ -82,6 +83,7 @@ def test_infinite_perplexity_is_not_an_error() -> None:
     [
         (torch.tensor([[1, VOCABULARY]]), "token id 64, and the model has 64 embeddings"),
         (torch.tensor([[1, -1]]), "negative token id -1"),
+        (torch.ones(1, 65, dtype=torch.int64), "evaluation windows have 65 tokens, and the model has 64 positions"),
         (torch.zeros(0, 4, dtype=torch.int64), "at least 2 tokens"),
         (torch.zeros(4, 1, dtype=torch.int64), "at least 2 tokens"),
         (torch.arange(4), "evaluation windows must be"),

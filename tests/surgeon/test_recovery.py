@@ -1,6 +1,8 @@
+import hashlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +210,10 @@ def test_checkpoint(folders):
     assert title.endswith("# A model\n\n") and " ".join(section.split()) == history + " Pruned."
     assert f"{math.exp(report.loss_before):.2f} before the recovery, {math.exp(report.loss_after):.2f} after" in history
     assert json.loads((out / "surgeon_recovery.json").read_text())["zeros"] == report.zeros
+    record = json.loads((out / "surgeon_recovery.json").read_text())["data"]["training"]
+    assert record["sha256"] == hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    assert (record["source"], record["split"], record["seqlen"], record["field"]) == (data, "calibration", 16, None)
+    assert record["tokens"] == len(Path(data).read_text().split()) + 1  # a BOS in front
     pruned, recovered = (find_decoder(AutoModelForCausalLM.from_pretrained(path)).linears for path in (source, out))
     for old, new in zip(pruned, recovered, strict=True):
         assert torch.equal(old.module.weight == 0, new.module.weight == 0)

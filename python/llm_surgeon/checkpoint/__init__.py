@@ -1,5 +1,6 @@
 """Load checkpoints without trusting their files, and write them whole or not at all."""
 
+from llm_surgeon.checkpoint.folder import require_model
 from llm_surgeon.checkpoint.load import load_model
 from llm_surgeon.checkpoint.output import check_output, claimed_output
 from llm_surgeon.checkpoint.save import checkpoint_bytes, pruning_records, save_checkpoint
@@ -12,5 +13,6 @@ __all__ = [
     "claimed_output",
     "load_model",
     "pruning_records",
+    "require_model",
     "save_checkpoint",
 ]

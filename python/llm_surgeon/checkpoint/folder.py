@@ -25,6 +25,15 @@ _DEPTH = 64
 
 def model_folder(name: str, trust_remote_code: bool = False) -> Path:
     """The local folder of a model, downloaded first where ``name`` is a hub id; its code only where that may run."""
+    return _folder_of(name, [*_DOWNLOADED, "*.py"] if trust_remote_code else _DOWNLOADED)
+
+
+def require_model(name: str) -> None:
+    """Raise :class:`InputError` where there is no model ``name``: what else is asked of the user can wait till then."""
+    read_json(_folder_of(name, ["config.json"]) / "config.json")
+
+
+def _folder_of(name: str, files: list[str]) -> Path:
     path = Path(os.path.expanduser(name))
     if name and path.is_dir():  # the path of no name is the current folder
         return path
@@ -36,7 +45,7 @@ def model_folder(name: str, trust_remote_code: bool = False) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 name,
-                allow_patterns=[*_DOWNLOADED, "*.py"] if trust_remote_code else _DOWNLOADED,
+                allow_patterns=files,
                 ignore_patterns=_NOT_DOWNLOADED,
                 local_files_only=not online,
             )

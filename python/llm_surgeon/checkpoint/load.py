@@ -99,6 +99,8 @@ def load_model(
             kind = config.get("model_type")
             raise UnsupportedModelError(f"model {name!r} is a {kind}, not a causal language model") from error
         raise InputError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+    if folder.parent.name == "snapshots":  # of the hub's cache, named for their commits
+        model.config._commit_hash = folder.name
     model.config.name_or_path = name  # the hub id rather than the cache folder it lies in
     return model, tokenizer, form
 

@@ -21,12 +21,15 @@ from llm_surgeon.cli.compact import compact
 from llm_surgeon.cli.config_file import read_options
 from llm_surgeon.cli.options import (
     DATA_HELP,
+    FIELD_HELP,
     Device,
     Dtype,
     Overwrite,
     Quiet,
+    TextField,
     TrustRemoteCode,
     console,
+    log_to_stderr,
     parse_dtype,
     printable,
     progress_bars,
@@ -45,11 +48,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # Options that prune() takes beside the fields of PruneConfig.
-_JOB_OPTIONS = ("calibration", "lora_data", "overwrite", "trust_remote_code", "device")
+_JOB_OPTIONS = ("calibration", "lora_data", "text_field", "overwrite", "trust_remote_code", "device")
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PruneConfig)}
 _WANT_TEXT = {field.name for field in dataclasses.fields(PruneConfig) if "str" in str(field.type)}
-_WANT_TEXT |= {"calibration", "lora_data", "device"}
+_WANT_TEXT |= {"calibration", "lora_data", "text_field", "device"}
 
 
 # The sections of `surgeon prune --help`; the rest stands first.
@@ -63,7 +66,7 @@ _PANELS = {
     "Smaller models (groups, width, layers)": (
         "importance", "allocation", "round_to", "uniform", "skip_layers", "reconstruct",
     ),
-    "Calibration": ("calibration", "samples", "seqlen", "seed"),
+    "Calibration": ("calibration", "text_field", "samples", "seqlen", "seed"),
     "Memory": ("batch_size", "checkpoint_activations", "offload", "curvature_layers", "gpu_memory"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
@@ -80,6 +83,7 @@ def _option(name: str, text: str, *flags: str) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and turns errors into one line on stderr and an exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # what others will rename is no concern of the user's
+    log_to_stderr()
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
         _check_encoding(words)
@@ -186,6 +190,7 @@ def prune(
         _option("reconstruct", "Groups, layers: fit linears to the dense model's activations at last (default: yes)."),
     ] = None,
     calibration: Annotated[str | None, _option("calibration", f"{DATA_HELP} (default: wikitext2).")] = None,
+    text_field: Annotated[str | None, _option("text_field", FIELD_HELP)] = None,
     samples: Annotated[int | None, _option("samples", "Calibration windows.")] = None,
     seqlen: Annotated[int | None, _option("seqlen", "Tokens per window: 2048 or the model's limit.")] = None,
     batch_size: Annotated[
@@ -259,13 +264,14 @@ def prune(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
     data: Annotated[str, typer.Option(help=f"{DATA_HELP}; its test part is used.")] = "wikitext2",
+    text_field: TextField = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.", min=2)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per pass.", min=1)] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="Instead: zero-shot accuracy on these of lm-eval's tasks (a,b,c); llm-pruner: its seven."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many windows, or examples of each task.", min=1)] = None,
     dtype: Dtype = "float32",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -278,12 +284,15 @@ def evaluate(
         from llm_surgeon.checkpoint import load_model
         from llm_surgeon.cli.views import print_scores
         from llm_surgeon.evaluate import load_for_evaluation, perplexity
+        from llm_surgeon.report.text import plural
         from llm_surgeon.resources import choose_device
         from llm_surgeon.zero_shot import parse_tasks, zero_shot
 
         number = parse_dtype(dtype)
         if tasks is None:
-            causal_lm, windows = load_for_evaluation(model, data, seqlen, device, trust_remote_code, number)
+            causal_lm, windows = load_for_evaluation(
+                model, data, seqlen, device, trust_remote_code, number, limit=limit, text_field=text_field
+            )
             progress.phase("perplexity")
             value = perplexity(causal_lm, windows, batch_size, progress.step)
         else:
@@ -294,7 +303,8 @@ def evaluate(
     if tasks is not None:
         print_scores(console, zero_shot(causal_lm, tokenizer, names, limit=limit, batch_size=batch_size or 8))
     else:
-        console.print(f"{value:.4f}" if quiet else f"perplexity {value:.4f}")
+        over = f" over {plural(len(windows), 'window')}"
+        console.print(f"{value:.4f}" if quiet else f"perplexity {value:.4f}{over}")
 
 
 app.command()(recover)

@@ -5,6 +5,7 @@ What brings torch or transformers is imported inside the commands: help and comp
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from llm_surgeon.checks import require_choice
 from llm_surgeon.progress import LineProgress, Progress, TerminalProgress
+from llm_surgeon.text_rows import TEXT_KINDS
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,22 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what to compute in.")]
-DATA_HELP = "wikitext2, c4, or a .txt, .jsonl, .parquet or .zip file"
+DATA_HELP = f"wikitext2, c4, any data set of the hub (owner/name[:configuration[:split]]), or {TEXT_KINDS}"
+FIELD_HELP = "Field of the text's rows to read: text, else messages or conversations, else the only one with text."
+TextField = Annotated[str | None, typer.Option(help=FIELD_HELP)]
+
+
+class _Messages(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"surgeon: {record.getMessage()}", file=sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """What the package has to say goes to stderr, a line each."""
+    logger = logging.getLogger("llm_surgeon")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Messages) for handler in logger.handlers):
+        logger.addHandler(_Messages())
 
 
 def progress_bars(quiet: bool) -> AbstractContextManager[Progress]:

@@ -12,6 +12,7 @@ from llm_surgeon.cli.options import (
     DATA_HELP,
     Overwrite,
     Quiet,
+    TextField,
     TrustRemoteCode,
     console,
     printable,
@@ -35,6 +36,7 @@ def recover(
     method: Annotated[str | None, _option("method", " | ".join(METHODS))] = None,
     preset: Annotated[str | None, typer.Option(help="Settings of a paper: " + " | ".join(PRESETS))] = None,
     data: Annotated[str, typer.Option(help=f"{DATA_HELP}; its training part is used.")] = "wikitext2",
+    text_field: TextField = None,
     steps: Annotated[int | None, _option("steps", "Optimizer steps.")] = None,
     batch_size: Annotated[int | None, _option("batch_size", "Sequences a step.")] = None,
     micro_batch_size: Annotated[
@@ -76,6 +78,7 @@ def recover(
             config,
             teacher=teacher,
             data=data,
+            text_field=text_field,
             resume=resume,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,

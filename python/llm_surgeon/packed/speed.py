@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from llm_surgeon.data import positions, text_config
 from llm_surgeon.errors import InputError
 from llm_surgeon.packed.decoding import Decoding, GreedyDecoder, generate_seconds, wait
 from llm_surgeon.packed.linear import PackedLinear
@@ -79,7 +80,7 @@ def measure_speed(
     if len(devices) != 1:
         raise InputError(f"the speed of a model on one device can be measured, not on {sorted(map(str, devices))}")
     (device,) = devices
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = positions(model)
     if longest is not None and prompt + new_tokens > longest:
         raise InputError(f"{prompt} + {new_tokens} tokens are more than the {longest} positions of the model")
     on_gpu = device.type == "cuda"
@@ -90,7 +91,7 @@ def measure_speed(
         torch.compiler.reset()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    ids = torch.randint(model.config.vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(text_config(model).vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device)
     forward = torch.compile(model, dynamic=False) if decoding is Decoding.COMPILED else model
 

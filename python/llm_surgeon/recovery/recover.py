@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.capture import mean_loss
-from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, save_checkpoint
+from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, require_model, save_checkpoint
 from llm_surgeon.checkpoint.output import output_path
-from llm_surgeon.data import Calibration, calibration_windows, choose_seqlen, evaluation_windows, read_text, tokenize
+from llm_surgeon.data import (
+    Calibration,
+    calibration_windows,
+    choose_seqlen,
+    data_record,
+    evaluation_windows,
+    read_documents,
+    require_fit,
+    require_room,
+    token_stream,
+)
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.model_state import ModelState
@@ -31,7 +41,7 @@ from llm_surgeon.recovery.traces import traceless
 from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
 from llm_surgeon.report.card import Records, recovery_text
-from llm_surgeon.report.schema import collect_versions
+from llm_surgeon.report.schema import DataRecord, collect_versions
 from llm_surgeon.report.text import perplexity_of
 from llm_surgeon.resources import choose_device, require_disk
 from llm_surgeon.structures.size import is_compact
@@ -40,6 +50,8 @@ _logger = logging.getLogger(__name__)
 
 # Of the text at most; there is always one window.
 _HELD_OUT_FRACTION = 0.02
+# More are said to be much.
+_USUAL_EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class RecoveryReport:
         loss_before, loss_after: held-out token cross-entropy, nats.
         log: what Trainer logged: losses and learning rates by step.
         seconds: of training.
+        data: what it was trained on, the entry "training"; none where token ids were given.
     """
 
     config: dict[str, Any]
@@ -65,6 +78,7 @@ class RecoveryReport:
     loss_after: float
     log: list[dict[str, float]]
     seconds: float
+    data: dict[str, DataRecord] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -141,6 +155,8 @@ def _recover(
     _check_trainable(model, teacher, config.method)
     if config.method == "lora":
         check_rank(decoder, config.rank, "rank")
+    for name, each in {"training sequences": windows, "held-out sequences": held_out}.items():
+        require_fit(each.input_ids, model, name)
     masks = zero_masks(decoder)
     begun, progress = time.perf_counter(), progress or Progress()
     progress.phase("held-out loss before the training")
@@ -181,6 +197,7 @@ def recover_checkpoint(
     *,
     teacher: str | Path | None = None,
     data: str = "wikitext2",
+    text_field: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -195,7 +212,7 @@ def recover_checkpoint(
 
     Args:
         teacher: the dense checkpoint to distil from.
-        data: as for :func:`~llm_surgeon.data.read_text`.
+        data, text_field: as for :func:`~llm_surgeon.text.read_documents`.
         **options: fields of :class:`RecoverConfig`, where ``config`` is not given.
 
     Raises:
@@ -217,6 +234,7 @@ def recover_checkpoint(
             config,
             teacher=teacher,
             data=data,
+            text_field=text_field,
             resume=resume,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
@@ -233,6 +251,7 @@ def _recover_into(
     *,
     teacher: str | Path | None,
     data: str,
+    text_field: str | None,
     resume: bool,
     overwrite: bool,
     trust_remote_code: bool,
@@ -243,8 +262,9 @@ def _recover_into(
     state = _state_folder(target)
     if state.exists() and not resume:
         raise InputError(f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it")
+    require_model(str(source))
     records = Records.read(source)
-    text = read_text(data, "calibration")
+    documents = read_documents(data, "calibration", text_field)
     place = choose_device(device)
     model, tokenizer, dtype = load_model(source, device=place, trust_remote_code=trust_remote_code)
     dense = None
@@ -257,8 +277,12 @@ def _recover_into(
     config = dataclasses.replace(
         config, seqlen=choose_seqlen(config.seqlen or min(512, choose_seqlen(None, model)), model)
     )
-    ids = tokenize(text, tokenizer)
+    assert config.seqlen is not None
+    require_room(config.steps * config.batch_size, config.seqlen)
+    ids, digest = token_stream(documents, tokenizer)
     windows, held_out = _split(ids, config)
+    # Epochs are usual where a model is trained.
+    record = data_record(documents, tokenizer, digest, ids, windows, passes=_USUAL_EPOCHS)
     require_disk(out, checkpoint_bytes(model, tokenizer, dtype) + _state_bytes(model, config, state))
     run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **dataclasses.asdict(config)}
     claim(state, run, contents(model=model, teacher=dense, data=ids))
@@ -270,6 +294,7 @@ def _recover_into(
         if not any(state.glob("checkpoint-*")):
             shutil.rmtree(state)  # nothing to go on from
         raise
+    report = dataclasses.replace(report, data={"training": record})
     note_report(state, report.to_json())
     text = recovery_text(
         method=config.method,
