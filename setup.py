@@ -36,6 +36,7 @@ def cuda_extension():
         "surgeon_kernels._C",
         [str(path.relative_to(ROOT)) for path in extension.sources()],
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
+        extra_link_args=extension.linker_flags(),
     )
     return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}
 

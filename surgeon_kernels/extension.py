@@ -190,6 +190,17 @@ def flags(architectures: Sequence[str]) -> tuple[list[str], list[str]]:
     return [*COMPILER_FLAGS, baked], [*NVCC_FLAGS, baked, *gencode_flags(architectures)]
 
 
+def linker_flags() -> list[str]:
+    """The shared C++ library that PyTorch runs with, by its path, ahead of what the compiler would link.
+
+    A toolchain that has only a static libstdc++ links that, without a word. The process then has two, which number the
+    parts of their locales differently: the first number written into an error message would crash it.
+    """
+    maps = Path("/proc/self/maps")  # Linux
+    loaded = re.search(r"/.*/libstdc\+\+\.so\.6.*$", maps.read_text(), re.MULTILINE) if maps.exists() else None
+    return [] if loaded is None else [loaded[0]]
+
+
 @functools.cache
 def _toolkit() -> frozenset[tuple[int, int]]:
     """The architectures that nvcc compiles for."""
@@ -262,7 +273,9 @@ def _build() -> ModuleType:
     devices = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     cxx_flags, nvcc_flags = flags(architectures(devices))
     files = sources()
-    digest = hashlib.sha256("\n".join([*nvcc_flags, *cxx_flags, torch.__version__, *_compilers()]).encode())
+    digest = hashlib.sha256(
+        "\n".join([*nvcc_flags, *cxx_flags, *linker_flags(), torch.__version__, *_compilers()]).encode()
+    )
     for path in [*files, *sorted(files[0].parent.glob("*.h")), *sorted(files[0].parent.glob("*.cuh"))]:
         digest.update(path.read_bytes())
     name = f"surgeon_kernels_{digest.hexdigest()[:16]}"
@@ -280,6 +293,7 @@ def _build() -> ModuleType:
                         sources=[str(path) for path in files],
                         extra_cflags=cxx_flags,
                         extra_cuda_cflags=nvcc_flags,
+                        extra_ldflags=linker_flags(),
                         build_directory=scratch,
                         verbose=os.environ.get("SURGEON_VERBOSE") == "1",
                     )
