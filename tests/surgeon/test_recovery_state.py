@@ -61,7 +61,7 @@ def test_an_interrupted_recovery_goes_on_where_it_was(folders, method, caplog): 
     with caplog.at_level(logging.WARNING):
         resumed = recover_checkpoint(source, out, data=data, **options, resume=True)
     for name in ("checkpoint-12", "checkpoint-8"):
-        assert f"{name} is damaged" in caplog.text
+        assert f"{name}' is damaged" in caplog.text
     assert math.isclose(resumed.loss_after, whole.loss_after, rel_tol=1e-5)
     assert not list(out.parent.glob(".out*"))
 
@@ -145,7 +145,7 @@ def test_a_damaged_state_is_passed_over_and_named(trained, tmp_path, file, damag
     DAMAGES[damage](state / "checkpoint-8" / file)
     with caplog.at_level(logging.WARNING):
         assert latest_checkpoint(state) == str(state / "checkpoint-4")
-    assert caplog.text.count("checkpoint-8 is damaged (") == 1
+    assert caplog.text.count("checkpoint-8' is damaged (") == 1
     assert not (state / "checkpoint-8").exists()
     assert "evil" not in capsys.readouterr().out
 
@@ -199,6 +199,20 @@ def test_a_kill_before_the_model_was_written_whole_trains_no_more(folders, monke
     report = recover_checkpoint(source, out, **options, resume=True)
     assert math.isclose(report.loss_after, first["loss_after"], rel_tol=1e-6)
     assert (out / "model.safetensors").is_file() and not state.exists()
+
+
+def test_records_of_the_model_are_read_before_the_training(folders, monkeypatch):  # noqa: F811
+    source, out, data = folders
+    (source / "README.md").write_bytes(b"# A m\xf6del\n\nPruned.\n")
+    (source / "surgeon_report.json").write_bytes(b"\xff{")
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_surgeon.recovery.recover.recover", lambda *_, **__: pytest.fail("the training began"))
+        with pytest.raises(InputError, match=r"surgeon_report\.json"):
+            recover_checkpoint(source, out, data=data, **COMMON)
+    assert not out.exists() and not list(out.parent.glob(".out*"))
+    (source / "surgeon_report.json").unlink()
+    recover_checkpoint(source, out, data=data, **COMMON)
+    assert "# A m\ufffddel\n\n## Recovered\n" in (out / "README.md").read_text()
 
 
 def test_of_two_recoveries_into_one_folder_the_second_is_refused(folders):  # noqa: F811

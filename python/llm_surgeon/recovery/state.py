@@ -118,7 +118,7 @@ def latest_checkpoint(folder: Path) -> str | None:
     """
     for path in _newest_first(folder):
         if reason := _damage(path):
-            _logger.warning("the training state %s is damaged (%s) and not gone on from", path, reason)
+            _logger.warning("the training state %r is damaged (%s) and not gone on from", str(path), reason)
             shutil.rmtree(path)
     for path in _newest_first(folder):
         file = path / "trainer_state.json"
