@@ -1,12 +1,16 @@
 import contextlib
 import multiprocessing
+import runpy
 import shutil
 import time
 import types
 import warnings
+from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from torch.utils import cpp_extension
 
 from surgeon_kernels import extension
 
@@ -179,6 +183,27 @@ def test_of_several_devices_those_with_machine_code_are_served(fresh):
         assert extension.available(h200)
 
 
+@pytest.mark.skipif(extension.nvcc() is None, reason="there is no nvcc")
+@pytest.mark.parametrize(
+    ("listed", "built"),
+    [
+        ("9.0", ["9.0a"]),
+        ("8.0;9.0+PTX", ["8.0", "9.0a"]),
+        ("", extension.parse_architectures(" ".join(extension.ARCHITECTURES))[0] if extension.nvcc() else []),
+    ],
+)
+def test_an_ahead_of_time_build_takes_the_same_list(listed, built, monkeypatch):
+    found = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.update(arguments))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(Path(extension.nvcc()).parents[1]))
+    monkeypatch.setenv("SURGEON_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    runpy.run_path(str(Path(extension.__file__).parents[1] / "setup.py"))
+    cxx, nvcc = extension.flags(built)
+    assert found["ext_modules"][0].extra_compile_args == {"cxx": cxx, "nvcc": nvcc}
+    assert f"-DSURGEON_ARCHITECTURES={':'.join(built)}" in cxx
+
+
 def test_flags_name_machine_code_only():
     assert extension.gencode_flags(["8.0", "9.0a"]) == [
         "-gencode=arch=compute_80,code=sm_80",
@@ -227,6 +252,7 @@ def builds(toolkit, tmp_path):
     toolkit.setenv("TORCH_EXTENSIONS_DIR", str(cache))
     toolkit.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")
     toolkit.setattr(extension, "sources", lambda: [csrc / "module.cpp"])
+    toolkit.setattr(torch.cuda, "device_count", lambda: 0)  # which a forked process cannot ask more about
 
     def build(name):
         with (tmp_path / f"{name}.err").open("w") as said, contextlib.redirect_stderr(said):
