@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 
 import torch
 from torch import Tensor
@@ -32,23 +31,25 @@ def addmm_half_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: 
         return torch.addmm(out, A, B, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-@contextmanager
-def float32_sums() -> Iterator[None]:
+class float32_sums(ContextDecorator):
     """Holds ``torch.backends.cuda.matmul``'s ``allow_fp16_reduced_precision_reduction``, its sibling of bfloat16 and
-    ``allow_fp16_accumulation`` at False, and puts back what they were.
+    ``allow_fp16_accumulation`` at False, and puts back what they were: a context, or a decorator of functions.
 
     They belong to the process: meanwhile products that other threads launch sum in float32 as well. Of several threads
-    in here the last to leave puts them back; what is assigned to them meanwhile is lost.
+    in here the last to leave puts them back; what is assigned to them meanwhile is lost. One around several products
+    costs the host less than one around each.
     """
-    global _inside, _before
-    with _lock:
-        if _inside == 0:
-            _before = _switches()
-            _switch(_PINNED)
-        _inside += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        global _inside, _before
+        with _lock:
+            if _inside == 0:
+                _before = _switches()
+                _switch(_PINNED)
+            _inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _inside
         with _lock:
             _inside -= 1
             if _inside == 0:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgeon_kernels.half_products import addmm_half_
+from surgeon_kernels.half_products import addmm_half_, float32_sums
 from surgeon_kernels.split_matmul import SPLIT_FROM
 from surgeon_kernels.triton_support import has_kernels
 
@@ -67,6 +67,7 @@ def kron_product_split(
     return scaled(out, rows * first * second, columns, out=out)
 
 
+@float32_sums()
 def _times_scaled(parts: Tensor, X: Tensor, *, on_the_left: bool) -> tuple[Tensor, Tensor]:
     """The matrix of ``parts`` times ``X``, or the other way round, over the largest entry of ``X``; and that entry."""
     least, most = X.aminmax()

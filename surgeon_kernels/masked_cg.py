@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from surgeon_kernels.half_products import float32_sums
 from surgeon_kernels.kron_product import LARGEST, kron_product, mm_half, scaled, scaled_parts
 from surgeon_kernels.low_rank import LowRankCorrection
 from surgeon_kernels.triton_support import has_kernels
@@ -147,9 +148,10 @@ class FusedCG(MaskedCG):
             torch.cat([values[-1:], values.new_empty(iterations)]) for values in (self._energies, self._bounds)
         )
         decreases = self._energies.new_zeros(iterations)
-        for k in range(iterations):
-            self._multiply()
-            self._finish(k, decreases)
+        with float32_sums():
+            for k in range(iterations):
+                self._multiply()
+                self._finish(k, decreases)
         return decreases.tolist()
 
     def _multiply(self) -> None:

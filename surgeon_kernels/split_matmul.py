@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgeon_kernels.half_products import addmm_half_
+from surgeon_kernels.half_products import addmm_half_, float32_sums
 from surgeon_kernels.triton_support import has_kernels
 
 _ORDER = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
@@ -66,6 +66,7 @@ def split(x: Tensor) -> Tensor:
     return split_rows(x)
 
 
+@float32_sums()
 def addmm_split_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
     """``out = beta out + alpha A B`` from the parts ``A`` ``[3, m, k]`` and ``B`` ``[3, k, n]``; ``out`` ``[m, n]``.
 

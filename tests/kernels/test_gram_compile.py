@@ -72,7 +72,7 @@ def test_gram_kernel(capability, dtype, config, packed):
         assert "cp.async" in compiled.ptx
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 120])
 def test_reduce_kernel(capability):
     for block_n in (64, 128, 256):
         compiled = compile_kernel(
@@ -92,7 +92,7 @@ def test_reduce_kernel(capability):
         check(compiled, capability)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize("packed", [False, True])
 def test_mirror_kernel(capability, packed):
     compiled = compile_kernel(
