@@ -50,6 +50,11 @@ def test_transformers_knows_the_packed_format_whichever_was_imported_first(first
     assert loaded(code, "llm_surgeon.packed.quantizer")[0] == ["llm_surgeon.packed.quantizer"]
 
 
+@pytest.mark.parametrize("code", ["from llm_surgeon import pack_model", "import llm_surgeon.packed.linear"])
+def test_packed_models_can_be_the_first_that_is_imported(code):
+    assert loaded(code, "llm_surgeon.packed.quantizer")[0] == ["llm_surgeon.packed.quantizer"]
+
+
 def test_every_public_name_is_there_and_listed():
     for name in llm_surgeon.__all__:
         assert getattr(llm_surgeon, name).__name__ == name

@@ -1,6 +1,6 @@
 """``surgeon prune | recover | eval | pack | compact | bench | demo | info``.
 
-Exit codes: 0 done, 1 failure, 2 bad usage or input, 130 interrupted.
+Exit codes: 0 done, 1 failure, 2 bad usage or input; 130, 143, 129 stopped by SIGINT, SIGTERM, SIGHUP.
 """
 
 from __future__ import annotations
@@ -81,17 +81,13 @@ def _option(name: str, text: str, *flags: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: runs a command and turns errors into one line on stderr and an exit code."""
+    """Run a command and turn errors into one line on stderr and an exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # what others will rename is no concern of the user's
     log_to_stderr()
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
         _check_encoding(words)
         app(args=words, prog_name="surgeon", obj=words)
-    except SystemExit as exit:
-        if exit.code == 130:  # what typer makes of Ctrl-C, without a word
-            print("surgeon: interrupted", file=sys.stderr)
-        raise
     except InputError as error:
         _fail(error, 2)
     except SurgeonError as error:
