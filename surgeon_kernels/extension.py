@@ -327,4 +327,9 @@ def _alone(path: Path) -> Iterator[None]:
             message = f"surgeon-kernels: waiting for another process that builds the CUDA extension in {path.parent}"
             print(message, file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            reason = (
+                f"{path} cannot be locked, {error.strerror}; TORCH_EXTENSIONS_DIR may name a folder where files can"
+            )
+            raise OSError(reason) from error
         yield

@@ -1,5 +1,8 @@
 import contextlib
+import errno
+import fcntl
 import multiprocessing
+import re
 import runpy
 import shutil
 import time
@@ -316,6 +319,16 @@ def test_two_processes_build_once(builds, tmp_path):
         assert process.exitcode == 0
     assert (tmp_path / "first").read_text() == (tmp_path / "second").read_text() == "8.0:9.0a"
     assert compilations(tmp_path) == 1
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = f"{tmp_path}/lock cannot be locked, No locks available; TORCH_EXTENSIONS_DIR may name"
+    with pytest.raises(OSError, match=re.escape(message)), extension._alone(tmp_path / "lock"):
+        raise AssertionError
 
 
 @pytest.mark.skipif(extension.nvcc() is None, reason="there is no nvcc")
