@@ -14,7 +14,7 @@ from llm_surgeon.checkpoint import claimed_output, save_checkpoint
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import find_decoder
 from llm_surgeon.recovery import training
-from llm_surgeon.recovery.recover import recover_checkpoint
+from llm_surgeon.recovery.recover import RecoveryReport, recover_checkpoint
 from llm_surgeon.recovery.state import contents, latest_checkpoint
 from tests.surgeon.checkpoints import edit_json, save_folder, tree
 from tests.surgeon.test_recovery import OPTIONS, folders, half_zero  # noqa: F401 (folders is a fixture)
@@ -182,6 +182,7 @@ def test_a_kill_after_the_model_was_written_is_seen_to_be_complete(folders, monk
         report = recover_checkpoint(source, out, **options, resume=True)
     assert "was complete already: its training state is removed" in caplog.text
     assert report.to_json() == (out / "surgeon_recovery.json").read_text()
+    assert report == RecoveryReport.from_json(report.to_json()) and list(report.data) == ["training"]
     assert tree(out) == before and not list(out.parent.glob(".out*"))
 
 

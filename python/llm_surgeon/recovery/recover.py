@@ -83,6 +83,12 @@ class RecoveryReport:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
+    @classmethod
+    def from_json(cls, text: str) -> RecoveryReport:
+        """The report that :meth:`to_json` wrote."""
+        content = json.loads(text)
+        return cls(**content | {"data": {name: DataRecord(**record) for name, record in content["data"].items()}})
+
     def summary(self) -> str:
         before, after = perplexity_of(self.loss_before), perplexity_of(self.loss_after)
         kept = f"{self.zeros:,} pruned weights are still zero" if self.zeros else "no weight was or is zero"
@@ -225,7 +231,7 @@ def recover_checkpoint(
     if resume and (done := finished(_state_folder(target), target)) is not None:
         _logger.warning("the recovery into %r was complete already: its training state is removed", str(out))
         shutil.rmtree(_state_folder(target), ignore_errors=True)  # or by the process that is about to end
-        return RecoveryReport(**json.loads(done))
+        return RecoveryReport.from_json(done)
     with claimed_output(out, overwrite, model=source, teacher=teacher, data=data) as target:
         return _recover_into(
             target,
