@@ -67,7 +67,8 @@ def prune_checkpoint(
     Computes on ``device`` (a GPU where there is one): the weights in the checkpoint's own dtype on a GPU and in float32
     elsewhere, everything else in float32. Writes safetensors in the checkpoint's own dtype
     that load in plain ``AutoModelForCausalLM``, with tokenizer, config, a model card, ``surgeon_report.json`` and
-    ``report.html``. ``out`` appears only when it is complete.
+    ``report.html``. ``out`` appears only when it is complete. The losses before and after are also measured on windows
+    of the calibration text that are held out, see :func:`llm_surgeon.held_out.split`.
 
     Args:
         calibration: ``"wikitext2"``, ``"c4"``, a data set of the hub or a path, see

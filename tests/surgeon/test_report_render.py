@@ -198,6 +198,16 @@ def test_held_out_perplexity_and_warnings_come_first():
     assert words.index("Perplexity on held-out text") < words.index("Weights removed")
 
 
+def test_what_was_not_measured_is_said():
+    report = surgeon_report()
+    card, page = render.render_model_card(report, "a/b"), Page(render.render_html(report)).text
+    assert "**Perplexity on the test set: 27.65 → 34.00.**" in card and "did not see" not in card + page
+    report.perplexity = {}
+    card, page = render.render_model_card(report, "a/b"), " ".join(Page(render.render_html(report)).text.split())
+    assert "predicted\n- On text that pruning did not see nothing was measured\n" in card
+    assert "predicted +0.058; nothing was measured on text that pruning did not see" in page
+
+
 def test_a_local_path_is_never_a_title(tmp_path):
     report = surgeon_report()
     report.model = str(tmp_path / "my-model")

@@ -3,7 +3,7 @@
 from llm_surgeon.checkpoint.folder import require_model
 from llm_surgeon.checkpoint.load import load_model
 from llm_surgeon.checkpoint.output import check_output, claimed_output
-from llm_surgeon.checkpoint.save import checkpoint_bytes, pruning_records, save_checkpoint
+from llm_surgeon.checkpoint.save import checkpoint_bytes, save_checkpoint
 from llm_surgeon.checkpoint.stored_form import StoredForm
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "checkpoint_bytes",
     "claimed_output",
     "load_model",
-    "pruning_records",
     "require_model",
     "save_checkpoint",
 ]

@@ -85,15 +85,6 @@ def checkpoint_bytes(
     return sum(sizes.values()) + _TOKEN_BYTES * len(tokenizer) + _OTHER_BYTES
 
 
-def pruning_records(source: str | Path) -> dict[str, bytes]:
-    """What a pruned checkpoint's folder says of its pruning, by file name: true of all that is made from it.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    return read_files(source, "surgeon_report.json", "report.html")
-
-
 def read_files(folder: str | Path, *names: str) -> dict[str, bytes]:
     """The contents of those files that ``folder`` has; :class:`InputError` where one cannot be read."""
     paths = [Path(os.path.expanduser(folder), name) for name in names]
