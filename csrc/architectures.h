@@ -15,14 +15,4 @@ inline constexpr std::string_view kArchitectures = SURGEON_STRING_OF(SURGEON_ARC
 #undef SURGEON_STRING_OF
 #undef SURGEON_STRING
 
-// Whether the build holds code for `architecture`, named as in the list.
-constexpr bool built_for(std::string_view architecture) {
-  for (std::string_view rest = kArchitectures; !rest.empty();) {
-    const size_t end = rest.find(':');
-    if (rest.substr(0, end) == architecture) return true;
-    rest = end == std::string_view::npos ? std::string_view() : rest.substr(end + 1);
-  }
-  return false;
-}
-
 }  // namespace surgeon
