@@ -34,6 +34,7 @@ from llm_surgeon.cli.options import (
     printable,
     progress_bars,
     quiet_libraries,
+    show,
 )
 from llm_surgeon.cli.pack import pack
 from llm_surgeon.cli.recover import recover
@@ -250,7 +251,7 @@ def prune(
         print_plan(console, job)
         return
     if not quiet:
-        console.print(report.summary(), soft_wrap=True)
+        show(report.summary())
         console.print(f"\nwritten to {printable(str(out))}: the model, surgeon_report.json, report.html")
         if settings.structure == "2:4":
             console.print(f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {printable(str(out))} OUT")

@@ -35,7 +35,7 @@ TextField = Annotated[str | None, typer.Option(help=FIELD_HELP)]
 
 class _Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"surgeon: {record.getMessage()}", file=sys.stderr)
+        print(f"surgeon: {printable(record.getMessage())}", file=sys.stderr)
 
 
 def log_to_stderr() -> None:
@@ -64,6 +64,11 @@ def quiet_libraries() -> None:
 def printable(text: str) -> str:
     """``text`` in one line: control characters, which names of files may hold, as their escapes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def show(text: str) -> None:
+    """Print ``text`` line by line as it is, control characters as their escapes."""
+    console.print("\n".join(map(printable, text.split("\n"))), soft_wrap=True)
 
 
 def parse_dtype(name: str) -> torch.dtype:

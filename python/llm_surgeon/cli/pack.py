@@ -15,6 +15,7 @@ from llm_surgeon.cli.options import (
     printable,
     progress_bars,
     quiet_libraries,
+    show,
 )
 
 
@@ -40,5 +41,5 @@ def pack(
             model, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress.step
         )
     if not quiet:
-        console.print(report.summary(), soft_wrap=True)
+        show(report.summary())
         console.print(f"written to {printable(str(out))}; load it after `import llm_surgeon`")

@@ -14,10 +14,10 @@ from llm_surgeon.cli.options import (
     Quiet,
     TextField,
     TrustRemoteCode,
-    console,
     printable,
     progress_bars,
     quiet_libraries,
+    show,
 )
 from llm_surgeon.recovery.config import METHODS, PRESETS, RecoverConfig
 
@@ -86,4 +86,4 @@ def recover(
             progress=progress,
         )
     if not quiet:
-        console.print(report.summary() + f"\nwritten to {printable(str(out))}", soft_wrap=True)
+        show(f"{report.summary()}\nwritten to {printable(str(out))}")
