@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +235,124 @@ def test_a_deeply_nested_configuration_is_refused(depth: int, tmp_path: Path) ->
     save_folder(tmp_path, build("llama"))
     (tmp_path / "config.json").write_text('{"a":' * depth + "1" + "}" * depth)
     with pytest.raises(InputError, match=r"config.json' cannot be read: "):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files", [["adapter_config.json", "adapter_model.safetensors"], ["adapter_config.json"], ["adapter_model.bin"]]
+)
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_adapter_is_refused(files: list[str], alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_folder(tmp_path / "source", build("llama"))
+    if alone:
+        (source / "model.safetensors").unlink()
+        (source / "config.json").unlink()
+    for file in files:
+        (source / file).write_text('{"peft_type": "LORA", "base_model_name_or_path": "some/model"}')
+    with pytest.raises(InputError, match=rf"holds an adapter \({files[0]}\): merge it first"):
+        load_model(source)
+    monkeypatch.setattr(folder_module, "hub_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(source))
+    with pytest.raises(InputError, match=r"model 'some/model' holds an adapter"):
+        load_model("some/model")
+
+
+def test_adapter_weights_among_the_others_are_refused(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    path, name = tmp_path / "model.safetensors", "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    save_file(load_file(path) | {name: torch.ones(8, 32)}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=f"has no place for: {name}"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_what_is_no_file_is_refused_unread(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_folder(tmp_path, build("llama"))
+    (tmp_path / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    elif kind == "device":
+        (tmp_path / name).symlink_to("/dev/zero")
+    else:
+        monkeypatch.chdir(tmp_path)  # addresses of sockets are short
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(name)
+    with pytest.raises(InputError, match=f"holds '{name}', which is neither a file nor a folder"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_folders_and_dangling_links_in_place_of_files(name: str, tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    for make in (Path.mkdir, lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to(path.name)):
+        path = tmp_path / name
+        path.rmdir() if path.is_dir() else path.unlink()
+        make(path)
+        with pytest.raises(InputError) as caught:
+            load_model(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_links_to_files_are_files(tmp_path: Path) -> None:
+    """So the hub's cache keeps them."""
+    save_folder(tmp_path / "blobs", build("llama"))
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    torch.testing.assert_close(logits(load_model(tmp_path / "snapshot")[0]), logits(build("llama")), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("outside", ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", 3])
+def test_an_index_that_leads_elsewhere_is_refused(outside: Any, tmp_path: Path) -> None:
+    source = save_folder(tmp_path / "source", build("llama"), max_shard_size="20KB")
+    save_folder(tmp_path / "other", build("llama"))
+    (source / "sub").mkdir()
+    (source / "sub" / "model.safetensors").symlink_to(tmp_path / "other" / "model.safetensors")
+    index = source / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map=weight_map | {"lm_head.weight": outside})
+    with pytest.raises(InputError, match=r"must name files that lie beside it, not |lacks the weights file '(|\.\.)'"):
+        load_model(source)
+
+
+def test_an_index_and_files_that_differ(tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"), max_shard_size="20KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    weights, name = load_file(second), next(iter(load_file(first)))
+    save_file(weights | {name: load_file(first)[name] * 2}, second, {"format": "pt"})
+    with pytest.raises(InputError, match=f"'{first.name}' and '{second.name}' both hold {name}: delete the one"):
+        load_model(tmp_path)
+    removed = next(iter(weights))
+    save_file({key: tensor for key, tensor in weights.items() if key != removed}, second, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"lacks weights that its index lists: {removed} \(1 in all\)"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.fp16.safetensors", "no model.safetensors: rename 'model.fp16.safetensors' to that if"),
+        ("model-00001-of-00002.safetensors", r"and no model.safetensors.index.json that would say how 'model-00001"),
+        ("shard-00001-model-00001-of-00002.safetensors", "is a distributed checkpoint"),
+        ("pytorch_model.bin", r"pickled weights \(.bin, .pt\) are never loaded"),
+        ("weights.h5", r"no model.safetensors$"),
+    ],
+)
+def test_weights_of_another_name(name: str, message: str, tmp_path: Path) -> None:
+    save_folder(tmp_path, build("llama"))
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path)
+
+
+def test_shards_of_processes_beside_the_weights_are_refused(tmp_path: Path) -> None:
+    """transformers would load them in place of model.safetensors."""
+    save_folder(tmp_path, build("llama"))
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "shard-00000-model-00001-of-00001.safetensors")
+    with pytest.raises(InputError, match="is a distributed checkpoint"):
         load_model(tmp_path)
 
 
