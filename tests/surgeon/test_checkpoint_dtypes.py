@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from llm_surgeon import NumericalError, prune, prune_checkpoint
+from llm_surgeon import NumericalError, pack_model, prune, prune_checkpoint
 from llm_surgeon.checkpoint import load_model, save_checkpoint
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.packed.checkpoint import pack_checkpoint
 from llm_surgeon.recovery.recover import recover_checkpoint
-from llm_surgeon.structures.compact import compact_checkpoint
+from llm_surgeon.structures.compact import compact, compact_checkpoint
 from surgeon_kernels import Packed24, unpack_2_4
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.packed_models import build_2_4
@@ -94,9 +95,10 @@ def test_what_was_changed_is_saved_in_the_dtype_it_was_stored_in(tmp_path, caplo
     assert f"{name} is saved rounded" in caplog.text
 
 
-def test_pruning_keeps_what_it_does_not_touch(tmp_path, text):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_pruning_keeps_what_it_does_not_touch(device, tmp_path, text):
     source, out = mixed(tmp_path / "source", build("llama")), tmp_path / "out"
-    prune_checkpoint(source, out, method="magnitude", calibration=text, samples=4, seqlen=16, device="cpu")
+    prune_checkpoint(source, out, method="magnitude", calibration=text, samples=4, seqlen=16, device=device)
     found, expected = stored(out), stored(source)
     assert_same(found, expected, [name for name in expected if "_proj" not in name])
     for name in expected:
@@ -180,7 +182,15 @@ def test_nan_and_infinity_are_refused_by_name(name, value, tmp_path):
     weights = load_file(source / "model.safetensors")
     weights[name].view(-1)[-1] = value  # a token, or a channel, that no text needs
     save_file(weights, source / "model.safetensors", {"format": "pt"})
-    for attempt in (load_model, lambda folder: pack_checkpoint(folder, tmp_path / "out")):
+    attempts = (
+        load_model,
+        lambda folder: pack_checkpoint(folder, tmp_path / "out"),
+        lambda folder: compact_checkpoint(folder, tmp_path / "out"),
+        lambda folder: pack_model(AutoModelForCausalLM.from_pretrained(folder)),
+        lambda folder: compact(AutoModelForCausalLM.from_pretrained(folder)),
+        lambda folder: prune(AutoModelForCausalLM.from_pretrained(folder), torch.arange(32).view(2, 16)),
+    )
+    for attempt in attempts:
         with pytest.raises(NumericalError, match=f"^{name} holds NaN or infinity$"):
             attempt(source)
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import InputError
+from llm_surgeon.models import check_finite
 from llm_surgeon.packed.format import Surgeon24Config
 from llm_surgeon.packed.linear import PackedLinear
 from surgeon_kernels import is_2_4
@@ -37,9 +38,11 @@ def pack_model(
 
     Raises:
         InputError: the model is quantized or packed already, or no layer is 2:4; nothing was changed.
+        NumericalError: a tensor holds NaN or infinity; nothing was changed.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError(f"{type(model).__name__} is quantized or packed already: pack the dense model")
+    check_finite(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     packable: list[str] = []
     ignored: list[str] = []

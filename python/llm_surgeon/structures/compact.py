@@ -16,7 +16,7 @@ from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.model_checks import check_shrinkable
 from llm_surgeon.model_state import ModelState
-from llm_surgeon.models import Decoder, PrunableLinear, find_decoder, unwrapped
+from llm_surgeon.models import Decoder, PrunableLinear, check_finite, find_decoder, unwrapped
 from llm_surgeon.report.card import Records
 from llm_surgeon.report.text import percent, plural
 from llm_surgeon.resources import require_disk
@@ -111,7 +111,7 @@ def compact(model: Any, multiple: int = 8) -> Compacted:
 
     Raises:
         InputError: the model is compact already, or none that can be.
-        NumericalError: the compact model computes something else.
+        NumericalError: a tensor holds NaN or infinity, or the compact model computes something else.
     """
     state = ModelState(model)
     try:
@@ -128,6 +128,7 @@ def _compact(model: Any, state: ModelState, multiple: int) -> Compacted:
         raise InputError(f"{type(model).__name__} is compact already")
     decoder = find_decoder(model)
     check_shrinkable(model)
+    check_finite(model)
     parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
     state.copy_weights(parameters, at_once=True)
     total = _weights(decoder)
