@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -15,7 +16,7 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.models import find_decoder
 from llm_surgeon.recovery import training
 from llm_surgeon.recovery.recover import recover, recover_checkpoint
-from tests.surgeon.test_recovery import HELD_OUT, OPTIONS, WINDOWS, folders, half_zero  # noqa: F401 (a fixture)
+from tests.surgeon.test_recovery import HELD_OUT, OPTIONS, WINDOWS, folders, half_zero, weights  # noqa: F401 (a fixture)
 from tests.surgeon.tiny_models import build
 
 STATES = (PartialState, AcceleratorState, GradientState)
@@ -120,3 +121,21 @@ def test_a_dense_model_is_trained_as_well():
     report = recover(model, WINDOWS, HELD_OUT, method="full", learning_rate=1e-2, **OPTIONS)
     assert report.zeros == 0 and report.loss_after < report.loss_before - 0.1
     assert report.summary().endswith("no weight was or is zero")
+
+
+def test_threads_that_train_give_what_each_gives_alone():
+    def corrected(model):
+        prune(model, WINDOWS[:8], structure="2:4", method="magnitude", lora_rank=2, lora_steps=3)
+        return weights(model)
+
+    def recovered(model):
+        recover(model, WINDOWS, HELD_OUT, **OPTIONS | {"steps": 4})
+        return weights(model)
+
+    runs = [(corrected, "llama"), (recovered, "opt"), (corrected, "gpt2")]
+    alone = [run(half_zero(name)) for run, name in runs]
+    models = [half_zero(name) for _, name in runs]  # drawing their weights takes the process's random numbers
+    with ThreadPoolExecutor(len(runs)) as threads:
+        together = list(threads.map(lambda run, model: run(model), [run for run, _ in runs], models))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
