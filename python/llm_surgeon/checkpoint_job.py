@@ -39,7 +39,7 @@ from llm_surgeon.plan_result import Plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import check_model, prune, with_block_shots
 from llm_surgeon.report.schema import PruneReport
-from llm_surgeon.resources import choose_device, human_bytes, require_disk, require_memory
+from llm_surgeon.resources import choose_device, human_bytes, process_memory, require_disk, require_memory
 from llm_surgeon.structures.blocks import reachable_blocks
 from llm_surgeon.structures.loop import reachable_dimensions
 from llm_surgeon.structures.width import reachable_width, weights_removed
@@ -208,6 +208,8 @@ class CheckpointJob:
     def _run(self, progress: Progress | None) -> PruneReport:
         plan = self.plan()
         held = 0 if self.config.offload == "cpu" else plan.weights_bytes
+        if plan.device.type == "cpu":  # the plan is of the whole process
+            held = process_memory()
         require_memory(plan.memory_bytes - held, plan.device)
         cap = self.config.gpu_memory_bytes
         if cap is not None and plan.memory_bytes > cap:

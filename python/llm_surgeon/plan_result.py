@@ -28,6 +28,8 @@ class Plan:
         update_bytes: the largest layer's factors, inverses and the solver's matrices; with gradient steps all weights'
             gradients besides.
         snapshot_bytes: copies of the weights, to restore on failure, in main memory.
+        process_bytes: what the process takes besides tensors where it computes on a CPU: libraries, the text's tokens,
+            and what allocators waste between tensors.
         host_bytes: what is kept in main memory for a GPU: the snapshot, or the weights as they came where these were in
             main memory already, and what is offloaded.
         disk_bytes: the checkpoint that is written; of its weights alone where the tokenizer is not known.
@@ -48,18 +50,19 @@ class Plan:
     selection_bytes: int
     update_bytes: int
     snapshot_bytes: int
+    process_bytes: int
     host_bytes: int
     disk_bytes: int
     seconds: float
 
     @property
     def memory_bytes(self) -> int:
-        """Peak memory on the device, the model included."""
-        return self.weights_bytes + self.additional_bytes
+        """Peak memory on the device, the model included; on a CPU that of the whole process."""
+        return self.weights_bytes + self.additional_bytes + self.process_bytes
 
     @property
     def additional_bytes(self) -> int:
-        """Peak memory beyond the weights; the phases follow each other."""
+        """Peak memory of tensors beyond the weights; the phases follow each other."""
         phases = max(self.curvature_bytes, self.inverses_bytes + max(self.selection_bytes, self.update_bytes))
         snapshot = self.snapshot_bytes if self.device.type == "cpu" else 0
         return self.masks_bytes + self.dense_bytes + self.factors_bytes + snapshot + phases
@@ -75,4 +78,5 @@ class Plan:
             "curvature pass": self.curvature_bytes,
             "or selection": self.inverses_bytes + self.selection_bytes,
             "or update": self.inverses_bytes + self.update_bytes,
+            "libraries and allocators": self.process_bytes,
         }

@@ -119,6 +119,11 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def process_memory() -> int:
+    """Bytes of main memory that the process holds."""
+    return psutil.Process().memory_info().rss
+
+
 def require_memory(needed: int, device: torch.device | str, purpose: str = "") -> None:
     """Raise :class:`InputError` where fewer than ``needed`` bytes, for ``purpose``, are available on ``device``."""
     available = available_memory(device)

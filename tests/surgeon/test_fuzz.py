@@ -7,8 +7,9 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.surgeon import fuzz_options, fuzz_reports
+from tests.surgeon import fuzz_options, fuzz_reports, fuzz_text
 from tests.surgeon.reports import surgeon_report
 
 CASES = int(os.environ.get("SURGEON_FUZZ_CASES", "500"))
@@ -58,3 +59,16 @@ def test_reports_and_model_cards_are_told_apart(tmp_path):
     assert fuzz_reports.check_report(tmp_path, b"{}") == "refused"
     assert fuzz_reports.check_card("---\nlicense: mit\n---\n# T\n") == "kept"
     assert fuzz_reports.check_card("---\n- mit\n---\n# T\n") == "new"
+
+
+@cases()
+@given(file=fuzz_text.documents, field=st.sampled_from([None, None, "text", "messages"]))
+def test_texts(tmp_path_factory, file, field):
+    folder = tmp_path_factory.getbasetemp()
+    assert fuzz_text.check(folder, *file, field) in ("text", "refused")
+
+
+def test_texts_are_told_apart(tmp_path):
+    assert fuzz_text.check(tmp_path, ".jsonl", b'{"text": "a"}') == "text"
+    assert fuzz_text.check(tmp_path, ".jsonl", b'{"id": "a"}') == "refused"
+    assert fuzz_text.check(tmp_path, ".jsonl", b'{"id": "a"}', "id") == "text"

@@ -48,6 +48,16 @@ def test_parts_of_a_plan_on_the_cpu(monkeypatch):
     )
 
 
+def test_the_process_counts_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(llm_surgeon.plan, "process_memory", lambda: 10**9)
+    _, plan = plan_of()
+    tensors = plan.weights_bytes + plan.additional_bytes
+    assert plan.process_bytes == 10**9 - plan.weights_bytes + 2**27 + int(0.25 * plan.additional_bytes)
+    assert plan.memory_bytes == tensors + plan.process_bytes
+    assert plan.by_kind()["libraries and allocators"] == plan.process_bytes
+    assert plan_of(device="cuda", monkeypatch=monkeypatch)[1].process_bytes == 0
+
+
 def test_offloaded_parts_are_in_main_memory(monkeypatch):
     model, plan = plan_of(offload="cpu", curvature_layers=1, device="cuda", monkeypatch=monkeypatch)
     assert plan.factors_bytes == plan.masks_bytes == plan.dense_bytes == 0 and plan.checkpoint_activations
@@ -187,4 +197,4 @@ def test_the_plan_is_within_a_tenth_of_the_peak(options):
     ids = torch.randint(0, 256, (4, 256))
     # The copies to restore are made by a thread of their own, which the profiler does not see.
     peak = plan.weights_bytes + plan.snapshot_bytes + peak_bytes(lambda: prune(model, ids, config=config))
-    assert plan.memory_bytes == pytest.approx(peak, rel=0.1)
+    assert plan.memory_bytes - plan.process_bytes == pytest.approx(peak, rel=0.1)
