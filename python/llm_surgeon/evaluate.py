@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llm_surgeon.checkpoint import load_model, require_model
 from llm_surgeon.checks import require_positive_int
@@ -20,9 +20,10 @@ from llm_surgeon.data import (
     require_windows,
     token_stream,
 )
-from llm_surgeon.errors import NumericalError
+from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.isolation import plain_arithmetic
 from llm_surgeon.model_checks import check_causal
-from llm_surgeon.models import evaluation_mode
+from llm_surgeon.models import evaluation_mode, unwrapped
 from llm_surgeon.resources import choose_device
 
 _BATCH_TOKENS = 4096
@@ -58,9 +59,10 @@ def load_for_evaluation(
     return model, evaluation_windows(ids, choose_seqlen(seqlen, model))[:limit]
 
 
+@plain_arithmetic()
 @torch.no_grad()  # not inference_mode: what a model caches in a forward pass must stay usable for gradients later
 def perplexity(
-    model: PreTrainedModel,
+    model: Any,
     windows: Tensor,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -68,7 +70,7 @@ def perplexity(
     """``exp(mean token cross-entropy)``, each window predicting its own tokens 2..seqlen.
 
     Log-probabilities are computed in float32 from the model's logits and summed in float64. The model runs in
-    evaluation mode; its training flags are put back.
+    evaluation mode, without autocast; its training flags are put back.
 
     Args:
         windows: integer token ids ``[n, seqlen]``, see :func:`~llm_surgeon.data.evaluation_windows`.
@@ -76,18 +78,22 @@ def perplexity(
         progress: called as ``progress(windows_done, windows)``.
 
     Raises:
-        InputError: no windows, or token ids or positions that the model has no embedding for.
+        InputError: no windows, token ids or positions that the model does not know, or no causal language model.
         NumericalError: NaN or infinity in a window's loss; the message names the window.
     """
     require_windows(windows, "evaluation windows")
-    require_fit(windows, model, "evaluation windows")
-    device = model.get_input_embeddings().weight.device
+    inner, largest = unwrapped(model), int(windows.max())
+    require_fit(windows, inner, "evaluation windows")
+    device = inner.get_input_embeddings().weight.device
     count, seqlen = windows.shape
     if batch_size is None:
         batch_size = max(1, _BATCH_TOKENS // seqlen)
     require_positive_int("batch_size", batch_size)
     total = 0.0
     with evaluation_mode(model):
+        known = check_causal(inner)
+        if largest >= known:
+            raise InputError(f"evaluation windows hold token id {largest}, and the model's output head has {known}")
         for start in range(0, count, batch_size):
             ids = windows[start : start + batch_size].to(device).long()
             logits = model(input_ids=ids, use_cache=False).logits

@@ -24,7 +24,9 @@ def count_tokens(model: PreTrainedModel, calibration: Calibration) -> tuple[int,
     targets = int(_precedes_real(real).sum())
     if targets == 0:
         raise InputError("the calibration data are empty: no sequence has two tokens in a row")
-    vocabulary, largest = model.get_input_embeddings().weight.shape[0], int(input_ids.max())
+    # An output head may know fewer tokens than the embedding.
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    vocabulary, largest = min(end.weight.shape[0] for end in ends), int(input_ids.max())
     if largest >= vocabulary:
         raise InputError(f"the calibration data hold token {largest}, but the vocabulary has {vocabulary}")
     return int(real.sum()), targets

@@ -18,12 +18,10 @@ PROBE_SHAPE = (2, 3)
 _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def check_plain(model: Any) -> None:
-    """Refuse what is no decoder-only transformers model whose own weights lie in memory.
+def check_bare(model: Any) -> None:
+    """Raise :class:`UnsupportedModelError` where what is given is no model of transformers, or its parts are wrapped.
 
-    Raises:
-        UnsupportedModelError: it is wrapped (and not just as :func:`~llm_surgeon.models.unwrapped` takes off), holds an
-            adapter, is an encoder-decoder or quantized, or a parameter is missing or cannot be differentiated.
+    Wrappers of the whole model are taken off before, by :func:`~llm_surgeon.models.unwrapped`.
     """
     for name, module in model.named_modules():
         place, kind = name or "the model", type(module).__name__
@@ -33,6 +31,16 @@ def check_plain(model: Any) -> None:
             raise UnsupportedModelError(f"{place} holds an adapter: merge it first (peft's merge_and_unload)")
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is no model of transformers: load a causal language model")
+
+
+def check_plain(model: Any) -> None:
+    """Refuse what is no decoder-only transformers model whose own weights lie in memory.
+
+    Raises:
+        UnsupportedModelError: as :func:`check_bare`; it is an encoder-decoder or quantized, or a parameter is missing
+            or cannot be differentiated.
+    """
+    check_bare(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder: only decoder-only models are supported"
@@ -59,8 +67,11 @@ def check_shrinkable(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_causal(model: PreTrainedModel) -> None:
+def check_causal(model: PreTrainedModel) -> int:
     """One forward pass over two short sequences: every token gets logits, and they depend on no later token.
+
+    Returns:
+        How many logits a token gets.
 
     Raises:
         UnsupportedModelError: otherwise: it is no causal language model, or does not run at all.
@@ -90,6 +101,7 @@ def check_causal(model: PreTrainedModel) -> None:
             f"{type(model).__name__} reads ahead: a later token changes the logits of those before it, so that they "
             "predict nothing; load a causal language model"
         )
+    return logits.shape[-1]
 
 
 def _uneven_heads(model: PreTrainedModel) -> str | None:

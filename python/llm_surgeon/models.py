@@ -133,7 +133,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     return Decoder(blocks, [PrunableLinear(name, *places[name], group) for name, group in groups.items()])
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Any:
     """The model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, which share its weights."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

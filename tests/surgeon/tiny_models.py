@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,10 +56,47 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {key: value for key, value in _LLAMA_LIKE.items() if key not in ("head_dim", "num_key_value_heads")},
     ),
     "gpt2": ("GPT2", {"n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    # Refused (fused experts): not among NAMES.
-    "mixtral": ("Mixtral", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
-NAMES = tuple(name for name in _CONFIGS if name != "mixtral")
+NAMES = tuple(_CONFIGS)
+# Of special kinds, some of them refused.
+_CONFIGS |= {
+    "mixtral": ("Mixtral", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 3,
+            "num_heads": 4,
+            "attention_types": [[["global", "local", "global"], 1]],
+            "window_size": 4,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "gemma4_text": (
+        "Gemma4Text",
+        {
+            **_LLAMA_LIKE,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "global_head_dim": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "lru_width": 32,
+            "attention_window_size": 8,
+        },
+    ),
+    "ctrl": ("CTRL", {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -67,11 +105,29 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
     config = getattr(transformers, f"{prefix}Config")(
         vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options
     )
+    return _random(AutoModelForCausalLM.from_config, config, seed).to(dtype)
+
+
+def build_multimodal(family: str, seed: int = 0) -> PreTrainedModel:
+    """A decoder of ``"gemma3"`` or ``"llava"`` behind a vision tower that is larger than it."""
+    vision = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision |= {"image_size": 16, "patch_size": 8}
+    if family == "gemma3":
+        text = transformers.Gemma3TextConfig(vocab_size=VOCABULARY, sliding_window=8, **_LLAMA_LIKE)
+        seen = transformers.SiglipVisionConfig(**vision)
+        config = transformers.Gemma3Config(text_config=text, vision_config=seen, mm_tokens_per_image=4)
+        return _random(transformers.Gemma3ForConditionalGeneration, config, seed)
+    text = transformers.LlamaConfig(vocab_size=VOCABULARY, **_LLAMA_LIKE)
+    config = transformers.LlavaConfig(text_config=text, vision_config=transformers.CLIPVisionConfig(**vision))
+    return _random(transformers.LlavaForConditionalGeneration, config, seed)
+
+
+def _random(make: Callable[[Any], PreTrainedModel], config: Any, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = make(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 scale = 0.2 if parameter.ndim > 1 else 0.1
                 parameter.copy_(torch.randn_like(parameter) * scale + (parameter if parameter.ndim == 1 else 0.0))
-    return model.to(dtype).eval()
+    return model.eval()

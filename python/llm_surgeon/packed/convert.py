@@ -14,13 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import InputError
 from llm_surgeon.models import check_finite
+from llm_surgeon.model_checks import check_bare
+from llm_surgeon.models import unwrapped
 from llm_surgeon.packed.format import Surgeon24Config
 from llm_surgeon.packed.linear import PackedLinear
 from surgeon_kernels import is_2_4
 
 
 def pack_model(
-    model: PreTrainedModel,
+    model: Any,
     progress: Callable[[int, int, str], None] = lambda done, total, layer: None,
     keep_dense: Collection[str] = (),
 ) -> Surgeon24Config:
@@ -37,9 +39,11 @@ def pack_model(
         The config entry: which layers are packed, and which are not.
 
     Raises:
-        InputError: the model is quantized or packed already, or no layer is 2:4; nothing was changed.
+        InputError: the model is quantized or packed already, holds an adapter, or no layer is 2:4; nothing was changed.
         NumericalError: a tensor holds NaN or infinity; nothing was changed.
     """
+    model = unwrapped(model)
+    check_bare(model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError(f"{type(model).__name__} is quantized or packed already: pack the dense model")
     check_finite(model)
@@ -64,8 +68,9 @@ def pack_model(
     return config
 
 
-def unpack_model(model: PreTrainedModel) -> None:
+def unpack_model(model: Any) -> None:
     """Replace every :class:`PackedLinear` by the layer it was packed from, zeros included."""
+    model = unwrapped(model)
     for name, packed in packed_linears(model):
         weight = packed.weight
         linear = _conv1d(weight, packed.bias) if packed.replaces is Conv1D else _linear(weight, packed.bias)
@@ -96,7 +101,7 @@ def use_cusparselt(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def to_torch_sparse(model: PreTrainedModel) -> list[str]:
+def to_torch_sparse(model: Any) -> list[str]:
     """Give every 2:4 linear, packed or dense, a weight of torch's ``SparseSemiStructuredTensor`` (cuSPARSELt).
 
     Such a model runs without this package but cannot be saved as safetensors. Layers of a shape that cuSPARSELt does
@@ -109,6 +114,8 @@ def to_torch_sparse(model: PreTrainedModel) -> list[str]:
         InputError: a weight is not on a CUDA device, or not in float16 or bfloat16, or no layer can be converted;
             nothing was changed.
     """
+    model = unwrapped(model)
+    check_bare(model)
     linears: dict[str, nn.Module] = dict(packed_linears(model))
     linears |= {name: module for name, module in _dense_linears(model) if is_2_4(matrix_of(module))}
     for name, module in linears.items():

@@ -227,7 +227,8 @@ def verified(model: PreTrainedModel, before: Tensor | None, message: str, roundi
     could_decode = decodes(model)
     with undone_on_failure(model):
         yield
-        if before is not None and not same_logits(probe_logits(model), before, rounding):
+        after = probe_logits(model)
+        if before is not None and not same_logits(after, before, rounding):
             raise NumericalError(message)
         if could_decode and not decodes(model):
             raise UnsupportedModelError(f"{type(model).__name__} does not generate at these sizes: its cache fails")

@@ -53,9 +53,10 @@ def reloaded(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: its class does not build parameters of these sizes.
     """
-    name, shown = type(model).__name__, logging.is_progress_bar_enabled()
+    name, shown, level = type(model).__name__, logging.is_progress_bar_enabled(), logging.get_verbosity()
     device = next(model.parameters()).device
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what does not load is reported below
     try:
         config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
         built, info = type(model).from_pretrained(
@@ -66,11 +67,12 @@ def reloaded(model: PreTrainedModel) -> PreTrainedModel:
             attn_implementation=model.config._attn_implementation,
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:  # whatever a class says to a configuration that does not fit
         raise UnsupportedModelError(f"{name} of these sizes cannot be loaded again: {error}".splitlines()[0]) from error
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
     wrong = sorted({key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"]))
