@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
-from llm_surgeon import InputError, NumericalError, UnsupportedModelError, prune
+from llm_surgeon import InputError, NumericalError, PruneConfig, UnsupportedModelError, prune
 from llm_surgeon.capture import mean_loss
 from llm_surgeon.config import IMPORTANCES
 from llm_surgeon.data import Calibration
-from llm_surgeon.models import find_decoder
-from llm_surgeon.structures.blocks import remove_blocks, skipped
+from llm_surgeon.models import Decoder, find_decoder
+from llm_surgeon.progress import Progress
+from llm_surgeon.structures.blocks import count_blocks, remove_blocks, skipped
 from llm_surgeon.structures.narrow import probe_logits
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
@@ -106,3 +107,56 @@ def test_a_failed_removal_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(NumericalError):
         prune(model, TOKENS, structure="layers", sparsity=0.5)
     assert torch.equal(logits(model), before) and model.config.num_hidden_layers == 2
+
+
+def test_blocks_that_keep_their_number_under_another_name_generate(tmp_path):
+    model = build("gpt_neo")
+    prune(model, TOKENS, structure="layers", sparsity=0.3, skip_layers="0,2", reconstruct=False)
+    assert [block.attn.layer_id for block in model.transformer.h] == [0, 1]
+    assert model.config.num_layers == 2 and model.config.attention_layers == ["global", "global"]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(TOKENS, **options), model.generate(TOKENS, use_cache=False, **options))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert [block.attn.attention_type for block in loaded.transformer.h] == ["global", "global"]
+
+
+def test_a_cache_that_fails_refuses_the_removal(monkeypatch):
+    model = build("gpt_neo")
+    before = logits(model)
+    monkeypatch.setattr("llm_surgeon.structures.blocks._numbers", lambda _: {"layer_idx"})
+    with pytest.raises(UnsupportedModelError, match="GPTNeoForCausalLM does not generate at these sizes: its cache"):
+        prune(model, TOKENS, structure="layers", sparsity=0.3)
+    assert torch.equal(logits(model), before) and [block.attn.layer_id for block in model.transformer.h] == [0, 1, 2]
+
+
+def test_entries_for_each_block_follow_and_token_ids_stay():
+    model = build("llama")
+    model.config.eos_token_id, model.config.kinds = [1, 2], ["first", "second"]
+    remove_blocks(model, find_decoder(model), [0])
+    assert model.config.eos_token_id == [1, 2] and model.config.kinds == ["second"]
+
+
+@pytest.mark.parametrize(
+    "sparsity, blocks, count",
+    [(0.2, 6, 1), (0.3, 6, 2), (0.25, 6, 2), (0.01, 6, 1), (0.5, 2, 1), (0.3, 2, 1), (0.74, 2, 1), (0.2, 32, 6)],
+)
+def test_the_nearest_number_of_blocks_goes(sparsity, blocks, count):
+    decoder = Decoder([torch.nn.Identity()] * blocks, [])
+    assert count_blocks(decoder, PruneConfig(structure="layers", sparsity=sparsity)) == count
+
+
+def test_as_many_shots_run_as_blocks_go():
+    class Shots(Progress):
+        def shots(self, total):
+            announced.append(total)
+
+        def shot(self, index):
+            seen.append(index)
+
+    announced, seen = [], []
+    model = build("gpt_neo")
+    report = prune(model, TOKENS, structure="layers", sparsity=0.6, progress=Shots())
+    assert announced == [2] and seen == [1, 2] and report.config["shots"] == len(report.shots) == 2
+    assert report.sparsity == pytest.approx(2 / 3) and len(model.transformer.h) == 1

@@ -1,8 +1,11 @@
 """What smaller models are refused for, as a user types it: one sentence, and nothing on the disk has changed."""
 
+import re
+
 import pytest
 
 from llm_surgeon.cli import main
+from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.checkpoints import edit_json, save_folder, tree
 from tests.surgeon.tiny_models import build
 
@@ -47,3 +50,30 @@ def test_bad_input(command, name, changes, words, tmp_path, capsys):
     line = capsys.readouterr().err.strip().splitlines()[-1]  # transformers reports what does not load before
     assert exit.value.code == 2 and line.startswith("surgeon: ") and words in line, line
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "options, promise",
+    [
+        ("--structure layers --sparsity 0.2", r"1 shot: would remove 1 of 2 blocks, ([\d,]+) of [\d,]+ weights, 50.0%"),
+        ("--structure width --sparsity 0.3 --round-to 8 --shots 1", r"16 of 32 channels, ([\d,]+) of .*, 50.0%"),
+        ("--structure groups --shots 1", r"at least ([\d,]+) of"),
+        ("--structure rows-columns --sparsity 0.2 --shots 1", r"at least ([\d,]+) of"),
+        ("--structure 2:4 --shots 1", r"would remove ([\d,]+) of"),
+    ],
+)
+def test_a_dry_run_says_what_the_run_removes(options, promise, tmp_path, capsys):
+    source = save_folder(tmp_path / "dense", build("llama"))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{1 + i * i % 60}" for i in range(4000)))
+    arguments = ["prune", source, tmp_path / "out", *options.split(), "--calibration", text, "--seqlen", "16"]
+    arguments = list(map(str, [*arguments, "--samples", "4", "--device", "cpu"]))
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--dry-run"])
+    found = re.search(promise, " ".join(capsys.readouterr().out.split()))
+    assert found is not None
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--quiet"])
+    report = PruneReport.from_json((tmp_path / "out" / "surgeon_report.json").read_text())
+    promised = int(found[1].replace(",", ""))
+    assert report.removed == promised if "at least" not in promise else report.removed >= promised
