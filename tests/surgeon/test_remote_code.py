@@ -191,7 +191,7 @@ def test_the_class_of_a_tokenizer_must_be_one(where, name, made, tmp_path):
         ({"auto_map": {"AutoModelForCausalLM": "modeling_pruned.PrunedAutoModel"}}, "no model class of that name"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_pruned.PrunedGPT2LMHeadModel"}}, "is of a 'llama'"),
         ({"pruned_blocks": "model.nothing"}, "cannot be loaded: .*nothing"),
-        ({"pruned_modules": {"0": {"self_attn.forward": "x"}}}, "self_attn.forward of a block is a size, not 'x'"),
+        ({"pruned_modules": {"0": {"self_attn.forward": "x"}}}, "self_attn.forward of a block is a number, not 'x'"),
         ({"per_layer_config": None}, "stores model.layers.0"),
     ],
 )

@@ -91,8 +91,8 @@ def resize_block(block: nn.Module, changes: dict[str, Any]) -> None:
             block.set_submodule(path, Conv1D(rows, columns) if conv else nn.Linear(columns, rows, bias=bias))
         else:
             module, _, attribute = path.rpartition(".")
-            if not isinstance(value, int):
-                raise ValueError(f"{path} of a block is a size, not {value!r}")
+            if not isinstance(value, (int, float)):  # such as the scale of attention's scores
+                raise ValueError(f"{path} of a block is a number, not {value!r}")
             setattr(block.get_submodule(module), attribute, value)
 
 
