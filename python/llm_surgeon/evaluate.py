@@ -23,8 +23,9 @@ from llm_surgeon.data import (
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.isolation import plain_arithmetic
 from llm_surgeon.model_checks import check_causal
-from llm_surgeon.models import evaluation_mode, unwrapped
+from llm_surgeon.models import evaluation_mode
 from llm_surgeon.resources import choose_device
+from llm_surgeon.wrappers import unwrapped
 
 _BATCH_TOKENS = 4096
 # Positions whose logits are held in float32 at once.

@@ -10,27 +10,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import SurgeonError, UnsupportedModelError
+from llm_surgeon.wrappers import check_bare
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Two sequences of three tokens: unequal sizes tell [batch, length, C] from any other layout.
 PROBE_SHAPE = (2, 3)
-# Wrappers of torch that are refused inside a model, by name: their modules take long to import.
-_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
-
-
-def check_bare(model: Any) -> None:
-    """Raise :class:`UnsupportedModelError` where what is given is no model of transformers, or its parts are wrapped.
-
-    Wrappers of the whole model are taken off before, by :func:`~llm_surgeon.models.unwrapped`.
-    """
-    for name, module in model.named_modules():
-        place, kind = name or "the model", type(module).__name__
-        if kind in _WRAPPERS:
-            raise UnsupportedModelError(f"{place} is wrapped in a {kind}: take the module out, and wrap what is made")
-        if "base_layer" in module._modules or hasattr(module, "get_base_model"):
-            raise UnsupportedModelError(f"{place} holds an adapter: merge it first (peft's merge_and_unload)")
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{type(model).__name__} is no model of transformers: load a causal language model")
 
 
 def check_plain(model: Any) -> None:

@@ -112,7 +112,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     encoders of images and sounds) is not prunable.
 
     Args:
-        model: without wrappers, see :func:`unwrapped`.
+        model: without wrappers, see :func:`~llm_surgeon.wrappers.unwrapped`.
 
     Raises:
         UnsupportedModelError: the model is not a decoder-only language model with floating-point weights, or
@@ -131,17 +131,6 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     check_sharing(model, modules)
     groups = _probe(model, modules)
     return Decoder(blocks, [PrunableLinear(name, *places[name], group) for name, group in groups.items()])
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, which share its weights."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # of a compiled module, whose class takes long to import
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 def check_finite(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.model_checks import check_shrinkable
 from llm_surgeon.model_state import ModelState
-from llm_surgeon.models import Decoder, check_finite, evaluation_mode, find_decoder, unwrapped
+from llm_surgeon.models import Decoder, check_finite, evaluation_mode, find_decoder
 from llm_surgeon.plan import compute_device
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import check_rank
@@ -31,6 +31,7 @@ from llm_surgeon.structures.blocks import BlockLoop, count_blocks
 from llm_surgeon.structures.loop import GroupLoop
 from llm_surgeon.structures.size import compare_latencies, copy_in_main_memory, model_size
 from llm_surgeon.structures.width import WidthLoop
+from llm_surgeon.wrappers import unwrapped
 
 
 def prune(

@@ -13,11 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import InputError
-from llm_surgeon.models import check_finite
-from llm_surgeon.model_checks import check_bare
-from llm_surgeon.models import unwrapped
 from llm_surgeon.packed.format import Surgeon24Config
 from llm_surgeon.packed.linear import PackedLinear
+from llm_surgeon.wrappers import check_bare, unwrapped
 from surgeon_kernels import is_2_4
 
 
@@ -46,6 +44,8 @@ def pack_model(
     check_bare(model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError(f"{type(model).__name__} is quantized or packed already: pack the dense model")
+    from llm_surgeon.models import check_finite  # transformers, which it needs, imports this module as it is imported
+
     check_finite(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     packable: list[str] = []

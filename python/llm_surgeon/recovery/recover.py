@@ -32,7 +32,7 @@ from llm_surgeon.data import (
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.model_state import ModelState
-from llm_surgeon.models import check_finite, evaluation_mode, find_decoder, unwrapped
+from llm_surgeon.models import check_finite, evaluation_mode, find_decoder
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import RecoverConfig, check_rank
 from llm_surgeon.recovery.lora import low_rank_corrections
@@ -45,6 +45,7 @@ from llm_surgeon.report.schema import DataRecord, collect_versions
 from llm_surgeon.report.text import perplexity_of
 from llm_surgeon.resources import choose_device, require_disk
 from llm_surgeon.structures.size import is_compact
+from llm_surgeon.wrappers import unwrapped
 
 _logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.model_checks import check_shrinkable
 from llm_surgeon.model_state import ModelState
-from llm_surgeon.models import Decoder, PrunableLinear, check_finite, find_decoder, unwrapped
+from llm_surgeon.models import Decoder, PrunableLinear, check_finite, find_decoder
 from llm_surgeon.report.card import Records
 from llm_surgeon.report.text import percent, plural
 from llm_surgeon.resources import require_disk
@@ -25,6 +25,7 @@ from llm_surgeon.structures.discover import find_dimensions
 from llm_surgeon.structures.modeling_pruned import resize_block
 from llm_surgeon.structures.narrow import become_pruned, narrow, probe_logits, same_logits, verified
 from llm_surgeon.structures.size import compare_latencies, copy_in_main_memory, is_compact, model_size
+from llm_surgeon.wrappers import unwrapped
 
 _PROMPT = 64  # tokens that latency is measured with
 
