@@ -117,9 +117,15 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("run", [TWO_FOUR, GROUPS], ids=["2:4", "groups"])
-def test_settings_outside_change_nothing(run, setting):
+@pytest.mark.parametrize(
+    "setting, run",
+    [
+        *((setting, TWO_FOUR) for setting in SETTINGS),
+        *((setting, GROUPS) for setting in ("autocast", "inference mode")),
+    ],
+    ids=str,
+)
+def test_settings_outside_change_nothing(setting, run):
     model = build("llama")
     expected = pruned(build("llama"), run)
     with SETTINGS[setting]():
@@ -128,7 +134,7 @@ def test_settings_outside_change_nothing(run, setting):
     assert same(model.state_dict(), expected)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", ["autocast", "inference mode", "default float64"])
 def test_perplexity_and_recovery_are_those_without_settings(setting, tmp_path):
     model, plain = build("llama"), build("llama")
     ways = {"steps": 2, "batch_size": 2, "eval_every": 2, "warmup_steps": 0, "rank": 2}
@@ -169,7 +175,7 @@ def state_of_the_process():
     }
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("run", [TWO_FOUR, RUNS[8], GROUPS, *RUNS[-2:]], ids=str)
 def test_random_states_and_settings_of_the_process_are_kept(run):
     before = state_of_the_process()
     model = build("llama")
