@@ -12,8 +12,7 @@ from types import ModuleType
 
 # What every model of transformers is loaded by, and the last of what the quantizer needs.
 _NEEDED = "transformers.modeling_utils"
-_PACKAGE = "llm_surgeon.packed"
-_QUANTIZER = f"{_PACKAGE}.quantizer"
+_QUANTIZER = "llm_surgeon.packed.quantizer"
 
 
 def register() -> None:
@@ -30,6 +29,9 @@ class _AfterModelingUtils(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if _NEEDED in sys.modules and not _importing():  # what was put off
+            sys.meta_path.remove(self)
+            importlib.import_module(_QUANTIZER)
         if fullname != _NEEDED:
             return None
         sys.meta_path.remove(self)
@@ -40,8 +42,16 @@ class _AfterModelingUtils(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            if _PACKAGE not in sys.modules:  # whose own import, which goes on to the quantizer, may have come here
+            if _importing(module.__name__):  # a module that the quantizer may need: at the first import after that
+                sys.meta_path.insert(0, self)
+            else:
                 importlib.import_module(_QUANTIZER)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
+
+def _importing(but: str = "") -> bool:
+    """Whether a module of this package, or that of transformers' models, is half-way through its import."""
+    names = [name for name in sys.modules if name != but and (name == _NEEDED or name.startswith("llm_surgeon."))]
+    return any(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False) for name in names)

@@ -50,8 +50,9 @@ def test_transformers_knows_the_packed_format_whichever_was_imported_first(first
     assert loaded(code, "llm_surgeon.packed.quantizer")[0] == ["llm_surgeon.packed.quantizer"]
 
 
-@pytest.mark.parametrize("code", ["from llm_surgeon import pack_model", "import llm_surgeon.packed.linear"])
-def test_packed_models_can_be_the_first_that_is_imported(code):
+@pytest.mark.parametrize("code", ["from llm_surgeon import prune", "import llm_surgeon.models"])
+def test_what_the_quantizer_needs_can_be_the_first_that_is_imported(code):
+    code = f"{code}\nimport transformers.models.llama.modeling_llama"
     assert loaded(code, "llm_surgeon.packed.quantizer")[0] == ["llm_surgeon.packed.quantizer"]
 
 

@@ -238,14 +238,18 @@ def test_a_small_model_fits_a_small_disk(folders: Path, monkeypatch: pytest.Monk
     assert (folders / "out" / "surgeon_report.json").is_file()
 
 
-def test_files_of_the_model_that_are_no_text_are_carried_as_they_are(folders: Path) -> None:
+def test_a_card_or_report_that_is_no_text_loses_no_work(folders: Path) -> None:
     latin = "Über".encode("latin-1")
-    for name in ("README.md", "surgeon_report.json", "report.html"):
-        (folders / "in" / name).write_bytes(latin)
-    run_verb("recover", folders)
-    assert all((folders / "out" / name).read_bytes() == latin for name in ("surgeon_report.json", "report.html"))
-    run_verb("compact", folders)
-    assert (folders / "out" / "report.html").read_bytes() == latin
+    (folders / "in" / "README.md").write_bytes(latin)
+    for verb in ("recover", "compact"):
+        run_verb(verb, folders)
+        assert "\ufffdber" in (folders / "out" / "README.md").read_text(encoding="utf-8")
+    (folders / "in" / "surgeon_report.json").write_bytes(latin)
+    before = tree(folders)
+    for verb in ("recover", "compact", "pack"):
+        with pytest.raises(InputError, match=r"surgeon_report\.json' cannot be read"):
+            run_verb(verb, folders)
+    assert tree(folders) == before
 
 
 # ---- paths that cannot be written

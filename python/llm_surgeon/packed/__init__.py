@@ -12,9 +12,6 @@ decoding faster, :func:`use_cusparselt` long prompts. Within :func:`llm_surgeon.
 dense model; prompts gain the most.
 """
 
-# Before anything here, or it would import the quantizer, which needs what is here, on its way.
-import transformers.modeling_utils  # noqa: F401
-
 from llm_surgeon.packed.convert import pack_model, to_torch_sparse, unpack_model, use_cusparselt
 from llm_surgeon.packed.format import Surgeon24Config
 from llm_surgeon.packed.fuse import FusedLinear, fuse_linears
