@@ -3,8 +3,6 @@
 import copy
 import filecmp
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -198,10 +196,3 @@ def test_packed_weight_is_that_of_pack_2_4():
     weight = sparse_matrix(3)
     layer = PackedLinear.from_dense(weight)
     assert torch.equal(layer.values, pack_2_4(weight).values) and torch.equal(layer.indices, pack_2_4(weight).indices)
-
-
-@pytest.mark.parametrize("first", ["from llm_surgeon import prune", "from llm_surgeon.packed import pack_model"])
-def test_every_part_can_be_imported_first(first):
-    """The format is registered while transformers is imported, by whichever module does that."""
-    done = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")

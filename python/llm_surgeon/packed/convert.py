@@ -46,8 +46,6 @@ def pack_model(
         raise InputError(f"{type(model).__name__} is quantized or packed already: pack the dense model")
     from llm_surgeon.models import check_finite  # transformers, which it needs, imports this module as it is imported
 
-    # Not at the top: this module is imported while transformers is, and so perhaps on the way to that one.
-
     check_finite(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     packable: list[str] = []
