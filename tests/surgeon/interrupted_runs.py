@@ -202,6 +202,7 @@ def prepare(folder: Path) -> None:
 def run(folder: Path, points: int, seed: str) -> dict[str, dict[str, Any]]:
     """``points`` of every command; by command, how often it was stopped by what, and what was wrong."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells let background jobs ignore
     prepare(folder)
     found: dict[str, dict[str, Any]] = {}
     for verb in VERBS:

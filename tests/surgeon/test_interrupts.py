@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,21 @@ def test_a_signal_is_one_line_and_an_exit_code(
     code, word = EXIT_CODES[name]
     assert (exit.value.code, cleaned, capsys.readouterr().err) == (code, ["up"], f"surgeon: {word}\n")
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_meets_a_finalizer_is_not_lost(usual_handlers: None) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def command() -> None:
+        Finalized()
+        time.sleep(60)
+
+    hook = sys.unraisablehook
+    with pytest.raises(SystemExit) as exit:
+        run_answering_signals(command)
+    assert exit.value.code == 143 and sys.unraisablehook is hook
 
 
 def test_ignored_signals_and_handlers_of_others_stay(usual_handlers: None) -> None:

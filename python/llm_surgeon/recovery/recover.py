@@ -8,6 +8,7 @@ import logging
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,8 @@ def recover_checkpoint(
     if resume and (done := finished(_state_folder(target), target)) is not None:
         _logger.warning("the recovery into %r was complete already: its training state is removed", str(out))
         shutil.rmtree(_state_folder(target), ignore_errors=True)  # or by the process that is about to end
+        with suppress(InputError), claimed_output(out, True):  # that process may hold the claim
+            pass  # what else lies beside OUT is cleared up
         return RecoveryReport.from_json(done)
     with claimed_output(out, overwrite, model=source, teacher=teacher, data=data) as target:
         return _recover_into(
