@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,9 +25,13 @@ def addmm_half_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: 
         out: ``[m, n]``, of the dtype of ``A`` ``[m, k]`` and ``B`` ``[k, n]``, or float32. With ``beta = 0`` what it
             holds before is not read.
     """
-    with float32_sums():
-        if out.dtype == A.dtype:
+    if out.dtype == A.dtype:
+        with float32_sums():
             return torch.addmm(out, A, B, beta=beta, alpha=alpha, out=out)
+    # What is reduced on the way is rounded to the output's dtype at most: here float32, and holding the switches would
+    # cost the host more than a small product.
+    summed_in_half = A.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    with float32_sums() if summed_in_half else nullcontext():
         return torch.addmm(out, A, B, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
 
 

@@ -81,6 +81,18 @@ def test_the_product_is_launched_inside(monkeypatch):
     assert matmul.allow_fp16_accumulation
 
 
+def test_float32_sums_of_bfloat16_leave_the_switches_alone(monkeypatch):
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_accumulation = True
+    calls = []
+    monkeypatch.setattr(torch, "addmm", lambda *args, **options: calls.append(values()))
+    A = torch.ones(2, 2, dtype=torch.bfloat16)
+    addmm_half_(torch.ones(2, 2), A, A)
+    addmm_half_(A.clone(), A, A)
+    matmul.allow_fp16_accumulation = False
+    addmm_half_(torch.ones(2, 2), A.half(), A.half())
+    assert calls == [[True, True, True], [False] * 3, [True, True, False]]
+
+
 def test_no_other_module_multiplies_halves_by_itself():
     for path in Path(surgeon_kernels.__file__).parent.glob("*.py"):
         assert path.stem == "half_products" or not re.search(r"\bout_dtype=", path.read_text()), path.name
@@ -88,10 +100,12 @@ def test_no_other_module_multiplies_halves_by_itself():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
-def test_results_do_not_depend_on_the_switches(out_dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_results_do_not_depend_on_the_switches(dtype, out_dtype):
+    out_dtype = out_dtype or dtype
     generator = torch.Generator("cuda").manual_seed(0)
-    A, B = (torch.randn(1024, 8192, dtype=torch.float16, device="cuda", generator=generator) for _ in range(2))
+    A, B = (torch.randn(1024, 8192, device="cuda", generator=generator).to(dtype) for _ in range(2))
     results = []
     for allowed in (False, True):
         for name in NAMES:
