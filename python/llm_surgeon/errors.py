@@ -1,8 +1,16 @@
 """The errors a user can meet. Each message is one sentence that names the thing at fault."""
 
 
+def printable(text: str) -> str:
+    """``text`` in one line: control characters, which names of files and tensors may hold, as their escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 class SurgeonError(Exception):
     """Base class of every error raised on purpose by ``llm_surgeon``."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InputError(SurgeonError, ValueError):

@@ -1,28 +1,24 @@
 """Damage to checkpoint folders, drawn by hypothesis: a damaged folder is refused in one sentence, or loads as it was.
 
-Each ``fuzz_...`` draws ``cases`` damages (``SURGEON_FUZZ_CASES`` where that is set), raises for the first one that is
-met with another exception than :class:`SurgeonError` or, where checksums must tell, passes unseen, and returns how many
-cases had which outcome.
+Each ``fuzz_...`` draws damages by the settings ``cases``, raises for the first one that is met with another exception
+than :class:`SurgeonError` or, where checksums must tell, passes unseen, and returns how many cases had which outcome.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from llm_surgeon import SurgeonError
 from llm_surgeon.checkpoint import load_model
-
-CASES = int(os.environ.get("SURGEON_FUZZ_CASES", "40"))
 
 # What a value of a configuration may be replaced by.
 _ODD = st.one_of(
@@ -85,15 +81,15 @@ def fuzz_file(
     name: str,
     drawn: st.SearchStrategy[bytes],
     check: Callable[[PreTrainedModel], None],
+    cases: settings,
     *,
     packed: bool = False,
-    cases: int = CASES,
 ) -> Counter[str]:
     """Load ``folder`` with file ``name`` replaced by what is ``drawn``; ``check`` what loads."""
     path = folder / name
     whole, outcomes = path.read_bytes(), Counter[str]()
 
-    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @cases
     @given(drawn)
     def run(content: bytes) -> None:
         path.write_bytes(content)
@@ -113,22 +109,22 @@ def fuzz_file(
     return outcomes
 
 
-def fuzz_folder(folder: Path, *, packed: bool = False, cases: int = CASES) -> Counter[str]:
+def fuzz_folder(folder: Path, cases: settings, *, packed: bool = False) -> Counter[str]:
     """All files of a model folder whose damage must not go beyond a :class:`SurgeonError`."""
     outcomes = Counter[str]()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         content = (folder / name).read_bytes()
         drawn = damages(content) | odd_json(json.loads(content))
-        outcomes += fuzz_file(folder, name, drawn, lambda _: None, packed=packed, cases=cases)
+        outcomes += fuzz_file(folder, name, drawn, lambda _: None, cases, packed=packed)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         content = index.read_bytes()
         drawn = damages(content) | odd_json(json.loads(content))
-        outcomes += fuzz_file(folder, index.name, drawn, same_weights(folder, packed), packed=packed, cases=cases)
+        outcomes += fuzz_file(folder, index.name, drawn, same_weights(folder, packed), cases, packed=packed)
     return outcomes
 
 
-def fuzz_weights(folder: Path, *, packed: bool, cases: int = CASES) -> Counter[str]:
+def fuzz_weights(folder: Path, cases: settings, *, packed: bool) -> Counter[str]:
     """The safetensors files: their headers, and with ``packed`` their numbers, which have checksums."""
     outcomes = Counter[str]()
     check = same_weights(folder, packed) if packed else lambda _: None
@@ -136,7 +132,7 @@ def fuzz_weights(folder: Path, *, packed: bool, cases: int = CASES) -> Counter[s
         content = path.read_bytes()
         header = 8 + int.from_bytes(content[:8], "little")
         drawn = damages(content, header) | damages(content) if packed else damages(content, header)
-        outcomes += fuzz_file(folder, path.name, drawn, check, packed=packed, cases=cases)
+        outcomes += fuzz_file(folder, path.name, drawn, check, cases, packed=packed)
     return outcomes
 
 

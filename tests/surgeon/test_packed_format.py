@@ -215,3 +215,9 @@ def test_a_model_saved_again_in_another_dtype_has_no_stale_checksums(checked, tm
     model.save_pretrained(tmp_path / "wide")
     assert "sha256" not in json.loads((tmp_path / "wide" / "config.json").read_text())["quantization_config"]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "wide")), logits(model))
+
+
+def test_a_name_of_several_lines_is_told_in_one(folder):
+    edit_entry(folder, modules=["a\nlayer\x1b[31m"])
+    with pytest.raises(InputError, match=r"^a\\nlayer\\x1b\[31m is listed as packed, and the model has no such layer$"):
+        AutoModelForCausalLM.from_pretrained(folder)

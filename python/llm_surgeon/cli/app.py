@@ -31,7 +31,6 @@ from llm_surgeon.cli.options import (
     console,
     log_to_stderr,
     parse_dtype,
-    printable,
     progress_bars,
     quiet_libraries,
     show,
@@ -39,7 +38,7 @@ from llm_surgeon.cli.options import (
 from llm_surgeon.cli.pack import pack
 from llm_surgeon.cli.recover import recover
 from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES, PruneConfig
-from llm_surgeon.errors import InputError, SurgeonError
+from llm_surgeon.errors import InputError, SurgeonError, printable
 
 app = typer.Typer(
     name="surgeon",

@@ -12,10 +12,10 @@ from llm_surgeon.cli.options import (
     Quiet,
     TrustRemoteCode,
     console,
-    printable,
     progress_bars,
     quiet_libraries,
 )
+from llm_surgeon.errors import printable
 
 
 def compact(

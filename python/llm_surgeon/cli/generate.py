@@ -14,9 +14,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from llm_surgeon.checkpoint import load_model
-from llm_surgeon.cli.options import console, parse_dtype, printable, quiet_libraries
+from llm_surgeon.cli.options import console, parse_dtype, quiet_libraries
 from llm_surgeon.decoding import Decoding
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, printable
 from llm_surgeon.fused import fused
 from llm_surgeon.packed import fuse_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.packed.checkpoint import model_bytes

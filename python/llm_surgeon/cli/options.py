@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from llm_surgeon.checks import require_choice
+from llm_surgeon.errors import printable
 from llm_surgeon.progress import LineProgress, Progress, TerminalProgress
 from llm_surgeon.text_rows import TEXT_KINDS
 
@@ -59,11 +60,6 @@ def quiet_libraries() -> None:
 
     transformers.utils.logging.disable_progress_bar()  # its bars would run through ours
     transformers.utils.logging.set_verbosity_error()
-
-
-def printable(text: str) -> str:
-    """``text`` in one line: control characters, which names of files may hold, as their escapes."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def show(text: str) -> None:

@@ -12,11 +12,11 @@ from llm_surgeon.cli.options import (
     Quiet,
     TrustRemoteCode,
     console,
-    printable,
     progress_bars,
     quiet_libraries,
     show,
 )
+from llm_surgeon.errors import printable
 
 
 def pack(

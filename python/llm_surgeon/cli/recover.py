@@ -14,11 +14,11 @@ from llm_surgeon.cli.options import (
     Quiet,
     TextField,
     TrustRemoteCode,
-    printable,
     progress_bars,
     quiet_libraries,
     show,
 )
+from llm_surgeon.errors import printable
 from llm_surgeon.recovery.config import METHODS, PRESETS, RecoverConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RecoverConfig)}
