@@ -40,7 +40,7 @@ from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import check_model, prune, with_block_shots
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import choose_device, human_bytes, process_memory, require_disk, require_memory
-from llm_surgeon.structures.blocks import reachable_blocks
+from llm_surgeon.structures.blocks import block_weights, reachable_blocks
 from llm_surgeon.structures.loop import reachable_dimensions
 from llm_surgeon.structures.width import reachable_width, weights_removed
 
@@ -179,9 +179,10 @@ class CheckpointJob:
         kind = config.pattern.kind
         if kind == "layers":
             blocks, count = len(decoder.blocks), reachable_blocks(model, decoder, config)
-            alike = len({sum(p.numel() for p in block.parameters()) for block in decoder.blocks}) == 1
-            about, weights = "" if alike else "about ", round(total * count / blocks)
-            return f"{count} of {blocks} blocks, {about}{weights:,} of {total:,} weights, {count / blocks:.1%}"
+            if len(set(block_weights(decoder))) > 1:
+                return f"whole ones of {blocks} blocks of several sizes, about {weights:,} of {total:,} weights"
+            weights = total * count // blocks
+            return f"{count} of {blocks} blocks, {weights:,} of {total:,} weights, {count / blocks:.1%}"
         if kind == "width":
             residual, width = reachable_width(model, decoder, config)
             weights = weights_removed(decoder, residual, width)
@@ -197,7 +198,8 @@ class CheckpointJob:
     def plan(self) -> Plan:
         """How the run would go: memory, disk and time."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            plan = make_plan(self.model, self.decoder, self.config, saved_dtype=self.dtype.main)
+            held_out = 0 if self.held_out is None else len(self.held_out.input_ids)
+            plan = make_plan(self.model, self.decoder, self.config, saved_dtype=self.dtype.main, held_out=held_out)
         return dataclasses.replace(plan, disk_bytes=checkpoint_bytes(self.model, self.tokenizer, self.dtype))
 
     def run(self, progress: Progress | None = None) -> PruneReport:

@@ -182,8 +182,11 @@ class PruneConfig:
         for name in ("damp_g", "damp_a", "tolerance", "schedule"):
             require_number(name, getattr(self, name), 0.0, math.inf)
         require_number("lora_learning_rate", self.lora_learning_rate, 0.0, math.inf)
-        require_positive_int("lora_steps", self.lora_steps)
+        require_positive_int("lora_steps", self.lora_steps, _MOST_ROUNDS)
         require_int("lora_rank", self.lora_rank, 0, LARGEST_COUNT)
+        for name in ("lora_steps", "lora_learning_rate") if self.lora_rank == 0 else ():
+            if getattr(self, name) != getattr(PruneConfig, name):
+                raise InputError(f"{name} means nothing without lora_rank")
         require_number("min_kept", self.min_kept, 0.0, 1.0, low_allowed=True)
         assert self.sparsity is not None
         if structure.kind != "n:m" and self.sparsity + self.min_kept > 1 + 1e-9:

@@ -44,7 +44,12 @@ def compute_device(model: nn.Module, config: PruneConfig) -> torch.device:
 
 
 def make_plan(
-    model: nn.Module, decoder: Decoder, config: PruneConfig, *, saved_dtype: torch.dtype | None = None
+    model: nn.Module,
+    decoder: Decoder,
+    config: PruneConfig,
+    *,
+    saved_dtype: torch.dtype | None = None,
+    held_out: int = 0,
 ) -> Plan:
     """Plan a run of ``config`` on a loaded model: two passes over a few tokens and a few timed matrix products.
 
@@ -54,11 +59,12 @@ def make_plan(
     Args:
         config: ``samples`` and ``seqlen`` must be those of the data.
         saved_dtype: of the written checkpoint; the model's own where left out.
+        held_out: windows whose loss is measured before and after.
 
     Raises:
         InputError: not even one window and one block fit the memory.
     """
-    return _Planner(model, decoder, config).plan(saved_dtype)
+    return _Planner(model, decoder, config).plan(saved_dtype, held_out)
 
 
 class _Planner:
@@ -79,7 +85,7 @@ class _Planner:
         self.factor_bytes = [_FLOAT * sum(map(SymmetricAccumulator.elements, sizes)) for sizes in self.factor_sizes]
         self.kept = measure_activations(model, decoder, self.seqlen) if self.gradients else None
 
-    def plan(self, saved_dtype: torch.dtype | None) -> Plan:
+    def plan(self, saved_dtype: torch.dtype | None, held_out: int) -> Plan:
         parameters = list(self.model.parameters())
         blocks = [sum(p.nbytes for p in block.parameters()) for block in self.decoder.blocks]
         weights = sum(parameter.nbytes for parameter in parameters)
@@ -127,6 +133,7 @@ class _Planner:
                 self.sizes,
                 self._factors(),
                 head=head,
+                held_out=held_out,
                 forward_passes=len(starts) * self.factored,
                 # Activations that were not kept are computed again.
                 backward_passes=backward,

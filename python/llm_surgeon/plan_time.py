@@ -29,6 +29,7 @@ def run_seconds(
     factors: list[int],
     *,
     head: int,
+    held_out: int,
     forward_passes: int,
     backward_passes: float,
     backward_cost: int,
@@ -42,12 +43,12 @@ def run_seconds(
         shots * (2 P N for every pass + N sum(n²) for the factors, the half that is computed
                  + sum(n³) for inverses and 2/3 sum(n³) for their diagonals before + the solver's products;
                    for rows and columns the diagonals and three products)
-        + 2 P N for the final loss, and some seconds before a GPU runs
+        + 2 P N for the final loss, and for the share of N that is held out twice; some seconds before a GPU runs
 
     A pass takes no less time than the weights that are streamed meanwhile.
 
     Args:
-        sizes: ``(R, C')`` of every linear; head: weights of the output head.
+        sizes: ``(R, C')`` of every linear; head: weights of the output head; held_out: windows.
         forward_passes, backward_passes: through the data in a shot; backward ones may go back a part of the way.
         backward_cost: of a backward pass, in forward ones.
         transfer: seconds in which a pass's weights are streamed.
@@ -76,4 +77,4 @@ def run_seconds(
             product = products / (single * faster)
             seconds += config.gradient_steps * (_STEP_PASSES * forward + (iterations + checks) * product)
             seconds += (rounds + iterations + checks) * product
-    return config.shots * seconds + max(forward, transfer) + _START * on_gpu
+    return config.shots * seconds + (1 + 2 * held_out / config.samples) * max(forward, transfer) + _START * on_gpu

@@ -133,6 +133,8 @@ def _prune(
         dense = copy_in_main_memory(model) if sizes else None
         loop.finish()
     peak = peak_memory(device)
+    if config.pattern.kind == "layers":  # of several sizes, their number is known now
+        config = dataclasses.replace(config, shots=len(loop.reports))
     if sizes:
         sizes["after"] = model_size(model, windows.input_ids)
         for when, latency in compare_latencies(dense, model, windows.input_ids).items():

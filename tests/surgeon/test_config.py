@@ -375,3 +375,16 @@ def test_configuration_is_frozen():
 def test_checkpoint_activations_is_true_or_false(value):
     with pytest.raises(InputError, match="checkpoint_activations must be true or false"):
         PruneConfig(checkpoint_activations=value)
+
+
+def test_corrections_have_a_number_of_steps_that_ends():
+    assert PruneConfig(lora_rank=1, lora_steps=10_000).lora_steps == 10_000
+    with pytest.raises(InputError, match=r"^lora_steps must be at most 10000, not 10001$"):
+        PruneConfig(lora_rank=1, lora_steps=10_001)
+
+
+@pytest.mark.parametrize("option, value", [("lora_steps", 8), ("lora_learning_rate", 1e-3)])
+def test_options_of_corrections_need_a_rank(option, value):
+    assert getattr(PruneConfig(lora_rank=1, **{option: value}), option) == value
+    with pytest.raises(InputError, match=rf"^{option} means nothing without lora_rank$"):
+        PruneConfig(**{option: value})

@@ -150,3 +150,19 @@ def test_a_text_too_short_to_hold_anything_out_is_warned_of(tmp_path):
     assert report.held_out is None and sentence in report.warnings
     assert f"Warning: {sentence}" in report.summary()
     assert f"> Warning: {sentence}" in card and sentence in page
+
+
+def test_the_revision_of_a_model_of_the_hub_is_recorded(tmp_path, monkeypatch):
+    """It is the commit that the hub's cache names its folder for."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = save_folder(tmp_path / "models--some--model" / "snapshots" / commit, build("llama"))
+    monkeypatch.setattr("llm_surgeon.checkpoint.folder.hub_reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    (tmp_path / "text.txt").write_text("w2 w3 w4 w5 " * 100)
+    options = {"calibration": str(tmp_path / "text.txt"), "samples": 2, "seqlen": 8, "method": "magnitude"}
+    for source, revision in (("some/model", commit), (save_folder(tmp_path / "local", build("llama")), None)):
+        out = tmp_path / f"out {revision}"
+        report = prune_checkpoint(source, out, device="cpu", **options)
+        assert report.revision == PruneReport.read(out / "surgeon_report.json").revision == revision
+        assert (f"from revision `{commit}`" in (out / "README.md").read_text()) == (revision is not None)
+        assert (commit in (out / "report.html").read_text()) == (revision is not None)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from llm_surgeon import prune_checkpoint
+from llm_surgeon import UnsupportedModelError, prune_checkpoint
 from llm_surgeon.packed.checkpoint import pack_checkpoint
 from llm_surgeon.recovery.recover import recover_checkpoint
-from tests.surgeon.checkpoints import CHAT, save_folder
+from llm_surgeon.structures.compact import compact_checkpoint
+from tests.surgeon.checkpoints import CHAT, save_folder, tree
 from tests.surgeon.tiny_models import VOCABULARY
 
 FILES = {
@@ -75,3 +76,16 @@ def test_the_processor_and_all_but_the_decoder_s_matrices_are_kept(source, tmp_p
     with torch.no_grad():
         features = [m.get_image_features(pixels).pooler_output for m in (model, dense)]
     assert torch.equal(*features)
+
+
+@pytest.mark.parametrize("structure", ["groups", "width", "layers", None])
+def test_folders_of_several_modalities_keep_their_sizes(source, tmp_path, structure):
+    before = tree(tmp_path)
+    words = "Gemma3ForConditionalGeneration wraps a language model with others: groups, width and layers cannot leave"
+    with pytest.raises(UnsupportedModelError, match=words):
+        if structure is None:
+            compact_checkpoint(source, tmp_path / "out")
+        else:
+            small = {"calibration": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 16, "device": "cpu"}
+            prune_checkpoint(source, tmp_path / "out", structure=structure, sparsity=0.3, **small)
+    assert tree(tmp_path) == before

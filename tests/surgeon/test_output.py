@@ -277,6 +277,37 @@ def test_outputs_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check_output(tmp_path / "a", overwrite=False)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="another user is another process")
+def test_folders_that_this_user_may_not_write_in_are_refused(tmp_path: Path) -> None:
+    """Not a pretence: permissions of folders, as a user who is not root."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    model_folder(tmp_path / "closed" / "out")
+    (tmp_path / "closed").chmod(0o555)
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        try:
+            if os.getuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            for name in ("closed/out", "closed/new", "closed/new/deep"):
+                try:
+                    with claimed_output(tmp_path / name, True):
+                        pass
+                except InputError as error:
+                    os.write(write, f"{error}\n".encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    lines = os.read(read, 10_000).decode().splitlines()
+    os.close(read)
+    (tmp_path / "closed").chmod(0o755)
+    assert len(lines) == 3 and all("closed' is not a writable folder" in line for line in lines), lines
+    assert [path.name for path in (tmp_path / "closed").iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("out", [".", "..", "../..", "inside/.."])
 def test_the_current_folder_is_not_replaced(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "b" / "inside").mkdir(parents=True)

@@ -135,6 +135,9 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     _, stepped = plan_of(shots=3, max_iterations=10, gradient_steps=2, monkeypatch=monkeypatch)
     assert stepped.seconds == pytest.approx(plan.seconds + 3 * 2 * (27 / 8 * forward + (10 + 2) * products) / 2.0)
     assert stepped.update_bytes >= plan.update_bytes + 8 * WEIGHTS
+    model, config = build("llama"), PruneConfig(samples=8, seqlen=16, shots=3, max_iterations=10)
+    held_out = make_plan(model, find_decoder(model), config, held_out=4)
+    assert held_out.seconds == pytest.approx((operations + 2 * 4 / 8 * forward) / 2.0)
     _, again = plan_of(shots=3, max_iterations=10, checkpoint_activations=True, monkeypatch=monkeypatch)
     assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
     # Of two passes the second goes back through one block only, computing its activations again; weights of
@@ -159,6 +162,17 @@ def test_a_cap_that_the_run_would_exceed_is_refused_before_the_work(tmp_path):
     with pytest.raises(InputError, match="memory are needed on cpu and gpu_memory allows 1 kB"):
         job.run()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_checkpoint_counts_what_is_held_out(tmp_path, monkeypatch):
+    source, text = save_folder(tmp_path / "model", build("llama")), tmp_path / "text.txt"
+    text.write_text("w2 w3 w4 w5 " * 400)
+    monkeypatch.setattr(llm_surgeon.plan, "matmul_rate", lambda *_: 2.0)
+    job = CheckpointJob(source, tmp_path / "out", PruneConfig(samples=2, seqlen=8, shots=1), calibration=str(text))
+    assert len(job.held_out.input_ids) == 16
+    without = make_plan(job.model, job.decoder, job.config).seconds
+    forward = 2 * (WEIGHTS + 64 * 32) * 16 / (2.0 * llm_surgeon.plan_time._PASS_EFFICIENCY)
+    assert job.plan().seconds == pytest.approx(without + 2 * 16 / 2 * forward)
 
 
 def test_the_written_dtype_decides_the_disk():

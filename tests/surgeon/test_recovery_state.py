@@ -15,7 +15,7 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.models import find_decoder
 from llm_surgeon.recovery import training
 from llm_surgeon.recovery.recover import RecoveryReport, recover_checkpoint
-from llm_surgeon.recovery.state import contents, latest_checkpoint
+from llm_surgeon.recovery.state import contents, latest_checkpoint, seal
 from tests.surgeon.checkpoints import edit_json, save_folder, tree
 from tests.surgeon.test_recovery import OPTIONS, folders, half_zero  # noqa: F401 (folders is a fixture)
 from tests.surgeon.tiny_models import build
@@ -131,14 +131,22 @@ def trained(tmp_path_factory):
     return interrupt(source, folder / "out", str(folder / "text.txt"), 10)
 
 
-FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+FILES = [
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "checksums.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+]
 
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_passed_over_and_named(trained, tmp_path, file, damage, caplog, capsys):
-    if damage in ("flipped", "pickled code", "plain pickle") and not file.endswith((".pt", ".pth")):
-        pytest.skip("safetensors and JSON hold no code; they have no checksums")
+    if damage in ("pickled code", "plain pickle") and not file.endswith((".pt", ".pth")):
+        pytest.skip("safetensors and JSON hold no code")
     state = tmp_path / "state"
     shutil.copytree(trained, state)
     assert latest_checkpoint(state) == str(state / "checkpoint-8")
@@ -150,13 +158,26 @@ def test_a_damaged_state_is_passed_over_and_named(trained, tmp_path, file, damag
     assert "evil" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bit", [0, 3, 7])
+@pytest.mark.parametrize("place", [-1, -1000])
+def test_a_flipped_bit_in_trained_weights_is_noticed(trained, tmp_path, place, bit):
+    """And not gone on from: it would be merged into the model."""
+    state = shutil.copytree(trained, tmp_path / "state")
+    path = state / "checkpoint-8" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+    assert latest_checkpoint(state) == str(state / "checkpoint-4")
+
+
 def test_without_a_whole_state_training_begins_anew_and_a_lost_best_one_is_forgotten(trained, tmp_path):
     state = tmp_path / "state"
     shutil.copytree(trained, state)
     edit_json(state / "checkpoint-8" / "trainer_state.json", best_model_checkpoint=str(state / "gone"))
+    seal(state / "checkpoint-8")
     assert latest_checkpoint(state) == str(state / "checkpoint-8")
     kept = json.loads((state / "checkpoint-8" / "trainer_state.json").read_text())
-    assert kept["global_step"] == 8
+    assert kept["global_step"] == 8 and latest_checkpoint(state) == str(state / "checkpoint-8")
     assert [kept[f"best_{name}"] for name in ("model_checkpoint", "metric", "global_step")] == [None, None, None]
     for path in state.glob("checkpoint-*"):
         (path / "optimizer.pt").write_bytes(b"")

@@ -1,5 +1,8 @@
 """Whole decoder blocks: chosen by measured loss, removed for good."""
 
+import random
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
@@ -10,7 +13,7 @@ from llm_surgeon.config import IMPORTANCES
 from llm_surgeon.data import Calibration
 from llm_surgeon.models import Decoder, find_decoder
 from llm_surgeon.progress import Progress
-from llm_surgeon.structures.blocks import count_blocks, remove_blocks, skipped
+from llm_surgeon.structures.blocks import BlockLoop, block_weights, count_blocks, remove_blocks, skipped
 from llm_surgeon.structures.narrow import probe_logits
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
@@ -145,6 +148,65 @@ def test_entries_for_each_block_follow_and_token_ids_stay():
 def test_the_nearest_number_of_blocks_goes(sparsity, blocks, count):
     decoder = Decoder([torch.nn.Identity()] * blocks, [])
     assert count_blocks(decoder, PruneConfig(structure="layers", sparsity=sparsity)) == count
+
+
+@pytest.mark.parametrize(
+    "weights, sparsity, gone",
+    [
+        ([4, 4, 22, 4], 0.3, {0, 1, 3}),
+        ([22, 4, 4, 4], 0.2, None),
+        ([10, 4, 10, 4], 0.5, None),
+        ([4, 22], 0.9, {1}),
+        ([4, 22], 0.05, {0}),
+        ([1, 1, 1, 1, 96], 0.98, None),
+    ],
+)
+def test_of_blocks_of_several_sizes_go_as_many_weights_as_were_asked_for(weights, sparsity, gone):
+    linears = [SimpleNamespace(rows=1, columns=count, depth=depth) for depth, count in enumerate(weights)]
+    loop, draw = BlockLoop.__new__(BlockLoop), random.Random(0)
+    loop.decoder = Decoder([torch.nn.Identity()] * len(weights), linears)
+    loop.config = PruneConfig(structure="layers", sparsity=sparsity, min_kept=0.0)
+    for _ in range(20):  # whatever is the cheapest
+        loop.removed = []
+        while candidates := loop._candidates():
+            loop.removed.append(draw.choice(candidates))
+        removed = sum(weights[depth] for depth in loop.removed)
+        left = [weights[depth] for depth in range(len(weights)) if depth not in loop.removed]
+        assert loop.removed and left and (gone is None or gone >= set(loop.removed))
+        missed = abs(removed - sparsity * sum(weights))
+        assert missed < 0.15 * sum(weights)
+        assert len(left) == 1 or all(missed <= abs(removed + more - sparsity * sum(weights)) for more in left)
+
+
+@pytest.mark.parametrize(
+    "sparsity, skip, words",
+    [
+        (0.5, "2", "sparsity 0.5 cannot be met while blocks 2 stay"),
+        (0.95, "", "would empty the model: one of 4 blocks must stay"),
+    ],
+)
+def test_what_blocks_of_several_sizes_cannot_meet_is_refused(sparsity, skip, words):
+    weights = [4, 4, 22, 4]
+    linears = [SimpleNamespace(rows=1, columns=count, depth=depth) for depth, count in enumerate(weights)]
+    decoder = Decoder([torch.nn.Identity()] * 4, linears)
+    with pytest.raises(InputError, match=words):
+        count_blocks(decoder, PruneConfig(structure="layers", sparsity=sparsity, skip_layers=skip, min_kept=0.0))
+    for fits, free in ((0.35, "2"), (0.9, "")):
+        assert count_blocks(decoder, PruneConfig(structure="layers", sparsity=fits, skip_layers=free, min_kept=0.0)) < 4
+
+
+def test_a_model_of_blocks_of_two_sizes_loses_the_smaller_one():
+    for seed in range(4):
+        model = build("llama")
+        prune(model, TOKENS, structure="groups", sparsity=0.3, skip_layers="0", min_kept=0.0, shots=1, update="none")
+        weights = block_weights(find_decoder(model))
+        assert weights[1] < 0.5 * weights[0]
+        kept = model.model.layers[0]
+        report = prune(
+            model, TOKENS, structure="layers", sparsity=0.3, importance="random", seed=seed, reconstruct=False
+        )
+        assert list(model.model.layers) == [kept] and report.config["shots"] == len(report.shots) == 1
+        assert report.sparsity == pytest.approx(weights[1] / sum(weights))
 
 
 def test_as_many_shots_run_as_blocks_go():

@@ -76,6 +76,18 @@ def test_the_command_prints_every_score_and_their_mean(folder, tmp_path, monkeyp
         assert "75.00" in line
 
 
+@pytest.mark.parametrize(
+    "option", [("--data", "x.txt"), ("--data", "wikitext2"), ("--text-field", "t"), ("--seqlen", 8)]
+)
+def test_options_of_perplexity_do_not_go_with_tasks(option, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", "no/model", "--tasks", "which_word", *map(str, option)])
+    assert exit.value.code == 2
+    assert (
+        capsys.readouterr().err == f"surgeon: {option[0]} means nothing with --tasks, which bring their own examples\n"
+    )
+
+
 def test_an_unknown_task_is_named(folder):
     with pytest.raises(InputError, match="lm-eval has no task 'which_wort'"):
         zero_shot(build("llama"), tokenizer_of_words(), ["which_word", "which_wort"], task_folder=folder)

@@ -259,7 +259,7 @@ def prune(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
-    data: Annotated[str, typer.Option(help=f"{DATA_HELP}; its test part is used.")] = "wikitext2",
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP}; its test part is used (default: wikitext2).")] = None,
     text_field: TextField = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.", min=2)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per pass.", min=1)] = None,
@@ -274,6 +274,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity of MODEL (exp of the mean token loss over non-overlapping windows of the test text), or accuracies."""
+    for name, given in {"data": data, "text-field": text_field, "seqlen": seqlen}.items() if tasks is not None else ():
+        if given is not None:
+            raise InputError(f"--{name} means nothing with --tasks, which bring their own examples")
     with progress_bars(quiet) as progress:
         progress.phase("loading")
         quiet_libraries()
@@ -287,7 +290,14 @@ def evaluate(
         number = parse_dtype(dtype)
         if tasks is None:
             causal_lm, windows = load_for_evaluation(
-                model, data, seqlen, device, trust_remote_code, number, limit=limit, text_field=text_field
+                model,
+                "wikitext2" if data is None else data,
+                seqlen,
+                device,
+                trust_remote_code,
+                number,
+                limit=limit,
+                text_field=text_field,
             )
             progress.phase("perplexity")
             value = perplexity(causal_lm, windows, batch_size, progress.step)

@@ -27,6 +27,9 @@ _logger = logging.getLogger(__name__)
 
 _NOTE = "run.json"
 _REPORT = "report.json"
+_CHECKSUMS = "checksums.json"
+# What torch.save writes has checksums of its own.
+_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def fingerprint(tensors: Iterator[tuple[str, Tensor]]) -> str:
@@ -110,6 +113,23 @@ def finished(state: Path, out: Path) -> str | None:
     return report if report == written else None
 
 
+def seal(checkpoint: Path) -> None:
+    """Write checksums beside the files of a checkpoint of Trainer's, once all are there."""
+    _write(checkpoint / _CHECKSUMS, json.dumps(_sha256(checkpoint), indent=2) + "\n")
+
+
+def _sha256(checkpoint: Path) -> dict[str, str]:
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (_CHECKSUMS, *_ARCHIVES))
+    found = {}
+    for path in sorted(files):
+        with path.open("rb") as file:
+            whole = hashlib.sha256()
+            while piece := file.read(2**20):
+                whole.update(piece)
+        found[str(path.relative_to(checkpoint))] = whole.hexdigest()
+    return found
+
+
 def latest_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint of Trainer's in ``folder``, or ``None``: then the training begins anew.
 
@@ -127,6 +147,7 @@ def latest_checkpoint(folder: Path) -> str | None:
         if best is not None and not Path(best).is_dir():
             state |= {"best_model_checkpoint": None, "best_metric": None, "best_global_step": None}
             _write(file, json.dumps(state, indent=2) + "\n")
+            seal(path)
         return str(path)
     return None
 
@@ -137,14 +158,16 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, if anything is; Trainer writes its own state last."""
+    """What is wrong with the files of a checkpoint, if anything is; their checksums are written last."""
     try:
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         weights = list(checkpoint.glob("*.safetensors"))
         if not weights:
             return "no weights"
         read_headers(weights)
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        if json.loads((checkpoint / _CHECKSUMS).read_text(encoding="utf-8")) != _sha256(checkpoint):
+            return "files differ from their checksums"
+        for name in _ARCHIVES:
             with zipfile.ZipFile(checkpoint / name) as archive:  # its directory is at the end, with checksums
                 if archive.testzip() is not None:
                     return f"{name} is damaged"

@@ -25,7 +25,7 @@ from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models import run_model
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import RecoverConfig
-from llm_surgeon.recovery.state import latest_checkpoint
+from llm_surgeon.recovery.state import latest_checkpoint, seal
 
 _MICRO_TOKENS = 16384
 
@@ -79,6 +79,7 @@ class RecoveryTrainer(Trainer):
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
         try:
             super()._save_checkpoint(*arguments, **options)
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         except torch.OutOfMemoryError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError of torch's writer

@@ -27,12 +27,12 @@ from llm_surgeon.structures.residual import find_ends
 
 
 class BlockLoop(ShotLoop):
-    """Removes the number of whole blocks that comes nearest to the sparsity asked for, one per shot.
+    """Removes whole blocks, one per shot, as long as each brings the weights that are gone nearer to the sparsity.
 
     With ``importance="kronecker"`` a block's cost is the rise of the calibration loss without it, measured by a
     forward pass for every block still there: a block is no small perturbation that curvature could tell of. The other
-    importances are those of its weights, summed. With ``reconstruct`` the blocks that stay take over, by least squares,
-    what a linear map can of those that go.
+    importances are those of its weights, summed. Of blocks of several sizes the cheapest per weight goes. With
+    ``reconstruct`` the blocks that stay take over, by least squares, what a linear map can of those that go.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class BlockLoop(ShotLoop):
             self._writers = {writer.kind for writer in find_ends(self.model, self.decoder)[1]}
         self.removed: list[int] = []
         self.progress.shots(self._count)
-        for index in range(1, self._count + 1):
-            self.progress.shot(index)
-            self._shot(index)
+        while self._candidates():
+            self.progress.shot(len(self.removed) + 1)
+            self._shot(len(self.removed) + 1)
         if config.reconstruct:
             with self._phase("reconstruction", self.reports[-1].seconds):
                 self._reconstruct()
@@ -63,14 +63,28 @@ class BlockLoop(ShotLoop):
         """Take the blocks out of the model."""
         remove_blocks(self.model, self.decoder, self.removed)
 
+    def _candidates(self) -> list[int]:
+        """Blocks that may go next and leave enough to go on with: at equal distances more goes, in any case a block."""
+        weights = block_weights(self.decoder)
+        left = [d for d in range(len(weights)) if d not in {*self.removed, *self.config.skipped_layers}]
+        assert self.config.sparsity is not None
+        missing = self.config.sparsity * sum(weights) - sum(weights[depth] for depth in self.removed)
+        nearer = [d for d in left if abs(missing - weights[d]) <= abs(missing) * (1 + 1e-9)]
+        if len(self.removed) == len(weights) - 1:
+            return []
+        if not nearer:
+            return [] if self.removed else [min(left, key=lambda depth: weights[depth])]
+        enough = [d for d in nearer if not _out_of_reach(missing - weights[d], weights, set(left) - {d}, self.config)]
+        return enough or nearer
+
     def _shot(self, index: int) -> None:
         seconds: dict[str, float] = {}
-        left = [d for d in range(len(self.decoder.blocks)) if d not in {*self.removed, *self.config.skipped_layers}]
+        left, weights = self._candidates(), block_weights(self.decoder)
         with self._phase("selection", seconds):
             with skipped(self.decoder.blocks, self.removed):
                 loss = mean_loss(self.model, self.calibration, self.batch_size)
                 costs = self._costs(left, loss)
-            chosen = min(left, key=lambda depth: costs[depth])
+            chosen = min(left, key=lambda depth: costs[depth] / weights[depth])
             self.removed.append(chosen)
             after = costs[chosen] if self.config.importance == "kronecker" else None
         for position, linear in enumerate(self.decoder.linears):
@@ -119,17 +133,36 @@ class BlockLoop(ShotLoop):
         return costs
 
 
+def block_weights(decoder: Decoder) -> list[int]:
+    """Weights of the linears of each block."""
+    weights = [0] * len(decoder.blocks)
+    for linear in decoder.linears:
+        weights[linear.depth] += linear.rows * linear.columns
+    return weights
+
+
+def _out_of_reach(missing: float, weights: list[int], left: set[int], config: PruneConfig) -> bool:
+    """Whether the blocks ``left`` hold fewer than the ``missing`` weights; one of all blocks must stay."""
+    free = [weights[depth] for depth in left]
+    most = sum(free) - (0 if config.skip_layers else min(free, default=0))
+    return missing - most > min(weights) / 2
+
+
 def count_blocks(decoder: Decoder, config: PruneConfig) -> int:
-    """How many blocks go: the number nearest to the sparsity, and one at least.
+    """How many blocks go: the number nearest to the sparsity, and one at least; about so many if their sizes differ.
 
     Raises:
         InputError: ``config`` cannot be met.
     """
     assert config.sparsity is not None
-    blocks = len(decoder.blocks)
+    blocks, weights = len(decoder.blocks), block_weights(decoder)
     if config.skipped_layers and max(config.skipped_layers) >= blocks:
         raise InputError(f"skip_layers names block {max(config.skipped_layers)}, and the model has {blocks}")
     count = max(1, math.floor(config.sparsity * blocks + 0.5))
+    if len(set(weights)) > 1:  # not their number matters
+        free = set(range(blocks)) - config.skipped_layers
+        missed = not free or _out_of_reach(config.sparsity * sum(weights), weights, free, config)
+        count = blocks if missed else min(count, max(1, len(free) - (not config.skip_layers)))
     if config.skip_layers and blocks - len(config.skipped_layers) < count:
         raise InputError(f"sparsity {config.sparsity:g} cannot be met while blocks {config.skip_layers} stay")
     if count >= blocks:
