@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import InputError
@@ -17,6 +16,9 @@ from llm_surgeon.packed.format import Surgeon24Config
 from llm_surgeon.packed.linear import PackedLinear
 from llm_surgeon.wrappers import check_bare, unwrapped
 from surgeon_kernels import is_2_4
+
+if TYPE_CHECKING:  # it would bring transformers' models, which bring this: see _registration.py
+    from transformers import PreTrainedModel
 
 
 def pack_model(

@@ -9,10 +9,10 @@ prompt, which fills a GPU anyway. Nothing changes on disk.
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llm_surgeon.packed.convert import packed_linears
 from llm_surgeon.packed.linear import PackedLinear, frozen, tune_once
@@ -20,6 +20,9 @@ from llm_surgeon.shared_inputs import shared_inputs
 from surgeon_kernels import Packed24
 from surgeon_kernels.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
 from surgeon_kernels.linear_2_4_layout import UNIT_ROWS
+
+if TYPE_CHECKING:  # it would bring transformers' models, which bring this: see _registration.py
+    from transformers import PreTrainedModel
 
 # Tokens from which a layer alone is as fast as its share of the group, and leaves its outputs contiguous.
 _ALONE_FROM = 1024

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantizer
 
@@ -16,6 +15,9 @@ from llm_surgeon.packed.format import QUANT_METHOD, Surgeon24Config, check_sha25
 from llm_surgeon.packed.linear import PackedLinear
 from llm_surgeon.stored import read_headers
 from surgeon_kernels import check_packed_2_4
+
+if TYPE_CHECKING:  # it would bring transformers' models, which bring this: see _registration.py
+    from transformers import PreTrainedModel
 
 
 @register_quantizer(QUANT_METHOD)
