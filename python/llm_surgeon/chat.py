@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +54,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None
     try:
         text = tokenizer.apply_chat_template(conversation.messages, tokenize=False)
     except Exception as error:  # a template is code of its own, and raises whatever it pleases
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"the tokenizer's chat template refuses {conversation.where}: {reason}") from error
+        raise InputError(f"the tokenizer's chat template refuses {conversation.where}: {one_line(error)}") from error
     assert isinstance(text, str)
     return text
 

@@ -6,6 +6,17 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, with the second where that is only announced, or the error's name."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
+
+
+def one_line(error: BaseException) -> str:
+    """An error's whole message in one line, or the error's name."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class SurgeonError(Exception):
     """Base class of every error raised on purpose by ``llm_surgeon``."""
 

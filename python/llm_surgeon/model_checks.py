@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.errors import SurgeonError, UnsupportedModelError
+from llm_surgeon.errors import SurgeonError, UnsupportedModelError, first_line
 from llm_surgeon.wrappers import check_bare
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,7 +68,7 @@ def check_causal(model: PreTrainedModel) -> int:
     except (SurgeonError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's own code says to its own sizes
-        reason = _uneven_heads(model) or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _uneven_heads(model) or first_line(error)
         raise UnsupportedModelError(f"{type(model).__name__} does not run: {reason}") from error
     logits = getattr(output, "logits", None)
     if logits is None or logits.shape[:-1] != PROBE_SHAPE:

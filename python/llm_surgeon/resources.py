@@ -17,7 +17,7 @@ import huggingface_hub.constants
 import psutil
 import torch
 
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, first_line
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 0.1) -> float:
@@ -54,7 +54,7 @@ def choose_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {error}".splitlines()[0]) from error
+        raise InputError(f"device {name!r} cannot be used here: {first_line(error)}") from error
 
 
 def available_memory(device: torch.device | str) -> int:

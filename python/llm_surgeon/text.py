@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import huggingface_hub.constants
 
 from llm_surgeon.chat import Conversation, has_template, render
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, one_line
 from llm_surgeon.resources import available_memory, hub_reachable, human_bytes
 from llm_surgeon.text_rows import (
     TEXT_KINDS,
@@ -344,7 +344,7 @@ def _hub(name: str, missing: str = "") -> Iterator[Callable[..., Any]]:
     except ImportError as error:
         raise InputError(f"{sentence} (it takes the package datasets: {error})") from error
     except Exception as error:  # builders, file systems and clients each raise what they please
-        raise InputError(f"{sentence} ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise InputError(f"{sentence} ({one_line(error)})") from error
 
 
 _READERS: dict[str, tuple[Callable[[BinaryIO, str], Iterator[Row]], Callable[..., Any]]] = {

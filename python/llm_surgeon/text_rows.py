@@ -6,13 +6,12 @@ import csv
 import io
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from llm_surgeon.chat import Conversation
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, one_line
 
 TEXT_KINDS = "a .txt, .jsonl, .json, .csv, .parquet, .gz or .zip file"
 CHAT_FIELDS = ("messages", "conversations")
@@ -137,7 +136,7 @@ def csv_documents(
     rows: Callable[[], Iterable[Row]], name: str, wanted: str | None
 ) -> tuple[str | None, list[Document]]:
     """:func:`documents_of_rows` of :func:`csv_rows`, of which a cell that reads as a number counts as one."""
-    limit = csv.field_size_limit(sys.maxsize)  # of the whole process: put back
+    limit = csv.field_size_limit(2**31 - 1)  # the largest anywhere; of the whole process: put back
     try:
         return documents_of_rows(rows, name, wanted, _cell_kind)
     finally:
@@ -176,7 +175,7 @@ def parquet_documents(stream: BinaryIO, name: str, wanted: str | None, most: int
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"parquet file {name!r} is damaged: {' '.join(str(error).split())}") from error
+        raise InputError(f"parquet file {name!r} is damaged: {one_line(error)}") from error
     return field, documents
 
 

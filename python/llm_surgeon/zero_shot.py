@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, first_line
 from llm_surgeon.models import evaluation_mode
 
 # LLM-Pruner (Ma et al., NeurIPS 2023) and many after it report these seven.
@@ -76,8 +76,7 @@ def zero_shot(
             )
         # Data sets come from the hub: ConnectionError and FileNotFoundError of datasets are both OSErrors.
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"the data of tasks {', '.join(tasks)} cannot be read: {reason}") from error
+            raise InputError(f"the data of tasks {', '.join(tasks)} cannot be read: {first_line(error)}") from error
     assert found is not None
     return [_score(task, found["results"][task]) for task in tasks]
 

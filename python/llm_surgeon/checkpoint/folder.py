@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, first_line
 from llm_surgeon.resources import hub_reachable
 from llm_surgeon.stored import StoredTensor, read_headers
 
@@ -140,9 +140,3 @@ def _instead(folder: Path) -> str:
     if any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt")):
         return ": pickled weights (.bin, .pt) are never loaded, convert them first"
     return ""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, with the second where that is only announced, or the error's name."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.checkpoint.config_checks import check_config, is_packed
-from llm_surgeon.checkpoint.folder import check_files, first_line, model_folder, read_json, read_weights
+from llm_surgeon.checkpoint.folder import check_files, model_folder, read_json, read_weights
 from llm_surgeon.checkpoint.remote_code import check_tokenizer_class, own_class, refuse_code
 from llm_surgeon.checkpoint.stored_form import StoredForm, stored_form
-from llm_surgeon.errors import InputError, SurgeonError, UnsupportedModelError
+from llm_surgeon.errors import InputError, SurgeonError, UnsupportedModelError, first_line
 from llm_surgeon.models import check_finite
 from llm_surgeon.resources import require_memory
 from llm_surgeon.stored import StoredTensor

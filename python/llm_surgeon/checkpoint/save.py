@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_surgeon.checkpoint.folder import first_line, read_json
+from llm_surgeon.checkpoint.folder import read_json
 from llm_surgeon.checkpoint.output import claimed_output, move_into_place, partial_folder
 from llm_surgeon.checkpoint.stored_form import StoredForm
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, first_line
 from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.packed.format import Surgeon24Config
 from llm_surgeon.stored import tensor_sha256

@@ -38,7 +38,7 @@ from llm_surgeon.cli.options import (
 from llm_surgeon.cli.pack import pack
 from llm_surgeon.cli.recover import recover
 from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES, PruneConfig
-from llm_surgeon.errors import InputError, SurgeonError, printable
+from llm_surgeon.errors import InputError, SurgeonError, first_line, printable
 
 app = typer.Typer(
     name="surgeon",
@@ -98,8 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch = sys.modules.get("torch")  # not imported here, see options.py
         if torch is None or not isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = next(iter(str(error).strip().splitlines()), "")
-        _fail(f"out of GPU memory: {reason} A smaller --batch-size takes less, and prune --offload cpu", 1)
+        _fail(f"out of GPU memory: {first_line(error)} A smaller --batch-size takes less, and prune --offload cpu", 1)
 
 
 def _print_version(wanted: bool) -> None:

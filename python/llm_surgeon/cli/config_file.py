@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from llm_surgeon.checks import require_known, shown
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, one_line
 
 _LARGEST_FILE = 2**20
 _LONGEST_NUMBER = 4000  # Python reads integers of at most 4300 digits
@@ -43,8 +43,7 @@ def read_options(path: Path, known: Collection[str], text: Collection[str]) -> d
             )
         entries = _entries(path, content.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"config file {str(path)!r} cannot be read: {reason}") from error
+        raise InputError(f"config file {str(path)!r} cannot be read: {one_line(error)}") from error
     options: dict[str, Any] = {}
     for line, key, value in entries:
         name = key.value.replace("-", "_")

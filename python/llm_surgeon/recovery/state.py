@@ -20,7 +20,7 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from llm_surgeon.checks import shown
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, first_line
 from llm_surgeon.stored import read_headers
 
 _logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def _damage(checkpoint: Path) -> str | None:
     except (
         InputError, OSError, ValueError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile
     ) as error:  # fmt: skip
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return first_line(error)
     return None
 
 

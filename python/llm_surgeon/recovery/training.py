@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from llm_surgeon.data import Calibration
-from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.errors import InputError, NumericalError, first_line
 from llm_surgeon.models import run_model
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import RecoverConfig
@@ -83,8 +83,8 @@ class RecoveryTrainer(Trainer):
         except torch.OutOfMemoryError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError of torch's writer
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"the training state cannot be written to {self.args.output_dir!r}: {reason}") from error
+            place = repr(self.args.output_dir)
+            raise InputError(f"the training state cannot be written to {place}: {first_line(error)}") from error
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.errors import InputError, NumericalError, one_line
 from llm_surgeon.report.text import duration, percent, perplexity_of, plural, signed, size_table, two_decimals
 from llm_surgeon.resources import human_bytes
 
@@ -293,7 +293,7 @@ class PruneReport:
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"report {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+            raise InputError(f"report {str(path)!r} cannot be read: {one_line(error)}") from error
         except InputError as error:
             raise InputError(f"report {str(path)!r} is damaged: {error}") from error
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.errors import NumericalError, UnsupportedModelError
+from llm_surgeon.errors import NumericalError, UnsupportedModelError, first_line
+from llm_surgeon.model_state import ModelState
 from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode
 from llm_surgeon.structures import modeling_pruned
 from llm_surgeon.structures.dimension import Dimension
@@ -178,7 +179,7 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
         raise
     except Exception as error:  # whatever the model's own code says to sizes that it cannot run at
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not run at these sizes: {_first_line(error)}"
+            f"{type(model).__name__} does not run at these sizes: {first_line(error)}"
         ) from error
     return torch.cat([whole, padded])
 
@@ -224,8 +225,8 @@ def verified(model: PreTrainedModel, before: Tensor | None, message: str, roundi
         NumericalError: ``message``: the logits differ. UnsupportedModelError: the class cannot run, decode from its
             cache what it could before, or load at these sizes. The model is as it was in all cases.
     """
-    could_decode = decodes(model)
-    with undone_on_failure(model):
+    could_decode, state = decodes(model), ModelState(model)
+    try:
         yield
         after = probe_logits(model)
         if before is not None and not same_logits(after, before, rounding):
@@ -233,6 +234,9 @@ def verified(model: PreTrainedModel, before: Tensor | None, message: str, roundi
         if could_decode and not decodes(model):
             raise UnsupportedModelError(f"{type(model).__name__} does not generate at these sizes: its cache fails")
         check_reloads(model)
+    except BaseException:
+        state.restore()
+        raise
 
 
 def same_logits(x: Tensor, y: Tensor, rounding: float = 0.0) -> bool:
@@ -242,42 +246,10 @@ def same_logits(x: Tensor, y: Tensor, rounding: float = 0.0) -> bool:
 
 
 @contextmanager
-def undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
-    """Modules, configuration and class are as before if anything is raised (tensors are replaced, never written)."""
-    cls, config = type(model), dict(vars(model.config))
-    states = [
-        (module, dict(vars(module)), dict(module._parameters), dict(module._modules)) for module in model.modules()
-    ]
-    try:
-        yield
-    except BaseException:
-        model.__class__ = cls
-        vars(model.config).clear()
-        vars(model.config).update(config)
-        for module, attributes, parameters, children in states:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._modules.clear()
-            module._modules.update(children)
-        raise
-
-
-@contextmanager
 def undone(model: PreTrainedModel) -> Iterator[None]:
     """A change of sizes is tried, and taken back."""
+    state = ModelState(model)
     try:
-        with undone_on_failure(model):
-            yield
-            raise _Undone
-    except _Undone:
-        pass
-
-
-class _Undone(Exception):
-    """Takes back a change that went well."""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        yield
+    finally:
+        state.restore()

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from llm_surgeon.errors import UnsupportedModelError
+from llm_surgeon.errors import UnsupportedModelError, first_line
 
 
 def layer_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
@@ -70,7 +70,7 @@ def reloaded(model: PreTrainedModel) -> PreTrainedModel:
             ignore_mismatched_sizes=True,
         )
     except Exception as error:  # whatever a class says to a configuration that does not fit
-        raise UnsupportedModelError(f"{name} of these sizes cannot be loaded again: {error}".splitlines()[0]) from error
+        raise UnsupportedModelError(f"{name} of these sizes cannot be loaded again: {first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
         if shown:
