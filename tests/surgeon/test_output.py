@@ -409,7 +409,22 @@ def test_what_dead_runs_left_is_named_and_deleted(tmp_path: Path, caplog: pytest
     assert sorted(tmp_path.iterdir()) == sorted([*others, out]) and (out / "model.safetensors").read_text() == "new"
 
 
-def test_a_model_that_was_being_replaced_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_what_is_named_as_runs_name_it_is_deleted(tmp_path: Path) -> None:
+    kept = [model_folder(tmp_path / name) for name in (".out.partial-old", ".out.previous-0011aabb.bak")]
+    (tmp_path / ".out.partial-00000000").symlink_to(kept[0])
+    (tmp_path / ".out.previous-00000000").write_text("notes")
+    before = sorted(tmp_path.rglob("*"))
+    with claimed_output(tmp_path / "out", False):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_model_that_was_being_replaced_comes_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, empty: bool
+) -> None:
+    if empty:
+        (tmp_path / "out").mkdir()
     model_folder(tmp_path / ".out.previous-0011aabb", "old")
     model_folder(tmp_path / ".out.partial-0011aabb", "new")
     with pytest.raises(InputError, match="is not empty"), claimed_output(tmp_path / "out", False):

@@ -56,8 +56,6 @@ _LONGEST_NAME_BESIDE, _LONGEST_NAME_INSIDE = len(".") + len(".previous-") + 8, 6
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 # How kernels and filesystems say that they cannot: exchange names, lock files, flush folders.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
-# What is left beside an output by a run that is killed.
-_PURPOSES = ("partial", "previous")
 
 _claims: dict[Path, int] = {}  # by output: the thread of this process that writes it
 
@@ -101,8 +99,10 @@ def claimed_output(out: str | Path, overwrite: bool, **inputs: str | Path | None
 
     The claim is a lock on the file ``.OUT.lock``, which the kernel gives up with the process: whatever another run left
     beside ``out`` is then nobody's. ``.OUT.partial-*`` is deleted; ``.OUT.previous-*``, the model that an interrupted
-    run was replacing, becomes ``out`` again where that is missing, and is deleted where it is not; both are logged. On
-    a filesystem without locks they are left alone and named. Within a claim of the same thread this does nothing.
+    run was replacing, becomes ``out`` again where that is missing or empty, and is deleted where it is not; both are
+    logged. On a filesystem without locks they are left alone and named; where locks hold for one machine only (some
+    mounts of NFS), several machines must not write one ``out`` at once. Within a claim of the same thread this does
+    nothing.
 
     Raises:
         InputError: also where another process or thread is writing ``out``.
@@ -201,7 +201,7 @@ def _check_apart(out: str | Path, target: Path, kind: str, given: str) -> None:
         inside = [Path(os.path.realpath(entry)) for entry in (path.iterdir() if path.is_dir() else ())]
     except (OSError, ValueError):  # whoever reads it will say so
         return
-    ours = re.compile(rf"\.{re.escape(target.name)}\.(partial|previous)-[0-9a-f]+")
+    ours = _left_of(target)
     for place in (origin, *origin.parents):
         if place.parent == target.parent and ours.fullmatch(place.name):
             raise InputError(f"the {kind} {given!r} is what an interrupted run left of {str(out)!r}: rename it first")
@@ -263,7 +263,7 @@ def _foreign(folder: Path, names: list[str]) -> list[str]:
     foreign = []
     for name in names:
         path = folder / name
-        if path.is_dir() and not path.is_symlink():
+        if _is_folder(path):
             own = _OWN_FOLDERS.get(name)
             if own is None:
                 foreign.append(name)
@@ -318,23 +318,32 @@ def _lock(out: str | Path, path: Path) -> tuple[int, bool]:
 
 def _clean(target: Path, locked: bool) -> None:
     """See to what interrupted runs left beside ``target``."""
-    left = {purpose: sorted(target.parent.glob(f".{_escaped(target.name)}.{purpose}-*")) for purpose in _PURPOSES}
+    named = _left_of(target)
+    left = [path for path in sorted(target.parent.iterdir()) if named.fullmatch(path.name) and _is_folder(path)]
     if not locked:
-        for path in (*left["partial"], *left["previous"]):
+        for path in left:
             _logger.warning("%s lies beside %s: delete it unless another run is writing it", path, target)
         return
-    if left["previous"] and not os.path.lexists(target):
-        previous = max(left["previous"], key=lambda path: path.stat().st_mtime)
+    former = [path for path in left if named.fullmatch(path.name)[1] == "previous"]  # type: ignore[index]
+    if former and not (target.is_dir() and any(target.iterdir())):
+        previous = max(former, key=lambda path: path.stat().st_mtime)
+        if target.is_dir():
+            target.rmdir()
         os.rename(previous, target)
-        left["previous"].remove(previous)
+        left.remove(previous)
         _logger.warning("%s is %s again: a run was interrupted that was replacing it", previous, target)
-    for path in (*left["partial"], *left["previous"]):
+    for path in left:
         shutil.rmtree(path)
         _logger.warning("deleted %s, which an interrupted run left", path)
 
 
-def _escaped(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
+def _left_of(target: Path) -> re.Pattern[str]:
+    """The names that :func:`_sibling` makes, and their purposes."""
+    return re.compile(rf"\.{re.escape(target.name)}\.(partial|previous)-[0-9a-f]{{8}}")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _exchange(one: Path, other: Path) -> bool:
