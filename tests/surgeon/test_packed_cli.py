@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import html
+import itertools
 import json
 import math
 import shutil
@@ -17,10 +18,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from llm_surgeon import InputError
+from llm_surgeon.cli import generate
 from llm_surgeon.packed import decoding, pack_model
 from llm_surgeon.packed.checkpoint import pack_checkpoint
 from llm_surgeon.packed.decoding import Decoding, GreedyDecoder
-from llm_surgeon.packed.speed import measure_speed
+from llm_surgeon.packed.speed import measure_speed, measure_speeds
 from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.packed_models import IDS, build_2_4, continuation
@@ -266,6 +268,74 @@ def test_only_the_timed_runs_take_their_turn():
     before, after = seen
     # a pass of the prompt, timed, and another with the steps after it
     assert before >= 5 and after - before == 2 * 5 and len(passes) == after
+
+
+@pytest.mark.parametrize("way", [Decoding.EAGER, Decoding.GENERATE])
+def test_models_take_turns_at_being_timed(way, monkeypatch):
+    """Whatever else a machine does more and more, it does to all of them."""
+    models, passes, now = {"first": build_2_4("llama"), "second": build_2_4("llama")}, [], [0.0]
+    seconds = {"first": 100.0, "second": 300.0}
+
+    def run(name):
+        passes.append(name)
+        now[0] += seconds[name] + len(passes)
+
+    for name, model in models.items():
+        model.register_forward_hook(lambda *_, name=name: run(name))
+    monkeypatch.setattr("llm_surgeon.packed.decoding.time.perf_counter", lambda: now[0])
+
+    @contextlib.contextmanager
+    def turn():
+        passes.clear()
+        yield
+        rounds.extend(name for name, _ in itertools.groupby(passes))
+
+    rounds = []
+    options = {"prompt": 6, "new_tokens": 2, "repeats": 3, "decoding": way}
+    first, second = measure_speeds(list(models.values()), **options, turn=turn())
+    assert rounds == ["first", "second"] * 3
+    passes_of_a_run = 4 if way is Decoding.EAGER else 3  # the prompt alone, and with the steps
+    middle = 2 * passes_of_a_run  # of the first's second run
+    assert first.prefill_seconds == 100 + middle + 1
+    assert second.prefill_seconds == 300 + middle + passes_of_a_run + 1
+    assert second.decode_seconds - first.decode_seconds == 2 * (200 + passes_of_a_run)
+    assert [speed.decoding for speed in (first, second)] == [way] * 2
+
+
+@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_bench_takes_turns_where_both_models_have_room(pruned, packed, room, given, monkeypatch, capsys):
+    measured = []
+
+    def speeds(models, **options):
+        measured.append([generate._is_packed(model) for model in models])
+        return measure_speeds(models, **options)
+
+    monkeypatch.setattr(generate, "measure_speeds", speeds)
+    monkeypatch.setattr(generate, "available_memory", lambda device: 10**12 if room else 0)
+    options = ["--prompt", 8, "--new-tokens", 2, "--batch-size", 1, "--repeats", 1, "--device", "cpu"]
+    assert surgeon("bench", "generate", pruned, *(["--packed", packed] if given else []), *options) == 0
+    assert measured == ([[False, True]] if room else [[True], [False]])
+    text = capsys.readouterr().out
+    assert ("dense and packed, eager, batch size 1 …" in text) == room
+    assert ("\npacked, eager, batch size 1 …" in f"\n{text}") != room
+
+
+def test_the_room_for_both_models_is_counted(monkeypatch):
+    model = pack_model_in_place(build_2_4("llama"))
+    dense = sum(p.nbytes for p in build_2_4("llama").parameters())
+    place = torch.device("cuda")
+    for memory, room in ((2 * dense, False), (6 * dense, True)):
+        monkeypatch.setattr(generate, "available_memory", lambda device, memory=memory: memory)
+        assert generate._has_room(model, place) == room
+        assert generate._has_room(model, torch.device("cpu")) or not room
+    monkeypatch.setattr(generate, "available_memory", lambda device: 10**12 if device == place else dense)
+    assert not generate._has_room(model, place)
+
+
+def pack_model_in_place(model):
+    pack_model(model)
+    return model
 
 
 def test_speed_that_cannot_be_measured():

@@ -20,10 +20,11 @@ from llm_surgeon.errors import InputError, printable
 from llm_surgeon.fused import fused
 from llm_surgeon.packed import fuse_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.packed.checkpoint import model_bytes
-from llm_surgeon.packed.speed import Speed, measure_speed
+from llm_surgeon.packed.linear import PackedLinear
+from llm_surgeon.packed.speed import Speed, measure_speeds
 from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.report.text import MISSING
-from llm_surgeon.resources import choose_device, human_bytes
+from llm_surgeon.resources import available_memory, choose_device, human_bytes
 
 
 def measure(
@@ -64,27 +65,41 @@ def measure(
     if not _is_packed(causal_lm):
         pack_model(causal_lm)
     rows: list[tuple[str, int, Speed]] = []
-    for name in ("packed", "dense"):
-        if name == "dense" and packed is not None:
-            del causal_lm  # before the other takes its memory
-            causal_lm = _load(model, number, trust_remote_code)
-        if name == "dense" and _is_packed(causal_lm):
-            unpack_model(causal_lm)
-        disk = model_bytes(causal_lm)
-        causal_lm.to(place)
-        if name == "packed" and cusparselt and not use_cusparselt(causal_lm):
+    together = _has_room(causal_lm, place)
+    held = {"packed": causal_lm}
+    del causal_lm
+    for names in [("dense", "packed")] if together else [("packed",), ("dense",)]:
+        if "dense" in names:
+            if not together and packed is not None:
+                held.clear()  # before the other takes its memory
+            dense = held.pop("packed") if "packed" in held and not together else _load(model, number, trust_remote_code)
+            if _is_packed(dense):
+                unpack_model(dense)
+            held["dense"] = dense
+            del dense
+        disk = {name: model_bytes(held[name]) for name in names}
+        for name in names:
+            held[name].to(place)
+        if "packed" in names and cusparselt and not use_cusparselt(held["packed"]):
             needs = "it needs an NVIDIA GPU, and layers without a bias whose sides are divisible by 16"
             print(f"surgeon: --cusparselt has no effect on this model on {place}: {needs}", file=sys.stderr)
-        if name == "packed" and fuse:
-            fuse_linears(causal_lm)
+        if "packed" in names and fuse:
+            fuse_linears(held["packed"])
         for way, size in itertools.product(ways, batch_sizes):
             if not quiet:
-                console.print(f"{name}, {way.value}, batch size {size} …")
-            with fused(causal_lm) if fused_parts else contextlib.nullcontext():
-                speed = measure_speed(
-                    causal_lm, batch_size=size, prompt=prompt, new_tokens=new_tokens, repeats=repeats, decoding=way
+                console.print(f"{' and '.join(names)}, {way.value}, batch size {size} …")
+            with contextlib.ExitStack() as stack:
+                for name in names if fused_parts else ():
+                    stack.enter_context(fused(held[name]))
+                speeds = measure_speeds(
+                    [held[name] for name in names],
+                    batch_size=size,
+                    prompt=prompt,
+                    new_tokens=new_tokens,
+                    repeats=repeats,
+                    decoding=way,
                 )
-            rows.append((name, disk, speed))
+            rows += [(name, disk[name], speed) for name, speed in zip(names, speeds, strict=True)]
     rows.sort(key=lambda row: row[0])
     chosen = {
         "packed with linears fused": fuse,
@@ -92,6 +107,9 @@ def measure(
         "both with fused parts": fused_parts,
     }
     how = "; ".join(words for words, given in chosen.items() if given)
+    if place.type == "cuda" and not together:
+        words = "dense after packed, as both have no room together: what else the machine did may differ"
+        how = "; ".join(filter(None, (how, words)))
     if place.type != "cuda":
         how = "; ".join(filter(None, (how, "without a GPU packed layers run as dense ones, so nothing is compared")))
     for way in ways:
@@ -102,6 +120,16 @@ def measure(
 
 def _load(model: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
     return load_model(model, dtype, trust_remote_code=trust_remote_code, packed=True)[0]
+
+
+def _has_room(packed: PreTrainedModel, place: torch.device) -> bool:
+    """Whether the dense model has room beside the ``packed`` one, which is in main memory, and both can run."""
+    dense = packed.num_parameters() * packed.dtype.itemsize
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    dense += sum(layer.in_features * layer.out_features for layer in layers) * packed.dtype.itemsize
+    if available_memory("cpu") < 1.5 * dense:
+        return False
+    return place.type == "cpu" or available_memory(place) >= 2.5 * dense
 
 
 def _is_packed(model: PreTrainedModel) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.data import positions, text_config
@@ -27,7 +30,7 @@ class Speed:
         prefill_seconds: the prompts' forward pass, up to the first new token.
         decode_seconds: of ``new_tokens`` greedy steps with a static cache.
         weight_bytes: the model's parameters and buffers in memory, dense weights kept beside packed ones included.
-        peak_bytes: most memory allocated on the GPU at once (0 elsewhere).
+        peak_bytes: most memory allocated on the GPU at once, other models beside it not counted (0 elsewhere).
     """
 
     decoding: Decoding
@@ -50,9 +53,14 @@ class Speed:
         return self.batch_size * self.new_tokens / self.decode_seconds if self.new_tokens else float("nan")
 
 
+def measure_speed(model: PreTrainedModel, **options: Any) -> Speed:
+    """Time one ``model``, see :func:`measure_speeds`."""
+    return measure_speeds([model], **options)[0]
+
+
 @torch.no_grad()
-def measure_speed(
-    model: PreTrainedModel,
+def measure_speeds(
+    models: Sequence[PreTrainedModel],
     *,
     batch_size: int = 1,
     prompt: int = 128,
@@ -60,40 +68,79 @@ def measure_speed(
     repeats: int = 3,
     decoding: Decoding | None = None,
     turn: contextlib.AbstractContextManager[object] | None = None,
-) -> Speed:
-    """Time ``model`` on random prompts; the first, untimed run of each part compiles and tunes what is to be.
+) -> list[Speed]:
+    """Time ``models``, which take turns, on random prompts, so that what else the machine does hits all.
 
-    What torch.compile kept from before is dropped where something is compiled, so that no size is compiled as
-    one of several (``dynamic``).
+    The first, untimed run of each part compiles and tunes what is to be. What torch.compile kept from before is dropped
+    where something is compiled, so that no size is compiled as one of several (``dynamic``).
 
     Args:
-        model: on one device, in evaluation mode.
+        models: of one configuration, each on one device, in evaluation mode.
         new_tokens: 0 to measure the prefill alone.
         repeats: timed runs; the medians are returned.
         decoding: left out, ``graph`` on a GPU and ``eager`` elsewhere.
         turn: entered for the timed runs, so that other processes can use the device before and afterwards.
 
     Raises:
-        InputError: the model has too few positions or sits on several devices, or a CUDA graph is wanted elsewhere.
+        InputError: a model has too few positions or sits on several devices, or a CUDA graph is wanted elsewhere.
     """
+    places = [_device(model) for model in models]
+    for model, device in zip(models, places, strict=True):
+        longest = positions(model)
+        if longest is not None and prompt + new_tokens > longest:
+            raise InputError(f"{prompt} + {new_tokens} tokens are more than the {longest} positions of the model")
+        if decoding is Decoding.GRAPH and device.type != "cuda":
+            raise InputError(f"decoding by a CUDA graph needs a CUDA device, and the model is on {device}")
+    decoding = decoding or (Decoding.GRAPH if places[0].type == "cuda" else Decoding.EAGER)
+    if decoding in (Decoding.COMPILED, Decoding.GENERATE):
+        torch.compiler.reset()
+    vocabulary = text_config(models[0]).vocab_size
+    ids = torch.randint(vocabulary, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
+    trials, peaks = [], []
+    for model, device in zip(models, places, strict=True):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            others = torch.cuda.memory_allocated(device) - _resident_bytes(model)
+        trials.append(_trial(model, ids.to(device), new_tokens, decoding))
+        trials[-1]()
+        peaks.append(torch.cuda.max_memory_allocated(device) - others if device.type == "cuda" else 0)
+    for trial in trials if len(trials) > 1 else ():
+        trial()  # what is captured, is captured anew after another model's run
+    with turn or contextlib.nullcontext():
+        rounds = [[trial() for trial in trials] for _ in range(repeats)]
+    found = []
+    for model, times, peak in zip(models, zip(*rounds, strict=True), peaks, strict=True):
+        prefill_seconds, decode_seconds = map(statistics.median, zip(*times, strict=True))
+        found.append(
+            Speed(
+                decoding,
+                batch_size,
+                prompt,
+                new_tokens,
+                prefill_seconds,
+                decode_seconds,
+                _resident_bytes(model),
+                peak,
+            )
+        )
+    return found
+
+
+def _device(model: PreTrainedModel) -> torch.device:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
         raise InputError(f"the speed of a model on one device can be measured, not on {sorted(map(str, devices))}")
-    (device,) = devices
-    longest = positions(model)
-    if longest is not None and prompt + new_tokens > longest:
-        raise InputError(f"{prompt} + {new_tokens} tokens are more than the {longest} positions of the model")
-    on_gpu = device.type == "cuda"
-    decoding = decoding or (Decoding.GRAPH if on_gpu else Decoding.EAGER)
-    if decoding is Decoding.GRAPH and not on_gpu:
-        raise InputError(f"decoding by a CUDA graph needs a CUDA device, and the model is on {device}")
-    if decoding in (Decoding.COMPILED, Decoding.GENERATE):
-        torch.compiler.reset()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    ids = torch.randint(text_config(model).vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device)
+    return devices.pop()
+
+
+def _trial(
+    model: PreTrainedModel, ids: Tensor, new_tokens: int, decoding: Decoding
+) -> Callable[[], tuple[float, float]]:
+    """A function that runs the prompts ``ids`` and the steps after them and returns the seconds of both."""
+    device = ids.device
     forward = torch.compile(model, dynamic=False) if decoding is Decoding.COMPILED else model
+    decodes = new_tokens > 0 and decoding is not Decoding.GENERATE
+    decoder = GreedyDecoder(model, ids, new_tokens, decoding) if decodes else None
 
     def prefill() -> float:
         wait(device)
@@ -115,22 +162,7 @@ def measure_speed(
             return generate_seconds(model, ids, new_tokens)
         return prefill(), 0.0 if decoder is None else decode(decoder)
 
-    decodes = new_tokens > 0 and decoding is not Decoding.GENERATE
-    decoder = GreedyDecoder(model, ids, new_tokens, decoding) if decodes else None
-    both()
-    with turn or contextlib.nullcontext():
-        times = [both() for _ in range(repeats)]
-    prefill_seconds, decode_seconds = map(statistics.median, zip(*times, strict=True))
-    return Speed(
-        decoding,
-        batch_size,
-        prompt,
-        new_tokens,
-        prefill_seconds,
-        decode_seconds,
-        _resident_bytes(model),
-        torch.cuda.max_memory_allocated(device) if on_gpu else 0,
-    )
+    return both
 
 
 def _resident_bytes(model: PreTrainedModel) -> int:
