@@ -306,3 +306,17 @@ def test_classes_that_do_not_run_at_smaller_sizes_are_refused_before_the_shots(n
         prune(model, TOKENS, structure=structure, sparsity=0.3, progress=NoShots())
     assert same(model.state_dict(), before) and model.config.to_json_string() == config
     assert type(model).__name__ == {"gemma4_text": "Gemma4ForCausalLM", "gpt2": "GPT2LMHeadModel"}[name]
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Qwen3_5TextConfig"), reason="a newer architecture")
+def test_attention_whose_queries_are_twice_as_wide_keeps_its_heads():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["full_attention"] * 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.Qwen3_5TextConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match="Qwen3_5ForCausalLM does not run at these sizes"):
+        prune(model, TOKENS, structure="groups", sparsity=0.3, progress=NoShots())
+    assert same(model.state_dict(), before) and type(model) is transformers.Qwen3_5ForCausalLM
