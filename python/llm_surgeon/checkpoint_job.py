@@ -137,7 +137,7 @@ class CheckpointJob:
         config = dataclasses.replace(config, **defaults)
         # What is offloaded never lies on the GPU as a whole. A CPU computes faster, and no less exactly, in float32.
         home = torch.device("cpu") if config.offload == "cpu" else self.device
-        self.model, self.tokenizer, self.dtype = load_model(
+        self.model, self.tokenizer, self.form = load_model(
             self.source,
             dtype=None if self.device.type == "cuda" else torch.float32,
             device=home,
@@ -199,8 +199,8 @@ class CheckpointJob:
         """How the run would go: memory, disk and time."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             held_out = 0 if self.held_out is None else len(self.held_out.input_ids)
-            plan = make_plan(self.model, self.decoder, self.config, saved_dtype=self.dtype.main, held_out=held_out)
-        return dataclasses.replace(plan, disk_bytes=checkpoint_bytes(self.model, self.tokenizer, self.dtype))
+            plan = make_plan(self.model, self.decoder, self.config, saved_dtype=self.form.main, held_out=held_out)
+        return dataclasses.replace(plan, disk_bytes=checkpoint_bytes(self.model, self.tokenizer, self.form))
 
     def run(self, progress: Progress | None = None) -> PruneReport:
         """Prune and write ``out``."""
@@ -240,7 +240,7 @@ class CheckpointJob:
         report.command = self.command
         report.data, report.revision = self.data, getattr(self.model.config, "_commit_hash", None)
         report.warnings += filter(None, map(too_little_text, self.data.values()))
-        write_pruned(self.model, self.tokenizer, self.out, self.dtype, report, self.source, self.overwrite)
+        write_pruned(self.model, self.tokenizer, self.out, self.form, report, self.source, self.overwrite)
         return report
 
 
@@ -248,7 +248,7 @@ def write_pruned(
     model: nn.Module,
     tokenizer: Any,
     out: Path,
-    dtype: torch.dtype | StoredForm,
+    form: StoredForm,
     report: PruneReport,
     base_model: str,
     overwrite: bool,
@@ -260,7 +260,7 @@ def write_pruned(
         model,
         tokenizer,
         out,
-        dtype=dtype,
+        dtype=form,
         extra_files={
             "README.md": render_model_card(report, base_model),
             "surgeon_report.json": report.to_json(),

@@ -409,6 +409,13 @@ def test_what_dead_runs_left_is_named_and_deleted(tmp_path: Path, caplog: pytest
     assert sorted(tmp_path.iterdir()) == sorted([*others, out]) and (out / "model.safetensors").read_text() == "new"
 
 
+def test_a_file_that_has_the_name_of_the_lock_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / ".out.lock").write_text("versions")
+    with claimed_output(tmp_path / "out", False):
+        pass
+    assert (tmp_path / ".out.lock").read_text() == "versions"
+
+
 def test_only_what_is_named_as_runs_name_it_is_deleted(tmp_path: Path) -> None:
     kept = [model_folder(tmp_path / name) for name in (".out.partial-old", ".out.previous-0011aabb.bak")]
     (tmp_path / ".out.partial-00000000").symlink_to(kept[0])

@@ -120,8 +120,8 @@ def claimed_output(out: str | Path, overwrite: bool, **inputs: str | Path | None
         nonlocal lock
         if lock is not None:
             _claims.pop(target, None)
-            with contextlib.suppress(FileNotFoundError):  # somebody removed the whole folder
-                path.unlink()
+            if os.fstat(lock).st_size == 0:  # else a file of somebody's that has the name
+                path.unlink(missing_ok=True)  # somebody may have removed the whole folder
             held, lock = lock, None
             os.close(held)
         for parent in made:

@@ -48,19 +48,19 @@ def run_demo(out: str | Path, progress: Progress | None = None, *, overwrite: bo
 def _prune_and_compare(source: Path, assets: Path, out: Path, progress: Progress, overwrite: bool) -> list[DemoResult]:
     train = read_text(str(assets / "wikitext2-train-slice.txt"), "calibration")
     test = read_text(str(assets / "wikitext2-test-slice.txt"), "evaluation")
-    model, tokenizer, dtype = load_model(str(source), device=torch.device("cpu"))
-    require_disk(out, checkpoint_bytes(model, tokenizer, dtype))
+    model, tokenizer, form = load_model(str(source), device=torch.device("cpu"))
+    require_disk(out, checkpoint_bytes(model, tokenizer, form))
     calibration = calibration_windows(tokenize(train, tokenizer), _CALIBRATION_WINDOWS, _SEQLEN, seed=0)
     windows = evaluation_windows(tokenize(test, tokenizer), _SEQLEN)[:_TEST_WINDOWS]
     dense = perplexity(model, windows)
     results = [DemoResult("Dense", dense, 0.0)]
     for method, name in _METHODS.items():
-        model, tokenizer, dtype = load_model(str(source), device=torch.device("cpu"))
+        model, tokenizer, form = load_model(str(source), device=torch.device("cpu"))
         begun = time.perf_counter()
         report = prune(model, calibration, config=PruneConfig(method=method), progress=progress)
         seconds = time.perf_counter() - begun
         results.append(DemoResult(name, perplexity(model, windows), seconds))
     report.model = _NAME
     report.perplexity = {"dense": dense, "pruned": results[-1].perplexity}
-    write_pruned(model, tokenizer, out, dtype, report, _NAME, overwrite)
+    write_pruned(model, tokenizer, out, form, report, _NAME, overwrite)
     return results

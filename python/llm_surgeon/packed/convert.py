@@ -46,7 +46,7 @@ def pack_model(
     check_bare(model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError(f"{type(model).__name__} is quantized or packed already: pack the dense model")
-    from llm_surgeon.models import check_finite  # transformers, which it needs, imports this module as it is imported
+    from llm_surgeon.models import check_finite  # brings transformers' models, which bring this
 
     check_finite(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

@@ -276,7 +276,7 @@ def _recover_into(
     records = Records.read(source)
     documents = read_documents(data, "calibration", text_field)
     place = choose_device(device)
-    model, tokenizer, dtype = load_model(source, device=place, trust_remote_code=trust_remote_code)
+    model, tokenizer, form = load_model(source, device=place, trust_remote_code=trust_remote_code)
     dense = None
     if teacher is not None:
         half = torch.bfloat16 if place.type == "cuda" else torch.float32
@@ -293,7 +293,7 @@ def _recover_into(
     windows, held_out = _split(ids, config)
     # Epochs are usual where a model is trained.
     record = data_record(documents, tokenizer, digest, ids, windows, passes=_USUAL_EPOCHS)
-    require_disk(out, checkpoint_bytes(model, tokenizer, dtype) + _state_bytes(model, config, state))
+    require_disk(out, checkpoint_bytes(model, tokenizer, form) + _state_bytes(model, config, state))
     run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **dataclasses.asdict(config)}
     claim(state, run, contents(model=model, teacher=dense, data=ids))
     try:
@@ -319,7 +319,7 @@ def _recover_into(
     extra = {"surgeon_recovery.json": report.to_json(), **records.followed_by("recovered", text, name=str(source))}
     if progress is not None:
         progress.phase("writing")
-    save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=extra, overwrite=overwrite)
+    save_checkpoint(model, tokenizer, out, dtype=form, extra_files=extra, overwrite=overwrite)
     shutil.rmtree(state)
     return report
 

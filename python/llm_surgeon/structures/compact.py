@@ -56,13 +56,13 @@ def compact_checkpoint(
     """
     with claimed_output(out, overwrite, model=source):
         records = Records.read(source)
-        model, tokenizer, dtype = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
+        model, tokenizer, form = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
         ids = torch.arange(min(_PROMPT, choose_seqlen(None, model)))[None] % model.get_input_embeddings().num_embeddings
         before, dense = model_size(model, ids), copy_in_main_memory(model)
         found = compact(model)
         if found.before == found.after:
             raise InputError(f"model {str(source)!r} has no zero rows or columns: prune it with structure rows-columns")
-        require_disk(out, checkpoint_bytes(model, tokenizer, dtype))
+        require_disk(out, checkpoint_bytes(model, tokenizer, form))
         sizes = {"before": before, "after": model_size(model, ids)}
         for when, latency in compare_latencies(dense, model, ids).items():
             sizes[when] |= latency
@@ -70,7 +70,7 @@ def compact_checkpoint(
         files = records.followed_by(
             "compacted", _text(found), name=str(source), loading=_loading(model._auto_class is not None)
         )
-        save_checkpoint(model, tokenizer, out, dtype=dtype, extra_files=files, overwrite=overwrite)
+        save_checkpoint(model, tokenizer, out, dtype=form, extra_files=files, overwrite=overwrite)
     return found
 
 
