@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -344,6 +345,51 @@ def test_the_calibration_in_a_config_file_is_text(tmp_path, sentence):
     config.write_text("calibration:")
     assert surgeon("prune", MODEL, tmp_path / "out", "--config", config) == 2
     assert "calibration must be text, not nothing" in sentence()
+
+
+@pytest.mark.parametrize(
+    "options, needs",
+    [
+        (["--temperature", 2], "a --teacher"),
+        (["--method", "full", "--rank", 8], "--method lora"),
+        (["--method", "full", "--alpha", 8, "--teacher", "m"], "--method lora"),
+        (["--method", "full", "--dropout", 0.1], "--method lora"),
+    ],
+)
+def test_options_of_a_training_that_is_not_done_are_refused(tmp_path, sentence, options, needs):
+    assert surgeon("recover", MODEL, tmp_path / "out", "--data", TEXT, *options) == 2
+    name = next(option for option in options if option in ("--temperature", "--rank", "--alpha", "--dropout"))
+    assert sentence() == f"surgeon: {name} means nothing without {needs}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="another user is another process")
+def test_a_model_that_this_user_may_not_read_is_one_sentence(tmp_path, sentence, capsys):
+    """Not a pretence: permissions, as a user who is not root."""
+    model = shutil.copytree(MODEL, tmp_path / "secret" / "model")
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    command = ["--data", TEXT, "--quiet", "--device", "cpu"]
+    assert surgeon("eval", tmp_path / "none", *command) == 2  # imports, which another user may not read
+    assert "no model folder" in sentence()
+    model.parent.chmod(0)
+    said, code = tmp_path / "said", 1
+    said.touch()
+    said.chmod(0o666)
+    if not (child := os.fork()):
+        try:
+            if os.getuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            code = surgeon("eval", model, *command)
+            said.write_text(capsys.readouterr().err)
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    model.parent.chmod(0o755)
+    assert code == 2
+    assert said.read_text() == f"surgeon: {str(model)!r} cannot be read or written: Permission denied\n"
 
 
 def test_text_that_is_empty_or_too_short(tmp_path, sentence):

@@ -18,7 +18,7 @@ from llm_surgeon.cli.options import (
     quiet_libraries,
     show,
 )
-from llm_surgeon.errors import printable
+from llm_surgeon.errors import InputError, printable
 from llm_surgeon.recovery.config import METHODS, PRESETS, RecoverConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RecoverConfig)}
@@ -67,6 +67,11 @@ def recover(
     """Train what pruning left of MODEL into OUT: low-rank or full, plain or distilled; every zero stays a zero."""
     options = {name: value for name, value in locals().items() if name in {*_DEFAULTS, "preset"} and value is not None}
     config = RecoverConfig.from_mapping(options)
+    unused = {"rank", "alpha", "dropout"} if config.method == "full" else set()
+    unused |= {"temperature"} if teacher is None else set()
+    for name in sorted(unused & options.keys()):
+        needs = "a --teacher" if name == "temperature" else "--method lora"
+        raise InputError(f"--{name} means nothing without {needs}")
     with progress_bars(quiet) as progress:
         progress.phase("loading")
         quiet_libraries()
