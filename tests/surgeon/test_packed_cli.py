@@ -189,6 +189,7 @@ def test_bench_generate(pruned, packed, tmp_path, capsys):
         (["--packed", "PRUNED", "--new-tokens", 1], "is not packed"),
         (["--prompt", 512], "more than the 512 positions"),
         (["--csv", "nowhere/speed.csv"], "there is no folder 'nowhere'"),
+        (["--csv", "."], "'.' cannot be written: it is a folder, or"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
     ],
 )

@@ -10,10 +10,10 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
 from llm_surgeon.fused import fused
-from llm_surgeon.packed import PackedLinear, fuse_linears, pack_model, to_torch_sparse, use_cusparselt
+from llm_surgeon.packed import PackedLinear, fuse_linears, pack_model, to_torch_sparse, unpack_model, use_cusparselt
 from llm_surgeon.packed import linear as linear_module
 from llm_surgeon.packed.decoding import Decoding, GreedyDecoder
-from llm_surgeon.packed.speed import measure_speed
+from llm_surgeon.packed.speed import measure_speed, measure_speeds
 from surgeon_kernels import extension
 from surgeon_kernels.linear_2_4_tune import tune_2_4
 from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits
@@ -225,6 +225,17 @@ def test_torch_sparse():
         for model in (packed, sparse):
             assert isinstance(model.get_submodule(names[0]).weight, SparseSemiStructuredTensorCUSPARSELT)
             assert_as_good_as_dense(logits(model), dense)
+
+
+@pytest.mark.parametrize("decoding", [Decoding.GRAPH, Decoding.COMPILED, Decoding.GENERATE])
+def test_two_models_take_turns_and_have_a_peak_each(decoding, tmp_path):
+    save_packed(tmp_path, "llama", torch.bfloat16)
+    packed, dense = (AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda") for _ in range(2))
+    unpack_model(dense)
+    ballast = torch.zeros(10**9, dtype=torch.uint8, device="cuda")  # is no model's
+    speeds = measure_speeds([dense, packed], batch_size=2, prompt=8, new_tokens=4, repeats=2, decoding=decoding)
+    for speed in speeds:
+        assert speed.decode_seconds > 0 and speed.weight_bytes < speed.peak_bytes < ballast.nbytes
 
 
 @pytest.mark.parametrize("decoding", [Decoding.GRAPH, Decoding.COMPILED])

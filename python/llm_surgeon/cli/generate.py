@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def measure(
         )
     place, number = choose_device(device), None if dtype is None else parse_dtype(dtype)
     ways = decoding or ([Decoding.GENERATE, Decoding.GRAPH] if place.type == "cuda" else [Decoding.EAGER])
-    if csv_file is not None and not csv_file.absolute().parent.is_dir():
-        raise InputError(f"{str(csv_file)!r} cannot be written: there is no folder {str(csv_file.parent)!r}")
+    if csv_file is not None:
+        _check_writable(csv_file)
     causal_lm = _load(model if packed is None else str(packed), number, trust_remote_code)
     if packed is not None and not _is_packed(causal_lm):
         raise InputError(f"{str(packed)!r} is not packed: make it with surgeon pack")
@@ -116,6 +117,14 @@ def measure(
         console.print(_table(model, [row for row in rows if row[2].decoding is way], how, place))
     if csv_file is not None:
         _write_csv(csv_file, model, rows, how, place)
+
+
+def _check_writable(path: Path) -> None:
+    """Before the work, which takes minutes."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise InputError(f"{str(path)!r} cannot be written: it is a folder, or permission is denied")
 
 
 def _load(model: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
