@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ class RecoveryReport:
     data: dict[str, DataRecord] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> RecoveryReport:
@@ -186,7 +185,7 @@ def _recover(
     progress.phase("held-out loss after the training")
     steps = int(max((entry["step"] for entry in log), default=0))
     return RecoveryReport(
-        config=dataclasses.asdict(config),
+        config=asdict(config),
         versions=collect_versions(),
         zeros=count_zeros(masks),
         steps=steps,
@@ -230,102 +229,75 @@ def recover_checkpoint(
         raise InputError("give either config or single options, not both")
     config = config or RecoverConfig.from_mapping(options)
     target = output_path(out)
-    if resume and (done := finished(_state_folder(target), target)) is not None:
+    state = target.with_name(f".{target.name}.training")
+    if resume and (done := finished(state, target)) is not None:
         _logger.warning("the recovery into %r was complete already: its training state is removed", str(out))
-        shutil.rmtree(_state_folder(target), ignore_errors=True)  # or by the process that is about to end
+        shutil.rmtree(state, ignore_errors=True)  # or by the process that is about to end
         with suppress(InputError), claimed_output(out, True):  # that process may hold the claim
             pass  # what else lies beside OUT is cleared up
         return RecoveryReport.from_json(done)
-    with claimed_output(out, overwrite, model=source, teacher=teacher, data=data) as target:
-        return _recover_into(
-            target,
-            source,
-            Path(out),
-            config,
-            teacher=teacher,
-            data=data,
-            text_field=text_field,
-            resume=resume,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            device=device,
-            progress=progress,
-        )
+    with claimed_output(out, overwrite, model=source, teacher=teacher, data=data):
+        if state.exists() and not resume:
+            raise InputError(
+                f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it"
+            )
+        require_model(str(source))
+        records = Records.read(source)
+        documents = read_documents(data, "calibration", text_field)
+        place = choose_device(device)
+        model, tokenizer, form = load_model(source, device=place, trust_remote_code=trust_remote_code)
+        dense = None if teacher is None else _load_teacher(teacher, tokenizer, place, trust_remote_code)
+        config = replace(config, seqlen=choose_seqlen(config.seqlen or min(512, choose_seqlen(None, model)), model))
+        assert config.seqlen is not None
+        require_room(config.steps * config.batch_size, config.seqlen)
+        ids, digest = token_stream(documents, tokenizer)
+        windows, held_out = _split(ids, config)
+        # Epochs are usual where a model is trained.
+        record = data_record(documents, tokenizer, digest, ids, windows, passes=_USUAL_EPOCHS)
+        require_disk(out, checkpoint_bytes(model, tokenizer, form) + _state_bytes(model, config, state))
+        run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **asdict(config)}
+        claim(state, run, contents(model=model, teacher=dense, data=ids))
+        try:
+            report = recover(
+                model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume,
+                progress=progress,
+            )  # fmt: skip
+        except BaseException:
+            if not any(state.glob("checkpoint-*")):
+                shutil.rmtree(state)  # nothing to go on from
+            raise
+        report = replace(report, data={"training": record})
+        note_report(state, report.to_json())
+        text = _card_text(report, data, run["teacher"])
+        files = {"surgeon_recovery.json": report.to_json(), **records.followed_by("recovered", text, name=str(source))}
+        if progress is not None:
+            progress.phase("writing")
+        save_checkpoint(model, tokenizer, out, dtype=form, extra_files=files, overwrite=overwrite)
+        shutil.rmtree(state)
+    return report
 
 
-def _recover_into(
-    target: Path,
-    source: str | Path,
-    out: Path,
-    config: RecoverConfig,
-    *,
-    teacher: str | Path | None,
-    data: str,
-    text_field: str | None,
-    resume: bool,
-    overwrite: bool,
-    trust_remote_code: bool,
-    device: str | None,
-    progress: Progress | None,
-) -> RecoveryReport:
-    """:func:`recover_checkpoint` once ``out``, which means ``target``, is claimed."""
-    state = _state_folder(target)
-    if state.exists() and not resume:
-        raise InputError(f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it")
-    require_model(str(source))
-    records = Records.read(source)
-    documents = read_documents(data, "calibration", text_field)
-    place = choose_device(device)
-    model, tokenizer, form = load_model(source, device=place, trust_remote_code=trust_remote_code)
-    dense = None
-    if teacher is not None:
-        half = torch.bfloat16 if place.type == "cuda" else torch.float32
-        dense, its_own, _ = load_model(teacher, dtype=half, device=place, trust_remote_code=trust_remote_code)
-        if its_own.get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"the teacher {str(teacher)!r} has another tokenizer than the model")
-        dense.requires_grad_(False)
-    config = dataclasses.replace(
-        config, seqlen=choose_seqlen(config.seqlen or min(512, choose_seqlen(None, model)), model)
-    )
-    assert config.seqlen is not None
-    require_room(config.steps * config.batch_size, config.seqlen)
-    ids, digest = token_stream(documents, tokenizer)
-    windows, held_out = _split(ids, config)
-    # Epochs are usual where a model is trained.
-    record = data_record(documents, tokenizer, digest, ids, windows, passes=_USUAL_EPOCHS)
-    require_disk(out, checkpoint_bytes(model, tokenizer, form) + _state_bytes(model, config, state))
-    run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **dataclasses.asdict(config)}
-    claim(state, run, contents(model=model, teacher=dense, data=ids))
-    try:
-        report = recover(
-            model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume, progress=progress
-        )
-    except BaseException:
-        if not any(state.glob("checkpoint-*")):
-            shutil.rmtree(state)  # nothing to go on from
-        raise
-    report = dataclasses.replace(report, data={"training": record})
-    note_report(state, report.to_json())
-    text = recovery_text(
-        method=config.method,
+def _load_teacher(teacher: str | Path, tokenizer: Any, place: torch.device, trust_remote_code: bool) -> nn.Module:
+    """The frozen dense model; :class:`InputError` where its tokenizer is not ``tokenizer``."""
+    half = torch.bfloat16 if place.type == "cuda" else torch.float32
+    dense, its_own, _ = load_model(teacher, dtype=half, device=place, trust_remote_code=trust_remote_code)
+    if its_own.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"the teacher {str(teacher)!r} has another tokenizer than the model")
+    return dense.requires_grad_(False)
+
+
+def _card_text(report: RecoveryReport, data: str, teacher: str | None) -> str:
+    """What a recovery did, for the model card."""
+    return recovery_text(
+        method=report.config["method"],
         steps=report.steps,
         tokens=report.tokens,
         zeros=report.zeros,
         data=data,
-        teacher=run["teacher"],
+        teacher=teacher,
         loss_before=report.loss_before,
         loss_after=report.loss_after,
     )
-    extra = {"surgeon_recovery.json": report.to_json(), **records.followed_by("recovered", text, name=str(source))}
-    if progress is not None:
-        progress.phase("writing")
-    save_checkpoint(model, tokenizer, out, dtype=form, extra_files=extra, overwrite=overwrite)
-    shutil.rmtree(state)
-    return report
-
-
-def _state_folder(target: Path) -> Path:
-    return target.with_name(f".{target.name}.training")
 
 
 def _state_bytes(model: nn.Module, config: RecoverConfig, state: Path) -> int:
