@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
+from llm_surgeon.cli.config_file import read_options
 from llm_surgeon.config import METHODS, PruneConfig
 from llm_surgeon.report import render
 from llm_surgeon.report.schema import DataRecord, HeldOutLoss, ShotReport, SolverTrace
@@ -237,6 +238,27 @@ def test_the_data_are_told(tmp_path):
     assert f"\n{calibration}\n\n{corrections}\n" in card and str(tmp_path) not in card
     assert calibration in page.text and corrections in page.text
     assert "\n\n\n" not in card
+
+
+def test_the_options_of_a_card_name_its_data(tmp_path):
+    """With which surgeon prune --config takes them, or says that they are not there."""
+    report = surgeon_report()
+    report.config = dataclasses.asdict(PruneConfig("2:4", lora_rank=2, samples=4))
+    local = DataRecord(str(tmp_path / "chat.jsonl"), "calibration", "ab" * 32, 500, 4, 4, 128, "messages", "plain")
+    hub = DataRecord("c4", "calibration", "cd" * 32, 500, 4, 4, 128)
+    for data, expected in (
+        ({"calibration": hub}, {"calibration": "c4"}),
+        ({"calibration": local}, {"calibration": "chat.jsonl", "text_field": "messages"}),
+        ({"calibration": hub, "lora_data": local}, {"calibration": "c4", "lora_data": "chat.jsonl"}),
+        ({}, {}),
+    ):
+        report.data = data
+        card = render.render_model_card(report, "a/b")
+        (tmp_path / "prune.yaml").write_text(card.split("```yaml\n")[1].split("```")[0])
+        names = {"calibration", "lora_data", "text_field"}
+        options = read_options(tmp_path / "prune.yaml", {*report.config, *names}, {"structure", *names})
+        assert {name: options.pop(name) for name in names & options.keys()} == expected
+        assert PruneConfig.from_mapping(options) == PruneConfig(**report.config)
 
 
 def test_the_revision_is_told():

@@ -53,10 +53,18 @@ def render_model_card(report: PruneReport, base_model: str) -> str:
     }
     context = _context(report) | {
         "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-        "config_yaml": yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True),
+        "config_yaml": yaml.safe_dump(report.config | _data_options(report), sort_keys=False, allow_unicode=True),
         "name": base_model if on_hub else text.base_name(base_model),
     }
     return _environment().get_template("model_card.md.j2").render(context)
+
+
+def _data_options(report: PruneReport) -> dict[str, str]:
+    """The options that name the data: without them ``--config`` would take others. Of a path the last part."""
+    options = {name: text.published_name(record.source) for name, record in report.data.items()}
+    fields = {record.field for record in report.data.values()}
+    field = fields.pop() if len(fields) == 1 else None
+    return options | ({} if field is None else {"text_field": field})
 
 
 def is_hub_id(name: str) -> bool:
