@@ -1,6 +1,6 @@
 """The CUDA extension: found ahead of time, or built by ninja on first use and cached.
 
-`csrc/*.cu` are CUDA kernels free of torch headers, `csrc/*_ops.cpp` register them as ``torch.ops.surgeon_kernels.*``.
+`csrc/*.cu` are CUDA kernels free of torch headers, `csrc/*_ops.cpp` make ``torch.ops.surgeon_kernels.*`` run them.
 Which implementation an op runs is one rule: CUDA tensors run the extension's kernel where it is `available` for their
 device, and the PyTorch reference everywhere else. Importing this module builds nothing and touches no device.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -208,13 +209,18 @@ def _that_run(model: nn.Module, lists: dict[str, nn.ModuleList]) -> list[str]:
         for name, children in lists.items()
         for module in children
     ]
+    _run_once(model, hooks)
+    return list(ran)
+
+
+def _run_once(model: PreTrainedModel, hooks: list[RemovableHandle]) -> None:
+    """One pass over a few tokens with ``hooks``, which are removed then."""
     try:
         with evaluation_mode(model):
             check_causal(model)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(ran)
 
 
 @torch.no_grad()
@@ -239,12 +245,7 @@ def _probe(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, s
         linear.register_forward_hook(lambda _, args, y, name=name: record(name, args[0], y))
         for name, linear in linears.items()
     ]
-    try:
-        with evaluation_mode(model):
-            check_causal(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _run_once(model, hooks)
     for name in linears:
         if name not in groups:
             raise UnsupportedModelError(f"{name} does not run in a forward pass: it cannot be pruned")
