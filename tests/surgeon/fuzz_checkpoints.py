@@ -1,24 +1,20 @@
-"""Damage to checkpoint folders, drawn by hypothesis: a damaged folder is refused in one sentence, or loads as it was.
-
-Each ``fuzz_...`` draws damages by the settings ``cases``, raises for the first one that is met with another exception
-than :class:`SurgeonError` or, where checksums must tell, passes unseen, and returns how many cases had which outcome.
-"""
+"""Damaged checkpoint folders: each is refused in a sentence, or loads; where checksums tell, as it was."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from llm_surgeon import SurgeonError
 from llm_surgeon.checkpoint import load_model
+from llm_surgeon.packed.checkpoint import pack_checkpoint
+from tests.surgeon.checkpoints import save_folder
+from tests.surgeon.packed_models import build_2_4
+from tests.surgeon.tiny_models import build
 
 # What a value of a configuration may be replaced by.
 _ODD = st.one_of(
@@ -35,10 +31,56 @@ _ODD = st.one_of(
 )
 
 
-def damages(content: bytes, end: int | None = None) -> st.SearchStrategy[bytes]:
-    """``content`` with a bit flipped, cut short, with bytes put in, or with bytes replaced, up to byte ``end``."""
-    places = st.integers(0, max(0, (end or len(content)) - 1))
-    few = st.binary(min_size=1, max_size=8)
+class Folder:
+    """A model in ``folder``, in shards or packed, one file of which is damaged at a time."""
+
+    def __init__(self, folder: Path, *, packed: bool) -> None:
+        self.folder, self.packed = folder / "model", packed
+        if packed:
+            pack_checkpoint(save_folder(folder / "sparse", build_2_4("opt")), self.folder)
+        else:
+            save_folder(self.folder, build("llama"), max_shard_size="20KB")
+        self.weights = load_model(self.folder, packed=packed)[0].state_dict()
+        self.files = {path.name: path.read_bytes() for path in sorted(self.folder.iterdir())}
+
+    def damaged(self) -> st.SearchStrategy[tuple[str, bytes]]:
+        """A file's name and what is in it now: of safetensors the header is damaged, and with checksums the numbers."""
+        configurations, weights = [], []
+        for name, content in self.files.items():
+            if name.endswith(".json"):
+                drawn = _damages(content, len(content)) | _odd_json(json.loads(content))
+                configurations.append(st.tuples(st.just(name), drawn))
+            elif name.endswith(".safetensors"):
+                header = _damages(content, 8 + int.from_bytes(content[:8], "little"))
+                drawn = header | _damages(content, len(content)) if self.packed else header
+                weights.append(st.tuples(st.just(name), drawn))
+        return st.one_of(st.one_of(configurations), st.one_of(weights))
+
+    def check(self, file: tuple[str, bytes]) -> str:
+        """Load the folder with ``file`` in it; what became of it: "loaded" or "refused".
+
+        Raises:
+            AssertionError: weights changed unseen by the index or by checksums; any other exception than
+                :class:`SurgeonError` passes, as the fault that it is.
+        """
+        name, content = file
+        (self.folder / name).write_bytes(content)
+        try:
+            found = load_model(self.folder, packed=self.packed)[0].state_dict()
+        except SurgeonError as error:
+            assert str(error) and "\n" not in str(error)
+            return "refused"
+        finally:
+            (self.folder / name).write_bytes(self.files[name])
+        if name.endswith(".index.json") or (self.packed and name.endswith(".safetensors")):
+            assert found.keys() == self.weights.keys()
+            assert all(torch.equal(found[key], tensor) for key, tensor in self.weights.items())
+        return "loaded"
+
+
+def _damages(content: bytes, end: int) -> st.SearchStrategy[bytes]:
+    """``content`` with a bit flipped, cut short, with bytes put in, or with bytes replaced, before byte ``end``."""
+    places, few = st.integers(0, end - 1), st.binary(min_size=1, max_size=8)
     return st.one_of(
         st.builds(
             lambda at, bit: content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :],
@@ -51,7 +93,7 @@ def damages(content: bytes, end: int | None = None) -> st.SearchStrategy[bytes]:
     )
 
 
-def odd_json(content: Any) -> st.SearchStrategy[bytes]:
+def _odd_json(content: Any) -> st.SearchStrategy[bytes]:
     """JSON ``content`` with one value, at any depth, replaced by an odd one or left out."""
     paths: list[tuple[Any, ...]] = []
 
@@ -74,76 +116,3 @@ def odd_json(content: Any) -> st.SearchStrategy[bytes]:
 
     walk(content, ())
     return st.builds(changed, st.sampled_from(paths), _ODD, st.integers(0, 9).map(lambda k: k == 0))
-
-
-def fuzz_file(
-    folder: Path,
-    name: str,
-    drawn: st.SearchStrategy[bytes],
-    check: Callable[[PreTrainedModel], None],
-    cases: settings,
-    *,
-    packed: bool = False,
-) -> Counter[str]:
-    """Load ``folder`` with file ``name`` replaced by what is ``drawn``; ``check`` what loads."""
-    path = folder / name
-    whole, outcomes = path.read_bytes(), Counter[str]()
-
-    @cases
-    @given(drawn)
-    def run(content: bytes) -> None:
-        path.write_bytes(content)
-        try:
-            model, _, _ = load_model(folder, packed=packed)
-        except SurgeonError as error:
-            assert "\n" not in str(error), error
-            outcomes[type(error).__name__] += 1
-        else:
-            check(model)
-            outcomes["loaded"] += 1
-
-    try:
-        run()
-    finally:
-        path.write_bytes(whole)
-    return outcomes
-
-
-def fuzz_folder(folder: Path, cases: settings, *, packed: bool = False) -> Counter[str]:
-    """All files of a model folder whose damage must not go beyond a :class:`SurgeonError`."""
-    outcomes = Counter[str]()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        content = (folder / name).read_bytes()
-        drawn = damages(content) | odd_json(json.loads(content))
-        outcomes += fuzz_file(folder, name, drawn, lambda _: None, cases, packed=packed)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        content = index.read_bytes()
-        drawn = damages(content) | odd_json(json.loads(content))
-        outcomes += fuzz_file(folder, index.name, drawn, same_weights(folder, packed), cases, packed=packed)
-    return outcomes
-
-
-def fuzz_weights(folder: Path, cases: settings, *, packed: bool) -> Counter[str]:
-    """The safetensors files: their headers, and with ``packed`` their numbers, which have checksums."""
-    outcomes = Counter[str]()
-    check = same_weights(folder, packed) if packed else lambda _: None
-    for path in sorted(folder.glob("*.safetensors")):
-        content = path.read_bytes()
-        header = 8 + int.from_bytes(content[:8], "little")
-        drawn = damages(content, header) | damages(content) if packed else damages(content, header)
-        outcomes += fuzz_file(folder, path.name, drawn, check, cases, packed=packed)
-    return outcomes
-
-
-def same_weights(folder: Path, packed: bool) -> Callable[[PreTrainedModel], None]:
-    """A check that a model has the weights that ``folder`` holds now."""
-    expected = load_model(folder, packed=packed)[0].state_dict()
-
-    def check(model: PreTrainedModel) -> None:
-        found = model.state_dict()
-        assert found.keys() == expected.keys()
-        for key, tensor in expected.items():
-            assert torch.equal(found[key], tensor), key
-
-    return check
