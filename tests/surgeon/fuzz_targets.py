@@ -1,6 +1,7 @@
 """What is drawn at random and must be read or refused, by name; ``python -m tests.surgeon.fuzz_targets`` is a long run.
 
-``python -m tests.surgeon.fuzz_targets CASES [TARGET ...]`` adds what it finds to ``bench/results/fuzz.csv``.
+``python -m tests.surgeon.fuzz_targets CASES [TARGET ...]`` adds what it finds to ``bench/results/fuzz.csv``; SIGINT
+ends a target before that, with what there is.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 run(target, Path(folder), cases, outcomes, derandomize=False)
+            except KeyboardInterrupt:
+                pass
             except Exception as error:
                 traceback.print_exc()
                 found = getattr(error, "exceptions", [error])  # a group of them
