@@ -35,8 +35,22 @@ _structures = st.sampled_from(
     ]
 )
 
-# Whole files: lines of options, lines with odd structures between, or any bytes at all.
+_plausible = st.lists(
+    st.sampled_from(
+        [
+            *("structure: 2:4", "structure: 16:32", "structure: unstructured", "sparsity: .5", "sparsity: 1e-1"),
+            *("method: surgeon", "method: wanda", "method: k-obd", "update: chunked", "update: none", "shots: 0x3"),
+            *("samples: 010", "seqlen: 1_000", "seed: -1", "exchanges: 0", "gradient-steps: 1", "skip-layers: 0-3"),
+            *("fisher: sampled", "skip_layers: 2020-01-01", "lora_rank: 8", "kron_rank: 2", "round_to: 1:30"),
+        ]
+    ),
+    max_size=4,
+    unique_by=lambda line: line.split(":")[0],
+)
+# Whole files: what may be right, lines of options, lines with odd structures between, or any bytes at all.
 documents = st.one_of(
+    _plausible.map("\n".join),
+    st.tuples(_plausible, _lines).map(lambda both: "\n".join([*both[0], both[1]])),
     st.lists(_lines, max_size=6).map("\n".join),
     st.lists(st.one_of(_lines, _structures), max_size=4).map("\n".join),
 ).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=60)

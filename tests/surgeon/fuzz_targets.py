@@ -1,19 +1,7 @@
-"""What is drawn at random and must be read or refused, by name; ``python -m tests.surgeon.fuzz_targets`` is a long run.
-
-``python -m tests.surgeon.fuzz_targets CASES [TARGET ...]`` adds what it finds to ``bench/results/fuzz.csv``; SIGINT
-ends a target before that, with what there is.
-"""
+"""What is drawn at random and must be read or refused, by name."""
 
 from __future__ import annotations
 
-import csv
-import datetime
-import platform
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import torch
-import transformers
 from hypothesis import strategies as st
 
 from tests.surgeon import fuzz_options, fuzz_reports, fuzz_text
 from tests.surgeon.fuzz_checkpoints import Folder
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
 _FIELDS = st.sampled_from([None, None, "text", "messages"])
 
 Drawn = tuple[st.SearchStrategy[Any], Callable[[Any], str]]
@@ -69,51 +54,3 @@ def run(target: str, folder: Path, cases: int, outcomes: Counter[str], *, derand
         outcomes[check(value)] += 1
 
     case()
-
-
-def record(file: Path, row: dict[str, Any]) -> None:
-    """Add ``row`` to ``file``, with the versions, the commit and the day."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS, capture_output=True, text=True)
-    row |= {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hypothesis": hypothesis.__version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-    new = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, row, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def main() -> int:
-    cases, targets, failed = int(sys.argv[1]), sys.argv[2:] or list(TARGETS), 0
-    for target in targets:
-        outcomes, found, begun = Counter[str](), [], time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                run(target, Path(folder), cases, outcomes, derandomize=False)
-            except KeyboardInterrupt:
-                pass
-            except Exception as error:
-                traceback.print_exc()
-                found = getattr(error, "exceptions", [error])  # a group of them
-        row = {
-            "target": target,
-            "cases": outcomes.total() + len(found),
-            "outcomes": " ".join(f"{name}={number}" for name, number in sorted(outcomes.items())),
-            "faults": len(found),
-            "seconds": round(time.perf_counter() - begun),
-        }
-        print(row, flush=True)
-        record(RESULTS / "fuzz.csv", row)
-        failed += bool(found)
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -250,9 +250,10 @@ def prune(
         return
     if not quiet:
         show(report.summary())
-        console.print(f"\nwritten to {printable(str(out))}: the model, surgeon_report.json, report.html")
+        shown = printable(str(out))
+        console.print(f"\nwritten to {shown}: the model, surgeon_report.json, report.html")
         if settings.structure == "2:4":
-            console.print(f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {printable(str(out))} OUT")
+            console.print(f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {shown} {shown}-packed")
 
 
 @app.command("eval")
