@@ -65,9 +65,13 @@ class PrunableLinear:
         weight = self.module.get_parameter("weight").detach()
         return weight.T if isinstance(self.module, Conv1D) else weight
 
-    def matrix(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-        """A new tensor ``[W | b]``, ``[R, C + 1]``, or ``W``, ``[R, C]``, without a bias, where the weights are."""
+    def matrix(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """A new tensor ``[W | b]``, ``[R, C + 1]``, or ``W``, ``[R, C]``, without a bias, where the weights are.
+
+        Left out, ``dtype`` is float32, or float64 for float64 weights: that of their curvature.
+        """
         weight = self.weight if device is None else self.weight.to(device, non_blocking=True)
+        dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         out = torch.empty(self._matrix_shape, dtype=dtype, device=weight.device)
         out[:, : self.columns] = weight
         if self._bias is not None:

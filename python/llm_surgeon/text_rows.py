@@ -16,6 +16,11 @@ from llm_surgeon.errors import InputError, one_line
 TEXT_KINDS = "a .txt, .jsonl, .json, .csv, .parquet, .gz or .zip file"
 CHAT_FIELDS = ("messages", "conversations")
 _PARQUET_ROWS = 256  # decoded at once
+# Fields that name a document, or sort it: docid, file_name, sha256, lang …
+_NAMES = re.compile(
+    r"(?:.*[_-])?(?:\w*id|ur[il]|name|title|file(name)?|path|source|hash|(?:sha|md)\d*|key|label|category|lang(uage)?|split)",
+    re.IGNORECASE,
+)
 _KINDS = {str: "string", type(None): "null", list: "list", dict: "object"}
 # A row of a file: its name in messages, and its fields.
 Row = tuple[str, Mapping[str, Any]]
@@ -84,8 +89,8 @@ def choose_field(kinds: Mapping[str, set[str]], everywhere: Collection[str], nam
             return field
     strings = [field for field, of in kinds.items() if "string" in of]
     nested = any(of & {"list", "object"} for of in kinds.values())
-    # A name or an address beside nothing that could be text is not the text either.
-    if len(strings) != 1 or nested or re.fullmatch(r"(?:.*[_-])?(?:id|uuid|url)", strings[0], re.IGNORECASE):
+    # Names, addresses and classes beside nothing that could be text are not the text either.
+    if len(strings) != 1 or nested or _NAMES.fullmatch(strings[0]):
         raise InputError(
             f"{name!r} has no field 'text', 'messages' or 'conversations' and not exactly one field with text "
             f"(found {found}): name the field to read, --text-field"

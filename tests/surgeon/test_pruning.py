@@ -281,3 +281,30 @@ def test_an_update_that_is_not_finite_is_named_and_taken_back(monkeypatch):
 def test_fused_experts_are_refused():
     with pytest.raises(InputError, match="expert"):
         prune(build("mixtral"), TOKENS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"structure": "2:4"},
+        {"structure": "2:4", "update": "chunked"},
+        {"structure": "unstructured", "method": "k-obd"},
+        {"structure": "rows-columns", "sparsity": 0.2, "shots": 1},
+        {"structure": "groups", "sparsity": 0.3, "shots": 1},
+        {"structure": "2:4", "gradient_steps": 1, "shots": 1},
+        {"structure": "2:4", "method": "sparsegpt"},
+        {"structure": "width", "sparsity": 0.3, "shots": 1},
+        {"structure": "layers", "sparsity": 0.5, "shots": 1},
+        {"structure": "2:4", "kron_rank": 2, "shots": 1},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_float64_models_are_pruned_as_float32_ones_are(options):
+    ids = torch.randint(VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        model = build("llama", dtype)
+        prune(model, ids, **options)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        losses.append(mean_loss(model, Calibration(ids), 2))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm_surgeon.cli.signals import run_answering_signals
+from llm_surgeon.cli.streams import lasting_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -15,7 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         run(arguments)
 
-    run_answering_signals(command)
+    with lasting_streams():
+        run_answering_signals(command)
 
 
 __all__ = ["main"]

@@ -94,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error, 1)
     except PermissionError as error:
         _fail(f"{error.filename!r} cannot be read or written: {error.strerror}", 2)
+    except OSError as error:  # of standard output or a temporary file, say: those of what was asked for are InputErrors
+        place = "a file or standard output" if error.filename is None else repr(error.filename)
+        _fail(f"{place} cannot be read or written: {error.strerror or error}", 1)
     except Exception as error:
         torch = sys.modules.get("torch")  # not imported here, see options.py
         if torch is None or not isinstance(error, torch.OutOfMemoryError):

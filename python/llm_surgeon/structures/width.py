@@ -140,7 +140,7 @@ class WidthLoop(ShotLoop):
         """Remove the channels' columns from every reader; the others compensate."""
         compensate = self.config.update == "joint"
         for linear in self.residual.readers:
-            weight = linear.matrix()
+            weight = linear.matrix(torch.float32)  # as the moments are
             norm = moments.norm_of.get(linear.name)
             if compensate and norm is not None:
                 A = damp(moments.outputs[norm] / moments.tokens, self.config.damp_a)
