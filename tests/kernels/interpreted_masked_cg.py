@@ -1,4 +1,4 @@
-"""Checks FusedCG in Triton's interpreter; run by test_masked_cg_interpreted.py in a process of its own."""
+"""Checks FusedCG in Triton's interpreter; run by test_interpreted.py in a process of its own."""
 
 import gc
 import sys

@@ -1,4 +1,4 @@
-"""Checks the kernels of diag(X S Xᵀ) in Triton's interpreter; run by test_quadratic_form_interpreted.py on its own.
+"""Checks the kernels of diag(X S Xᵀ) in Triton's interpreter; run by test_interpreted.py on its own.
 
 The interpreter does not cut operands to TF32 as tensor cores do: the kernel's sums, term by term, are what is checked.
 """

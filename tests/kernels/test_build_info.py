@@ -76,6 +76,8 @@ def test_without_cuda(monkeypatch):
 
 def test_nvcc_is_found_on_the_path(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
     assert build_info()["parts"]["nvcc"] == {"available": False, "reason": "nvcc is not on the PATH"}
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\n")

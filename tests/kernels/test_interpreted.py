@@ -1,20 +1,15 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Triton kernels against their references on a CPU, by Triton's interpreter."""
 
 import pytest
 
 pytest.importorskip("triton", reason="needs Triton's interpreter")
 
+from tests.kernels.interpreter import assert_agrees
 
-@pytest.mark.parametrize("checks", ["interpreted_gram", "interpreted_pointwise"])
+
+@pytest.mark.parametrize(
+    "checks", ["interpreted_gram", "interpreted_pointwise", "interpreted_masked_cg", "interpreted_quadratic_form"]
+)
 def test_the_kernels_are_right_in_the_interpreter(checks):
     """float32 and float16 only: the interpreter's bfloat16 products are wrong."""
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", f"tests.kernels.{checks}"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "agrees"
+    assert_agrees(checks)

@@ -20,6 +20,7 @@ from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.packed_models import build_2_4
 from tests.surgeon.tiny_models import build
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXT = " ".join(f"w{i % 60 + 1}" for i in range(800))
 
 
@@ -95,7 +96,7 @@ def test_what_was_changed_is_saved_in_the_dtype_it_was_stored_in(tmp_path, caplo
     assert f"{name} is saved rounded" in caplog.text
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_pruning_keeps_what_it_does_not_touch(device, tmp_path, text):
     source, out = mixed(tmp_path / "source", build("llama")), tmp_path / "out"
     prune_checkpoint(source, out, method="magnitude", calibration=text, samples=4, seqlen=16, device=device)

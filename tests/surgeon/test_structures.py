@@ -10,6 +10,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM
 
 from llm_surgeon import NumericalError, UnsupportedModelError
@@ -34,6 +36,27 @@ def choose(dimension: Dimension, *groups: int) -> torch.Tensor:
     removed = torch.zeros(dimension.groups, dimension.parts, dtype=torch.bool)
     removed[list(groups)] = True
     return removed
+
+
+class Attentions(TorchFunctionMode):
+    """Sizes of what attention is computed of."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is scaled_dot_product_attention:
+            self.sizes += [tensor.numel() for tensor in args[:3]]
+        return function(*args, **(kwargs or {}))
+
+
+def test_sizes_are_tried_without_attention_of_no_heads():
+    """Which ends the process in some versions of PyTorch."""
+    model = build("phi3")
+    with Attentions() as attentions:
+        assert find_dimensions(model, find_decoder(model))
+    assert len(attentions.sizes) > 50 and min(attentions.sizes) > 0
 
 
 def zero(removed):

@@ -13,6 +13,8 @@ from llm_surgeon.zero_shot import TASK_PRESETS, TaskScore, _score, parse_tasks, 
 from tests.surgeon.checkpoints import save_folder, tokenizer_of_words
 from tests.surgeon.tiny_models import build
 
+pytest.importorskip("lm_eval")
+
 TASK = """
 task: which_word
 dataset_path: json

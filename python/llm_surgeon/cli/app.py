@@ -254,9 +254,10 @@ def prune(
     if not quiet:
         show(report.summary())
         shown = printable(str(out))
-        console.print(f"\nwritten to {shown}: the model, surgeon_report.json, report.html")
+        console.print(f"\nwritten to {shown}: the model, surgeon_report.json, report.html", soft_wrap=True)
         if settings.structure == "2:4":
-            console.print(f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {shown} {shown}-packed")
+            advice = f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {shown} {shown}-packed"
+            console.print(advice, soft_wrap=True)
 
 
 @app.command("eval")

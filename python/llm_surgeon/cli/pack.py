@@ -42,4 +42,4 @@ def pack(
         )
     if not quiet:
         show(report.summary())
-        console.print(f"written to {printable(str(out))}; load it after `import llm_surgeon`")
+        console.print(f"written to {printable(str(out))}; load it after `import llm_surgeon`", soft_wrap=True)

@@ -40,6 +40,7 @@ def print_plan(console: Console, job: CheckpointJob) -> None:
         f"about {duration(plan.seconds)} on {plan.device}\n"
         f"  {parts}\n"
         f"nothing was written to {printable(str(job.out))}",
+        soft_wrap=True,
     )
 
 
@@ -51,7 +52,7 @@ def print_demo(console: Console, results: list[DemoResult], out: Path) -> None:
         above = "" if result is results[0] else f"+{100 * (result.perplexity / dense - 1):.1f} %"
         table.add_row(result.name, f"{result.perplexity:.2f}", above, f"{result.seconds:.1f}")
     console.print(table)
-    console.print(f"the Surgeon model and its report.html are in {printable(str(out))}")
+    console.print(f"the Surgeon model and its report.html are in {printable(str(out))}", soft_wrap=True)
 
 
 def print_scores(console: Console, scores: list[TaskScore]) -> None:

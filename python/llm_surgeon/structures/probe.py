@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
@@ -63,7 +65,7 @@ class StubbedBlock:
         batch = max(len(hidden), *(len(output) for output in outputs.values()))
         inputs = {key: _expand(value, batch) for key, value in self.inputs.items()}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _AttentionOfHeads():
                 out = self.block(hidden.expand(batch, -1, -1).clone(), **inputs)
         except torch.OutOfMemoryError:
             raise
@@ -74,6 +76,20 @@ class StubbedBlock:
             ) from error
         out = out[0] if isinstance(out, tuple) else out
         return {kind: stub.seen for kind, stub in self.stubs.items()}, out
+
+
+class _AttentionOfHeads(TorchFunctionMode):
+    """Refuses attention of no heads, which a wrong guess of sizes asks for: some versions of PyTorch divide by zero."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is scaled_dot_product_attention:
+            for tensor in (*args, *kwargs.values()):
+                if isinstance(tensor, Tensor) and not tensor.numel():
+                    raise ValueError(f"attention of no heads: {list(tensor.shape)}")
+        return function(*args, **kwargs)
 
 
 def capture_inputs(model: PreTrainedModel, block: nn.Module, *, padded: bool = False) -> tuple[Tensor, dict[str, Any]]:
