@@ -16,7 +16,7 @@ from tests.surgeon.reports import surgeon_report
 
 LONG = int(os.environ.get("SURGEON_FUZZ_CASES", "0"))
 # A page takes a second to draw, and a model some tenths to load.
-SHORT = {"reports": 50, "checkpoints": 200, "packed checkpoints": 200}
+SHORT = {"reports": 100, "checkpoints": 200, "packed checkpoints": 200}
 
 
 @pytest.mark.parametrize("target", TARGETS)
