@@ -64,7 +64,9 @@ def gram_accumulate_(
 
             mirror_(target)
         return out
-    rows = _prepare(rows, mask, ones_column).detach()  # results are written to out, which autograd does not follow
+    rows = _prepare(rows, mask, ones_column)
+    if rows.requires_grad:
+        rows = rows.detach()  # results are written to out, which autograd does not follow
     if packed:
         add_gram_reference_(target, rows, alpha)
     elif rows.is_cuda and rows.dtype in _HALF and target.dtype == torch.float32:

@@ -31,11 +31,17 @@ class Conversation:
     messages: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, value: Any, where: str) -> Conversation:
-        """The messages of a row's field, ``role``/``content`` or ``from``/``value``; :class:`InputError` otherwise."""
+    def of(cls, value: Any, where: str, system: Any = None) -> Conversation:
+        """The messages of a row's field, ``role``/``content`` or ``from``/``value``; :class:`InputError` otherwise.
+
+        Text in ``system``, a field of its own in some data, is their first message unless they begin with such a one.
+        """
         if not isinstance(value, list):
             raise InputError(f"{where} holds {_kind(value)} in place of a list of messages")
-        return cls(where, [_message(item, f"message {number} of {where}") for number, item in enumerate(value, 1)])
+        messages = [_message(item, f"message {number} of {where}") for number, item in enumerate(value, 1)]
+        if isinstance(system, str) and system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        return cls(where, messages)
 
 
 def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> str:

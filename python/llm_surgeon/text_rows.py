@@ -15,6 +15,8 @@ from llm_surgeon.errors import InputError, one_line
 
 TEXT_KINDS = "a .txt, .jsonl, .json, .csv, .parquet, .gz or .zip file"
 CHAT_FIELDS = ("messages", "conversations")
+# Beside them, in some data: the first message of the conversation.
+_SYSTEM_FIELD = "system"
 _PARQUET_ROWS = 256  # decoded at once
 # Fields that name a document, or sort it: docid, file_name, sha256, lang …
 _NAMES = re.compile(
@@ -70,7 +72,7 @@ def take(rows: Iterable[Row], field: str, wanted: bool) -> list[Document]:
             documents.append(require_text(value, where))
         elif field in CHAT_FIELDS or (wanted and isinstance(value, list)):
             if value:
-                documents.append(Conversation.of(value, where))
+                documents.append(Conversation.of(value, where, row.get(_SYSTEM_FIELD)))
         elif value is not None:
             raise InputError(f"field {field!r} of {where} is no text but of type {type(value).__name__}")
     return documents
@@ -186,13 +188,14 @@ def parquet_documents(stream: BinaryIO, name: str, wanted: str | None, most: int
 
 def _parquet_rows(file: Any, field: str, name: str, most: int) -> Iterator[Row]:
     number = size = 0
-    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field], use_threads=False):
+    names = [field, *({_SYSTEM_FIELD} & set(file.schema_arrow.names) if field in CHAT_FIELDS else ())]
+    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=names, use_threads=False):
         size += batch.nbytes
         if size > most:
             raise InputError(too_large(name, most))
-        for value in batch.column(0).to_pylist():
+        for row in batch.to_pylist():
             number += 1
-            yield f"row {number} of {name!r}", {field: value}
+            yield f"row {number} of {name!r}", row
 
 
 def decode(data: bytes, name: str) -> str:

@@ -203,6 +203,15 @@ def templated() -> Any:
     return tokenizer
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_system_field_beside_a_conversation_is_its_first_message(tmp_path: Path, name: str) -> None:
+    rows = [{"system": "sys", "conversations": SHARED[1:]}, {"system": "other", "conversations": SHARED}]
+    rows.append({"system": None, "conversations": SHARED[1:]})
+    path = write_rows(tmp_path / name, rows)
+    spoken = "User: hi\n\nAssistant: ho"
+    assert read_text(path, "calibration") == f"System: sys\n\n{spoken}\n\nSystem: sys\n\n{spoken}\n\n{spoken}"
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz", "a.json.gz"])
 def test_conversations_are_read_and_never_the_ids_beside_them(tmp_path: Path, name: str) -> None:
     path = write_rows(tmp_path / name, [{"prompt_id": "abc", "messages": TURNS}, {"prompt_id": "d", "messages": None}])
