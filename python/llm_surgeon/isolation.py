@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import threading
@@ -12,6 +13,16 @@ import numpy
 import torch
 
 _lock = threading.RLock()
+
+
+def _unlocked() -> None:
+    """In a child process no thread runs that could give up what it held when the process was forked."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_unlocked)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 
@@ -13,6 +14,7 @@ import transformers
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+import llm_surgeon.isolation
 from llm_surgeon import Calibration, perplexity, prune
 from llm_surgeon.capture import mean_loss
 from llm_surgeon.isolation import isolated
@@ -219,3 +221,25 @@ def test_a_run_inside_a_run_does_not_wait_for_itself():
     with isolated():
         prune(model, TOKENS, method="magnitude")
     assert mean_loss(model, Calibration(TOKENS), 4) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_a_thread_of_its_parent():
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with isolated():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(60)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if llm_surgeon.isolation._lock.acquire(timeout=5) else 1)
+    _, status = os.waitpid(child, 0)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
