@@ -1,11 +1,11 @@
-"""Long runs of what is drawn at random, and their totals, which they add to a file in ``bench/results``.
+"""Long runs of what is drawn at random; their totals are added to ``fuzz.csv`` or ``interrupts.csv`` of the results.
 
-``python -m tests.surgeon.long_runs fuzz CASES [TARGET ...]`` writes ``fuzz.csv``; SIGINT ends a target before that,
-with what there is. ``python -m tests.surgeon.long_runs interrupts POINTS [SEED]`` writes ``interrupts.csv``.
+``python -m tests.surgeon.long_runs fuzz CASES [TARGET ...]`` or ``… interrupts POINTS [SEED]``.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import platform
@@ -86,8 +86,24 @@ def _record(name: str, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.surgeon.long_runs", description=(__doc__ or "").split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    drawn = commands.add_parser("fuzz", help="cases of damaged or odd input; SIGINT ends a target before that")
+    drawn.add_argument("cases", type=int)
+    drawn.add_argument("targets", nargs="*", metavar="target", help=f"{', '.join(TARGETS)}; all by default")
+    stopped = commands.add_parser("interrupts", help="kills and signals of each command at random points")
+    stopped.add_argument("points", type=int)
+    stopped.add_argument("seed", nargs="?", default="0")
+    options = parser.parse_args()
+    if options.command == "interrupts":
+        return interrupts(options.points, options.seed)
+    if unknown := set(options.targets) - set(TARGETS):
+        parser.error(f"no target {sorted(unknown)[0]!r}: choose among {', '.join(TARGETS)}")
+    return fuzz(options.cases, options.targets or list(TARGETS))
+
+
 if __name__ == "__main__":
-    what, number, *others = sys.argv[1:]
-    if what == "fuzz":
-        sys.exit(fuzz(int(number), others or list(TARGETS)))
-    sys.exit(interrupts(int(number), *(others or ["0"])))
+    sys.exit(main())
