@@ -28,7 +28,7 @@ def cuda_extension():
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
     # Loaded by path: importing the package would import what is being built.
-    spec = importlib.util.spec_from_file_location("extension", ROOT / "surgeon_kernels" / "extension.py")
+    spec = importlib.util.spec_from_file_location("extension", ROOT / "surgeon_kernels" / "runtime" / "extension.py")
     extension = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(extension)
     cxx_flags, nvcc_flags = extension.flags(extension.architectures())
@@ -36,6 +36,7 @@ def cuda_extension():
         "surgeon_kernels._C",
         [str(path.relative_to(ROOT)) for path in extension.sources()],
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
+        include_dirs=[str(extension.csrc())],
         extra_link_args=extension.linker_flags(),
     )
     return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}

@@ -1,6 +1,6 @@
 """Train the small Llama that ``surgeon demo`` prunes, and cut the text slices that it ships with.
 
-python bench/train_demo_model.py --data wikitext-2.zip --out python/llm_surgeon/demo/assets
+python -m bench.train_demo_model --data wikitext-2.zip --out python/llm_surgeon/demo/assets
 
 The data is a zip archive of WikiText-2 (Merity et al., 2016) holding ``train.txt``, ``valid.txt`` and
 ``test.txt``. Tokenizer and weights see the train split alone; the valid split picks the epoch whose weights
@@ -258,7 +258,7 @@ def main() -> None:
         rows.append(f"| {name} | " + " | ".join(f"{math.exp(loss):.2f}" for loss in losses.values()) + " |")
 
     config = saved.config
-    command = "python bench/train_demo_model.py --data wikitext-2.zip --out python/llm_surgeon/demo/assets"
+    command = "python -m bench.train_demo_model --data wikitext-2.zip --out python/llm_surgeon/demo/assets"
     for option, value in vars(args).items():
         if option not in ("data", "out") and value != parser.get_default(option):
             command += f" --{option.replace('_', '-')} {value}"

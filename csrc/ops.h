@@ -16,7 +16,7 @@
 
 #include <utility>
 
-#include "cost_threshold.h"
+#include "selection/cost_threshold.h"
 
 namespace surgeon {
 

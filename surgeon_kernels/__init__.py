@@ -7,23 +7,14 @@ to ``W``. Costs and objectives are increases of the mean loss, in nats per token
 ``A = (1/N) Σ a aᵀ`` and ``G = (1/N) Σ g gᵀ``. Argument order everywhere: weight, pruned, G, A.
 """
 
-from surgeon_kernels.build_info import build_info
-from surgeon_kernels.chunked_solve import chunked_solve
-from surgeon_kernels.chunked_update import ChunkedUpdate, chunked_update, independent_update
-from surgeon_kernels.costs import WeightCosts, column_block_cost, column_cost, element_cost, exchange_cost, row_cost
-from surgeon_kernels.gram import gram_accumulate_
-from surgeon_kernels.joint_update import JointUpdate, joint_estimate, joint_update, objective
-from surgeon_kernels.k_cheapest import k_cheapest
-from surgeon_kernels.k_smallest import k_smallest
-from surgeon_kernels.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
-from surgeon_kernels.linear_2_4_tune import tune_2_4
-from surgeon_kernels.nm_select import nm_group_cost, nm_prune, nm_select
-from surgeon_kernels.pack_2_4 import Packed24, check_packed_2_4, is_2_4, pack_2_4, unpack_2_4
-from surgeon_kernels.quadratic_form import quadratic_form
-from surgeon_kernels.rms_norm import rms_norm
-from surgeon_kernels.rotary import rotary
-from surgeon_kernels.rows_columns_update import rows_columns_update
-from surgeon_kernels.spd_inverse import (
+from surgeon_kernels.block_ops.rms_norm import rms_norm
+from surgeon_kernels.block_ops.rotary import rotary
+from surgeon_kernels.block_ops.swiglu import swiglu
+from surgeon_kernels.gram.gram import gram_accumulate_
+from surgeon_kernels.gram.symmetric import SymmetricAccumulator
+from surgeon_kernels.linalg.chunked_solve import chunked_solve
+from surgeon_kernels.linalg.quadratic_form import quadratic_form
+from surgeon_kernels.linalg.spd_inverse import (
     DampedInverse,
     NotPositiveDefiniteError,
     cholesky_with_jitter,
@@ -34,8 +25,24 @@ from surgeon_kernels.spd_inverse import (
     spd_inverse,
     unchecked_inverse,
 )
-from surgeon_kernels.swiglu import swiglu
-from surgeon_kernels.symmetric import SymmetricAccumulator
+from surgeon_kernels.runtime.build_info import build_info
+from surgeon_kernels.selection.costs import (
+    WeightCosts,
+    column_block_cost,
+    column_cost,
+    element_cost,
+    exchange_cost,
+    row_cost,
+)
+from surgeon_kernels.selection.k_cheapest import k_cheapest
+from surgeon_kernels.selection.k_smallest import k_smallest
+from surgeon_kernels.selection.nm_select import nm_group_cost, nm_prune, nm_select
+from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
+from surgeon_kernels.sparse24.linear_2_4_tune import tune_2_4
+from surgeon_kernels.sparse24.pack_2_4 import Packed24, check_packed_2_4, is_2_4, pack_2_4, unpack_2_4
+from surgeon_kernels.updates.chunked_update import ChunkedUpdate, chunked_update, independent_update
+from surgeon_kernels.updates.joint_update import JointUpdate, joint_estimate, joint_update, objective
+from surgeon_kernels.updates.rows_columns_update import rows_columns_update
 
 __all__ = [
     "ChunkedUpdate",

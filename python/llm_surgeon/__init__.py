@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 from llm_surgeon import _registration
 
 if TYPE_CHECKING:
-    from llm_surgeon.checkpoint_job import prune_checkpoint
-    from llm_surgeon.config import PruneConfig
-    from llm_surgeon.data import Calibration
+    from llm_surgeon.config.prune import PruneConfig
+    from llm_surgeon.data.calibration import Calibration
     from llm_surgeon.errors import InputError, NumericalError, SurgeonError, UnsupportedModelError
-    from llm_surgeon.evaluate import perplexity
-    from llm_surgeon.packed import pack_model, to_torch_sparse, unpack_model
-    from llm_surgeon.packed.checkpoint import pack_checkpoint
+    from llm_surgeon.evaluation.perplexity import perplexity
+    from llm_surgeon.inference import pack_model, to_torch_sparse, unpack_model
+    from llm_surgeon.jobs.pack import pack_checkpoint
+    from llm_surgeon.jobs.prune import prune_checkpoint
     from llm_surgeon.pruning import prune
     from llm_surgeon.report.schema import PruneReport
 
@@ -46,20 +46,20 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Calibration": "data",
+    "Calibration": "data.calibration",
     "InputError": "errors",
     "NumericalError": "errors",
-    "PruneConfig": "config",
+    "PruneConfig": "config.prune",
     "PruneReport": "report.schema",
     "SurgeonError": "errors",
     "UnsupportedModelError": "errors",
-    "pack_checkpoint": "packed.checkpoint",
-    "pack_model": "packed",
-    "perplexity": "evaluate",
+    "pack_checkpoint": "jobs.pack",
+    "pack_model": "inference",
+    "perplexity": "evaluation.perplexity",
     "prune": "pruning",
-    "prune_checkpoint": "checkpoint_job",
-    "to_torch_sparse": "packed",
-    "unpack_model": "packed",
+    "prune_checkpoint": "jobs.prune",
+    "to_torch_sparse": "inference",
+    "unpack_model": "inference",
 }
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 # What every model of transformers is loaded by. Nothing that the quantizer imports may import it: it could be half-way.
 _MODELS = "transformers.modeling_utils"
-_QUANTIZER = "llm_surgeon.packed.quantizer"
+_QUANTIZER = "llm_surgeon.inference.quantizer"
 
 
 def register() -> None:

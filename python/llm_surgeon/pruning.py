@@ -12,26 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_surgeon.config import PruneConfig
-from llm_surgeon.data import Calibration, require_fit
+from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.data.calibration import Calibration, require_fit
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
-from llm_surgeon.model_checks import check_shrinkable
-from llm_surgeon.model_state import ModelState
-from llm_surgeon.models import Decoder, check_finite, evaluation_mode, find_decoder
-from llm_surgeon.plan import compute_device
+from llm_surgeon.methods.select import Selection
+from llm_surgeon.models.checks import check_shrinkable
+from llm_surgeon.models.decoder import Decoder, check_finite, evaluation_mode, find_decoder
+from llm_surgeon.models.footprint import compare_latencies, copy_in_main_memory, model_size
+from llm_surgeon.models.state import ModelState
+from llm_surgeon.models.wrappers import unwrapped
+from llm_surgeon.planning.plan import compute_device
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import check_rank
 from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, collect_versions
 from llm_surgeon.report.warnings import warnings_of
 from llm_surgeon.resources import peak_memory
-from llm_surgeon.select import Selection
-from llm_surgeon.shots import ShotLoop
-from llm_surgeon.structures.blocks import BlockLoop, count_blocks
-from llm_surgeon.structures.loop import GroupLoop
-from llm_surgeon.structures.size import compare_latencies, copy_in_main_memory, model_size
+from llm_surgeon.shots.weights import ShotLoop
+from llm_surgeon.structures.groups import GroupLoop
+from llm_surgeon.structures.layers import BlockLoop, count_blocks
 from llm_surgeon.structures.width import WidthLoop
-from llm_surgeon.wrappers import unwrapped
 
 
 def prune(
@@ -54,8 +54,8 @@ def prune(
         model: a decoder-only Hugging Face causal LM; computed in evaluation mode, in the dtype and on the device it is
             in (float32 is recommended: bfloat16 weights round every update). Inside a compiled model, DataParallel or
             DistributedDataParallel it is pruned in place, running eagerly; what is compiled compiles itself anew.
-        calibration: a :class:`~llm_surgeon.data.Calibration`, token ids ``[samples, seqlen]``, or a sequence of
-            mappings with ``input_ids`` and, optionally, ``attention_mask``.
+        calibration: a :class:`~llm_surgeon.data.calibration.Calibration`, token ids ``[samples, seqlen]``, or
+            a sequence of mappings with ``input_ids`` and, optionally, ``attention_mask``.
         structure: ``"2:4"``, any ``"N:M"``, ``"unstructured"``, ``"rows-columns"`` or ``"groups"`` (a smaller model).
         config: every option at once, in place of ``structure`` and ``options``.
         correction_data: what low-rank corrections (``lora_rank``) learn from, given like ``calibration``, which they
@@ -216,7 +216,7 @@ def _memory_capped(config: PruneConfig) -> Iterator[None]:
 def _written(model: nn.Module, decoder: Decoder, config: PruneConfig) -> list[nn.Parameter]:
     """Parameters that a run may write in place.
 
-    Those that are moved from main memory are none of them, see :func:`~llm_surgeon.offload.offloaded`.
+    Those that are moved from main memory are none of them, see :func:`~llm_surgeon.models.offload.offloaded`.
     """
     if config.pattern.kind == "width":
         return list(model.parameters())

@@ -8,7 +8,13 @@ from tests.kernels.interpreter import assert_agrees
 
 
 @pytest.mark.parametrize(
-    "checks", ["interpreted_gram", "interpreted_pointwise", "interpreted_masked_cg", "interpreted_quadratic_form"]
+    "checks",
+    [
+        "gram.interpreted_gram",
+        "block_ops.interpreted_pointwise",
+        "linalg.interpreted_masked_cg",
+        "linalg.interpreted_quadratic_form",
+    ],
 )
 def test_the_kernels_are_right_in_the_interpreter(checks):
     """float32 and float16 only: the interpreter's bfloat16 products are wrong."""

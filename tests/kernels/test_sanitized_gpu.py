@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgeon_kernels import extension
+from surgeon_kernels.runtime import extension
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,15 +20,15 @@ pytestmark = [
 
 # A program of small problems, and the sources in csrc/ that it checks.
 PROGRAMS = {
-    "selection": ["nm_select.cu", "cost_threshold.cu"],
+    "selection": ["selection/nm_select.cu", "selection/cost_threshold.cu"],
     "chunked_solve": [
-        "chunked_solve_plan.cpp",
-        "chunked_solve_shared.cu",
-        "chunked_solve_factor.cu",
-        "chunked_solve_factored.cu",
-        "chunked_solve_apply.cu",
+        "linalg/chunked_solve_plan.cpp",
+        "linalg/chunked_solve_shared.cu",
+        "linalg/chunked_solve_factor.cu",
+        "linalg/chunked_solve_factored.cu",
+        "linalg/chunked_solve_apply.cu",
     ],
-    "linear_2_4": ["linear_2_4.cpp", "linear_2_4_mma.cu", "linear_2_4_wgmma.cu", "linear_2_4_unpack.cu"],
+    "linear_2_4": [f"sparse24/linear_2_4{part}" for part in (".cpp", "_mma.cu", "_wgmma.cu", "_unpack.cu")],
 }
 
 
@@ -51,11 +51,12 @@ CHECKS = [
 
 
 def build(program, architectures, folder):
-    csrc = extension.sources()[0].parent
-    target = folder / program
-    sources = [Path(__file__).with_name(f"{program}_sanitized.cu"), *(csrc / name for name in PROGRAMS[program])]
+    target, tests = folder / program, Path(__file__).parent
+    sources = [*tests.glob(f"*/{program}_sanitized.cu"), *(extension.csrc() / name for name in PROGRAMS[program])]
     flags = [*extension.flags(architectures)[1], "--threads", "0"]
-    subprocess.run(["nvcc", "-std=c++17", *flags, f"-I{csrc}", *sources, "-o", target], check=True)
+    subprocess.run(
+        ["nvcc", "-std=c++17", *flags, f"-I{extension.csrc()}", f"-I{tests}", *sources, "-o", target], check=True
+    )
     return target
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llm_surgeon import SurgeonError
 from llm_surgeon.checkpoint import load_model
-from llm_surgeon.packed.checkpoint import pack_checkpoint
+from llm_surgeon.jobs.pack import pack_checkpoint
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.packed_models import build_2_4
 from tests.surgeon.tiny_models import build

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from llm_surgeon import InputError
-from llm_surgeon.text import read_documents
+from llm_surgeon.data.documents import read_documents
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".zip", ".jsonl.gz", ".csv.gz", ".parquet.gz", ".txt.gz")
 

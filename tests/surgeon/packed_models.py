@@ -8,9 +8,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.models import find_decoder
-from llm_surgeon.packed import fuse as fuse_module
-from llm_surgeon.packed import linear as linear_module
+from llm_surgeon.inference import fuse as fuse_module
+from llm_surgeon.inference import linear as linear_module
+from llm_surgeon.models.decoder import find_decoder
 from surgeon_kernels import nm_select, unpack_2_4
 from tests.surgeon.tiny_models import build
 

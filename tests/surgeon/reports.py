@@ -3,7 +3,7 @@
 import dataclasses
 from html.parser import HTMLParser
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.report.schema import LayerReport, PruneReport, ShotReport, SolverTrace
 
 QUERY, DOWN = "self_attn.q_proj", "mlp.down_proj"

@@ -15,8 +15,8 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 def bench(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> ModuleType:
     """The script ``name`` as a module, after its ``main()`` where there are arguments."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    module = importlib.import_module(name)
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    module = importlib.import_module(f"bench.{name}")
     if arguments:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         module.main()
@@ -35,7 +35,7 @@ def test_a_pruned_model_is_as_much_smaller_as_its_row_says(
     out = tmp_path / "rows.csv"
     small = ("--tiny", "--device", "cpu", "--layers", 2, "--samples", 2, "--seqlen", 32, "--prompt", 4, "--batches", 1)
     options = ("--structure", structure, "--round-to", 8, "--modes", "plain", "--out", out)
-    bench("structured", monkeypatch, *small, *options)
+    bench("end_to_end.structured", monkeypatch, *small, *options)
     found = rows(out)
     assert [row["state"] for row in found] == ["dense", "pruned"]
     dense, pruned = (int(row["macs_per_token"]) - 64 * 128 for row in found)  # nothing is taken from the head
@@ -49,7 +49,7 @@ def test_a_pruned_model_is_as_much_smaller_as_its_row_says(
 
 
 def test_methods_take_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    quality = bench("quality", monkeypatch)
+    quality = bench("end_to_end.quality", monkeypatch)
     assert quality.options_of("surgeon joint, exchanges 2, schedule 1.5") == {
         "method": "surgeon",
         "update": "joint",
@@ -66,11 +66,13 @@ def test_scripts_for_a_gpu_say_so_in_a_line_where_there_is_none(
 ) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    scripts = [path.stem for path in BENCH.glob("*.py") if "def main()" in path.read_text()]
-    on_a_cpu = {"exchanges", "interleaved_lora", "quality", "recover", "solver", "train_demo_model"}
-    assert len(scripts) > 15 and on_a_cpu < set(scripts)
-    for name in set(scripts) - on_a_cpu:
+    paths = [path for path in BENCH.glob("*/*.py") if "def main()" in path.read_text()]
+    scripts = {f"{path.parent.name}.{path.stem}" for path in paths}
+    on_a_cpu = {"studies.swaps", "studies.interleaved_lora", "studies.solver"}
+    on_a_cpu |= {"end_to_end.quality", "end_to_end.recover"}
+    assert len(scripts) >= 15 and on_a_cpu < scripts
+    for name in scripts - on_a_cpu:
         with pytest.raises(SystemExit) as exit:
             bench(name, monkeypatch, "--out", "nowhere.csv")
         assert exit.value.code == 2
-        assert capsys.readouterr().err == f"{name} measures an NVIDIA GPU, and torch finds none\n"
+        assert capsys.readouterr().err == f"{name.split('.')[1]} measures an NVIDIA GPU, and torch finds none\n"

@@ -40,7 +40,7 @@ def test_neither_the_package_nor_help_import_what_is_slow():
     [
         ("import llm_surgeon", "import transformers.modeling_utils"),
         ("import transformers.modeling_utils", "import llm_surgeon"),
-        ("import llm_surgeon.packed.convert", "import transformers.modeling_utils"),
+        ("import llm_surgeon.inference.pack", "import transformers.modeling_utils"),
         ("from transformers import AutoModelForCausalLM; import llm_surgeon", "import transformers.modeling_utils"),
         (
             "import importlib.util, llm_surgeon; importlib.util.find_spec('transformers.modeling_utils')",
@@ -51,17 +51,17 @@ def test_neither_the_package_nor_help_import_what_is_slow():
 def test_transformers_knows_the_packed_format_whichever_was_imported_first(first, second):
     mapping = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known"
     code = f"{first}\n{second}\n{mapping}\nassert known['surgeon-2of4'].__name__ == 'Surgeon24Quantizer'"
-    assert loaded(code, "llm_surgeon.packed.quantizer")[0] == ["llm_surgeon.packed.quantizer"]
+    assert loaded(code, "llm_surgeon.inference.quantizer")[0] == ["llm_surgeon.inference.quantizer"]
 
 
 def test_the_quantizer_needs_nothing_that_is_half_way_when_it_is_imported():
-    assert loaded("import llm_surgeon.packed", "transformers.modeling_utils")[0] == []
+    assert loaded("import llm_surgeon.inference", "transformers.modeling_utils")[0] == []
 
 
-@pytest.mark.parametrize("code", ["from llm_surgeon import prune", "import llm_surgeon.models"])
+@pytest.mark.parametrize("code", ["from llm_surgeon import prune", "import llm_surgeon.models.decoder"])
 def test_what_the_quantizer_needs_can_be_the_first_that_is_imported(code):
     code = f"{code}\nimport transformers.models.llama.modeling_llama"
-    assert loaded(code, "llm_surgeon.packed.quantizer")[0] == ["llm_surgeon.packed.quantizer"]
+    assert loaded(code, "llm_surgeon.inference.quantizer")[0] == ["llm_surgeon.inference.quantizer"]
 
 
 def test_every_public_name_is_there_and_listed():

@@ -8,8 +8,8 @@ from typing import Any
 
 from llm_surgeon.checkpoint.folder import json_values
 from llm_surgeon.errors import InputError, UnsupportedModelError
-from llm_surgeon.packed.format import QUANT_METHOD
-from llm_surgeon.stored import StoredTensor
+from llm_surgeon.formats.packed_2_4 import QUANT_METHOD
+from llm_surgeon.formats.safetensors_headers import StoredTensor
 
 # Names of numbers of blocks: num_hidden_layers, n_layer, num_layers, num_nextn_predict_layers, num_blocks …
 _BLOCKS = re.compile(r"(.*_)?n(um)?_(.*_)?(layers?|blocks)")

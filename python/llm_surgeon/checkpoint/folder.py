@@ -13,8 +13,8 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from llm_surgeon.errors import InputError, first_line
+from llm_surgeon.formats.safetensors_headers import StoredTensor, read_headers
 from llm_surgeon.resources import hub_reachable
-from llm_surgeon.stored import StoredTensor, read_headers
 
 # What a model needs from its hub repository: no pickles, and no other formats, which lie in subfolders.
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]

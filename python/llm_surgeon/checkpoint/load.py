@@ -17,9 +17,9 @@ from llm_surgeon.checkpoint.folder import check_files, model_folder, read_json, 
 from llm_surgeon.checkpoint.remote_code import check_tokenizer_class, own_class, refuse_code
 from llm_surgeon.checkpoint.stored_form import StoredForm, stored_form
 from llm_surgeon.errors import InputError, SurgeonError, UnsupportedModelError, first_line
-from llm_surgeon.models import check_finite
+from llm_surgeon.formats.safetensors_headers import StoredTensor
+from llm_surgeon.models.decoder import check_finite
 from llm_surgeon.resources import require_memory
-from llm_surgeon.stored import StoredTensor
 
 _logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.checkpoint.folder import json_values, read_json
 from llm_surgeon.errors import InputError
-from llm_surgeon.structures import modeling_pruned
+from llm_surgeon.formats import modeling_pruned
 
 _logger = logging.getLogger(__name__)
 

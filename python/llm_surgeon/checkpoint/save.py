@@ -18,9 +18,9 @@ from llm_surgeon.checkpoint.folder import read_json
 from llm_surgeon.checkpoint.output import claimed_output, move_into_place, partial_folder
 from llm_surgeon.checkpoint.stored_form import StoredForm
 from llm_surgeon.errors import InputError, first_line
+from llm_surgeon.formats.packed_2_4 import Surgeon24Config
+from llm_surgeon.formats.safetensors_headers import tensor_sha256
 from llm_surgeon.interrupts import uninterrupted
-from llm_surgeon.packed.format import Surgeon24Config
-from llm_surgeon.stored import tensor_sha256
 
 # Of a tokenizer's files, its vocabulary and its merges in JSON and once more in their old forms; and of all others.
 _TOKEN_BYTES, _OTHER_BYTES = 192, 2**20

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
-from llm_surgeon.stored import StoredTensor
+from llm_surgeon.formats.safetensors_headers import StoredTensor
 
 _logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from llm_surgeon.cli.options import (
 )
 from llm_surgeon.cli.pack import pack
 from llm_surgeon.cli.recover import recover
-from llm_surgeon.config import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES, PruneConfig
+from llm_surgeon.config.prune import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES, PruneConfig
 from llm_surgeon.errors import InputError, SurgeonError, first_line, printable
 
 app = typer.Typer(
@@ -236,8 +236,8 @@ def prune(
         progress.phase("loading")
         quiet_libraries()
         from llm_surgeon.checkpoint import claimed_output
-        from llm_surgeon.checkpoint_job import CheckpointJob
         from llm_surgeon.cli.views import print_plan
+        from llm_surgeon.jobs.prune import CheckpointJob
 
         claim = claimed_output(out, job_options.get("overwrite", False), model=model, **inputs)
         with nullcontext() if dry_run else claim:
@@ -286,10 +286,10 @@ def evaluate(
         quiet_libraries()
         from llm_surgeon.checkpoint import load_model
         from llm_surgeon.cli.views import print_scores
-        from llm_surgeon.evaluate import load_for_evaluation, perplexity
-        from llm_surgeon.report.text import plural
+        from llm_surgeon.evaluation.perplexity import load_for_evaluation, perplexity
+        from llm_surgeon.evaluation.zero_shot import parse_tasks, zero_shot
+        from llm_surgeon.report.format import plural
         from llm_surgeon.resources import choose_device
-        from llm_surgeon.zero_shot import parse_tasks, zero_shot
 
         number = parse_dtype(dtype)
         if tasks is None:

@@ -31,8 +31,8 @@ def compact(
     with progress_bars(quiet) as progress:
         progress.phase("compacting")
         quiet_libraries()
-        from llm_surgeon.report.text import percent, size_table
-        from llm_surgeon.structures.compact import compact_checkpoint
+        from llm_surgeon.jobs.compact import compact_checkpoint
+        from llm_surgeon.report.format import percent, size_table
 
         found = compact_checkpoint(model, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
     if not quiet:

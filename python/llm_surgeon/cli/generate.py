@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.cli.options import console, parse_dtype, quiet_libraries
-from llm_surgeon.decoding import Decoding
 from llm_surgeon.errors import InputError, printable
-from llm_surgeon.fused import fused
-from llm_surgeon.packed import fuse_linears, pack_model, unpack_model, use_cusparselt
-from llm_surgeon.packed.checkpoint import model_bytes
-from llm_surgeon.packed.linear import PackedLinear
-from llm_surgeon.packed.speed import Speed, measure_speeds
+from llm_surgeon.formats.packed_linear import PackedLinear
+from llm_surgeon.inference import fuse_linears, pack_model, unpack_model, use_cusparselt
+from llm_surgeon.inference.decoding import Decoding
+from llm_surgeon.inference.speed import Speed, measure_speeds
+from llm_surgeon.jobs.pack import model_bytes
+from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.report.format import MISSING
 from llm_surgeon.report.schema import collect_versions
-from llm_surgeon.report.text import MISSING
 from llm_surgeon.resources import available_memory, choose_device, human_bytes
 
 

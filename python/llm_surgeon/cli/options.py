@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 
 from llm_surgeon.checks import require_choice
+from llm_surgeon.data.rows import TEXT_KINDS
 from llm_surgeon.errors import printable
 from llm_surgeon.progress import LineProgress, Progress, TerminalProgress
-from llm_surgeon.text_rows import TEXT_KINDS
 
 if TYPE_CHECKING:
     import torch

@@ -35,7 +35,7 @@ def pack(
     with progress_bars(quiet) as progress:
         progress.phase("packing")
         quiet_libraries()
-        from llm_surgeon.packed.checkpoint import pack_checkpoint
+        from llm_surgeon.jobs.pack import pack_checkpoint
 
         report = pack_checkpoint(
             model, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress.step

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llm_surgeon.checkpoint_job import CheckpointJob
 from llm_surgeon.demo import DemoResult
 from llm_surgeon.errors import printable
-from llm_surgeon.report.text import duration, plural
+from llm_surgeon.evaluation.zero_shot import TaskScore
+from llm_surgeon.jobs.prune import CheckpointJob
+from llm_surgeon.report.format import duration, plural
 from llm_surgeon.resources import human_bytes
-from llm_surgeon.zero_shot import TaskScore
 from surgeon_kernels import build_info
 
 

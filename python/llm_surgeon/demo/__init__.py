@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model
-from llm_surgeon.checkpoint_job import write_pruned
-from llm_surgeon.config import PruneConfig
-from llm_surgeon.data import calibration_windows, evaluation_windows, read_text, tokenize
-from llm_surgeon.evaluate import perplexity
+from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.evaluation.perplexity import perplexity
+from llm_surgeon.jobs.prune import write_pruned
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import prune
 from llm_surgeon.resources import require_disk

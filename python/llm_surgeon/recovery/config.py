@@ -18,7 +18,7 @@ from llm_surgeon.checks import (
 from llm_surgeon.errors import InputError
 
 if TYPE_CHECKING:
-    from llm_surgeon.models import Decoder
+    from llm_surgeon.models.decoder import Decoder
 
 METHODS = ("lora", "full")
 _HELD_OUT_WINDOWS = 64

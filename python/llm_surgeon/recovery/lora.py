@@ -13,7 +13,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.models import Decoder
+from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.recovery.zeros import weight_of
 
 

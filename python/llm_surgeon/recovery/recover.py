@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.capture import mean_loss
 from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, require_model, save_checkpoint
 from llm_surgeon.checkpoint.output import output_path
-from llm_surgeon.data import (
+from llm_surgeon.curvature.estimate import mean_loss
+from llm_surgeon.data.calibration import (
     Calibration,
     calibration_windows,
     choose_seqlen,
@@ -31,8 +31,10 @@ from llm_surgeon.data import (
 )
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
-from llm_surgeon.model_state import ModelState
-from llm_surgeon.models import check_finite, evaluation_mode, find_decoder
+from llm_surgeon.models.decoder import check_finite, evaluation_mode, find_decoder
+from llm_surgeon.models.footprint import is_compact
+from llm_surgeon.models.state import ModelState
+from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import RecoverConfig, check_rank
 from llm_surgeon.recovery.lora import low_rank_corrections
@@ -41,11 +43,9 @@ from llm_surgeon.recovery.traces import traceless
 from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
 from llm_surgeon.report.card import Records, recovery_text
+from llm_surgeon.report.format import perplexity_of
 from llm_surgeon.report.schema import DataRecord, collect_versions
-from llm_surgeon.report.text import perplexity_of
 from llm_surgeon.resources import choose_device, require_disk
-from llm_surgeon.structures.size import is_compact
-from llm_surgeon.wrappers import unwrapped
 
 _logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def recover_checkpoint(
 
     Args:
         teacher: the dense checkpoint to distil from.
-        data, text_field: as for :func:`~llm_surgeon.text.read_documents`.
+        data, text_field: as for :func:`~llm_surgeon.data.documents.read_documents`.
         **options: fields of :class:`RecoverConfig`, where ``config`` is not given.
 
     Raises:

@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from llm_surgeon.checks import shown
 from llm_surgeon.errors import InputError, first_line
-from llm_surgeon.stored import read_headers
+from llm_surgeon.formats.safetensors_headers import read_headers
 
 _logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from llm_surgeon.interrupts import uninterrupted
-from llm_surgeon.model_state import ModelState
+from llm_surgeon.models.state import ModelState
 
 
 @contextmanager

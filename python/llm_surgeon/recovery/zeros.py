@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.errors import NumericalError
-from llm_surgeon.models import Decoder
+from llm_surgeon.models.decoder import Decoder
 
 
 def zero_masks(decoder: Decoder) -> dict[nn.Module, Tensor]:

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from llm_surgeon.checkpoint.save import read_files
+from llm_surgeon.report.format import perplexity_of, plural, published_name, two_decimals
 from llm_surgeon.report.schema import PruneReport
-from llm_surgeon.report.text import perplexity_of, plural, published_name, two_decimals
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _LONGEST_FRONT_MATTER = 100_000  # characters; what is longer is no front matter

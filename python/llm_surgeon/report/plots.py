@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from llm_surgeon.report.format import percent, signed
 from llm_surgeon.report.schema import PruneReport, SolverTrace
-from llm_surgeon.report.text import percent, signed
 
 # Okabe and Ito's blue and vermilion: told apart by every common kind of colour vision, and in grey.
 BLUE, VERMILION = "#0072B2", "#D55E00"

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from llm_surgeon.errors import InputError, NumericalError, one_line
-from llm_surgeon.report.text import duration, percent, perplexity_of, plural, signed, size_table, two_decimals
+from llm_surgeon.report.format import duration, percent, perplexity_of, plural, signed, size_table, two_decimals
 from llm_surgeon.resources import human_bytes
 
 SCHEMA_VERSION = 1
@@ -174,7 +174,7 @@ class PruneReport:
     """What was pruned, how, and what it cost.
 
     Attributes:
-        config: the resolved options (:class:`llm_surgeon.config.PruneConfig` as a dict).
+        config: the resolved options (:class:`llm_surgeon.config.prune.PruneConfig` as a dict).
         versions: see :func:`collect_versions`.
         model: what was pruned: a hub id or a path.
         device: where it ran.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llm_surgeon.models import PrunableLinear
+from llm_surgeon.models.decoder import PrunableLinear
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.data import Calibration
-from llm_surgeon.models import PrunableLinear, evaluation_mode, run_model
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.models.decoder import PrunableLinear, evaluation_mode, run_model
 from llm_surgeon.structures.costs import DimensionCosts
 from llm_surgeon.structures.dimension import Dimension
 

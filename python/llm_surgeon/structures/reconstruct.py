@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_surgeon.data import Calibration
+from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
-from llm_surgeon.fused import fused
-from llm_surgeon.models import Decoder, PrunableLinear, evaluation_mode
-from llm_surgeon.sparsegpt import BlockBatch, record_batch
-from llm_surgeon.structures.probe import agree
+from llm_surgeon.methods.sparsegpt import BlockBatch, record_batch
+from llm_surgeon.models.decoder import Decoder, PrunableLinear, evaluation_mode
+from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.structures.find.probe import agree
 from surgeon_kernels import NotPositiveDefiniteError, SymmetricAccumulator, gram_accumulate_, spd_inverse
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from llm_surgeon.config import PruneConfig
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.structures.costs import DimensionCosts
 from llm_surgeon.structures.dimension import Dimension
-from llm_surgeon.structures.moves import Move, State, smallest_sizes
+from llm_surgeon.structures.narrowing import Move, State, smallest_sizes
 
 
 def select_groups(

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llm_surgeon.capture import starting_at
-from llm_surgeon.config import GRADIENT_IMPORTANCES, PruneConfig
-from llm_surgeon.data import Calibration
+from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
+from llm_surgeon.curvature.estimate import starting_at
+from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
-from llm_surgeon.models import Decoder, evaluation_mode, run_model
+from llm_surgeon.methods.select import Selection
+from llm_surgeon.models.decoder import Decoder, evaluation_mode, run_model
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
-from llm_surgeon.select import Selection
-from llm_surgeon.shots import ShotLoop
-from llm_surgeon.structures.channels import remove_channels, zero_channels
+from llm_surgeon.shots.weights import ShotLoop
+from llm_surgeon.structures.find.residual import Residual, find_residual, kept_width
 from llm_surgeon.structures.importance import line_importance, weight_gradients
-from llm_surgeon.structures.narrow import undone
-from llm_surgeon.structures.residual import Residual, find_residual, kept_width
+from llm_surgeon.structures.remove.channels import remove_channels, zero_channels
+from llm_surgeon.structures.remove.groups import undone
 from surgeon_kernels import NotPositiveDefiniteError, damp, gram_accumulate_, rows_columns_update, spd_inverse
 
 

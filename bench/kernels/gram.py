@@ -1,0 +1,183 @@
+"""Gram accumulation against ``out.add_(torch.mm(x.T, x, out_dtype=torch.float32))``, on a CUDA device.
+
+    python -m bench.kernels.gram            # every shape, appended to results/gram.csv
+    python -m bench.kernels.gram --tune     # launch configurations on a few shapes, beside estimates; no rows
+
+Times are medians of CUDA graph replays (device time) and of plain calls (with the launches' host time), the inputs
+rotated so that they come from memory, not from L2. Errors are Frobenius norms against a float64 product. The roofline
+is the work that has to be done, T C (C + 1) operations, at the vendor's dense rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from bench.environment import append_row, environment, require_gpu
+from bench.timing import eager_ms, graph_ms
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
+from surgeon_kernels.gram import gram_triton
+from surgeon_kernels.gram.gram import kernel_config
+from surgeon_kernels.gram.plan import GramConfig, schedule
+
+DEVICE = "cuda"
+_ROTATED_BYTES = 256 << 20
+# Dense tensor-core rate of the H100 and H200 (SXM) by NVIDIA's datasheet; float32 counted at tf32's, three products.
+ROOFLINE = {torch.bfloat16: 989.5e12, torch.float16: 989.5e12, torch.float32: 494.7e12 / 3}
+
+
+class Case(NamedTuple):
+    tokens: int
+    columns: int  # of x
+    dtype: torch.dtype = torch.bfloat16
+    bias: bool = False
+    masked: bool = False
+    dense: bool = False
+
+
+CASES = [
+    *(Case(16384, c) for c in (4096, 11008, 5120, 13824, 14336)),
+    Case(16384, 11007, bias=True),
+    *(Case(t, c) for t, c in ((12345, 11008), (12345, 5120), (3001, 13824))),
+    *(Case(t, c) for t in (2048, 4096, 16384) for c in (512, 768, 1024, 1536, 2048, 2560)),
+    *(Case(t, c) for t, c in ((2048, 4096), (2048, 11008), (2049, 1536), (2049, 2304), (5000, 3072))),
+    *(Case(t, c) for t, c in ((2048, 513), (2048, 1025), (4096, 2051), (16384, 769), (16384, 4095))),
+    *(Case(t, c, bias=True) for t, c in ((2048, 512), (2048, 768), (2048, 2048), (16384, 768), (16384, 4096))),
+    *(Case(2048, c, masked=True) for c in (768, 2048)),
+    Case(16384, 4096, masked=True),
+    Case(16384, 4096, bias=True, masked=True),
+    Case(2048, 2048, dense=True),
+    Case(16384, 4096, dense=True),
+    Case(16384, 4096, torch.float16),
+    Case(8192, 4096, torch.float32),
+    Case(4096, 1024, torch.float32),
+    Case(2048, 1536, torch.float32),
+    Case(2048, 512, torch.float32),
+]
+TUNED = [
+    *(Case(t, c) for t, c in ((16384, 4096), (16384, 11008), (16384, 2048), (2048, 2048), (2048, 2560), (2048, 3072))),
+    *(Case(t, c, torch.float32) for t, c in ((8192, 4096), (4096, 1024))),
+]
+_WIDE = GramConfig(128, 256, 64, 8, 3, 1, True, step=0.63)
+_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
+CONFIGS = {
+    torch.bfloat16: [
+        *(config._replace(run=run) for config in (_WIDE, _SQUARE) for run in (32, 64, 128, 256)),
+        _WIDE._replace(stages=4),
+        GramConfig(256, 128, 64, 8, 3, 1, True),
+        GramConfig(128, 128, 64, 4, 3, 2, True),
+    ],
+    torch.float32: [
+        GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3"),
+        GramConfig(128, 128, 32, 8, 3, 1, True, "tf32x3"),
+        GramConfig(64, 64, 32, 4, 3, 2, True, "tf32x3"),
+        GramConfig(128, 128, 32, 8, 2, 1, False, "tf32x3"),
+    ],
+}
+
+
+def inputs(case: Case) -> tuple[list[Tensor], Tensor | None]:
+    size = case.tokens * case.columns * case.dtype.itemsize
+    count = max(2, min(64, -(-_ROTATED_BYTES // size)))
+    xs = [torch.randn(case.tokens, case.columns, device=DEVICE).to(case.dtype) for _ in range(count)]
+    return xs, torch.rand(case.tokens, device=DEVICE) < 0.9 if case.masked else None
+
+
+def prepared(x: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
+    """Rows with their ones, zero where the mask is False."""
+    if bias:
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    return x if mask is None else x.masked_fill(~mask[:, None], 0.0)
+
+
+def torch_gram_(out: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
+    x = prepared(x, mask, bias)
+    if x.dtype == torch.float32:
+        out.addmm_(x.T, x)
+    else:
+        out.add_(torch.mm(x.T, x, out_dtype=torch.float32))
+
+
+def exact_gram(x: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
+    x = prepared(x.double(), mask, bias)
+    return x.T @ x
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def measure(case: Case) -> dict[str, Any]:
+    xs, mask = inputs(case)
+    n = case.columns + case.bias
+    theirs = torch.zeros(n, n, device=DEVICE)
+    ours = torch.zeros(n, n, device=DEVICE) if case.dense else SymmetricAccumulator.zeros(n, device=DEVICE)
+    baseline = [lambda x=x: torch_gram_(theirs, x, mask, case.bias) for x in xs]
+    kernel = [lambda x=x: gram_accumulate_(ours, x, mask=mask, ones_column=case.bias) for x in xs]
+    baseline[0]()
+    kernel[0]()
+    exact = exact_gram(xs[0], mask, case.bias)
+    full = ours if isinstance(ours, Tensor) else ours.full()
+    errors = error(full, exact), error(theirs, exact)
+    del exact, full
+    times = graph_ms(baseline), graph_ms(kernel), eager_ms(baseline), eager_ms(kernel)
+    operations = case.tokens * n * (n + 1)
+    target, packed = (ours, False) if isinstance(ours, Tensor) else (ours.storage, ours.packed)
+    config = kernel_config(target, xs[0], packed, case.bias)
+    return {
+        **case._asdict(),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "config": "x".join(map(str, (*config[:6], config.run))) if config else "torch",
+        "torch_ms": f"{times[0]:.4f}",
+        "kernel_ms": f"{times[1]:.4f}",
+        "speedup": f"{times[0] / times[1]:.2f}",
+        "torch_eager_ms": f"{times[2]:.4f}",
+        "kernel_eager_ms": f"{times[3]:.4f}",
+        "eager_speedup": f"{times[2] / times[3]:.2f}",
+        "tflops": f"{operations / times[1] / 1e9:.0f}",
+        "roofline_percent": f"{100 * operations / ROOFLINE[case.dtype] / times[1] * 1e3:.1f}",
+        "error": f"{errors[0]:.2e}",
+        "torch_error": f"{errors[1]:.2e}",
+    }
+
+
+def tune(case: Case) -> None:
+    xs, _ = inputs(case)
+    out = torch.zeros(case.columns, case.columns, device=DEVICE)
+    base = graph_ms([partial(torch_gram_, out, x, None, False) for x in xs])
+    print(f"{case.tokens} x {case.columns} {case.dtype}: torch {base:.4f} ms", flush=True)
+    packed = SymmetricAccumulator.zeros(case.columns, device=DEVICE, packed=True).storage
+    for config in CONFIGS[case.dtype]:
+        plan = gram_triton.plan(case.columns, case.tokens, case.dtype, True, config, xs[0].device)
+        ms = graph_ms([partial(gram_triton.accumulate_, packed, x, 1.0, plan) for x in xs])
+        programs = config.programs_per_sm * torch.cuda.get_device_properties(DEVICE).multi_processor_count
+        estimate = schedule(case.columns, -(-case.tokens // config.block_k), config, programs).time / 1e3
+        print(f"    {tuple(config)}: {ms:.4f} ms (estimated {estimate:.4f}), {base / ms:.2f}x", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tune", action="store_true", help="time launch configurations instead")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "gram.csv")
+    options = parser.parse_args()
+    require_gpu()
+    torch.manual_seed(0)
+    if options.tune:
+        for case in TUNED:
+            tune(case)
+        return
+    about = {**environment(DEVICE), "triton": triton.__version__}
+    for case in CASES:
+        row = {**measure(case), **about}
+        print(*list(row.values())[:17], flush=True)
+        append_row(options.out, row)
+
+
+if __name__ == "__main__":
+    main()

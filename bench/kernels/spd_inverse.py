@@ -1,0 +1,107 @@
+"""Time and error of damped inverses against ``cholesky_ex`` and ``cholesky_inverse``.
+
+    python -m bench.kernels.spd_inverse --sizes 4096 11008 28672
+
+Errors are ``‖X - M⁻¹‖ / ‖M⁻¹‖`` (Frobenius) against a float64 inverse, for a matrix whose eigenvalues are spread evenly
+in logarithm from 1 down to 1 / condition. Rows are appended to results/spd_inverse.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.environment import append_row, environment, require_gpu
+from surgeon_kernels import inverse_diagonal, spd_inverse, unchecked_inverse
+
+
+def with_condition(n: int, condition: float) -> Tensor:
+    """Float64 ``Q diag(eigenvalues) Qᵀ`` with ``Q`` a cosine transform between two flips of random signs."""
+    i = torch.arange(n, dtype=torch.float64, device="cuda")
+    Q = torch.outer(2 * i + 1, i).mul_(math.pi / (2 * n)).cos_().mul_(math.sqrt(2 / n))
+    Q[:, 0] /= math.sqrt(2)
+    Q *= torch.randint(0, 2, (n, 1), device="cuda") * 2.0 - 1.0
+    eigenvalues = torch.logspace(0, -math.log10(condition), n, dtype=torch.float64, device="cuda")
+    eigenvalues = eigenvalues[torch.randperm(n, device="cuda")]
+    return (Q * eigenvalues) @ Q.T
+
+
+def library(M: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(M).L)
+
+
+OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cholesky_ex": lambda M: torch.linalg.cholesky_ex(M).L,
+    "cholesky_ex + cholesky_inverse": library,
+    "unchecked_inverse": unchecked_inverse,
+    "spd_inverse": lambda M: spd_inverse(M).inverse,
+    "inverse_diagonal": lambda M: inverse_diagonal(M)[0],
+}
+
+
+def milliseconds(op: Callable[[Tensor], Tensor], M: Tensor, repeats: int) -> float:
+    """Median of ``repeats`` runs, by events, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        op(M)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def workspace(op: Callable[[Tensor], Tensor], M: Tensor) -> float:
+    """Peak memory of the op in matrices of ``M``'s size, what it returns included."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    op(M)
+    return (torch.cuda.max_memory_allocated() - before) / M.nbytes
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    exact = exact.diagonal() if out.dim() == 1 else exact
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 5120, 11008, 13824])
+    parser.add_argument("--conditions", type=float, nargs="+", default=[1e3, 1e6])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--largest-checked", type=int, default=16384, help="No float64 inverse of larger matrices.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "spd_inverse.csv")
+    options = parser.parse_args()
+    require_gpu()
+    torch.manual_seed(0)
+    about = environment("cuda")
+    for n in options.sizes:
+        for condition in options.conditions:
+            exact = with_condition(n, condition)
+            M = exact.float()
+            exact = torch.cholesky_inverse(torch.linalg.cholesky(M.double())) if n <= options.largest_checked else exact
+            for name, op in OPS.items():
+                checked = n <= options.largest_checked and name != "cholesky_ex"
+                row = {
+                    "op": name,
+                    "n": n,
+                    "condition": f"{condition:g}",
+                    "ms": f"{milliseconds(op, M, options.repeats):.3f}",
+                    "matrices": f"{workspace(op, M):.2f}",
+                    "error": f"{relative_error(op(M), exact):.2e}" if checked else "",
+                    **about,
+                }
+                print(*row.values(), flush=True)
+                append_row(options.out, row)
+            del exact, M
+
+
+if __name__ == "__main__":
+    main()

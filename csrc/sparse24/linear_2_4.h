@@ -1,0 +1,82 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace surgeon {
+
+constexpr int kMaxDevices = 64;
+constexpr int kUnitColumns = 128;
+constexpr int kUnitBytes = 2304;  // 16 rows x 64 values of 2 bytes, then 4 bits for every group of 4 columns
+
+enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+
+// When the next kernel of the stream may start: its first loads of a weight then overlap the end of this one.
+enum class Overlap : int { kNone = 0, kEarly = 1, kLate = 2 };
+
+// y[tokens, rows] = act(x[tokens, columns] W^T + bias), W 2:4 sparse, [ceil(rows / 16)][units][kUnitBytes] in the order
+// of surgeon_kernels/sparse24/linear_2_4_layout.py. Kernels on capability 9.0 and newer start to read W while the kernel before
+// them in the stream may still run, and wait for its end before they touch x, bias or y: a kernel that writes W must have
+// ended for the host before the first call.
+struct Linear24 {
+  const void* weight;  // aligned to 16 bytes
+  const void* x;     // contiguous, aligned to 16 bytes, columns a multiple of 8
+  const void* bias;  // [rows] or null
+  void* y;           // contiguous
+  int tokens;
+  int rows;
+  int columns;
+  int units;  // ceil(columns / kUnitColumns)
+  Activation activation;
+  bool half;  // float16, else bfloat16
+  Overlap overlap;
+};
+
+// Tiles first .. end - 1 of y, computed by `clusters` clusters, the `split` blocks of each sharing the columns.
+struct Part24 {
+  int first;
+  int end;
+  int split;
+  int clusters;
+};
+
+// A kernel for tiles of `rows` x `tokens`, whose warps take `step` units at a time. `run` launches it or, where
+// `capacity` is given, only says how many clusters of `split` blocks run at once. cudaErrorNotSupported where the build
+// does not hold it for the current device.
+struct Kernel24 {
+  int tokens;
+  int rows;
+  int step;
+  Overlap overlap;
+  cudaError_t (*run[2])(const Linear24& call, const Part24& part, cudaStream_t stream, int* capacity);  // bf16, fp16
+};
+
+// Kernels on mma.sp (every device from capability 8.0) and on wgmma.sp (9.0).
+enum Mma24 { kMma8Narrow, kMma8, kMma16, kMma32, kMmaCount };
+enum Wgmma24 { kWgmma32, kWgmma64, kWgmma64Wide, kWgmma128, kWgmma128Wide, kWgmma256, kWgmmaCount };
+const Kernel24& linear_2_4_mma_kernel(int which);
+const Kernel24& linear_2_4_wgmma_kernel(int which);
+
+// Choices are numbers: below linear_2_4_dense() a kernel and its split, those below linear_2_4_mma_choices() on mma.sp;
+// linear_2_4_dense() a dense product with the unpacked weight, the last of linear_2_4_choices(); from there on, if the
+// caller has the weight also as cuSPARSELt compresses it (`library`), that library's algorithm of the number that is
+// left.
+int linear_2_4_mma_choices();
+int linear_2_4_dense();
+int linear_2_4_choices();
+
+// The choice of the rules in linear_2_4.cpp, or the one pinned for this device, these sizes and this dtype, if it runs.
+// Pinned is what exists; false otherwise. Devices beyond kMaxDevices throw std::out_of_range.
+int linear_2_4_choice(const Linear24& call, bool library);
+bool linear_2_4_pin(const Linear24& call, bool library, int choice);
+
+// Runs a kernel; cudaErrorNotSupported where the device, the build or the sizes do not allow it and for the dense
+// product, which is the caller's, cudaErrorInvalidValue where there is no such choice.
+cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream);
+
+// dense[rows, columns] = W, 16 bits each, contiguous and aligned to 16 bytes.
+cudaError_t linear_2_4_unpack(const void* weight, void* dense, int rows, int columns, cudaStream_t stream);
+
+}  // namespace surgeon

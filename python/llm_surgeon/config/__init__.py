@@ -1,0 +1,1 @@
+"""Options of a run as typed, frozen, validated values."""

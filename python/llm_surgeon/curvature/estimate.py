@@ -1,0 +1,281 @@
+"""Estimate the curvature of every prunable linear layer by hooked passes over calibration data."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from llm_surgeon.config.prune import FISHERS
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
+from llm_surgeon.interrupts import uninterrupted
+from llm_surgeon.models.decoder import Decoder, PrunableLinear, evaluation_mode, run_model, to_list
+from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.loss import count_tokens, next_token_loss
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
+
+
+@dataclass
+class Curvature:
+    """Kronecker factors of the mean loss's curvature, ``F ≈ G ⊗ A``, for every linear layer.
+
+    Attributes:
+        loss: mean cross-entropy of the data's tokens under the model, nats per token.
+        tokens: N, the tokens counted (padding is not).
+    """
+
+    loss: float
+    tokens: int
+    _inputs: dict[str, SymmetricAccumulator] = field(repr=False)  # input group -> Σ a aᵀ
+    _gradients: dict[str, SymmetricAccumulator] = field(repr=False)  # name -> Σ g gᵀ
+
+    def sums(self, linear: PrunableLinear) -> list[SymmetricAccumulator]:
+        """``Σ a aᵀ`` and, where gradients were captured, ``Σ g gᵀ``, wherever they are kept."""
+        G = self._gradients.get(linear.name)
+        return [self._inputs[linear.input_group], *([] if G is None else [G])]
+
+    def factors(self, linear: PrunableLinear) -> tuple[Tensor | None, Tensor]:
+        """``G = (1/N) Σ g gᵀ`` ``[R, R]`` (None when gradients were not captured) and ``A = (1/N) Σ a aᵀ``.
+
+        ``A`` is ``[C, C]``, or ``[C + 1, C + 1]`` with a constant 1 appended to every ``a`` where the layer
+        has a bias. Both are new tensors, float32 (float64 for a float64 model), which the caller may change.
+        """
+        size = linear.columns + linear.has_bias
+        A = self._inputs[linear.input_group].full()[:size, :size].div_(self.tokens)
+        G = self._gradients.get(linear.name)
+        return None if G is None else G.full().div_(self.tokens), A
+
+
+def estimate_curvature(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    calibration: Calibration,
+    *,
+    batch_size: int,
+    fisher: str = "empirical",
+    seed: int = 0,
+    gradients: bool = True,
+    checkpoint_activations: bool = False,
+    blocks_per_pass: int | None = None,
+    store: Callable[[SymmetricAccumulator], SymmetricAccumulator] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Curvature:
+    """Accumulate ``A = (1/N) Σ a aᵀ`` and ``G = (1/N) Σ g gᵀ`` over the calibration data's N real tokens.
+
+    ``a`` is a linear's input at a token and ``g`` the gradient of the SUM of token cross-entropies with respect to
+    its output there, so that neither depends on the batch size (LLM Surgeon, van der Ouderaa et al., ICLR 2024,
+    sec. 3.1). One forward and one backward pass per batch, in evaluation mode, without any weight gradient.
+    Padded positions count for nothing. Linears that share an input share ``A``.
+
+    Args:
+        batch_size: sequences per pass.
+        fisher: ``"empirical"`` takes the data's next tokens as labels, ``"sampled"`` draws a label from the
+            model's own distribution at every real position.
+        seed: of the sampled labels.
+        gradients: without them only ``A`` and the loss are computed, by forward passes alone.
+        checkpoint_activations: keep only each decoder block's input and run the block again in the backward pass: a
+            third more work for a fraction of the memory.
+        blocks_per_pass: decoder blocks whose factors are accumulated in one pass over the data, in as many passes as
+            that takes; all of them in one where left out. A pass goes back only as far as its first block.
+        store: where a block's sums go when its pass is over (to main memory, say); they stay where left out.
+        progress: called with (batches done, batches in all) after every batch, the batches of all passes counted.
+
+    Raises:
+        InputError: the calibration data hold no next token to predict, or a token the model does not know.
+        NumericalError: NaN or infinity in a layer's inputs or gradients or in the loss; the message names the
+            place where it was first met and the batch.
+        UnsupportedModelError: a layer's output has no influence on the loss through which to differentiate.
+    """
+    if fisher not in FISHERS:
+        raise InputError(f"unknown fisher {fisher!r}: choose one of {', '.join(FISHERS)}")
+    tokens, targets = count_tokens(model, calibration)
+    batches = -(-calibration.input_ids.shape[0] // batch_size)
+    device = model.get_input_embeddings().weight.device
+    per_pass = blocks_per_pass or len(decoder.blocks)
+    passes = range(0, len(decoder.blocks), per_pass)
+    inputs: dict[str, SymmetricAccumulator] = {}
+    gradient_sums: dict[str, SymmetricAccumulator] = {}
+    total = 0.0
+    again = _checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
+    with frozen(model), evaluation_mode(model), fused(model), again, torch.set_grad_enabled(gradients):
+        for first in passes:
+            linears = [linear for linear in decoder.linears if first <= linear.depth < first + per_pass]
+            sums = _Accumulators(linears, gradients, device)
+            # Every pass draws the same labels.
+            sampler = torch.Generator(device).manual_seed(seed) if fisher == "sampled" else None
+            total = 0.0
+            start = model.get_input_embeddings() if first == 0 else decoder.blocks[first]
+            with sums.hooked(), starting_at(start) if gradients else contextlib.nullcontext():
+                for batch, (input_ids, mask) in enumerate(calibration.batches(batch_size, device), 1):
+                    sums.mask, sums.recording = mask, True
+                    logits = run_model(model, input_ids, mask).logits
+                    loss, gradient = next_token_loss(logits, input_ids, mask, sampler, with_gradient=gradients)
+                    sums.recording = False  # a block that runs again for its activations must not count again
+                    if gradient is not None:
+                        logits.register_hook(_first_on_device)
+                        logits.backward(gradient)
+                    del logits, gradient
+                    total += sums.check(loss, f"batch {batch} of {batches}")
+                    if progress is not None:
+                        progress(first // per_pass * batches + batch, len(passes) * batches)
+            for done, kept in ((inputs, sums.inputs), (gradient_sums, sums.gradients)):
+                for name in list(kept):
+                    value = kept.pop(name)  # nothing else holds it: what is stored elsewhere is freed here
+                    done[name] = value if store is None else store(value)
+                    del value
+    return Curvature(total / targets, tokens, inputs, gradient_sums)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int) -> float:
+    """Mean cross-entropy of the data's tokens under the model, nats per token, by forward passes alone.
+
+    Raises:
+        InputError: as :func:`estimate_curvature`.
+        NumericalError: the loss is NaN or infinite; the message names the first such batch.
+    """
+    _, targets = count_tokens(model, calibration)
+    device = model.get_input_embeddings().weight.device
+    losses = []
+    with evaluation_mode(model), fused(model):
+        for input_ids, mask in calibration.batches(batch_size, device):
+            losses.append(next_token_loss(run_model(model, input_ids, mask).logits, input_ids, mask)[0])
+    for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses]), 1):
+        if not finite:
+            raise NumericalError(f"NaN or infinity in the loss (batch {batch} of {len(losses)})")
+    return sum(to_list(losses)) / targets
+
+
+class _Accumulators:
+    """Sums of outer products of every linear's inputs and output gradients, filled by hooks."""
+
+    def __init__(self, linears: list[PrunableLinear], gradients: bool, device: torch.device) -> None:
+        self.mask: Tensor | None = None  # of the batch that is running
+        self.recording = True
+        self.inputs: dict[str, SymmetricAccumulator] = {}
+        self.gradients: dict[str, SymmetricAccumulator] = {}
+        self._linears = linears
+        self._reached: set[str] = set()
+        self._with_ones = {linear.input_group for linear in linears if linear.has_bias}
+        for linear in linears:
+            weight = linear.module.get_parameter("weight")
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            home = device if weight.device.type == "cpu" else weight.device  # weights may wait in main memory
+            if linear.input_group == linear.name:
+                size = linear.columns + (linear.name in self._with_ones)
+                self.inputs[linear.name] = SymmetricAccumulator.zeros(size, dtype=dtype, device=home)
+            if gradients:
+                self.gradients[linear.name] = SymmetricAccumulator.zeros(linear.rows, dtype=dtype, device=home)
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Hooks on the linears for a while."""
+        handles = [
+            linear.module.register_forward_hook(lambda _, args, y, linear=linear: self._record(linear, args[0], y))
+            for linear in self._linears
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, linear: PrunableLinear, x: Tensor, y: Tensor) -> None:
+        if not self.recording:
+            return
+        # Some models flatten [batch, length] to one dimension on the way.
+        mask = None if self.mask is None else self.mask.to(x.device).reshape(x.shape[:-1])
+        if linear.name in self.inputs:
+            ones_column = linear.name in self._with_ones
+            gram_accumulate_(self.inputs[linear.name], x.detach(), mask=mask, ones_column=ones_column)
+        if self.gradients:
+            if not y.requires_grad:
+                raise UnsupportedModelError(f"no gradient can flow through {linear.name}")
+            y.register_hook(lambda g: self._record_gradient(linear.name, g, mask))
+
+    def _record_gradient(self, name: str, g: Tensor, mask: Tensor | None) -> None:
+        self._reached.add(name)
+        gram_accumulate_(self.gradients[name], g, mask=mask)
+
+    def check(self, loss: Tensor, batch: str) -> float:
+        """The loss, after making sure that everything is finite, with one host synchronization.
+
+        Places are gone through in the order of computation (inputs forward, the loss, gradients backward), so
+        that the one named is where the trouble began.
+        """
+        for name in self.gradients:
+            if name not in self._reached:
+                raise UnsupportedModelError(f"the loss has no gradient with respect to the output of {name}")
+        self._reached.clear()
+        places = {f"the inputs of {name}": A.diagonal().sum() for name, A in self.inputs.items()}
+        places["the loss"] = loss
+        for name, G in reversed(self.gradients.items()):
+            places[f"the gradients of {name}"] = G.diagonal().sum()
+        values = dict(zip(places, to_list(list(places.values())), strict=True))
+        for place, value in values.items():
+            if not math.isfinite(value):
+                raise NumericalError(f"NaN or infinity in {place} ({batch})")
+        return values["the loss"]
+
+
+def _first_on_device(gradient: Tensor) -> None:
+    """Something small on autograd's thread: cuBLAS warns where it is the first there, without a CUDA context."""
+    gradient.new_zeros(1)
+
+
+@contextlib.contextmanager
+def starting_at(start: nn.Module) -> Iterator[None]:
+    """Gradients flow from what embeddings return, or from the hidden states that a block is given, for a while."""
+
+    def require_gradient(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (args[0] if args else kwargs["hidden_states"]).requires_grad_()
+
+    if isinstance(start, nn.Embedding):
+        # A copy: some models scale it in place, which autograd does not allow of a leaf.
+        handle = start.register_forward_hook(lambda _, args, y: y.requires_grad_().clone())
+    else:
+        handle = start.register_forward_pre_hook(require_gradient, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Blocks keep no activations but their inputs for a while; the backward pass computes the others again."""
+    own = [block.__dict__.get("forward") for block in blocks]  # normally none: the class's
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient for a while; afterwards each has its own flag back."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        uninterrupted(restore)

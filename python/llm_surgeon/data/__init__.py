@@ -1,0 +1,1 @@
+"""Text, conversations and token ids, and the calibration windows made of them."""

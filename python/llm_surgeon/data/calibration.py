@@ -1,0 +1,344 @@
+"""Token ids from text, and calibration sequences and evaluation windows from token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_surgeon.checks import require_positive_int
+from llm_surgeon.data.chat import has_template
+from llm_surgeon.data.documents import Documents
+from llm_surgeon.data.documents import read_documents as read_documents
+from llm_surgeon.data.documents import read_text as read_text
+from llm_surgeon.errors import InputError
+from llm_surgeon.report.schema import DataRecord
+from llm_surgeon.resources import require_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_logger = logging.getLogger(__name__)
+
+# Characters that are tokenized at once, for which a tokenizer takes about 150 bytes each;
+_PIECE = 2**16
+# those before a piece that are tokenized with it again, and around a cut to judge it by;
+_CONTEXT = 2**10
+# cuts that are tried before the rest of a text is taken at once, and pieces before the whole text is.
+_CUTS, _RETRIES = 64, 8
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Token sequences of one length; checked when built.
+
+    Attributes:
+        input_ids: int64 ``[samples, seqlen]`` (any integer dtype is converted).
+        attention_mask: bool ``[samples, seqlen]``, False = padding; ``None`` (also what a mask without padding
+            becomes) = every token is real.
+
+    Raises:
+        InputError: no sequences, not integers, negative ids, another shape, or fewer than two tokens in a sequence.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        ids, mask = self.input_ids, self.attention_mask
+        require_windows(ids, "calibration input_ids")
+        object.__setattr__(self, "input_ids", ids.long())
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, not {shape}")
+        mask = mask.bool()
+        short = (mask.sum(1) < 2).nonzero()
+        if len(short):
+            raise InputError(f"calibration sequence {int(short[0])} has fewer than 2 tokens that are not padding")
+        object.__setattr__(self, "attention_mask", None if bool(mask.all()) else mask)
+
+    @classmethod
+    def of(cls, value: Any) -> Calibration:
+        """``value`` as a calibration set.
+
+        Args:
+            value: a :class:`Calibration`, an integer tensor ``[samples, seqlen]``, or mappings with ``input_ids``
+                and maybe ``attention_mask``: each a row ``[T]`` or a batch ``[b, T]`` (tensors or lists, such as a
+                tokenizer or a ``DataLoader`` gives), padded here to the longest T on the right.
+        """
+        if isinstance(value, Calibration):
+            return value
+        if isinstance(value, Tensor):
+            return cls(value)
+        items = [value] if isinstance(value, Mapping) else value
+        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+            raise InputError(
+                "calibration must be a Calibration, an integer tensor [samples, seqlen] or mappings with input_ids, "
+                f"not {type(value).__name__}"
+            )
+        ids: list[Tensor] = []
+        masks: list[Tensor] = []
+        for index, item in enumerate(items):
+            if not isinstance(item, Mapping) or "input_ids" not in item:
+                raise InputError(f"calibration item {index} is not a mapping with input_ids")
+            rows = _rows(item["input_ids"], f"input_ids of calibration item {index}")
+            mask = item.get("attention_mask")
+            if mask is None:
+                mask = torch.ones_like(rows)
+            mask = _rows(mask, f"attention_mask of calibration item {index}")
+            if mask.shape != rows.shape:
+                raise InputError(f"attention_mask of calibration item {index} has another shape than its input_ids")
+            ids.extend(rows)
+            masks.extend(mask)
+        if not ids:
+            raise InputError("calibration holds no sequences")
+        pad = torch.nn.utils.rnn.pad_sequence
+        return cls(pad(ids, batch_first=True), pad(masks, batch_first=True).bool())
+
+    def counts(self) -> tuple[int, int]:
+        """Numbers of sequences and of their tokens that are not padding."""
+        real = self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return len(self.input_ids), real
+
+    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """``(input_ids, attention_mask)`` of at most ``batch_size`` sequences at a time, on ``device``, in order."""
+        for start in range(0, len(self.input_ids), batch_size):
+            part = slice(start, start + batch_size)
+            mask = None if self.attention_mask is None else self.attention_mask[part].to(device)
+            yield self.input_ids[part].to(device), mask
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The ids of the whole text, int64 ``[n]``: one BOS in front (where the tokenizer has one), no other specials.
+
+    A BOS that a chat template put in front already is that one. Long texts are tokenized piece by piece, to the same
+    ids in little memory: a piece is tokenized behind the end of the one before, whose ids are then taken off, and cut
+    where these agree in both, see :func:`_next_cut`. A text without such places is tokenized at once.
+    """
+    pieces = _pieces(text, tokenizer)
+    if pieces is None:
+        pieces = [_encode(text, tokenizer)]
+    bos = tokenizer.bos_token_id
+    if bos is not None and not (len(pieces[0]) and int(pieces[0][0]) == bos):
+        pieces.insert(0, torch.tensor([bos], dtype=torch.int32))
+    ids = torch.empty(sum(map(len, pieces)), dtype=torch.int64)
+    torch.cat(pieces, out=ids)
+    return ids
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    # verbose=False: the stream is cut into windows later, so its length deserves no warning.
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return torch.tensor(tokenizer(text, add_special_tokens=False, **options)["input_ids"], dtype=torch.int32)
+
+
+def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Tensor] | None:
+    """Ids of consecutive pieces of ``text``; ``None`` where a piece and the context it follows do not agree."""
+    pieces: list[Tensor] = []
+    start, context = 0, torch.empty(0, dtype=torch.int32)  # the piece's place and the ids of what is before it
+    while start < len(text) or not pieces:
+        behind, place = max(0, start - _CONTEXT), start + _PIECE
+        for _ in range(_RETRIES):
+            end, following = _next_cut(text, place, tokenizer)
+            ids = _encode(text[behind:end], tokenizer)
+            seen = following[len(following) // 2 :]
+            if torch.equal(ids[len(ids) - len(seen) :], seen):
+                break
+            place = end + _CONTEXT
+        else:
+            return None
+        if not torch.equal(ids[: len(context)], context):
+            return None
+        pieces.append(ids[len(context) :])
+        start, context = end, following
+    return pieces
+
+
+def _next_cut(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Tensor]:
+    """A place from ``start`` on where no token is cut, and the ids of the context before it.
+
+    Whether a token ends at a place depends on what is near it alone, for pre-tokenizers scan from left to right and
+    merges stay inside words. So it ends there if it does so in the text around it: if the ids of what is before the
+    place are the first ids of that and what is behind it. Ends and beginnings of words are tried.
+    """
+    candidates = re.compile(r"(?<=\w)(?=\s)|(?<=\s)(?=\w)").finditer(text, start, max(start, len(text) - _CONTEXT))
+    for _, match in zip(range(_CUTS), candidates, strict=False):
+        end = match.end()
+        context = _encode(text[end - _CONTEXT : end], tokenizer)
+        around = _encode(text[end - _CONTEXT : end + _CONTEXT], tokenizer)
+        if len(context) > 8 and torch.equal(around[: len(context)], context):
+            return end, context
+    return len(text), torch.empty(0, dtype=torch.int32)
+
+
+def calibration_windows(ids: Tensor, samples: int, seqlen: int, seed: int) -> Calibration:
+    """``samples`` windows of ``seqlen`` tokens of the stream ``ids``, starts drawn uniformly with ``seed``.
+
+    Raises:
+        InputError: the stream is shorter than a window, or the windows are too many for the memory.
+    """
+    require_length(ids, seqlen)
+    starts = window_starts(len(ids), samples, seqlen, seed)
+    return Calibration(ids.unfold(0, seqlen, 1)[starts])
+
+
+def window_starts(length: int, samples: int, seqlen: int, seed: int) -> Tensor:
+    """Where the windows of :func:`calibration_windows` begin in a stream of ``length`` tokens, int64 ``[samples]``."""
+    require_room(samples, seqlen)
+    return torch.randint(length - seqlen + 1, (samples,), generator=torch.Generator().manual_seed(seed))
+
+
+def require_room(samples: int, seqlen: int) -> None:
+    """Raise :class:`InputError` where ``samples`` windows of ``seqlen`` int64 tokens do not fit the memory."""
+    require_memory(8 * samples * (seqlen + 1), "cpu", f"{samples} windows of {seqlen} tokens")
+
+
+def token_stream(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
+    """Ids of the documents' text, see :func:`tokenize`, and the text's SHA-256 in hexadecimal digits.
+
+    Says in the log which field was read, and how conversations became text.
+    """
+    if documents.fields:
+        how = ""
+        if documents.chat:
+            template = has_template(tokenizer)
+            how = (
+                ", conversations by the chat template"
+                if template
+                else ", conversations as 'User: …' paragraphs, for the tokenizer has no chat template"
+            )
+        _logger.info("%r is read by its field %s%s", documents.source, ", ".join(map(repr, documents.fields)), how)
+    text = documents.text(tokenizer)
+    digest = hashlib.sha256()
+    for start in range(0, len(text), _PIECE):
+        digest.update(text[start : start + _PIECE].encode("utf-8"))
+    return tokenize(text, tokenizer), digest.hexdigest()
+
+
+def data_record(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    sha256: str,
+    ids: Tensor,
+    windows: Tensor,
+    *,
+    passes: int = 1,
+) -> DataRecord:
+    """The record of ``windows`` ``[n, seqlen]`` that were drawn from ``ids``, the tokens of ``documents``.
+
+    Says in the log where the windows go over the text more than ``passes`` times.
+    """
+    record = DataRecord(
+        documents.source,
+        documents.split,
+        sha256,
+        tokens=len(ids),
+        windows=len(windows),
+        distinct_windows=_distinct(windows),
+        seqlen=windows.shape[1],
+        field=", ".join(documents.fields) or None,
+        rendering=("chat template" if has_template(tokenizer) else "plain") if documents.chat else None,
+    )
+    if (sentence := too_little_text(record, passes)) is not None:
+        _logger.warning("%s", sentence)
+    return record
+
+
+def _distinct(windows: Tensor) -> int:
+    """How many of the int64 ``windows`` ``[n, seqlen]`` differ.
+
+    Told apart by random sums modulo 2^64, which different ones have alike once in 2^64 pairs: sorting the windows would
+    take their memory twice more.
+    """
+    limit, generator = 2**63, torch.Generator().manual_seed(0)
+    weights = torch.randint(-limit, limit - 1, (windows.shape[1],), generator=generator)
+    return len(torch.mv(windows, weights).unique())
+
+
+def too_little_text(record: DataRecord, passes: int = 1) -> str | None:
+    """A sentence where the windows hold more than ``passes`` times the tokens of the text they were drawn from."""
+    if record.windows * record.seqlen <= passes * record.tokens:
+        return None
+    return (
+        f"{record.windows} windows of {record.seqlen} tokens are drawn from the {record.tokens} tokens of "
+        f"{record.source!r}: {record.distinct_windows} distinct windows, pass more text"
+    )
+
+
+def evaluation_windows(ids: Tensor, seqlen: int) -> Tensor:
+    """The stream cut into non-overlapping windows ``[len(ids) // seqlen, seqlen]``, the tail dropped."""
+    require_length(ids, seqlen)
+    count = len(ids) // seqlen
+    return ids[: count * seqlen].view(count, seqlen)
+
+
+def positions(model: nn.Module) -> int | None:
+    """Tokens in the longest sequence that the (text part of the) model takes; ``None`` where it does not say."""
+    longest = getattr(text_config(model), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's decoder: its own, or the one inside that of a model of several modalities."""
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+
+
+def choose_seqlen(wanted: int | None, model: nn.Module) -> int:
+    """Tokens in a window: ``wanted``, or else 2048 or the model's own limit; :class:`InputError` if it takes fewer."""
+    longest = positions(model)
+    if wanted is None:
+        return min(2048, longest or 2048)
+    require_positive_int("seqlen", wanted)
+    if longest is not None and wanted > longest:
+        raise InputError(f"seqlen {wanted} is longer than the {longest} positions of the model")
+    return wanted
+
+
+def require_fit(ids: Tensor, model: nn.Module, name: str) -> None:
+    """Raise :class:`InputError` where ``ids`` ``[n, seqlen]`` hold tokens or positions that ``model`` lacks."""
+    embeddings = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    if (largest := int(ids.max())) >= embeddings:
+        raise InputError(f"{name} hold token id {largest}, and the model has {embeddings} embeddings")
+    longest = positions(model)
+    if longest is not None and ids.shape[1] > longest:
+        raise InputError(f"{name} have {ids.shape[1]} tokens, and the model has {longest} positions")
+
+
+def require_windows(ids: Any, name: str) -> None:
+    """Raise :class:`InputError` unless ``ids`` is an integer tensor of at least one row of two or more token ids."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(f"{name} must be a tensor of integers, not {kind}")
+    if ids.dim() != 2:
+        raise InputError(f"{name} must be [sequences, tokens], not of shape {tuple(ids.shape)}")
+    if not len(ids) or ids.shape[1] < 2:
+        raise InputError(f"{name} needs a sequence of at least 2 tokens, not shape {tuple(ids.shape)}")
+    if int(ids.min()) < 0:
+        raise InputError(f"{name} holds the negative token id {int(ids.min())}")
+
+
+def require_length(ids: Tensor, seqlen: int) -> None:
+    """Raise :class:`InputError` unless the stream holds a window."""
+    if len(ids) < seqlen:
+        raise InputError(
+            f"the text has {len(ids)} tokens and one sequence needs {seqlen}: pass more text or less seqlen"
+        )
+
+
+def _rows(value: Any, name: str) -> Tensor:
+    """A row ``[T]`` or a batch ``[b, T]``, a tensor or lists, as ``[b, T]`` integers."""
+    try:
+        tensor = torch.atleast_2d(torch.as_tensor(value))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is not a rectangular array of integers: {error}") from error
+    if tensor.is_floating_point() or tensor.dim() > 2:
+        raise InputError(f"{name} must be integers [T] or [b, T], not {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor.long()

@@ -1,0 +1,31 @@
+"""2:4 models stored and run packed: 9/16 of the bytes of their linears, in bf16 and fp16.
+
+    surgeon pack MODEL OUT
+
+    import llm_surgeon
+    model = AutoModelForCausalLM.from_pretrained("OUT", device_map="cuda")
+    model.generate(..., cache_implementation="static")   # compiled, in CUDA graphs: several times as fast as without
+
+Importing this package registers the format with transformers (:mod:`quantizer`). :mod:`format` says what is on disk,
+:mod:`surgeon_kernels.pack_2_4` what a packed weight is. Two options for a model on a GPU: :func:`fuse_linears` makes
+decoding faster, :func:`use_cusparselt` long prompts. Within :func:`llm_surgeon.models.fused_pointwise.fused` both are,
+as they are for a dense model; prompts gain the most.
+"""
+
+from llm_surgeon.formats.packed_2_4 import Surgeon24Config
+from llm_surgeon.formats.packed_linear import PackedLinear
+from llm_surgeon.inference.merge_packed_linears import FusedLinear, fuse_linears
+from llm_surgeon.inference.pack import pack_model, to_torch_sparse, unpack_model, use_cusparselt
+from llm_surgeon.inference.quantizer import Surgeon24Quantizer
+
+__all__ = [
+    "FusedLinear",
+    "PackedLinear",
+    "Surgeon24Config",
+    "Surgeon24Quantizer",
+    "fuse_linears",
+    "pack_model",
+    "to_torch_sparse",
+    "unpack_model",
+    "use_cusparselt",
+]

@@ -1,0 +1,104 @@
+"""Greedy decoding, one token of every sequence a step, in the ways whose speed :mod:`speed` measures."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
+
+from llm_surgeon.inference.decoding import Decoding as Decoding
+
+
+class GreedyDecoder:
+    """Greedy decoding after ``ids`` ``[batch, prompt]`` by a loop that leaves the device to itself: no step waits.
+
+    :meth:`restart` runs the prompt, :meth:`run` the steps; ``tokens`` ``[batch, 1 + new_tokens]`` is what came out.
+    ``decoding`` is any but ``generate``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, ids: Tensor, new_tokens: int, decoding: Decoding = Decoding.EAGER
+    ) -> None:
+        self._model, self._ids, self._steps = model, ids, new_tokens
+        compiled = decoding is Decoding.COMPILED
+        self._forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self._cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + new_tokens)
+        self._token = ids[:, -1:].clone()
+        self.tokens = ids.new_zeros(ids.shape[0], 1 + new_tokens)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.restart()
+        if decoding is Decoding.GRAPH or (compiled and ids.is_cuda):
+            self._capture()
+
+    def restart(self) -> None:
+        self._cache.reset()
+        output = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._token.copy_(output.logits[:, -1:].argmax(-1))
+        self.tokens[:, :1] = self._token
+
+    def run(self) -> None:
+        for position in range(1, 1 + self._steps):
+            if self._graph is None:
+                self._step()
+            else:
+                self._graph.replay()
+            self.tokens[:, position : position + 1] = self._token
+
+    def _step(self) -> None:
+        output = self._forward(input_ids=self._token, past_key_values=self._cache, use_cache=True)
+        self._token.copy_(output.logits[:, -1:].argmax(-1))
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream(self._ids.device)
+        stream.wait_stream(torch.cuda.current_stream(self._ids.device))
+        with torch.cuda.stream(stream):
+            self._step()  # what is made lazily must be there before the capture
+        torch.cuda.current_stream(self._ids.device).wait_stream(stream)
+        self.restart()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._graph = graph
+
+
+def generate_seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds that ``model.generate`` with a static cache takes to the logits after the prompt, and from there on for
+    ``new_tokens`` steps."""
+    clock = _Clock(ids, new_tokens)
+    length: dict[str, Any] = {"min_new_tokens": 1 + new_tokens, "max_new_tokens": 1 + new_tokens}
+    wait(ids.device)
+    begun = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        pad_token_id=0,  # no sequence ends early
+        cache_implementation="static",
+        logits_processor=LogitsProcessorList([clock]),
+        **length,
+    )
+    first, last = clock.times[0], clock.times[-1]
+    return first - begun, last - first
+
+
+class _Clock(LogitsProcessor):
+    """Notes when the logits after the prompt and those of the last step are there."""
+
+    def __init__(self, ids: Tensor, new_tokens: int) -> None:
+        self._lengths = (ids.shape[1], ids.shape[1] + new_tokens)
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] in self._lengths:
+            wait(scores.device)
+            self.times.append(time.perf_counter())
+        return scores
+
+
+def wait(device: torch.device) -> None:
+    """Until the work that ``device`` was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

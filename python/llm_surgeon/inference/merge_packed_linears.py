@@ -1,0 +1,122 @@
+"""Packed layers that read the same input, such as q, k and v, or gate and up, computed by one launch.
+
+One large product fills a GPU better than several small ones, and decoding is a long chain of small ones. The modules
+stay as they are: the first of a group to be called computes the outputs of all, and the others, called next with the
+very same tensor, take theirs. A layer that finds no output waiting computes its own, and so does every layer of a long
+prompt, which fills a GPU anyway. Nothing changes on disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.formats.packed_linear import PackedLinear, frozen, tune_once
+from llm_surgeon.inference.pack import packed_linears
+from llm_surgeon.models.shared_inputs import shared_inputs
+from surgeon_kernels import Packed24
+from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
+from surgeon_kernels.sparse24.linear_2_4_layout import UNIT_ROWS
+
+if TYPE_CHECKING:  # it would bring transformers' models, which bring this: see _registration.py
+    from transformers import PreTrainedModel
+
+# Tokens from which a layer alone is as fast as its share of the group, and leaves its outputs contiguous.
+_ALONE_FROM = 1024
+_numbers = itertools.count(1)
+
+
+class _Waiting:
+    """Input, its version, number of the group and outputs of the group whose first layer was called last."""
+
+    entry: tuple[Tensor, int | None, int, Tensor] | None = None
+
+
+_waiting = _Waiting()
+
+
+class FusedLinear(PackedLinear):
+    """A layer of a group; the first one's ``fragments`` hold the weights of all, the others' are views of them.
+
+    Once it is moved, cast or loaded anew it is an ordinary :class:`PackedLinear` again.
+    """
+
+    group = 0  # none
+    group_rows = 0
+    first_row = 0
+    last = False
+
+    @property
+    def packed(self) -> Packed24:
+        if self.fragments is None:
+            return super().packed
+        return self._own(self.fragments).packed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        fragments = self.fragments
+        if not self.group or fragments is None:
+            return super().forward(x)
+        if x.numel() >= _ALONE_FROM * self.in_features:
+            return linear_2_4(x, self._own(fragments))
+        # A tensor written to in between is another input. torch.compile traces no versions.
+        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        if self.first_row == 0:
+            outputs = linear_2_4(x, self._kernel_weight(fragments)._replace(rows=self.group_rows, compressed=None))
+            _waiting.entry = x, version, self.group, outputs
+        else:
+            entry = _waiting.entry
+            if entry is None or entry[0] is not x or entry[1] != version or entry[2] != self.group:
+                return linear_2_4(x, self._own(fragments))
+            outputs = entry[3]
+            if self.last:
+                _waiting.entry = None
+        return outputs[..., self.first_row : self.first_row + self.out_features]
+
+    def _own(self, fragments: Tensor) -> Linear24Weight:
+        """This layer's weight; ``fragments`` of the first layer go on with those of the others."""
+        return self._kernel_weight(fragments[: -(-self.out_features // UNIT_ROWS)])
+
+    def _set_packed(self, packed: Packed24) -> None:
+        super()._set_packed(packed)
+        self.group = 0
+
+
+def fuse_linears(model: PreTrainedModel) -> list[list[str]]:
+    """Let one launch compute the packed layers without biases that are called one after the other with one input.
+
+    Which ones these are, a forward pass over two tokens shows. Outputs may differ in rounding from those of the
+    layers alone, as a product of another size can be summed in another order. Layers that have no kernel (not on
+    CUDA, say) stay as they are. A model to be compiled must not write to the input between two layers of a group.
+
+    Returns:
+        The names of the layers of each group.
+    """
+    names = {layer: name for name, layer in packed_linears(model)}
+    fused = []
+    for group in filter(_can_be_fused, shared_inputs(model, names)):
+        together = Packed24(*map(torch.cat, zip(*(layer.packed for layer in group), strict=True)))
+        prepared = prepare_2_4(together)
+        tune_once(prepared)
+        number, row = next(_numbers), 0
+        for layer in group:
+            rows = prepared.fragments[row // UNIT_ROWS : -(-(row + layer.out_features) // UNIT_ROWS)]
+            layer.__class__ = FusedLinear
+            assert isinstance(layer, FusedLinear)
+            layer.fragments = frozen(rows if row else prepared.fragments)
+            layer.group, layer.group_rows, layer.first_row = number, prepared.rows, row
+            layer.last = layer is group[-1]
+            row += layer.out_features
+        fused.append([names[layer] for layer in group])
+    return fused
+
+
+def _can_be_fused(layers: list[PackedLinear]) -> bool:
+    if len(set(layers)) < max(2, len(layers)):  # one alone, or one called twice
+        return False
+    if any(layer.fragments is None or layer.bias is not None or getattr(layer, "group", 0) for layer in layers):
+        return False
+    kinds = {(layer.in_features, layer.packed.values.dtype, layer.packed.values.device) for layer in layers}
+    return len(kinds) == 1 and not any(layer.out_features % UNIT_ROWS for layer in layers)

@@ -1,0 +1,154 @@
+"""Fused forms of what a decoder computes between its linears, put into a model for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_surgeon.formats.packed_linear import PackedLinear
+from surgeon_kernels import rms_norm, rotary, swiglu
+
+_ROTARY = "apply_rotary_pos_emb"
+_LINEARS = ("gate_proj", "up_proj", "down_proj")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Classes and functions that have been tried, and whether they compute what they look like.
+_verdicts: dict[Any, bool] = {}
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """RMS norms, SwiGLU feed-forward layers and rotary embeddings run as one kernel each, forward and backward.
+
+    A part is replaced where it is built like one of these three and computes the same, which is tried on a few
+    numbers. Every other part, and any module whose ``forward`` somebody has replaced already, runs as it is. Linear
+    layers are called as before: hooks on them see what they saw. A rotary embedding is a function of the module that
+    defines the model's class, and so replaced for all models of that class. Afterwards everything is as it was.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if "forward" in vars(module):
+                continue
+            if is_rms_norm(module):
+                forward = functools.partial(_rms_norm, module)
+            elif is_swiglu(module):
+                forward = functools.partial(_swiglu, module)
+            else:
+                continue
+            stack.callback(vars(module).pop, "forward", None)  # before the change: interrupts come at any time
+            module.forward = forward
+        for source in {sys.modules.get(type(module).__module__) for module in model.modules()}:
+            if is_rotary(getattr(source, _ROTARY, None)):
+                _replace_rotary(source, stack)
+        yield
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether ``module`` computes :func:`surgeon_kernels.rms_norm` with its weight and epsilon."""
+    weight = module._parameters.get("weight")
+    if list(module._parameters) != ["weight"] or weight is None or weight.ndim != 1 or module._modules:
+        return False
+    if not isinstance(_epsilon(module), float) or not _takes_one_tensor(module):
+        return False
+    if type(module) not in _verdicts:
+        probe = _shallow_copy(module, _parameters={"weight": nn.Parameter(_numbers(len(weight)))})
+        _verdicts[type(module)] = _agree(type(module).forward, _rms_norm, probe, 3.0 * _numbers(2, len(weight)))
+    return _verdicts[type(module)]
+
+
+def is_swiglu(module: nn.Module) -> bool:
+    """Whether ``module`` computes ``down_proj(silu(gate_proj(x)) ∘ up_proj(x))``."""
+    if module._parameters or set(module._modules) != {*_LINEARS, "act_fn"} or not _takes_one_tensor(module):
+        return False
+    if not all(isinstance(module._modules[name], (nn.Linear, PackedLinear)) for name in _LINEARS):
+        return False
+    activation = module._modules["act_fn"]
+    if activation is None or activation._parameters or any(getattr(activation, hooks) for hooks in _HOOKS):
+        return False  # the activation is not called on its own any more: a hook would miss it
+    key = type(module), type(activation)
+    if key not in _verdicts:
+        small = dict(zip(_LINEARS, (_linear(4, 6, 0.5), _linear(4, 6, 0.9), _linear(6, 4, 0.7)), strict=True))
+        probe = _shallow_copy(module, _modules={**module._modules, **small})
+        _verdicts[key] = _agree(type(module).forward, _swiglu, probe, 3.0 * _numbers(5, 4))
+    return _verdicts[key]
+
+
+def is_rotary(function: Any) -> bool:
+    """Whether ``function(q, k, cos, sin)`` computes :func:`surgeon_kernels.rotary` of ``q`` and ``k``."""
+    if not callable(function):
+        return False
+    if function not in _verdicts:
+        _verdicts[function] = _rotates(function)
+    return _verdicts[function]
+
+
+def _rotates(function: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    names = list(inspect.signature(function).parameters.values())
+    if [p.name for p in names[:4]] != ["q", "k", "cos", "sin"] or any(p.default is p.empty for p in names[4:]):
+        return False
+    q, k = _numbers(1, 2, 3, 4), 2.0 * _numbers(1, 1, 3, 4)
+    cos, sin = 1.5 * _numbers(1, 3, 4), 0.3 - _numbers(1, 3, 4)
+    theirs = function(q, k, cos, sin)
+    return all(torch.allclose(theirs[i], rotary(x, cos, sin), rtol=1e-5, atol=1e-6) for i, x in enumerate((q, k)))
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, _epsilon(module))
+
+
+def _swiglu(module: Any, x: Tensor) -> Tensor:
+    return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+
+
+def _replace_rotary(source: ModuleType | None, stack: contextlib.ExitStack) -> None:
+    original: Callable[..., tuple[Tensor, Tensor]] = getattr(source, _ROTARY)
+
+    @functools.wraps(original)
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        # Some functions also rotate a part of each head only, or take other layouts: those calls are theirs.
+        if args or options or q.dim() != 4 or cos.dim() != 3 or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+            return original(q, k, cos, sin, *args, **options)
+        return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    stack.callback(setattr, source, _ROTARY, original)
+    setattr(source, _ROTARY, both)
+
+
+def _epsilon(module: Any) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    return len(inspect.signature(type(module).forward).parameters) == 2  # itself and x
+
+
+def _agree(theirs: Callable[..., Tensor], ours: Callable[..., Tensor], module: nn.Module, x: Tensor) -> bool:
+    with torch.no_grad():
+        return torch.allclose(theirs(module, x), ours(module, x), rtol=1e-5, atol=1e-6)
+
+
+def _shallow_copy(module: nn.Module, **attributes: dict[str, Any]) -> nn.Module:
+    """``module`` with other parameters or children; called by its class's forward, no hook notices."""
+    probe = copy.copy(module)
+    vars(probe).update(attributes)
+    return probe
+
+
+def _linear(columns: int, rows: int, scale: float) -> nn.Linear:
+    linear = nn.Linear(columns, rows, bias=False, device="meta")  # draws no random numbers
+    linear.weight = nn.Parameter(scale * _numbers(rows, columns))
+    return linear
+
+
+def _numbers(*shape: int) -> Tensor:
+    """Numbers in [-1, 1] without any pattern, on the CPU."""
+    count = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
+    return torch.sin(count.square()).view(shape)

@@ -1,0 +1,99 @@
+"""The data's cross-entropy, and its gradient with respect to the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.errors import InputError
+
+# Logits held in float32 at once.
+CHUNK = 1 << 24
+
+
+def count_tokens(model: PreTrainedModel, calibration: Calibration) -> tuple[int, int]:
+    """Numbers of real tokens and of next tokens to predict.
+
+    Raises:
+        InputError: there is no next token to predict, or a token that the model does not know.
+    """
+    input_ids, mask = calibration.input_ids, calibration.attention_mask
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    targets = int(_precedes_real(real).sum())
+    if targets == 0:
+        raise InputError("the calibration data are empty: no sequence has two tokens in a row")
+    # An output head may know fewer tokens than the embedding.
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    vocabulary, largest = min(end.weight.shape[0] for end in ends), int(input_ids.max())
+    if largest >= vocabulary:
+        raise InputError(f"the calibration data hold token {largest}, but the vocabulary has {vocabulary}")
+    return int(real.sum()), targets
+
+
+def _precedes_real(real: Tensor) -> Tensor:
+    """True where a real token is followed by a real token, bool ``[batch, length]``."""
+    out = torch.zeros_like(real)
+    out[:, :-1] = real[:, :-1] & real[:, 1:]
+    return out
+
+
+@torch.no_grad()
+def next_token_loss(
+    logits: Tensor,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    sampler: torch.Generator | None = None,
+    *,
+    with_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the data's token cross-entropies, and the gradient of the sum with respect to the logits.
+
+    The gradient, ``softmax(z) - onehot(label)`` at every position with a label, is written down instead of derived by
+    autograd: the logits are the largest tensor of all, and so only a chunk of them is ever held in float32. It is
+    written over logits that the backward pass does not need. With ``sampler`` the gradient's labels (not the loss's)
+    are drawn from the softmax, at every real position.
+    """
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    has_target = _precedes_real(real)
+    used = has_target if sampler is None else real
+    labels, has_target, used = (t.flatten().to(logits.device) for t in (input_ids.roll(-1, dims=1), has_target, used))
+    z = logits.detach().flatten(0, 1)
+    gradient = (z if _overwritable(logits) else torch.empty_like(z)) if with_gradient else None
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    loss = torch.zeros((), dtype=dtype, device=z.device)
+    tokens = max(1, CHUNK // z.shape[1])
+    for start in range(0, z.shape[0], tokens):
+        chunk = slice(start, start + tokens)
+        log_p = z[chunk].to(dtype).log_softmax(dim=1)
+        label = labels[chunk, None]
+        loss -= log_p.gather(1, label)[:, 0].masked_fill(~has_target[chunk], 0.0).sum()
+        if gradient is not None:
+            p = log_p.exp_()
+            if sampler is not None:
+                label = _sample(p, sampler)
+            p.scatter_add_(1, label, p.new_full(label.shape, -1.0))
+            gradient[chunk] = p.masked_fill_(~used[chunk, None], 0.0)
+    return loss, None if gradient is None else gradient.view_as(logits)
+
+
+def _overwritable(logits: Tensor) -> bool:
+    """Whether the logits come straight from a matrix product, whose backward pass reads only its factors.
+
+    Not where they are a view of that product (a head with a bias): autograd derives the backward step of a changed view
+    anew, and the interpreter dies when a hook is then added to it.
+    """
+    step = logits.grad_fn
+    if step is not None and step.name() == "UnsafeViewBackward0":
+        step = step.next_functions[0][0]
+    return step is not None and step.name() in ("MmBackward0", "AddmmBackward0")
+
+
+def _sample(p: Tensor, generator: torch.Generator) -> Tensor:
+    """One draw from each row of ``p`` ``[n, V]``: of V exponential clocks of rates p, the first to ring.
+
+    Unlike ``torch.multinomial`` this lets NaN through, which is then reported with the name of its layer.
+    """
+    clocks = torch.empty_like(p, device=generator.device).exponential_(generator=generator)
+    return (p / clocks.to(p.device)).argmax(dim=1, keepdim=True)

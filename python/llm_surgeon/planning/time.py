@@ -1,0 +1,80 @@
+"""How long a run takes: operations over the rates of matrix products that are measured on the spot."""
+
+from __future__ import annotations
+
+from llm_surgeon.config.prune import PruneConfig
+
+# Bytes a second at which main memory is pinned and given back, in huge pages by 16 threads: 8e9 where the machine has
+# the memory, half of that where a virtual machine grows by it. Taken once, then used again.
+PINNING_RATE = 5e9
+# Seconds in which kernels are compiled and libraries start, on a GPU.
+_START = 2.5
+# Shares of the rate of large matrix products that passes, Gram matrices and factorisations reach.
+_PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.72, 0.65
+# What the joint solver takes to one per cent of the optimum (8 to 11 with Llamas, 19 to 21 with an OPT), and how much
+# faster than float32 it multiplies on a GPU.
+_SOLVER_ITERATIONS, _HALF_SPEED = 12, 10.5
+# Products in full precision by which it checks its result, and how much slower than in the iterations they are.
+_SOLVER_CHECKS, _CHECK_COST = 2, 3.0
+# Products of a further round of exchanges: its iterations, its start and its solution, and as long as three take to
+# choose.
+_ROUND_PRODUCTS = 9
+# Forward passes over all data that a gradient step costs: three over seven eighths, six over what is held out.
+_STEP_PASSES = 27 / 8
+
+
+def run_seconds(
+    config: PruneConfig,
+    sizes: list[tuple[int, int]],
+    factors: list[int],
+    *,
+    head: int,
+    held_out: int,
+    forward_passes: int,
+    backward_passes: float,
+    backward_cost: int,
+    transfer: float,
+    rates: tuple[float, float],
+    on_gpu: bool,
+    inverted_once: bool,
+) -> float:
+    """Seconds of all shots, with P weights of the linears and the output head, N tokens, n the factors' sizes::
+
+        shots * (2 P N for every pass + N sum(n²) for the factors, the half that is computed
+                 + sum(n³) for inverses and 2/3 sum(n³) for their diagonals before + the solver's products;
+                   for rows and columns the diagonals and three products)
+        + 2 P N for the final loss, and for the share of N that is held out twice; some seconds before a GPU runs
+
+    A pass takes no less time than the weights that are streamed meanwhile.
+
+    Args:
+        sizes: ``(R, C')`` of every linear; head: weights of the output head; held_out: windows.
+        forward_passes, backward_passes: through the data in a shot; backward ones may go back a part of the way.
+        backward_cost: of a backward pass, in forward ones.
+        transfer: seconds in which a pass's weights are streamed.
+        rates: operations per second of matrix products in the model's dtype, and in float32.
+        inverted_once: the inverses are computed with their diagonals.
+    """
+    assert config.seqlen is not None and config.shots is not None and config.exchanges is not None
+    tokens = config.samples * config.seqlen
+    half, single = rates
+    forward = 2 * (sum(R * C for R, C in sizes) + head) * tokens / (half * _PASS_EFFICIENCY)
+    seconds = forward_passes * max(forward, transfer) + backward_passes * max(backward_cost * forward, transfer)
+    seconds += tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
+    if config.method == "surgeon":
+        singly = config.pattern.single_weights
+        times = 2 / 3 if not singly else 1 if inverted_once else 5 / 3
+        seconds += times * sum(n**3 for n in factors) / (single * _FACTORISATION_EFFICIENCY)
+        products = sum(2 * R * C * (R + C) for R, C in sizes)
+        faster, checks = (_HALF_SPEED, _SOLVER_CHECKS * _CHECK_COST) if on_gpu else (1.0, _SOLVER_CHECKS)
+        if not singly:
+            seconds += 3 * products / (single * faster)
+        elif config.update == "joint":
+            iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
+            # A first solution for the exchanges; each of their further rounds; the solution.
+            rounds = (iterations + (config.exchanges - 1) * _ROUND_PRODUCTS) if config.exchanges else 0
+            # A gradient step: forward, twice as much backward, losses of what is held out, and a direction.
+            product = products / (single * faster)
+            seconds += config.gradient_steps * (_STEP_PASSES * forward + (iterations + checks) * product)
+            seconds += (rounds + iterations + checks) * product
+    return config.shots * seconds + (1 + 2 * held_out / config.samples) * max(forward, transfer) + _START * on_gpu

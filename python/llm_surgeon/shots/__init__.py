@@ -1,0 +1,1 @@
+"""Pruning in several shots: estimate, select, update, again."""

@@ -1,0 +1,1 @@
+"""Coupled dimensions of a model, found by probing it."""

@@ -1,0 +1,258 @@
+"""Removal of whole decoder blocks: the cheapest by measured loss, one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
+from llm_surgeon.curvature.estimate import mean_loss
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.errors import InputError, UnsupportedModelError
+from llm_surgeon.methods.select import Selection
+from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.progress import Progress
+from llm_surgeon.report.schema import ShotReport
+from llm_surgeon.shots.weights import ShotLoop
+from llm_surgeon.structures.find.residual import find_ends
+from llm_surgeon.structures.importance import line_importance, weight_gradients
+from llm_surgeon.structures.reconstruct import reconstruct
+from llm_surgeon.structures.remove.groups import probe_logits, undone, verified
+
+
+class BlockLoop(ShotLoop):
+    """Removes whole blocks, one per shot, as long as each brings the weights that are gone nearer to the sparsity.
+
+    With ``importance="kronecker"`` a block's cost is the rise of the calibration loss without it, measured by a
+    forward pass for every block still there: a block is no small perturbation that curvature could tell of. The other
+    importances are those of its weights, summed. Of blocks of several sizes the cheapest per weight goes. With
+    ``reconstruct`` the blocks that stay take over, by least squares, what a linear map can of those that go.
+    """
+
+    def __init__(
+        self, model: Any, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
+    ) -> None:
+        self._count = reachable_blocks(model, decoder, config)
+        super().__init__(model, decoder, calibration, config, progress)
+
+    def _run(self) -> None:
+        config = self.config
+        if config.reconstruct:
+            self._writers = {writer.kind for writer in find_ends(self.model, self.decoder)[1]}
+        self.removed: list[int] = []
+        self.progress.shots(self._count)
+        while self._candidates():
+            self.progress.shot(len(self.removed) + 1)
+            self._shot(len(self.removed) + 1)
+        if config.reconstruct:
+            with self._phase("reconstruction", self.reports[-1].seconds):
+                self._reconstruct()
+        with self._as_pruned():
+            self._record_loss_after(self.reports[-1], mean_loss(self.model, self.calibration, self.batch_size))
+
+    def _as_pruned(self) -> AbstractContextManager[None]:
+        return skipped(self.decoder.blocks, self.removed)
+
+    def finish(self) -> None:
+        """Take the blocks out of the model."""
+        remove_blocks(self.model, self.decoder, self.removed)
+
+    def _candidates(self) -> list[int]:
+        """Blocks that may go next and leave enough to go on with: at equal distances more goes, in any case a block."""
+        weights = block_weights(self.decoder)
+        left = [d for d in range(len(weights)) if d not in {*self.removed, *self.config.skipped_layers}]
+        assert self.config.sparsity is not None
+        missing = self.config.sparsity * sum(weights) - sum(weights[depth] for depth in self.removed)
+        nearer = [d for d in left if abs(missing - weights[d]) <= abs(missing) * (1 + 1e-9)]
+        if len(self.removed) == len(weights) - 1:
+            return []
+        if not nearer:
+            return [] if self.removed else [min(left, key=lambda depth: weights[depth])]
+        enough = [d for d in nearer if not _out_of_reach(missing - weights[d], weights, set(left) - {d}, self.config)]
+        return enough or nearer
+
+    def _shot(self, index: int) -> None:
+        seconds: dict[str, float] = {}
+        left, weights = self._candidates(), block_weights(self.decoder)
+        with self._phase("selection", seconds):
+            with skipped(self.decoder.blocks, self.removed):
+                loss = mean_loss(self.model, self.calibration, self.batch_size)
+                costs = self._costs(left, loss)
+            chosen = min(left, key=lambda depth: costs[depth] / weights[depth])
+            self.removed.append(chosen)
+            after = costs[chosen] if self.config.importance == "kronecker" else None
+        for position, linear in enumerate(self.decoder.linears):
+            if linear.depth == chosen:
+                everything = torch.ones_like(self.selections[position].pruned)
+                self.selections[position] = Selection.of_rows_columns(everything[:, 0], everything[0])
+        gone = self._sparsity()
+        self.reports.append(ShotReport(index, gone, gone, loss_before=loss, predicted_increase=after, seconds=seconds))
+        if index > 1:
+            self._record_loss_after(self.reports[-2], loss)
+
+    def _reconstruct(self) -> None:
+        self._before_update()
+        reconstruct(
+            self.model,
+            self.decoder,
+            self.decoder.blocks,
+            self._writers,
+            self.calibration,
+            damping=self.config.damp_a,
+            batch_size=self.batch_size,
+            skipped=self.removed,
+            progress=self.progress.step,
+        )
+
+    def _costs(self, left: list[int], loss: float) -> dict[int, float]:
+        importance = self.config.importance
+        costs = {}
+        if importance == "kronecker":
+            for done, depth in enumerate(left):
+                self.progress.step(done, len(left), f"block {depth}")
+                with skipped(self.decoder.blocks, [*self.removed, depth]):
+                    costs[depth] = mean_loss(self.model, self.calibration, self.batch_size) - loss
+            return costs
+        if importance == "random":
+            generator = torch.Generator().manual_seed(self.config.seed + len(self.removed))
+            return dict(zip(left, torch.rand(len(left), generator=generator).tolist(), strict=True))
+        gradients = None
+        linears = [linear for linear in self.decoder.linears if linear.depth in left]
+        if importance in GRADIENT_IMPORTANCES:
+            weights = [linear.module.get_parameter("weight") for linear in linears]
+            gradients = weight_gradients(self.model, weights, self.calibration, self.progress.step)
+        costs = dict.fromkeys(left, 0.0)
+        for linear in linears:
+            costs[linear.depth] += float(line_importance(linear, importance, gradients, dim=1).sum())
+        return costs
+
+
+def block_weights(decoder: Decoder) -> list[int]:
+    """Weights of the linears of each block."""
+    weights = [0] * len(decoder.blocks)
+    for linear in decoder.linears:
+        weights[linear.depth] += linear.rows * linear.columns
+    return weights
+
+
+def _out_of_reach(missing: float, weights: list[int], left: set[int], config: PruneConfig) -> bool:
+    """Whether the blocks ``left`` hold fewer than the ``missing`` weights; one of all blocks must stay."""
+    free = [weights[depth] for depth in left]
+    most = sum(free) - (0 if config.skip_layers else min(free, default=0))
+    return missing - most > min(weights) / 2
+
+
+def count_blocks(decoder: Decoder, config: PruneConfig) -> int:
+    """How many blocks go: the number nearest to the sparsity, and one at least; about so many if their sizes differ.
+
+    Raises:
+        InputError: ``config`` cannot be met.
+    """
+    assert config.sparsity is not None
+    blocks, weights = len(decoder.blocks), block_weights(decoder)
+    if config.skipped_layers and max(config.skipped_layers) >= blocks:
+        raise InputError(f"skip_layers names block {max(config.skipped_layers)}, and the model has {blocks}")
+    count = max(1, math.floor(config.sparsity * blocks + 0.5))
+    if len(set(weights)) > 1:  # not their number matters
+        free = set(range(blocks)) - config.skipped_layers
+        missed = not free or _out_of_reach(config.sparsity * sum(weights), weights, free, config)
+        count = blocks if missed else min(count, max(1, len(free) - (not config.skip_layers)))
+    if config.skip_layers and blocks - len(config.skipped_layers) < count:
+        raise InputError(f"sparsity {config.sparsity:g} cannot be met while blocks {config.skip_layers} stay")
+    if count >= blocks:
+        stay = f"one of {blocks} blocks" if blocks > 1 else "its only block"
+        raise InputError(f"sparsity {config.sparsity:g} would empty the model: {stay} must stay")
+    return count
+
+
+def reachable_blocks(model: PreTrainedModel, decoder: Decoder, config: PruneConfig) -> int:
+    """:func:`count_blocks`, once it was tried that the model can go without one.
+
+    Raises:
+        InputError: ``config`` cannot be met. UnsupportedModelError: the model cannot be shorter.
+    """
+    count = count_blocks(decoder, config)
+    if config.reconstruct:
+        try:
+            find_ends(model, decoder)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}; blocks can be removed with reconstruct false") from error
+    first = next(depth for depth in range(len(decoder.blocks)) if depth not in config.skipped_layers)
+    with undone(model):
+        remove_blocks(model, decoder, [first])
+    return count
+
+
+def remove_blocks(model: PreTrainedModel, decoder: Decoder, removed: list[int]) -> None:
+    """Take decoder blocks out of ``model``: the list, the blocks' own numbers, and the configuration.
+
+    Raises:
+        NumericalError: the shorter model computes something else than the model that skips the blocks.
+        UnsupportedModelError: it does not run, or cannot be loaded. The model is as it was in both cases.
+    """
+    with skipped(decoder.blocks, removed):
+        before = probe_logits(model)
+    blocks = len(decoder.blocks)
+    kept = [depth for depth in range(blocks) if depth not in removed]
+    name = decoder.linears[0].name.removesuffix(f".{decoder.linears[0].depth}.{decoder.linears[0].kind}")
+    numbers = _numbers(decoder.blocks)
+    message = "the shorter model's logits differ from those of the model that skips the blocks"
+    with verified(model, before, message):
+        config: Any = model.config
+        changes = [
+            {key: getattr(config.per_layer_config[depth], key) for key in config.per_layer_attributes or ()}
+            for depth in kept
+        ]
+        if config.per_layer_attributes:
+            config.per_layer_config = None
+        for key, value in list(vars(config).items()):
+            # One entry for each block: their types.
+            if isinstance(value, list) and len(value) == blocks and not key.endswith("_token_id"):
+                setattr(config, key, [value[depth] for depth in kept])
+        config.num_hidden_layers = len(kept)
+        if any(changes):
+            config.per_layer_config = dict(enumerate(changes))
+        modules = getattr(config, "pruned_modules", {})
+        if modules:
+            config.pruned_modules = {str(n): modules[str(d)] for n, d in enumerate(kept) if str(d) in modules}
+        for position, depth in enumerate(kept):
+            for module in decoder.blocks[depth].modules():
+                for key in numbers & vars(module).keys():
+                    if vars(module)[key] == depth:
+                        vars(module)[key] = position
+        blocks_left: Any = model.get_submodule(name)
+        for depth in sorted(removed, reverse=True):
+            del blocks_left[depth]
+
+
+def _numbers(blocks: list[nn.Module]) -> set[str]:
+    """Names of attributes that hold a block's depth: transformers' own, and whole numbers that are it in all blocks."""
+    found: dict[str, set[tuple[int, int]]] = {}
+    for depth, block in enumerate(blocks):
+        for module in block.modules():
+            for key, value in vars(module).items():
+                if type(value) is int:
+                    found.setdefault(key, set()).add((depth, value))
+    return {"layer_idx"} | {key for key, pairs in found.items() if pairs == {(n, n) for n in range(len(blocks))}}
+
+
+@contextmanager
+def skipped(blocks: list[nn.Module], removed: list[int]) -> Iterator[None]:
+    """Blocks pass their input on, for a while."""
+
+    def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
+
+    handles = [blocks[depth].register_forward_hook(forward, with_kwargs=True) for depth in removed]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""What is zero, taken out of a model."""

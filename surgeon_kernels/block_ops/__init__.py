@@ -1,0 +1,1 @@
+"""Pointwise parts of decoder blocks, each as one kernel."""

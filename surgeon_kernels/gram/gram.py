@@ -1,0 +1,156 @@
+"""Gram accumulation: the sums of outer products that curvature factors are made of."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from surgeon_kernels.gram.plan import GramConfig, choose
+from surgeon_kernels.gram.symmetric import SymmetricAccumulator
+from surgeon_kernels.gram.symmetric_layout import add_gram_reference_
+from surgeon_kernels.runtime.half_products import addmm_half_
+from surgeon_kernels.runtime.triton_support import has_kernels
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def gram_accumulate_(
+    out: Tensor | SymmetricAccumulator,
+    x: Tensor,
+    *,
+    mask: Tensor | None = None,
+    alpha: float = 1.0,
+    ones_column: bool = False,
+) -> Tensor | SymmetricAccumulator:
+    """Add the Gram matrix of the rows of ``x`` to ``out``, in place::
+
+        out += alpha * Σ_n mask_n x̃_n x̃_nᵀ,    x̃_n = x_n, or [x_n, 1] with ones_column
+
+    On CUDA devices with a tuned configuration a Triton kernel computes the lower triangle only and adds it to ``out``
+    in the same pass, reading ``x`` where it lies. Rows that are not aligned to 16 bytes or have a mask are copied
+    first, at the speed of memory, because the kernel's operands go from memory to the tensor cores without passing
+    through registers, where they could be masked. The copy takes the column of ones along; without one, its products
+    are sums of columns. Small products are cuBLAS's (:func:`surgeon_kernels.gram.plan.choose` is the rule). The same
+    inputs give the same bits.
+
+    Args:
+        out: symmetric ``[C', C']``, float32 or float64, ``C' = C + ones_column``: a tensor, or a
+            :class:`SymmetricAccumulator`, which takes half the memory and is the faster one.
+        x: rows ``[..., C]`` of any leading shape and strides, any floating dtype.
+        mask: bool ``[...]``, the leading shape of ``x``; rows where it is False (padding) count for nothing,
+            whatever they hold.
+        alpha: scale of the sum.
+        ones_column: append a constant 1 to every row: the input that a bias multiplies.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check(out, x, mask, ones_column)
+    rows, mask = _rows(x, mask)
+    tokens, columns = rows.shape
+    target, packed = (out.storage, out.packed) if isinstance(out, SymmetricAccumulator) else (out, False)
+    if tokens == 0 or columns + ones_column == 0:
+        return out
+    config = kernel_config(target, rows, packed, ones_column)
+    if config is not None:
+        _accumulate_with_kernel(target, rows, mask, float(alpha), ones_column, config, packed)
+        if out is target:
+            from surgeon_kernels.gram.symmetric_triton import mirror_
+
+            mirror_(target)
+        return out
+    rows = _prepare(rows, mask, ones_column)
+    if rows.requires_grad:
+        rows = rows.detach()  # results are written to out, which autograd does not follow
+    if packed:
+        add_gram_reference_(target, rows, alpha)
+    elif rows.is_cuda and rows.dtype in _HALF and target.dtype == torch.float32:
+        # Half-precision products are exact in float32: the tensor cores read x as it is, no upcast copy.
+        addmm_half_(target, rows.T, rows, alpha=alpha)
+    else:
+        gram_reference_(target, rows, alpha)
+    return out
+
+
+def gram_reference_(out: Tensor, rows: Tensor, alpha: float) -> Tensor:
+    """``out += alpha * rowsᵀ rows`` computed in ``out``'s dtype; ``rows`` is ``[N, C']``."""
+    rows = rows.to(out.dtype)
+    return out.addmm_(rows.T, rows, alpha=alpha)
+
+
+def kernel_config(target: Tensor, rows: Tensor, packed: bool, ones_column: bool = False) -> GramConfig | None:
+    """The Triton kernel's configuration for these operands, None where PyTorch computes the product."""
+    if not (rows.is_cuda and has_kernels()) or target.stride(-1) != 1:
+        return None
+    tokens, columns = rows.shape
+    major, processors = _properties(rows.device)
+    return choose(columns, tokens, rows.dtype, target.dtype, major, packed, ones_column, processors)
+
+
+@functools.cache
+def _properties(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count
+
+
+def _accumulate_with_kernel(
+    target: Tensor, rows: Tensor, mask: Tensor | None, alpha: float, ones_column: bool, config: GramConfig, packed: bool
+) -> None:
+    """Adds to the lower triangle of ``target``."""
+    from surgeon_kernels.gram import gram_rows_triton, gram_triton
+
+    tokens, columns = rows.shape
+    unaligned = columns * rows.element_size() % 16 > 0
+    if mask is not None or not gram_triton.readable(rows) or (ones_column and (unaligned or not packed)):
+        rows = gram_rows_triton.gather_rows(rows, mask, ones_column=ones_column)[:, : columns + ones_column]
+        columns += ones_column
+    elif ones_column:
+        # Cheaper than a copy of a large matrix, and the product need not be wider than x.
+        gram_rows_triton.add_column_sums_(target, rows, alpha)
+    gram_triton.accumulate_(
+        target, rows, alpha, gram_triton.plan(columns, tokens, rows.dtype, packed, config, rows.device)
+    )
+
+
+def _prepare(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:
+    """Masked rows with their ones for PyTorch's product: ``[N, C']``."""
+    if mask is not None:
+        # Filled, not indexed: indexing by a mask would wait for the device.
+        rows = rows.masked_fill(~mask[:, None], 0.0)
+    if ones_column:
+        ones = rows.new_ones(len(rows), 1) if mask is None else mask[:, None].to(rows.dtype)
+        rows = torch.cat([rows, ones], dim=1)
+    return rows
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``x`` as ``[N, C]`` and the mask as ``[N]``, in the order of memory: of any order, this one needs no copy."""
+    if x.dim() == 2:
+        return x, mask
+    if x.is_contiguous() and (mask is None or mask.is_contiguous()):
+        return x.view(x.shape[:-1].numel(), x.shape[-1]), None if mask is None else mask.view(-1)
+    strides = x.stride()
+    leading = sorted(range(x.dim() - 1), key=lambda d: -strides[d])
+    rows = x.permute(*leading, -1).reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows, None if mask is None else mask.permute(leading).reshape(-1)
+
+
+def _check(out: Tensor | SymmetricAccumulator, x: Tensor, mask: Tensor | None, ones_column: bool) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor [..., C], not {x.dtype} {list(x.shape)}")
+    size = x.shape[-1] + ones_column
+    shape = (out.n, out.n) if isinstance(out, SymmetricAccumulator) else out.shape
+    if shape != (size, size) or out.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"out must be float32 or float64 [{size}, {size}] for x {list(x.shape)}, not {out.dtype} {list(shape)}"
+        )
+    if x.device != out.device or (mask is not None and mask.device != x.device):
+        places = ", ".join(str(t.device) for t in (out, x, mask) if t is not None)
+        raise ValueError(f"out, x and mask must be on one device, not {places}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
+        raise ValueError(f"mask must be bool {list(x.shape[:-1])}, not {mask.dtype} {list(mask.shape)}")

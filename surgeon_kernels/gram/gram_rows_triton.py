@@ -1,0 +1,112 @@
+"""What goes with a Gram product: rows copied to where it can read them, and the products with a column of ones."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from surgeon_kernels.gram.symmetric_triton import column_offsets, row_offsets
+from surgeon_kernels.runtime.launch import kind, launch, on_device
+
+# Blocks that are copied and summed, and programs that share the rows of a sum: enough to keep a GPU's memory busy.
+_COPIED_ROWS, _COPIED_COLUMNS = 16, 256
+_SUMMED_ROWS, _SUMMED_COLUMNS = 32, 128
+_SUM_PROGRAMS = 1024
+_MAX_SHARES = 64
+
+
+@triton.jit(do_not_specialize=["tokens", "columns"])
+def gather_rows_kernel(
+    x, mask, target, tokens, columns, row_stride, column_stride, target_stride,
+    MASKED: tl.constexpr, ONES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``target[t, :] = [x[t, :], 0...]``, with ONES ``[x[t, :], 1, 0...]``; all zeros where the mask is False."""
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+    real = t < tokens
+    if MASKED:
+        real = real & (tl.load(mask + t, mask=t < tokens, other=0) != 0)
+    value = tl.load(x + t * row_stride + c * column_stride, mask=real & (c < columns), other=0.0)
+    if ONES:
+        value = tl.where(real & (c == columns), 1.0, value)
+    tl.store(target + t * target_stride + c, value, mask=(t < tokens) & (c < target_stride))
+
+
+@triton.jit(do_not_specialize=["tokens", "columns", "tokens_each"])
+def column_sums_kernel(
+    x, partial, tokens, columns, row_stride, tokens_each, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """``partial[p, c] = Σ_t x[t, c]`` over the p-th share of the rows; of column ``columns``, the number of rows."""
+    share = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at_column = x + c.to(tl.int64)[None, :]
+    end = tl.minimum((share + 1) * tokens_each, tokens)
+    sums = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for start in tl.range(share * tokens_each, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        at = at_column + t.to(tl.int64)[:, None] * row_stride
+        value = tl.load(at, mask=(t < end)[:, None] & (c < columns)[None, :], other=0.0).to(tl.float32)
+        sums += value + ((t < end)[:, None] & (c == columns)[None, :]).to(tl.float32)
+    tl.store(partial + share * (columns + 1) + c, tl.sum(sums, axis=0), mask=c <= columns)
+
+
+@triton.jit(do_not_specialize=["columns", "shares"])
+def add_sums_kernel(partial, out, columns, shares, alpha, SHARES: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Add ``alpha Σ_p partial[p, :]`` to row ``columns`` of a packed ``out``."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.arange(0, SHARES)
+    inside = c <= columns
+    parts = tl.load(
+        partial + p[:, None] * (columns + 1) + c[None, :], mask=(p < shares)[:, None] & inside[None, :], other=0.0
+    )
+    at = out + row_offsets(columns, 0, True) + column_offsets(c, True)
+    total = tl.load(at, mask=inside, other=0.0) + alpha * tl.sum(parts, axis=0)
+    tl.store(at, total, mask=inside)
+
+
+def gather_rows(rows: Tensor, mask: Tensor | None, *, ones_column: bool = False) -> Tensor:
+    """A copy of ``rows`` ``[N, C]``, zero where the mask is False, with or without a column of ones.
+
+    Its rows are aligned to 16 bytes: ``[N, >= C + ones_column]``, zero past that.
+    """
+    tokens, columns = rows.shape
+    align = 16 // rows.element_size()
+    width = -(-(columns + ones_column) // align) * align
+    target = rows.new_empty(tokens, width)
+    row_stride, column_stride = rows.stride()
+    real = None if mask is None else mask.contiguous().view(torch.uint8)
+    device = rows.get_device()
+    key = (
+        rows.dtype, device, ones_column, real if real is None else kind(real), kind(rows),
+        kind(row_stride), kind(column_stride), kind(width),
+    )  # fmt: skip
+    with on_device(device):
+        launch(
+            gather_rows_kernel, key, (-(-tokens // _COPIED_ROWS), -(-width // _COPIED_COLUMNS), 1),
+            rows, real, target, tokens, columns, row_stride, column_stride, width,
+            mask is not None, ones_column, _COPIED_ROWS, _COPIED_COLUMNS,
+        )  # fmt: skip
+    return target
+
+
+def add_column_sums_(out: Tensor, rows: Tensor, alpha: float) -> None:
+    """Add ``alpha Σ_n [x_n, 1]`` to row ``C`` of the packed ``out``: the products with a column of ones.
+
+    ``rows`` ``[N, C]`` have unit last stride. Always added in the same order.
+    """
+    tokens, columns = rows.shape
+    blocks = -(-(columns + 1) // _SUMMED_COLUMNS)
+    shares = min(_MAX_SHARES, -(-tokens // 64), -(-_SUM_PROGRAMS // blocks))
+    partial = torch.empty(shares, columns + 1, device=rows.device)
+    row_stride, device = rows.stride(0), rows.get_device()
+    with on_device(device):
+        launch(
+            column_sums_kernel, (rows.dtype, device, kind(rows), kind(row_stride)), (blocks, shares, 1),
+            rows, partial, tokens, columns, row_stride, -(-tokens // shares), _SUMMED_ROWS, _SUMMED_COLUMNS,
+        )  # fmt: skip
+        launch(
+            add_sums_kernel, (device, kind(out)), (blocks, 1, 1),
+            partial, out, columns, shares, alpha, _MAX_SHARES, _SUMMED_COLUMNS,
+        )  # fmt: skip

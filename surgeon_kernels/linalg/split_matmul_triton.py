@@ -1,0 +1,36 @@
+"""The Triton kernel of :func:`surgeon_kernels.linalg.split_matmul.split`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def split_kernel(x, parts, columns, stride_row, stride_column, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < columns
+    rest = tl.load(x + row * stride_row + c.to(tl.int64) * stride_column, mask=inside)
+    out = parts + row * columns + c
+    for _ in tl.static_range(3):
+        part = rest.to(tl.bfloat16)
+        tl.store(out, part, mask=inside)
+        rest -= part.to(tl.float32)
+        out += size
+
+
+def split_rows(x: Tensor) -> Tensor:
+    """The parts ``[3, m, n]`` of a float32 ``x`` ``[m, n]``, row-major."""
+    rows, columns = x.shape
+    parts = torch.empty(3, rows, columns, dtype=torch.bfloat16, device=x.device)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            split_kernel[(rows, triton.cdiv(columns, _BLOCK))](
+                x, parts, columns, x.stride(0), x.stride(1), x.numel(), BLOCK=_BLOCK, num_warps=4
+            )
+    return parts

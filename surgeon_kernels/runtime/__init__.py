@@ -1,0 +1,1 @@
+"""What ops are built, checked, loaded and launched with."""

@@ -1,0 +1,17 @@
+"""Whether Triton kernels can be launched here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+# What the pointwise kernels take; they compute in float32.
+HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def has_kernels() -> bool:
+    """Triton is installed. (Kernels for a device's architecture are chosen in :mod:`surgeon_kernels.gram.plan`.)"""
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,1 @@
+"""Costs of removing weights, and the cheapest of them."""

@@ -1,0 +1,1 @@
+"""How surviving weights make up for those that are removed."""

@@ -1,0 +1,194 @@
+"""The exact joint update: all pruned weights compensated for at once, by conjugate gradients with a certified gap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from surgeon_kernels.linalg.convergence import estimated_gap, still_to_rise
+from surgeon_kernels.linalg.masked_cg import Terms, masked_cg, product
+from surgeon_kernels.linalg.spd_inverse import NotPositiveDefiniteError
+from surgeon_kernels.runtime.checks import check_layer
+from surgeon_kernels.updates.joint_dual import REPLACEMENTS, Dual, begin, dot, iterate, solve_dual
+
+# With fewer weights kept than this fraction, the kept weights alone are the smaller problem. It is the better
+# conditioned one too if the fraction times both factors' mean variance inflation, ``M_ii [M⁻¹]_ii``, is less than this.
+_DUAL_FROM, _INFLATION = 1 / 3, 5.0
+
+
+class JointUpdate(NamedTuple):
+    """What :func:`joint_update` returns."""
+
+    delta: Tensor  # [R, C], -W on every pruned weight
+    objective: list[float]  # ½ tr(Δᵀ G Δ A) of the first feasible Δ and after each iteration on the kept weights
+    bound: list[float]  # lower bound of the optimum before and after each iteration on the pruned weights; else [0.0]
+    gradient: Tensor  # G Δ A [R, C], of the objective: at the optimum 0 on the kept weights
+    gap: float  # (objective - optimum) / optimum at the end: certified where there is a bound, else estimated, or inf
+
+
+def joint_update(
+    weight: Tensor,
+    pruned: Tensor,
+    G: Tensor,
+    A: Tensor,
+    G_inv: Tensor | None = None,
+    A_inv: Tensor | None = None,
+    *,
+    second: tuple[Tensor, Tensor] | None = None,
+    start: Tensor | None = None,
+    tolerance: float = 0.01,
+    max_iterations: int = 200,
+) -> JointUpdate:
+    """Minimise ``½ tr(Δᵀ G Δ A)`` subject to ``Δ = -W`` on every pruned weight (eq. 8 with all K weights at once).
+
+    Two problems in turn, both by :func:`~surgeon_kernels.linalg.masked_cg.masked_cg`, whose iterations are one product
+    with two matrices each:
+
+    1. The dual, ``P ∘ (G⁻¹ Λ A⁻¹) = P ∘ W`` for multipliers ``Λ`` on the pruned positions ``P``. Its value
+       ``⟨Λ, W⟩ - ½ ⟨Λ, G⁻¹ Λ A⁻¹⟩`` is a lower bound of the optimum, rises with every iteration, and meets it with
+       ``Δ = -G⁻¹ Λ A⁻¹``. Large eigenvalues of ``G`` and ``A`` (outlier channels), which make the problem of the kept
+       weights ill-conditioned, are small ones here. Where these still slow the first iterations down, the rest of
+       them has a better preconditioner than the diagonal (:class:`~surgeon_kernels.linalg.low_rank.LowRankCorrection`).
+    2. That ``Δ`` is made feasible: it is set to ``-W`` on ``P``. What this costs lies along the large eigenvalues;
+       iterations on the kept weights, ``kept ∘ (G D A)`` being the operator, take it back first.
+
+    It stops when the objective is within ``tolerance`` of the lower bound. Where few weights are kept that hardly
+    depend on each other, and without the inverses, there is the second part only, from ``Δ = 0`` on the kept weights,
+    and the gap is an estimate from the objective's trace (:func:`~surgeon_kernels.linalg.convergence.estimated_gap`).
+    Products within the iterations are of operands rounded to 11 bits on CUDA; after each part value and residual are
+    computed anew in full precision, and the part goes on from there if it is not finished.
+
+    Args:
+        weight: ``[R, C]``; pruned: bool ``[R, C]``; G: damped ``[R, R]``; A: damped ``[C, C]``; G_inv, A_inv: their
+            inverses. All of one dtype.
+        second: a second pair ``(G₂, A₂)`` for the curvature ``G ⊗ A + G₂ ⊗ A₂``, whose inverse is no product:
+            excludes the inverses.
+        start: multipliers ``[R, C]`` to begin the dual at, on the pruned positions: another mask's, minus the
+            gradient that was returned for it, say. Any other numbers cost iterations, no more.
+        tolerance: relative gap to the optimum to stop at.
+        max_iterations: cap on the iterations of both parts together; 0 only zeroes.
+
+    Raises:
+        NotPositiveDefiniteError: the diagonal of the curvature or of an inverse is not positive throughout: it was not
+            damped, or holds NaN.
+        ValueError: shapes or devices that do not fit, one inverse alone, or a tolerance below 0.
+        TypeError: dtypes that do not fit.
+    """
+    _check(weight, pruned, G, A, G_inv, A_inv, start, tolerance)
+    if (G_inv is None) != (A_inv is None) or (second is not None and G_inv is not None):
+        raise ValueError("give both inverses or neither, and none beside a second pair")
+    if second is not None:
+        check_layer(weight, G_2=second[0], A_2=second[1])
+    terms = [(G, A)] if second is None else [(G, A), second]
+    if not bool(_positive_diagonal(terms, [M for M in (G_inv, A_inv) if M is not None])):
+        raise NotPositiveDefiniteError("the curvature's diagonal is not positive throughout")
+    if G_inv is not None and A_inv is not None and not _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
+        delta, bound = solve_dual(weight, pruned, G, A, G_inv, A_inv, start, tolerance, max_iterations)
+    else:
+        delta, bound = torch.where(pruned, -weight, 0.0), [0.0]
+    gradient = product(terms, delta)
+    trace = [0.5 * dot(delta, gradient)]
+    certified = bound[-1] > 0.0
+
+    def gap() -> float:
+        return max(trace[-1] / bound[-1] - 1.0, 0.0) if certified else estimated_gap(trace)
+
+    last_gap = gap()
+    for _ in range(REPLACEMENTS):
+        left, begun = max_iterations + 2 - len(trace) - len(bound), trace[-1]
+        if left <= 0 or last_gap <= tolerance:
+            break
+        solver = masked_cg(terms, ~pruned, gradient.neg_().masked_fill_(pruned, 0.0))
+        del gradient
+        solved = iterate(solver, trace, -1.0, left, lambda: gap() <= tolerance)
+        delta += solver.x
+        del solver
+        gradient = product(terms, delta)
+        last_gap, claimed = 0.0 if solved else gap(), trace[-1]
+        trace[-1] = 0.5 * dot(delta, gradient)
+        last_gap = gap() if certified else last_gap + max(trace[-1] / claimed - 1.0, 0.0)
+        if not trace[-1] < begun:  # nothing more to be had in this precision
+            break
+    return JointUpdate(delta, trace, bound, gradient, last_gap)
+
+
+def joint_estimate(
+    weight: Tensor,
+    pruned: Tensor,
+    G: Tensor,
+    A: Tensor,
+    G_inv: Tensor,
+    A_inv: Tensor,
+    *,
+    start: Tensor | None = None,
+    tolerance: float = 0.01,
+    max_iterations: int = 200,
+) -> JointUpdate:
+    """What :func:`joint_update` is about to find, for choosing other weights: the dual alone, and no certificate.
+
+    The optimum's gradient is ``-Λ``, to which the multipliers of the dual converge long before ``G Δ A`` does: there
+    what is left of the violation of the constraint stands multiplied by the large eigenvalues of ``G`` and ``A``.
+    ``bound`` is within about ``tolerance`` of the optimum's value (unless ``max_iterations`` ends it before),
+    ``gradient`` is ``-Λ``, ``objective`` is empty and ``gap`` infinite. Where few weights are kept this is
+    :func:`joint_update`, which has the arguments and errors.
+    """
+    _check(weight, pruned, G, A, G_inv, A_inv, start, tolerance)
+    options: dict[str, Any] = {"start": start, "tolerance": tolerance, "max_iterations": max_iterations}
+    if _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
+        return joint_update(weight, pruned, G, A, G_inv, A_inv, **options)
+    wanted, inverses = weight.masked_fill(~pruned, 0.0), (G_inv, A_inv)
+    begun, image, value = begin(start, wanted, pruned, inverses, parts=1)
+    residual, bound = (wanted - image).masked_fill_(~pruned, 0.0), [value]
+    del wanted, image
+
+    def enough() -> bool:
+        return still_to_rise(bound) <= tolerance
+
+    gradient = begun.add_(Dual(pruned, G, A, *inverses).solve(residual, bound, max_iterations, enough)).neg_()
+    del residual
+    rough = product([inverses], gradient, parts=1)
+    return JointUpdate(torch.where(pruned, -weight, rough), [], bound, gradient, math.inf)
+
+
+def objective(delta: Tensor, G: Tensor, A: Tensor) -> float:
+    """The predicted increase of the mean loss ``½ tr(Δᵀ G Δ A)``, in nats per token, summed in float64.
+
+    Args:
+        delta: ``[R, C]``; G: ``[R, R]``; A: ``[C, C]``, of one dtype (ValueError, TypeError otherwise).
+    """
+    check_layer(delta, G=G, A=A)
+    return 0.5 * dot(delta, G @ delta @ A)
+
+
+def _check(
+    weight: Tensor,
+    pruned: Tensor,
+    G: Tensor,
+    A: Tensor,
+    G_inv: Tensor | None,
+    A_inv: Tensor | None,
+    start: Tensor | None,
+    tolerance: float,
+) -> None:
+    check_layer(weight, pruned, *[x for x in (start,) if x is not None], G=G, A=A, G_inv=G_inv, A_inv=A_inv)
+    if not tolerance >= 0.0:
+        raise ValueError(f"tolerance must be at least 0, not {tolerance}")
+
+
+def _positive_diagonal(terms: Terms, inverses: Sequence[Tensor]) -> Tensor:
+    if len(terms) == 1:
+        return torch.stack([(M.diagonal() > 0.0).all() for M in (*terms[0], *inverses)]).all()
+    row_scales = torch.stack([L.diagonal() for L, _ in terms])
+    return (row_scales.T @ torch.stack([M.diagonal() for _, M in terms]) > 0.0).all()
+
+
+def _kept_weights_are_easier(pruned: Tensor, factors: Terms) -> bool:
+    if not pruned.numel():
+        return False
+    kept = 1.0 - pruned.count_nonzero() / pruned.numel()
+    inflations = [(M.diagonal() * inverse.diagonal()).double().mean() for M, inverse in factors]
+    return bool((kept < _DUAL_FROM) & (kept * math.prod(inflations) < _INFLATION))

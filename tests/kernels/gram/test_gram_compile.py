@@ -1,0 +1,145 @@
+"""Every launch configuration compiles for its architecture, without a GPU, into what it was chosen for."""
+
+import importlib.metadata
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU")
+
+from surgeon_kernels.block_ops import pointwise_triton
+from surgeon_kernels.gram import gram_rows_triton, gram_triton, symmetric_triton
+from surgeon_kernels.gram.plan import CONFIGS
+
+from .compiled import compile_kernel
+
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes that a block may have
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+CASES = [
+    pytest.param(major * 10, dtype, config, packed, id=f"sm_{major}0-{TYPES[dtype]}-{config.block_n}-{packed}")
+    for (major, dtype), choices in CONFIGS.items()
+    for config in choices
+    for packed in (False, True)
+    if packed or config.block_n <= 128
+    if major < 10 or dtype != torch.float16  # which differs from bfloat16 in nothing
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "config", "packed"), CASES)
+def test_gram_kernel(capability, dtype, config, packed):
+    element = TYPES[dtype]
+    pointers = ["out", "workspace", "units"]
+    if config.descriptors:
+        left, right = (f"tensordesc<{element}[{config.block_k}, {side}]>" for side in (config.block_m, config.block_n))
+    else:
+        left = right = f"*{element}"
+        pointers += ["left", "right"]
+    compiled = compile_kernel(
+        gram_triton.gram_kernel,
+        {
+            "left": left,
+            "right": right,
+            "out": "*fp32",
+            "workspace": "*fp32",
+            "units": "*i32",
+            "alpha": "fp32",
+            **dict.fromkeys(["unit_count", "tokens", "columns", "x_stride", "out_stride"], "i32"),
+        },
+        {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "DESCRIPTORS": config.descriptors,
+            "PACKED": packed,
+            "PRECISION": config.precision,
+            "FLOAT32": dtype == torch.float32,
+        },
+        capability,
+        warps=config.warps,
+        stages=config.stages,
+        divisible_by_16=pointers,
+    )
+    check(compiled, capability)
+    threads = 32 * config.warps * config.programs_per_sm
+    assert compiled.registers * threads <= 65536
+    assert compiled.shared_bytes * config.programs_per_sm <= SHARED_MEMORY[capability]
+    if capability == 90:
+        assert "wgmma.mma_async" in compiled.ptx
+        assert "cp.async.bulk.tensor" in compiled.ptx
+        assert "HGMMA" in compiled.sass
+    elif capability == 100:
+        assert "tcgen05.mma" in compiled.ptx
+        assert ("cp.async.bulk.tensor" in compiled.ptx) == config.descriptors
+    else:
+        assert "mma.sync" in compiled.ptx
+        assert "cp.async" in compiled.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_reduce_kernel(capability):
+    for block_n in (64, 128, 256):
+        compiled = compile_kernel(
+            gram_triton.reduce_kernel,
+            {
+                "workspace": "*fp32",
+                "out": "*fp32",
+                "reductions": "*i32",
+                **dict.fromkeys(["splits", "columns", "out_stride"], "i32"),
+            },
+            {"BLOCK_M": 128, "BLOCK_N": block_n, "ROWS": gram_triton._REDUCED_ROWS, "MAX_PARTS": 16, "PACKED": True},
+            capability,
+            warps=4,
+            stages=3,
+            divisible_by_16=["workspace", "out", "reductions"],
+        )
+        check(compiled, capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("packed", [False, True])
+def test_mirror_kernel(capability, packed):
+    compiled = compile_kernel(
+        symmetric_triton.mirror_kernel,
+        {"source": "*fp32", "target": "*fp32", **dict.fromkeys(["n", "source_stride", "target_stride"], "i32")},
+        {"PACKED": packed, "BLOCK": symmetric_triton._BLOCK},
+        capability,
+        warps=4,
+        stages=3,
+        divisible_by_16=["source", "target"],
+    )
+    check(compiled, capability)
+
+
+def test_row_kernels():
+    pointers = {"x": "*bf16", "mask": "*u8", "target": "*bf16", "partial": "*fp32", "out": "*fp32", "alpha": "fp32"}
+    for kernel, constants in (
+        (gram_rows_triton.gather_rows_kernel, {"MASKED": True, "ONES": True, "BLOCK_T": 16, "BLOCK_C": 256}),
+        (gram_rows_triton.column_sums_kernel, {"BLOCK_T": 32, "BLOCK_C": 128}),
+        (gram_rows_triton.add_sums_kernel, {"SHARES": 64, "BLOCK_C": 128}),
+    ):
+        types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+        aligned = [name for name, kind in types.items() if kind.startswith("*")]
+        check(compile_kernel(kernel, types, constants, 90, warps=4, stages=3, divisible_by_16=aligned), 90)
+
+
+def test_pointwise_kernels():
+    x = dict.fromkeys(["x", "weight", "y", "gradient", "dx", "gate", "up", "d_gate", "d_up", "cos", "sin"], "*bf16")
+    types = {**x, "rstd": "*fp32", "eps": "fp32"}
+    for kernel, constants in (
+        (pointwise_triton.rms_norm_backward_kernel, {"BLOCK": 4096}),
+        (pointwise_triton.rotary_kernel, {"TRANSPOSED": True, "BLOCK_H": 32, "BLOCK_D": 64}),
+        (pointwise_triton.swiglu_kernel, {"BLOCK": 1024}),
+    ):
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+        aligned = [name for name in kernel.arg_names if signature[name].startswith("*")]
+        warps = pointwise_triton._warps(4096) if "rstd" in signature else 4
+        compiled = compile_kernel(kernel, signature, constants, 90, warps=warps, stages=3, divisible_by_16=aligned)
+        check(compiled, 90)
+
+
+def check(compiled, capability):
+    old = importlib.metadata.version("triton").startswith("3.6.")
+    # Triton 3.6 spills a little with the addresses of a dense output on Hopper.
+    assert compiled.spilled_bytes <= (224 if old and capability == 90 else 0), compiled.log
+    assert compiled.shared_bytes <= SHARED_MEMORY[capability]
+    assert "serialized" not in compiled.log, compiled.log

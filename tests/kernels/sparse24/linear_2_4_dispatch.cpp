@@ -1,0 +1,148 @@
+// Which kernel a 2:4 linear takes, on devices that are only pretended: csrc/sparse24/linear_2_4.cpp with a CUDA runtime and
+// kernels that note what they are asked. Exits with 1 at the first wrong answer.
+
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <stdexcept>
+
+#include "sparse24/linear_2_4.h"
+
+using namespace surgeon;
+
+namespace {
+
+// The device that is current; by its number, its capability and whether the build holds the kernels on wgmma.
+int current = 0;
+constexpr struct {
+  int capability;
+  bool holds_wgmma;
+} kDevices[] = {{9, true}, {9, false}, {8, false}, {10, false}, {12, false}, {9, false}, {9, false}};
+cudaError_t last = cudaSuccess;
+int launched = -1;  // the number of the kernel
+
+template <int kNumber>
+cudaError_t run(const Linear24&, const Part24&, cudaStream_t, int* capacity) {
+  if (kNumber >= kMmaCount && !kDevices[current].holds_wgmma) return last = cudaErrorInvalidDeviceFunction;
+  if (capacity != nullptr)
+    *capacity = 132;
+  else
+    launched = kNumber;
+  return cudaSuccess;
+}
+
+void require(bool condition, const char* what, int value = 0) {
+  if (!condition) std::printf("device %d: %s (%d)\n", current, what, value), std::exit(1);
+}
+
+Linear24 call_of(int tokens) {
+  Linear24 call = {};
+  call.tokens = tokens, call.rows = 4096, call.columns = 4096, call.units = 32;
+  return call;
+}
+
+enum Kind { kMma, kWgmma, kDense, kLibrary };
+Kind kind_of(int choice) {
+  return choice < linear_2_4_mma_choices() ? kMma
+         : choice < linear_2_4_dense()     ? kWgmma
+         : choice < linear_2_4_choices()   ? kDense
+                                           : kLibrary;
+}
+
+void expect(int tokens, bool library, Kind kind) {
+  const int choice = linear_2_4_choice(call_of(tokens), library);
+  require(kind_of(choice) == kind, "another kind of kernel than expected", tokens);
+  if (kind > kWgmma) return;
+  launched = -1;
+  require(linear_2_4_run(call_of(tokens), choice, nullptr) == cudaSuccess, "what is chosen does not run", tokens);
+  require(kind == kWgmma ? launched >= kMmaCount : launched >= 0 && launched < kMmaCount, "another was launched", tokens);
+}
+
+void without_wgmma() {
+  for (int tokens : {1, 16, 17, 128, 255}) expect(tokens, false, kMma), expect(tokens, true, kMma);
+  for (int tokens : {256, 1024, 5000}) expect(tokens, false, kDense), expect(tokens, true, kLibrary);
+  launched = -1;
+  for (int choice = linear_2_4_mma_choices(); choice < linear_2_4_choices(); ++choice)
+    require(linear_2_4_run(call_of(200), choice, nullptr) == cudaErrorNotSupported, "not refused", choice);
+  require(launched == -1, "a kernel was launched that the build does not hold", launched);
+}
+
+}  // namespace
+
+namespace surgeon {
+
+const Kernel24& linear_2_4_mma_kernel(int which) {
+  static const Kernel24 kernels[kMmaCount] = {{8, 16, 16, Overlap::kEarly, {run<0>, run<0>}},
+                                              {8, 64, 4, Overlap::kEarly, {run<1>, run<1>}},
+                                              {16, 128, 2, Overlap::kLate, {run<2>, run<2>}},
+                                              {32, 128, 2, Overlap::kLate, {run<3>, run<3>}}};
+  return kernels[which];
+}
+
+const Kernel24& linear_2_4_wgmma_kernel(int which) {
+  static const Kernel24 kernels[kWgmmaCount] = {{32, 192, 1, Overlap::kEarly, {run<4>, run<4>}},
+                                                {64, 128, 1, Overlap::kEarly, {run<5>, run<5>}},
+                                                {64, 192, 1, Overlap::kEarly, {run<6>, run<6>}},
+                                                {128, 128, 1, Overlap::kEarly, {run<7>, run<7>}},
+                                                {128, 192, 1, Overlap::kEarly, {run<8>, run<8>}},
+                                                {256, 128, 1, Overlap::kEarly, {run<9>, run<9>}}};
+  return kernels[which];
+}
+
+}  // namespace surgeon
+
+extern "C" {
+cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  return *value = kDevices[device].capability, cudaSuccess;
+}
+cudaError_t cudaPeekAtLastError() { return last; }
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last;
+  return last = cudaSuccess, error;
+}
+}
+
+int main() {
+  expect(1, false, kMma), expect(16, true, kMma);
+  for (int tokens : {17, 64, 256, 1023}) expect(tokens, false, kWgmma), expect(tokens, true, kWgmma);
+  expect(4096, false, kWgmma), expect(1024, true, kLibrary);
+  for (current = 1; current <= 4; ++current) without_wgmma();
+
+  // What the build does not hold is not followed where it was pinned, and what does not exist is not pinned.
+  current = 1;
+  require(linear_2_4_pin(call_of(64), false, linear_2_4_mma_choices()), "not pinned");
+  expect(64, false, kMma);
+  require(linear_2_4_pin(call_of(64), false, linear_2_4_dense()), "not pinned");
+  expect(64, false, kDense);
+  for (int choice : {-1, linear_2_4_choices()}) {
+    require(!linear_2_4_pin(call_of(64), false, choice), "pinned", choice);
+    require(linear_2_4_run(call_of(64), choice, nullptr) == cudaErrorInvalidValue, "ran", choice);
+  }
+  require(linear_2_4_pin(call_of(64), true, linear_2_4_choices() + 3), "not pinned");
+  expect(64, true, kLibrary);
+
+  // Asking leaves no error behind, and takes none away that was there.
+  require(last == cudaSuccess, "an error of ours is left", last);
+  current = 5;
+  linear_2_4_choice(call_of(64), false);
+  require(last == cudaSuccess, "an error of ours is left", last);
+  current = 6, last = cudaErrorMisalignedAddress;
+  linear_2_4_choice(call_of(64), false);
+  require(last != cudaSuccess, "another's error is gone");
+  current = 0, last = cudaErrorMisalignedAddress;
+  linear_2_4_choice(call_of(300), false);
+  require(last == cudaErrorMisalignedAddress, "another's error is gone");
+
+  for (int device : {-1, kMaxDevices}) {
+    current = device;
+    bool refused = false;
+    try {
+      linear_2_4_choice(call_of(1), false);
+    } catch (const std::out_of_range&) {
+      refused = true;
+    }
+    require(refused, "a device beyond the table");
+  }
+  std::printf("0 wrong\n");
+}

@@ -1,0 +1,390 @@
+"""Options are validated, and defaults resolved, when a configuration is built."""
+
+import dataclasses
+import math
+
+import pytest
+
+from llm_surgeon.config.prune import METHODS, PruneConfig
+from llm_surgeon.config.structure import Structure
+from llm_surgeon.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("unstructured", Structure("unstructured")),
+        ("rows-columns", Structure("rows-columns")),
+        ("2:4", Structure("n:m", 2, 4)),
+        ("1:2", Structure("n:m", 1, 2)),
+        ("16:32", Structure("n:m", 16, 32)),
+    ],
+)
+def test_structure_is_parsed(text, expected):
+    assert Structure.parse(text) == expected
+    assert PruneConfig(structure=text).pattern == expected
+
+
+@pytest.mark.parametrize("text", ["", "2-4", "2:4:8", " 2:4", "2:4\n", "-2:4", "2.0:4", "rows", "Unstructured"])
+def test_unknown_structure_is_named(text):
+    with pytest.raises(InputError, match="unknown structure") as error:
+        PruneConfig(structure=text)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [124, None, 0.5, ["2:4"]])
+def test_structure_that_is_no_text_is_an_input_error(value):
+    with pytest.raises(InputError, match=r"unknown structure .* or N:M, such as '2:4'"):
+        PruneConfig(structure=value)
+
+
+@pytest.mark.parametrize("text", ["0:4", "4:4", "5:4", "0:0"])
+def test_pattern_must_keep_some_and_remove_some(text):
+    with pytest.raises(InputError, match=rf"structure '{text}' keeps .* needs 0 < N < M"):
+        PruneConfig(structure=text)
+
+
+@pytest.mark.parametrize(
+    "text, sparsity",
+    [
+        ("2:4", 0.5),
+        ("1:4", 0.75),
+        ("3:4", 0.25),
+        ("2:3", 1 / 3),
+        ("unstructured", 0.5),
+        ("rows-columns", 0.3),
+    ],
+)
+def test_sparsity_left_out_is_resolved(text, sparsity):
+    assert PruneConfig(structure=text).sparsity == pytest.approx(sparsity, abs=1e-12)
+
+
+def test_structure_states_the_sparsity_it_implies():
+    assert Structure.parse("1:4").sparsity == 0.75
+    assert Structure.parse("unstructured").sparsity is None
+    assert Structure.parse("rows-columns").sparsity is None
+
+
+def test_sparsity_given_is_kept():
+    assert PruneConfig(structure="unstructured", sparsity=0.7).sparsity == 0.7
+    assert PruneConfig(structure="rows-columns", sparsity=0.2).sparsity == 0.2
+    assert PruneConfig(structure="1:3", sparsity=2 / 3).sparsity == 2 / 3
+
+
+@pytest.mark.parametrize("sparsity", [0.4, 0.6, 0.75])
+def test_sparsity_must_agree_with_the_pattern(sparsity):
+    with pytest.raises(InputError, match=rf"'2:4' removes 0\.5 .* sparsity {sparsity}"):
+        PruneConfig(structure="2:4", sparsity=sparsity)
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize("sparsity", [0, 1, 0.0, 1.0, -0.1, 1.5, math.nan, math.inf, "0.5", True, False])
+def test_sparsity_must_be_a_fraction(structure, sparsity):
+    with pytest.raises(InputError, match=r"sparsity must be a number in \(0, 1\)"):
+        PruneConfig(structure=structure, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("option", ["method", "fisher", "update"])
+@pytest.mark.parametrize("value", ["best", "", 1, ["joint"]])
+def test_unknown_choice_is_named(option, value):
+    with pytest.raises(InputError, match=rf"unknown {option} .*: choose one of ") as error:
+        PruneConfig(**{option: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_method_without_rows_and_columns(method):
+    with pytest.raises(InputError, match=f"method '{method}' has no definition for rows and columns"):
+        PruneConfig(structure="rows-columns", method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_every_method_has_single_weights(method, structure):
+    assert PruneConfig(structure=structure, method=method).method == method
+
+
+@pytest.mark.parametrize("method", ["surgeon", "k-obd", "l-obd", "magnitude"])
+def test_methods_with_rows_and_columns(method):
+    assert PruneConfig(structure="rows-columns", method=method).pattern.kind == "rows-columns"
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured", "rows-columns"])
+def test_update_left_out_is_joint_for_surgeon(structure):
+    assert PruneConfig(structure=structure).update == "joint"
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "surgeon"])
+def test_other_methods_have_no_update(method):
+    assert PruneConfig(structure="unstructured", method=method).update == "none"
+    assert PruneConfig(structure="unstructured", method=method, update="none").update == "none"
+    for update in ("joint", "chunked", "independent"):
+        with pytest.raises(InputError, match=f"update '{update}' needs method 'surgeon', not '{method}'"):
+            PruneConfig(structure="unstructured", method=method, update=update)
+
+
+@pytest.mark.parametrize("update", ["joint", "chunked", "independent", "none"])
+def test_surgeon_has_every_update_but_chunked_rows_and_columns(update):
+    assert PruneConfig(update=update).update == update
+    if update == "chunked":
+        with pytest.raises(InputError, match="update 'chunked' has no meaning for rows-columns"):
+            PruneConfig(structure="rows-columns", update=update)
+    else:
+        assert PruneConfig(structure="rows-columns", update=update).update == update
+
+
+@pytest.mark.parametrize(
+    "options, shots",
+    [
+        ({}, 5),
+        ({"structure": "unstructured"}, 5),
+        ({"structure": "unstructured", "sparsity": 0.9}, 5),
+        ({"method": "k-obd"}, 5),
+        ({"method": "magnitude"}, 1),
+        ({"method": "wanda"}, 1),
+        ({"method": "l-obd"}, 1),
+        ({"method": "sparsegpt"}, 1),
+        ({"structure": "rows-columns"}, 24),
+        ({"structure": "rows-columns", "sparsity": 0.5}, 40),
+        ({"structure": "rows-columns", "sparsity": 0.1}, 8),
+        ({"structure": "rows-columns", "sparsity": 0.001}, 1),
+        ({"structure": "rows-columns", "method": "magnitude"}, 1),
+        ({"shots": 3}, 3),
+        ({"method": "magnitude", "shots": 2}, 2),
+        ({"method": "sparsegpt", "shots": 1}, 1),
+    ],
+)
+def test_shots_left_out_are_resolved(options, shots):
+    assert PruneConfig(**options).shots == shots
+
+
+@pytest.mark.parametrize(
+    "options, exchanges",
+    [
+        ({}, 4),
+        ({"structure": "unstructured"}, 4),
+        ({"exchanges": 0}, 0),
+        ({"update": "chunked"}, 0),
+        ({"kron_rank": 2}, 0),
+        ({"structure": "rows-columns"}, 0),
+        ({"structure": "groups"}, 0),
+        ({"method": "wanda"}, 0),
+    ],
+)
+def test_exchanges_left_out_are_resolved(options, exchanges):
+    assert PruneConfig(**options).exchanges == exchanges
+
+
+@pytest.mark.parametrize(
+    "options", [{"update": "chunked"}, {"structure": "rows-columns"}, {"lora_rank": 4}, {"shots": 1}]
+)
+def test_later_joint_updates_of_single_weights_go_back_to_the_dense_ones(options):
+    assert PruneConfig().around_dense_weights and not PruneConfig(**options).around_dense_weights
+
+
+def test_sparsegpt_has_one_shot():
+    with pytest.raises(InputError, match=r"'sparsegpt' .* shots must be 1, not 2"):
+        PruneConfig(method="sparsegpt", shots=2)
+
+
+@pytest.mark.parametrize("structure, damp_g", [("2:4", 0.1), ("unstructured", 0.1), ("rows-columns", 0.01)])
+def test_damping_left_out_is_resolved(structure, damp_g):
+    config = PruneConfig(structure=structure)
+    assert (config.damp_g, config.damp_a) == (damp_g, 0.01)
+    assert PruneConfig(structure=structure, damp_g=0.3).damp_g == 0.3
+
+
+@pytest.mark.parametrize("option", ["max_correlated", "max_iterations", "samples", "shots", "seqlen", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.0, "1", True, math.nan])
+def test_counts_are_whole_numbers_from_one(option, value):
+    with pytest.raises(InputError, match=rf"^{option} must be a whole number of at least 1, not "):
+        PruneConfig(**{option: value})
+    assert getattr(PruneConfig(**{option: 1}), option) == 1
+
+
+@pytest.mark.parametrize("option", ["max_correlated", "max_iterations", "samples"])
+def test_counts_with_a_default_cannot_be_none(option):
+    with pytest.raises(InputError, match=rf"^{option} must be a whole number"):
+        PruneConfig(**{option: None})
+
+
+def test_window_and_batch_may_be_left_out():
+    config = PruneConfig()
+    assert config.seqlen is None and config.batch_size is None
+
+
+@pytest.mark.parametrize("option", ["damp_g", "damp_a", "tolerance"])
+@pytest.mark.parametrize("value", [0, -0.1, math.inf, math.nan, "0.1", True])
+def test_positive_numbers(option, value):
+    with pytest.raises(InputError, match=rf"^{option} must be a number greater than 0, not "):
+        PruneConfig(**{option: value})
+    assert getattr(PruneConfig(**{option: 2}), option) == 2
+
+
+@pytest.mark.parametrize("value", [-0.01, -2, 1, 1.0, 3, math.nan, "0", True, False, None])
+def test_min_kept_is_a_fraction(value):
+    with pytest.raises(InputError, match=r"^min_kept must be a number in \[0, 1\), not "):
+        PruneConfig(min_kept=value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.5])
+def test_min_kept_may_be_zero(value):
+    assert PruneConfig(min_kept=value).min_kept == value
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "rows-columns"])
+def test_min_kept_must_leave_room_for_the_sparsity(structure):
+    with pytest.raises(InputError, match=r"sparsity 0\.6 cannot be met while min_kept keeps 0\.5"):
+        PruneConfig(structure=structure, sparsity=0.6, min_kept=0.5)
+
+
+@pytest.mark.parametrize("min_kept, sparsity", [(0.02, 0.98), (0.9, 0.1), (0.3, 0.7), (0.0, 0.999)])
+def test_min_kept_and_sparsity_may_add_up_to_one(min_kept, sparsity):
+    # In floating point 1 - 0.9 < 0.1.
+    assert PruneConfig(structure="unstructured", sparsity=sparsity, min_kept=min_kept).min_kept == min_kept
+
+
+def test_min_kept_does_not_stand_against_a_pattern():
+    assert PruneConfig(structure="1:4", min_kept=0.5).sparsity == 0.75
+
+
+@pytest.mark.parametrize("value", [-1, 0.0, "0", None, True])
+def test_seed_is_a_whole_number_from_zero(value):
+    with pytest.raises(InputError, match=r"^seed must be a whole number of at least 0, not "):
+        PruneConfig(seed=value)
+
+
+def test_seed_may_be_zero_or_more():
+    assert PruneConfig(seed=0).seed == 0
+    largest = 2**63 - 1 - 10_000  # later shots draw with the numbers after it
+    assert PruneConfig(seed=largest).seed == largest
+    with pytest.raises(InputError, match=rf"^seed must be at most {largest}, not {largest + 1}$"):
+        PruneConfig(seed=largest + 1)
+
+
+def test_from_mapping_builds_the_same_value():
+    options = {"structure": "unstructured", "sparsity": 0.25, "method": "magnitude", "seed": 3}
+    assert PruneConfig.from_mapping(options) == PruneConfig(**options)
+    assert PruneConfig.from_mapping({}) == PruneConfig()
+
+
+def test_from_mapping_names_the_unknown_option():
+    with pytest.raises(InputError, match=r"unknown option 'sparsityy': do you mean 'sparsity'\?"):
+        PruneConfig.from_mapping({"sparsityy": 0.5, "structure": "2:4"})
+    with pytest.raises(InputError, match=r"unknown option 'colour': choose among .*\bsparsity\b"):
+        PruneConfig.from_mapping({"colour": 0.5})
+    for name in (None, 3):
+        with pytest.raises(InputError, match=f"unknown option '{name}'"):
+            PruneConfig.from_mapping({name: 0.5})
+
+
+@pytest.mark.parametrize(
+    "option, value, meant",
+    [
+        ("method", "surgoen", "surgeon"),
+        ("structure", "group", "groups"),
+        ("structure", "unstructred", "unstructured"),
+        ("update", "join", "joint"),
+        ("offload", "CPU ", None),
+    ],
+)
+def test_a_choice_that_is_nearly_right_is_asked_about(option, value, meant):
+    with pytest.raises(InputError) as error:
+        PruneConfig(**{option: value})
+    assert (f"unknown {option} {value!r} (do you mean {meant!r}?)" in str(error.value)) == (meant is not None)
+
+
+COUNTS = {field.name for field in dataclasses.fields(PruneConfig) if str(field.type) in ("int", "int | None")} - {
+    "seed"
+}
+
+
+def test_the_counts_are_those_that_the_limits_are_tested_for():
+    assert len(COUNTS) == 13 and {"samples", "shots", "lora_rank", "max_iterations", "round_to"} <= COUNTS
+
+
+@pytest.mark.parametrize("option", sorted(COUNTS))
+@pytest.mark.parametrize("value", [2**31, 2**70, 10**5000], ids=["2**31", "2**70", "10**5000"])
+def test_counts_have_a_limit(option, value):
+    context = {"round_to": {"structure": "groups"}}.get(option, {})
+    with pytest.raises(InputError, match=rf"^{option} must be at most \d+, not (\d+|a number of thousands of digits)$"):
+        PruneConfig(**{option: value}, **context)
+
+
+@pytest.mark.parametrize("option", sorted(COUNTS))
+@pytest.mark.parametrize("value", [True, False, 1.0, "1", math.nan])
+def test_counts_are_integers_and_no_truth_values(option, value):
+    with pytest.raises(InputError, match=rf"^{option} must be a whole number of at least"):
+        PruneConfig(**{option: value})
+
+
+@pytest.mark.parametrize("option", ["damp_g", "damp_a", "tolerance", "schedule", "lora_learning_rate"])
+def test_integers_that_no_float_holds_are_refused(option):
+    with pytest.raises(InputError, match=rf"^{option} must be at most"):
+        PruneConfig(**{option: 10**400})
+
+
+def test_what_an_error_shows_of_a_value_is_short():
+    with pytest.raises(InputError, match=r"^seed must be a whole number of at least 0, not 'x{90,}…$"):
+        PruneConfig(seed="x" * 10**6)
+    with pytest.raises(InputError, match=r"^unknown method 'x{90,}…: choose one of"):
+        PruneConfig(method="x" * 10**6)
+
+
+@pytest.mark.parametrize("value", ["0-999999999", "0-99999999999999", "100000"])
+def test_skipped_blocks_are_block_numbers(value):
+    with pytest.raises(InputError, match=r"skip_layers (holds|must be block numbers)"):
+        PruneConfig(structure="groups", skip_layers=value)
+
+
+@pytest.mark.parametrize(
+    "option, value, structures",
+    [
+        ("skip_layers", "0", "groups or layers"),
+        ("round_to", 8, "groups or width"),
+        ("uniform", True, "groups"),
+    ],
+)
+def test_options_of_smaller_models_name_the_structures_that_take_them(option, value, structures):
+    with pytest.raises(InputError, match=f"{option} has no meaning for structure '2:4': choose {structures}$"):
+        PruneConfig(**{option: value})
+
+
+@pytest.mark.parametrize("value", ["0GB", 0, -1, True, "9" * 400, "1e400", 2**64])
+def test_memory_is_an_amount(value):
+    with pytest.raises(InputError, match=r"gpu_memory must be|is no amount of memory"):
+        PruneConfig(gpu_memory=value)
+
+
+def test_from_mapping_validates():
+    with pytest.raises(InputError, match="unknown method"):
+        PruneConfig.from_mapping({"method": "best"})
+
+
+def test_a_resolved_configuration_survives_the_round_trip():
+    config = PruneConfig(structure="rows-columns", sparsity=0.4)
+    assert PruneConfig.from_mapping(dataclasses.asdict(config)) == config
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PruneConfig().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_checkpoint_activations_is_true_or_false(value):
+    with pytest.raises(InputError, match="checkpoint_activations must be true or false"):
+        PruneConfig(checkpoint_activations=value)
+
+
+def test_corrections_have_a_number_of_steps_that_ends():
+    assert PruneConfig(lora_rank=1, lora_steps=10_000).lora_steps == 10_000
+    with pytest.raises(InputError, match=r"^lora_steps must be at most 10000, not 10001$"):
+        PruneConfig(lora_rank=1, lora_steps=10_001)
+
+
+@pytest.mark.parametrize("option, value", [("lora_steps", 8), ("lora_learning_rate", 1e-3)])
+def test_options_of_corrections_need_a_rank(option, value):
+    assert getattr(PruneConfig(lora_rank=1, **{option: value}), option) == value
+    with pytest.raises(InputError, match=rf"^{option} means nothing without lora_rank$"):
+        PruneConfig(**{option: value})

@@ -1,0 +1,39 @@
+"""Curvature on a CUDA device, where the Gram kernel runs in the hooks, against the CPU's."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+
+from llm_surgeon.curvature.estimate import estimate_curvature
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.models.decoder import find_decoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+# Of both kinds of storage.
+SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}
+LLAMA = LlamaConfig(intermediate_size=2180, **SIZES)
+OPT = OPTConfig(ffn_dim=2048, word_embed_proj_dim=64, max_position_embeddings=128, **SIZES)
+
+
+@pytest.mark.parametrize(("config", "padded"), [(LLAMA, False), (OPT, True)], ids=["llama", "opt, padded"])
+def test_factors_are_those_of_the_cpu(config, padded):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    ids = torch.randint(3, 100, (6, 60))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if padded:
+        mask[0, :40] = False
+        mask[3, 50:] = False
+    calibration = Calibration(ids, mask if padded else None)
+    expected = estimate_curvature(model, find_decoder(model), calibration, batch_size=3)
+    on_cpu = {linear.name: expected.factors(linear) for linear in find_decoder(model).linears}
+    model.cuda()
+    actual = estimate_curvature(model, find_decoder(model), calibration, batch_size=2)
+    assert actual.tokens == expected.tokens
+    assert actual.loss == pytest.approx(expected.loss, rel=1e-5)
+    for linear in find_decoder(model).linears:
+        for computed, wanted in zip(actual.factors(linear), on_cpu[linear.name], strict=True):
+            assert (computed.cpu() - wanted).norm() <= 1e-4 * wanted.norm(), linear.name

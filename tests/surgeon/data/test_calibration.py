@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, Gemma3Config, PreTrainedTokenizerFast
+
+import llm_surgeon.data.calibration
+from llm_surgeon import prune
+from llm_surgeon.data.calibration import (
+    Calibration,
+    calibration_windows,
+    choose_seqlen,
+    data_record,
+    evaluation_windows,
+    positions,
+    read_documents,
+    token_stream,
+    tokenize,
+)
+from llm_surgeon.errors import InputError
+from tests.surgeon.checkpoints import tokenizer_of_words
+from tests.surgeon.tiny_models import VOCABULARY, build
+
+SLICE = (files("llm_surgeon.demo") / "assets" / "wikitext2-train-slice.txt").read_text(encoding="utf-8")
+
+
+def word_tokenizer(bos: str | None) -> PreTrainedTokenizerFast:
+    """Words a..e are 1..5; BOS is 0 and is also put in front by the tokenizer itself."""
+    vocabulary = {"<s>": 0, "a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "<unk>": 6}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, model_max_length=4)
+
+
+def test_tokenize_puts_one_bos_in_front(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = tokenize("a b c d e a", word_tokenizer("<s>"))  # longer than model_max_length
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [0, 1, 2, 3, 4, 5, 1]
+    assert not caplog.records and not capsys.readouterr().err
+
+
+def test_tokenize_without_a_bos_token() -> None:
+    assert tokenize("b a", word_tokenizer(None)).tolist() == [2, 1]
+    assert tokenize("", word_tokenizer(None)).tolist() == []
+
+
+def test_a_bos_that_is_there_already_is_the_only_one() -> None:
+    assert tokenize("<s> a b", word_tokenizer("<s>")).tolist() == [0, 1, 2]
+
+
+# What tokenizers differ in: what stands before a text, how it is normalised, where words begin.
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPACES = normalizers.Replace(" ", "▁")
+_BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+@cache
+def trained_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Of the pipeline of a known family, with a small vocabulary of its own."""
+    special, alphabet = ["<unk>", "<s>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    bpe: dict[str, Any] = {"vocab_size": 1000, "show_progress": False}
+    lines: Any = SLICE[:30_000].splitlines()
+    if kind in ("gpt2", "prefix-space", "llama3"):
+        backend, trainer = (
+            Tokenizer(models.BPE()),
+            trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, **bpe),
+        )
+        backend.pre_tokenizer = _BYTES if kind == "gpt2" else pre_tokenizers.ByteLevel(add_prefix_space=True)
+        if kind == "llama3":
+            split = pre_tokenizers.Split(Regex(_LLAMA3), "isolated")
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            )
+    elif kind in ("llama2", "gemma"):  # merges over the whole text, in which no word is set apart
+        backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        trainer = trainers.BpeTrainer(special_tokens=special + _BYTE_TOKENS, max_token_length=12, **bpe)
+        prefix = [normalizers.Prepend("▁")] if kind == "llama2" else []
+        backend.normalizer = normalizers.Sequence([*prefix, _SPACES])
+        lines = [f" {word}" for word in SLICE[:30_000].split()]
+    elif kind in ("t5", "unigram"):
+        backend = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            special_tokens=special, unk_token="<unk>", vocab_size=600, show_progress=False
+        )
+        spaces, strip = normalizers.Replace(Regex(" {2,}"), "▁"), normalizers.Strip(left=False, right=True)
+        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), strip, spaces])
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        if kind == "unigram":
+            backend.normalizer = normalizers.NFC()
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend, trainer = (
+            Tokenizer(models.WordPiece(unk_token="<unk>")),
+            trainers.WordPieceTrainer(special_tokens=special, **bpe),
+        )
+        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+
+
+def adversarial_text(seed: int, words: int) -> str:
+    """Words among white space, scripts, numbers, marks and special tokens that tokenizers treat in their own ways."""
+    draw = random.Random(seed)
+    odd = ["  ", "\n", "\n\n", "\r\n", "\t", "   \n ", "1234567890123", "'s", "don't", "é", "e\u0301", "\u0301", "ﬁ"]
+    odd += [
+        "你好世界",
+        "。",
+        "🙂",
+        "👨\u200d👩",
+        "<s>",
+        "<|im_end|>",
+        "<|im_end|>\n",
+        "\u2028",
+        "\u00a0",
+        "\u3000",
+        "▁",
+    ]
+    odd += ["▁", "▁▁", " ▁", "\x00", "\ufeff", "a" * 27, "...", "?!", "---", "\u0e01\u0e33", "\u1112\u1161", "a" * 200]
+    usual = SLICE[:20_000].split()
+    parts = [
+        draw.choice(odd) if draw.random() < 0.25 else draw.choice(("", " ", " ")) + draw.choice(usual)
+        for _ in range(words)
+    ]
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "prefix-space", "llama3", "llama2", "gemma", "t5", "unigram", "wordpiece"])
+def test_pieces_give_the_ids_of_the_whole_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = trained_tokenizer(kind)
+    for text in (*(adversarial_text(seed, 1200) for seed in range(4)), SLICE[100_000:106_000], "word " * 1600):
+        whole = llm_surgeon.data.calibration._encode(text, tokenizer)
+        for piece, context in ((300, 96), (1500, 400)):
+            monkeypatch.setattr(llm_surgeon.data.calibration, "_PIECE", piece)
+            monkeypatch.setattr(llm_surgeon.data.calibration, "_CONTEXT", context)
+            pieces = llm_surgeon.data.calibration._pieces(text, tokenizer)
+            if pieces is not None:
+                assert len(pieces) > 2
+                assert torch.equal(torch.cat(pieces), whole)
+            ids = tokenize(text, tokenizer)
+            assert torch.equal(ids[-len(whole) :], whole.long()) and ids[0] == tokenizer.bos_token_id
+    # The last is as regular as can be; but this tokenizer has tokens of several words.
+    assert pieces is not None and (len(pieces) > 5 or kind == "unigram")
+
+
+def test_a_text_without_places_to_cut_is_tokenized_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_surgeon.data.calibration, "_PIECE", 100)
+    monkeypatch.setattr(llm_surgeon.data.calibration, "_CONTEXT", 50)
+    tokenizer = trained_tokenizer("gpt2")
+    for text in ("ACGT" * 500, "你好世界" * 300, "\n" * 500, "a" * 130 + " " + "b" * 400):
+        assert torch.equal(tokenize(text, tokenizer)[1:], llm_surgeon.data.calibration._encode(text, tokenizer).long())
+
+
+def test_pieces_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, lengths = trained_tokenizer("gpt2"), []
+    encode = llm_surgeon.data.calibration._encode
+    monkeypatch.setattr(
+        llm_surgeon.data.calibration, "_encode", lambda text, of: lengths.append(len(text)) or encode(text, of)
+    )
+    ids = tokenize(SLICE[:400_000], tokenizer)
+    assert max(lengths) < 2**16 + 2**12 and len(lengths) > 5 and sum(lengths) < 1.1 * len(SLICE[:400_000])
+    assert torch.equal(ids[1:], encode(SLICE[:400_000], tokenizer).long())
+
+
+def test_windows_are_counted_before_they_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    for samples in (2_000_000_000, 10**12, 10**30):
+        with pytest.raises(InputError, match=rf"memory are needed on cpu for {samples} windows of 2048 tokens and"):
+            calibration_windows(torch.arange(5000), samples, 2048, seed=0)
+    real = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=8 * 3 * 6 - 1))
+    with pytest.raises(InputError, match="about 144 bytes of memory are needed on cpu for 3 windows of 5 tokens"):
+        calibration_windows(torch.arange(50), 3, 5, seed=0)
+
+
+def test_what_windows_were_drawn_from_is_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"id": str(i), "messages": [{"role": "user", "content": f"w{i} w2"}]} for i in range(1, 31)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = tokenizer_of_words()
+    tokenizer.chat_template = "{{ bos_token }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    documents = read_documents(path, "calibration")
+    text = documents.text(tokenizer)
+    assert text == "".join(f"<s> w{i} w2 " for i in range(1, 31))
+    with caplog.at_level(logging.INFO, "llm_surgeon"):
+        ids, digest = token_stream(documents, tokenizer)
+        windows = calibration_windows(ids, 3, 5, 0).input_ids
+        record = data_record(documents, tokenizer, digest, ids, windows)
+    assert caplog.messages == [f"{str(path)!r} is read by its field 'messages', conversations by the chat template"]
+    assert torch.equal(ids, tokenize(text, tokenizer)) and len(ids) == 90  # one BOS in front, the template's
+    assert (record.source, record.split, record.field) == (str(path), "calibration", "messages")
+    assert record.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert (record.tokens, record.windows, record.distinct_windows, record.seqlen) == (90, 3, 3, 5)
+    assert record.rendering == "chat template"
+    tokenizer.chat_template = None
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "llm_surgeon"):
+        ids, digest = token_stream(documents, tokenizer)
+        windows = calibration_windows(ids, 64, 80, 0).input_ids
+        record = data_record(documents, tokenizer, digest, ids, windows)
+    assert record.rendering == "plain" and record.tokens == 91
+    assert "conversations as 'User: …' paragraphs, for the tokenizer has no chat template" in caplog.messages[0]
+    distinct = len({tuple(row) for row in windows.tolist()})
+    assert caplog.messages[1] == (
+        f"64 windows of 80 tokens are drawn from the 91 tokens of {str(path)!r}: "
+        f"{distinct} distinct windows, pass more text"
+    )
+    assert record.distinct_windows == distinct == 91 - 80 + 1  # every place there is
+    assert data_record(documents, tokenizer, digest, ids, windows, passes=57).tokens == 91
+    assert len(caplog.messages) == 2  # 64 × 80 tokens are 56.3 times 91
+
+
+def test_the_positions_of_a_model_of_several_modalities_are_those_of_its_text() -> None:
+    config = Gemma3Config(text_config={"max_position_embeddings": 256, "num_hidden_layers": 2})
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = config
+
+    assert positions(Model()) == 256 and choose_seqlen(None, Model()) == 256
+    with pytest.raises(InputError, match="seqlen 1000 is longer than the 256 positions of the model"):
+        choose_seqlen(1000, Model())
+    assert choose_seqlen(None, build("gpt2")) == 64 and AutoConfig.for_model("gpt2").n_positions == 1024
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_ids_that_do_not_fit_the_model_are_refused(name: str) -> None:
+    model = build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for ids, message in (
+        (torch.zeros(2, 65, dtype=torch.int64), "calibration sequences have 65 tokens, and the model has 64 positions"),
+        (torch.full((2, 8), VOCABULARY), "calibration sequences hold token id 64, and the model has 64 embeddings"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prune(model, ids, method="magnitude")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_evaluation_windows_drop_the_tail() -> None:
+    assert evaluation_windows(torch.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert evaluation_windows(torch.arange(4), 4).tolist() == [[0, 1, 2, 3]]
+
+
+def test_calibration_windows_are_seeded_consecutive_and_reach_both_ends() -> None:
+    ids = torch.arange(100, 112)
+    windows = calibration_windows(ids, samples=200, seqlen=5, seed=3)
+    starts = windows.input_ids[:, 0] - 100
+    assert windows.attention_mask is None
+    assert torch.equal(windows.input_ids, 100 + starts[:, None] + torch.arange(5))
+    assert set(starts.tolist()) == set(range(8))
+    assert torch.equal(windows.input_ids, calibration_windows(ids, samples=200, seqlen=5, seed=3).input_ids)
+    assert not torch.equal(windows.input_ids, calibration_windows(ids, samples=200, seqlen=5, seed=4).input_ids)
+    assert calibration_windows(ids, samples=3, seqlen=12, seed=0).input_ids.tolist() == [ids.tolist()] * 3
+
+
+def test_windows_of_a_text_that_is_too_short() -> None:
+    with pytest.raises(InputError, match="has 3 tokens and one sequence needs 4"):
+        calibration_windows(torch.arange(3), samples=1, seqlen=4, seed=0)
+    with pytest.raises(InputError, match="has 3 tokens and one sequence needs 4"):
+        evaluation_windows(torch.arange(3), 4)
+
+
+def test_calibration_of_a_tensor_and_of_itself() -> None:
+    calibration = Calibration.of(torch.tensor([[1, 2], [3, 4]], dtype=torch.int32))
+    assert calibration.input_ids.dtype == torch.int64 and calibration.attention_mask is None
+    assert calibration.input_ids.tolist() == [[1, 2], [3, 4]]
+    assert Calibration.of(calibration) is calibration
+
+
+def test_calibration_of_mappings_pads_on_the_right() -> None:
+    calibration = Calibration.of(
+        [
+            {"input_ids": [5, 6, 7]},
+            {"input_ids": torch.tensor([[1, 2], [3, 4]])},
+            {"input_ids": [[8, 8, 8, 8]], "attention_mask": torch.tensor([[False, True, True, True]])},
+        ]
+    )
+    assert calibration.input_ids.tolist() == [[5, 6, 7, 0], [1, 2, 0, 0], [3, 4, 0, 0], [8, 8, 8, 8]]
+    assert calibration.attention_mask is not None and calibration.attention_mask.dtype == torch.bool
+    assert calibration.attention_mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]]
+
+
+def test_calibration_of_a_tokenizer_output_and_of_a_data_loader() -> None:
+    tokenizer = word_tokenizer("<s>")
+    encoded = tokenizer(["a b", "c d"], return_tensors="pt")
+    expected = [[0, 1, 2], [0, 3, 4]]
+    single = Calibration.of(encoded)
+    assert single.input_ids.tolist() == expected and single.attention_mask is None  # a mask without padding is none
+    rows = [{"input_ids": row, "attention_mask": torch.ones(3)[row >= 0].long()} for row in encoded["input_ids"]]
+    assert Calibration.of(DataLoader(rows, batch_size=1)).input_ids.tolist() == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.rand(2, 3), "integers, not torch.float32"),
+        (torch.ones(2, 3, dtype=torch.bool), "integers, not torch.bool"),
+        (torch.arange(3), r"not of shape \(3,\)"),
+        (torch.ones(0, 3, dtype=torch.int64), "at least 2 tokens"),
+        (torch.ones(3, 1, dtype=torch.int64), "at least 2 tokens"),
+        (torch.tensor([[1, -100]]), "negative token id -100"),
+        ([], "holds no sequences"),
+        ("some text", "not str"),
+        (7, "not int"),
+        ([{"ids": [1, 2]}], "item 0 is not a mapping with input_ids"),
+        ([{"input_ids": [1, 2]}, [1, 2]], "item 1 is not a mapping"),
+        ([{"input_ids": ["a", "b"]}], "item 0 is not a rectangular array"),
+        ([{"input_ids": [[1, 2], [3]]}], "item 0 is not a rectangular array"),
+        ([{"input_ids": [0.5, 1.5]}], "must be integers"),
+        ([{"input_ids": [1, 2], "attention_mask": [1]}], "another shape"),
+        ([{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 0]}], "sequence 0 has fewer than 2 tokens"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [1]}], "sequence 1 has fewer than 2 tokens"),
+    ],
+)
+def test_calibration_refuses(value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Calibration.of(value)
+
+
+def test_calibration_refuses_a_mask_of_another_shape() -> None:
+    with pytest.raises(InputError, match=r"shape of input_ids, \(1, 2\), not \(1, 3\)"):
+        Calibration(torch.tensor([[1, 2]]), torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(InputError, match="not list"):
+        Calibration(torch.tensor([[1, 2]]), [[1, 1]])  # type: ignore[arg-type]
+
+
+def test_batches_in_order_with_a_ragged_last_one() -> None:
+    ids = torch.arange(10).view(5, 2)
+    parts = list(Calibration(ids).batches(2, "cpu"))
+    assert [part.tolist() for part, _ in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]
+    assert all(mask is None for _, mask in parts)
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    mask[4, 2] = False
+    masks = [part for _, part in Calibration(torch.zeros(5, 3, dtype=torch.int64), mask).batches(3, "cpu")]
+    assert torch.equal(torch.cat([part for part in masks if part is not None]), mask)
+    assert [len(part) for part in masks if part is not None] == [3, 2]

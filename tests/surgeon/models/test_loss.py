@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llm_surgeon.models.loss import next_token_loss
+
+VOCABULARY = 11
+
+
+def head(kind: str, x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(VOCABULARY, x.shape[-1], generator=generator, dtype=x.dtype)
+    bias = torch.randn(VOCABULARY, generator=generator, dtype=x.dtype) if kind == "bias" else None
+    logits = functional.linear(x, weight, bias)
+    return 3.0 * torch.tanh(logits / 3.0) if kind == "soft cap" else logits
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "soft cap"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_loss_and_gradient_are_those_of_autograd(kind: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_surgeon.models.loss.CHUNK", 4 * VOCABULARY)
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids = torch.arange(15).view(3, 5) % VOCABULARY
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    if padded:
+        mask[0, :2] = False
+        mask[2, 3:] = False
+    wanted = (mask[:, :-1] & mask[:, 1:]).flatten()
+    flat = functional.cross_entropy(head(kind, x)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    expected = flat[wanted].sum()
+    (expected_gradient,) = torch.autograd.grad(expected, x)
+
+    logits = head(kind, x)
+    loss, gradient = next_token_loss(logits, ids, mask if padded else None, with_gradient=True)
+    assert gradient is not None
+    # The gradient of a soft cap is computed from what it returned; with a bias the logits are a view.
+    assert (gradient.data_ptr() == logits.data_ptr()) == (kind == "plain")
+    logits.register_hook(lambda g: None)
+    logits.backward(gradient)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, expected_gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_logits_are_left_alone_without_a_gradient() -> None:
+    logits = nn.Linear(4, VOCABULARY)(torch.randn(2, 3, 4))
+    before = logits.detach().clone()
+    loss, gradient = next_token_loss(logits, torch.zeros(2, 3, dtype=torch.long), None)
+    assert gradient is None and loss.isfinite()
+    assert torch.equal(logits, before)

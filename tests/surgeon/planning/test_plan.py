@@ -1,0 +1,214 @@
+"""The plan of a run: its parts by hand, its layout by the memory there is, and its peak against the allocator's."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llm_surgeon.planning.plan
+import llm_surgeon.planning.time
+from llm_surgeon import InputError, PruneConfig, prune
+from llm_surgeon.jobs.prune import CheckpointJob
+from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.planning.plan import factor_sizes, make_plan
+from tests.surgeon.checkpoints import save_folder
+from tests.surgeon.tiny_models import build
+
+# Two blocks of a Llama of width 32: q 32x32, k and v 16x32, o 32x32, gate and up 48x32, down 32x48.
+BLOCK = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+SHARED_INPUTS = [32, 32, 32, 48]
+WEIGHTS = 2 * sum(R * C for R, C in BLOCK)
+FACTORS = 4 * (sum(n**2 for n in SHARED_INPUTS) + sum(R**2 for R, _ in BLOCK))  # bytes, of one block
+BLOCK_BYTES = 4 * (WEIGHTS // 2 + 2 * 32)  # with its two norms
+
+
+def plan_of(name="llama", device="cpu", memory=10**12, link=1e300, monkeypatch=None, **options):
+    model = build(name)
+    decoder = find_decoder(model)
+    config = PruneConfig(**{"samples": 8, "seqlen": 16, **options})
+    if monkeypatch is not None:
+        monkeypatch.setattr(llm_surgeon.planning.plan, "matmul_rate", lambda device, dtype: 2.0)
+        monkeypatch.setattr(llm_surgeon.planning.plan, "copy_rate", lambda device: link)
+        monkeypatch.setattr(llm_surgeon.planning.plan, "compute_device", lambda model, config: torch.device(device))
+        monkeypatch.setattr(llm_surgeon.planning.plan, "available_memory", lambda device: memory)
+    return model, make_plan(model, decoder, config)
+
+
+def test_parts_of_a_plan_on_the_cpu(monkeypatch):
+    model, plan = plan_of(batch_size=2, monkeypatch=monkeypatch)
+    assert plan.weights_bytes == 4 * sum(p.numel() for p in model.parameters())
+    assert plan.masks_bytes == WEIGHTS and plan.snapshot_bytes == plan.dense_bytes == 4 * WEIGHTS
+    assert plan_of(shots=1)[1].dense_bytes == 0
+    assert plan.factors_bytes == 2 * FACTORS
+    assert (plan.batch_size, plan.blocks_per_pass, plan.passes, plan.host_bytes) == (2, 2, 1, 0)
+    assert sum(plan.by_kind().values()) == plan.memory_bytes + sum(
+        sorted((plan.curvature_bytes, plan.selection_bytes, plan.update_bytes))[:2]
+    )
+
+
+def test_the_process_counts_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(llm_surgeon.planning.plan, "process_memory", lambda: 10**9)
+    _, plan = plan_of()
+    tensors = plan.weights_bytes + plan.additional_bytes
+    assert plan.process_bytes == 10**9 - plan.weights_bytes + 2**27 + int(0.25 * plan.additional_bytes)
+    assert plan.memory_bytes == tensors + plan.process_bytes
+    assert plan.by_kind()["libraries and allocators"] == plan.process_bytes
+    assert plan_of(device="cuda", monkeypatch=monkeypatch)[1].process_bytes == 0
+
+
+def test_offloaded_parts_are_in_main_memory(monkeypatch):
+    model, plan = plan_of(offload="cpu", curvature_layers=1, device="cuda", monkeypatch=monkeypatch)
+    assert plan.factors_bytes == plan.masks_bytes == plan.dense_bytes == 0 and plan.checkpoint_activations
+    assert (plan.blocks_per_pass, plan.passes) == (1, 2)
+    everything = 4 * sum(p.numel() for p in model.parameters())
+    assert plan.weights_bytes == everything  # two blocks in all: both may be on the device at once
+    dense, masks = 4 * WEIGHTS, WEIGHTS
+    assert plan.host_bytes == everything + dense + 2 * FACTORS + 2 * BLOCK_BYTES + masks
+    _, alone = plan_of(curvature_layers=1, device="cuda", monkeypatch=monkeypatch)
+    assert alone.factors_bytes == 0 and alone.masks_bytes == WEIGHTS
+    assert alone.host_bytes == 4 * WEIGHTS + 2 * FACTORS
+
+
+def test_as_many_windows_and_blocks_as_fit(monkeypatch):
+    def plan(memory, **options):
+        return plan_of(device="cuda", memory=memory, monkeypatch=monkeypatch, **options)[1]
+
+    roomy = plan(10**12, seqlen=2048)
+    assert roomy.batch_size == 8192 // 2048
+    assert plan(10**12, seqlen=2048, samples=3).batch_size == 3
+    assert plan(0, seqlen=2048).batch_size == 1
+    two = plan(10**12, seqlen=2048, batch_size=2)
+    fixed = two.weights_bytes + two.masks_bytes + two.dense_bytes + two.factors_bytes
+    assert plan(int((fixed + 2.01 * two.curvature_bytes) / 0.92), seqlen=2048).batch_size == 2
+    assert plan(int((fixed + 1.99 * two.curvature_bytes) / 0.92), seqlen=2048).batch_size == 1
+    offloaded = plan(10**12, offload="cpu", batch_size=1)
+    assert offloaded.passes == 1
+    enough = int((offloaded.weights_bytes + offloaded.curvature_bytes) / 0.92) + 2
+    assert plan(enough, offload="cpu", batch_size=1).passes == 1
+    assert plan(enough - FACTORS // 2, offload="cpu", batch_size=1).passes == 2
+    assert plan(10**12, offload="cpu", batch_size=1, gpu_memory=enough - FACTORS // 2).passes == 2
+
+
+def test_inverses_are_kept_where_they_fit_and_are_needed(monkeypatch):
+    def plan(memory=10**12, **options):
+        return plan_of(device="cuda", memory=memory, monkeypatch=monkeypatch, **options)[1]
+
+    kept = plan()
+    assert kept.inverses_bytes == kept.factors_bytes == 2 * FACTORS
+    resident = kept.weights_bytes + kept.masks_bytes + kept.dense_bytes + kept.factors_bytes + kept.inverses_bytes
+    needed = int((resident + max(kept.selection_bytes, kept.update_bytes)) / 0.92) + 2
+    assert plan(needed).inverses_bytes == 2 * FACTORS and plan(needed - 4).inverses_bytes == 0
+    assert plan(gpu_memory=needed - 4).inverses_bytes == 0
+    assert kept.memory_bytes >= resident + max(kept.selection_bytes, kept.update_bytes)
+    assert kept.seconds < plan(needed - 4).seconds
+    for options in ({"structure": "rows-columns"}, {"update": "none"}, {"offload": "cpu"}, {"method": "k-obd"}):
+        assert plan(**options).inverses_bytes == 0
+    assert plan_of(monkeypatch=monkeypatch)[1].inverses_bytes == 0  # on a CPU
+
+
+def test_factor_sizes_count_shared_inputs_once_and_biases():
+    decoder = find_decoder(build("opt"))
+    gradients = [32, 32, 32, 32, 64, 32]
+    assert factor_sizes(decoder, PruneConfig()) == 2 * [[33, 33, 33, 65, *gradients]]
+    assert factor_sizes(decoder, PruneConfig(method="l-obd")) == 2 * [[33, 33, 33, 65]]
+    assert factor_sizes(decoder, PruneConfig(method="magnitude")) == [[], []]
+
+
+def test_seconds_are_operations_over_rates(monkeypatch):
+    for name in ("_PASS_EFFICIENCY", "_GRAM_EFFICIENCY", "_FACTORISATION_EFFICIENCY"):
+        monkeypatch.setattr(llm_surgeon.planning.time, name, 1.0)
+    tokens, P = 8 * 16, WEIGHTS + 64 * 32
+    forward = 2 * P * tokens
+    grams, cubes = 2 * FACTORS // 4, 2 * sum(n**3 for n in [*SHARED_INPUTS, *(R for R, _ in BLOCK)])
+    products = 2 * sum(2 * R * C * (R + C) for R, C in BLOCK)
+    _, plan = plan_of(shots=3, max_iterations=10, monkeypatch=monkeypatch)
+    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + (10 + 3 * 9 + 10 + 2) * products) + forward
+    assert plan.seconds == pytest.approx(operations / 2.0)
+    _, lines = plan_of(shots=3, structure="rows-columns", monkeypatch=monkeypatch)
+    assert lines.seconds == pytest.approx(
+        (3 * (2 * forward + tokens * grams + 2 / 3 * cubes + 3 * products) + forward) / 2.0
+    )
+    _, single = plan_of(shots=3, max_iterations=10, exchanges=0, monkeypatch=monkeypatch)
+    assert single.seconds == pytest.approx(plan.seconds - 3 * (10 + 3 * 9) * products / 2.0)
+    _, stepped = plan_of(shots=3, max_iterations=10, gradient_steps=2, monkeypatch=monkeypatch)
+    assert stepped.seconds == pytest.approx(plan.seconds + 3 * 2 * (27 / 8 * forward + (10 + 2) * products) / 2.0)
+    assert stepped.update_bytes >= plan.update_bytes + 8 * WEIGHTS
+    model, config = build("llama"), PruneConfig(samples=8, seqlen=16, shots=3, max_iterations=10)
+    held_out = make_plan(model, find_decoder(model), config, held_out=4)
+    assert held_out.seconds == pytest.approx((operations + 2 * 4 / 8 * forward) / 2.0)
+    _, again = plan_of(shots=3, max_iterations=10, checkpoint_activations=True, monkeypatch=monkeypatch)
+    assert again.seconds == pytest.approx((operations + 3 * forward) / 2.0)
+    # Of two passes the second goes back through one block only, computing its activations again; weights of
+    # both are streamed in every one of them, and once more for the final loss.
+    pinned = (2 * (FACTORS + BLOCK_BYTES) + WEIGHTS) / 5e9
+    offloaded = {"shots": 1, "max_iterations": 10, "offload": "cpu", "curvature_layers": 1, "device": "cuda"}
+    _, fast = plan_of(**offloaded, monkeypatch=monkeypatch)
+    _, slow = plan_of(**offloaded, link=BLOCK_BYTES / 1e9, monkeypatch=monkeypatch)
+    assert slow.seconds - pinned == pytest.approx(4.5 * 2e9, rel=0.1)
+    solver = (10 + 3 * 9 + 10 + 2 * 3) / 10.5 * products
+    operations = (2 + 2 * 1.5 + 1) * forward + tokens * grams + 5 / 3 * cubes + solver
+    assert fast.seconds == pytest.approx(operations / 2.0 + pinned + 2.5)
+    _, magnitude = plan_of(method="magnitude", monkeypatch=monkeypatch)
+    assert magnitude.seconds == pytest.approx(forward / 2.0)
+
+
+def test_a_cap_that_the_run_would_exceed_is_refused_before_the_work(tmp_path):
+    source, text = save_folder(tmp_path / "model", build("llama")), tmp_path / "text.txt"
+    text.write_text("w2 w3 w4 w5 " * 40)
+    job = CheckpointJob(source, tmp_path / "out", PruneConfig(samples=2, seqlen=8), calibration=str(text))
+    job.config = dataclasses.replace(job.config, gpu_memory="1kB")  # without a GPU the option itself is dropped
+    with pytest.raises(InputError, match="memory are needed on cpu and gpu_memory allows 1 kB"):
+        job.run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_checkpoint_counts_what_is_held_out(tmp_path, monkeypatch):
+    source, text = save_folder(tmp_path / "model", build("llama")), tmp_path / "text.txt"
+    text.write_text("w2 w3 w4 w5 " * 400)
+    monkeypatch.setattr(llm_surgeon.planning.plan, "matmul_rate", lambda *_: 2.0)
+    job = CheckpointJob(source, tmp_path / "out", PruneConfig(samples=2, seqlen=8, shots=1), calibration=str(text))
+    assert len(job.held_out.input_ids) == 16
+    without = make_plan(job.model, job.decoder, job.config).seconds
+    forward = 2 * (WEIGHTS + 64 * 32) * 16 / (2.0 * llm_surgeon.planning.time._PASS_EFFICIENCY)
+    assert job.plan().seconds == pytest.approx(without + 2 * 16 / 2 * forward)
+
+
+def test_the_written_dtype_decides_the_disk():
+    model = build("llama")
+    decoder, config = find_decoder(model), PruneConfig(samples=4, seqlen=16)
+    written = [
+        make_plan(model, decoder, config, saved_dtype=dtype).disk_bytes
+        for dtype in (None, torch.float32, torch.bfloat16)
+    ]
+    parameters = sum(p.numel() for p in model.parameters())
+    assert written[0] == written[1] == written[2] + 2 * parameters
+
+
+def peak_bytes(work):
+    """The most bytes that ``work`` has allocated at once, by torch's own account."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"structure": "rows-columns"},
+        {"structure": "rows-columns", "checkpoint_activations": True, "batch_size": 2},
+        {"structure": "2:4", "batch_size": 1, "max_iterations": 4},
+    ],
+)
+def test_the_plan_is_within_a_tenth_of_the_peak(options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=3, **sizes))
+    config = PruneConfig(shots=1, samples=4, seqlen=256, **options)
+    plan = make_plan(model, find_decoder(model), config)
+    ids = torch.randint(0, 256, (4, 256))
+    # The copies to restore are made by a thread of their own, which the profiler does not see.
+    peak = plan.weights_bytes + plan.snapshot_bytes + peak_bytes(lambda: prune(model, ids, config=config))
+    assert plan.memory_bytes - plan.process_bytes == pytest.approx(peak, rel=0.1)
