@@ -2,8 +2,8 @@
 
 // For the <op>_ops.cpp files, the only ones that know torch: each registers one op's CUDA implementations. Schemas and
 // fake kernels stand in surgeon_kernels/<op>.py, so that a graph that holds an op loads before the extension does.
-// Arguments are checked in Python (surgeon_kernels/<op>.py), where the same checks guard the reference; in C++ only what
-// would corrupt memory is checked again.
+// Arguments are checked in Python (surgeon_kernels/<op>.py), where the same checks guard the reference; in C++ only
+// what would corrupt memory is checked again.
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
@@ -37,7 +37,8 @@ auto with_type(const at::Tensor& weight, F function) {
 
 // A layer's weights and the factors of their costs, as the kernels take them.
 inline CostMatrix cost_matrix(const at::Tensor& weight, const at::Tensor& g, const at::Tensor& a) {
-  TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.numel() == 0), "weights must be [R, C], rows dense");
+  TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.numel() == 0),
+              "weights must be [R, C], rows dense");
   for (const auto& [factor, size] : {std::pair(g, weight.size(0)), std::pair(a, weight.size(1))}) {
     TORCH_CHECK(factor.scalar_type() == at::kFloat && factor.is_contiguous() && factor.numel() == size &&
                     factor.device() == weight.device(),

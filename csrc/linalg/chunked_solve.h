@@ -7,9 +7,9 @@
 
 namespace surgeon {
 
-// The systems S_b = G⁻¹[r,r] ∘ A⁻¹[c,c] of chunks b of pruned positions (r_i, c_i), i = offsets[b] .. offsets[b + 1] - 1.
-// They are symmetric and only their lower triangles are read. All pointers are to device memory. A position outside the
-// inverses ends the kernel with an assertion before anything is read there.
+// The systems S_b = G⁻¹[r,r] ∘ A⁻¹[c,c] of chunks b of pruned positions (r_i, c_i), i = offsets[b] .. offsets[b + 1]
+// - 1. They are symmetric and only their lower triangles are read. All pointers are to device memory. A position
+// outside the inverses ends the kernel with an assertion before anything is read there.
 struct GatheredSystems {
   const float* G_inv;
   const float* A_inv;
@@ -22,8 +22,8 @@ struct GatheredSystems {
   const int64_t* offsets;
 };
 
-// Attempts at a factorisation, each with more of the mean diagonal added, the first with none. level[b] is the number of
-// the attempt that succeeded, from 0, or kAttempts where none did; the solution is zero there.
+// Attempts at a factorisation, each with more of the mean diagonal added, the first with none. level[b] is the number
+// of the attempt that succeeded, from 0, or kAttempts where none did; the solution is zero there.
 constexpr int kAttempts = 6;
 
 // Systems of up to kSharedLimit weights, or what the device's shared memory holds, are solved by one block each.
@@ -31,15 +31,18 @@ constexpr int kSharedTile = 32;
 constexpr int kSharedLimit = 8 * kSharedTile;
 cudaError_t shared_limit(int* size);
 
-// solution = S⁻¹ target for the chunks listed, of at most `tiles * kSharedTile` weights; target, solution: [offsets[B]].
-cudaError_t solve_in_shared(const GatheredSystems& systems, const int* chunks, int count, int tiles, const float* target,
-                            float* solution, int* level, cudaStream_t stream);
+// solution = S⁻¹ target for the chunks listed, of at most `tiles * kSharedTile` weights; target, solution:
+// [offsets[B]].
+cudaError_t solve_in_shared(const GatheredSystems& systems, const int* chunks, int count, int tiles,
+                            const float* target, float* solution, int* level, cudaStream_t stream);
 
-// Larger ones are factorised in tiles of kTile x kTile in device memory: tile (i, j), j <= i, of the n-th chunk listed is
-// number i (i + 1) / 2 + j of the n-th run of `tiles (tiles + 1) / 2` tiles in `factors`.
+// Larger ones are factorised in tiles of kTile x kTile in device memory: tile (i, j), j <= i, of the n-th chunk listed
+// is number i (i + 1) / 2 + j of the n-th run of `tiles (tiles + 1) / 2` tiles in `factors`.
 constexpr int kTile = 64;
 constexpr int64_t factor_floats(int tiles) { return int64_t{tiles} * (tiles + 1) / 2 * kTile * kTile; }
-constexpr int64_t factor_scratch_ints(int count, int tiles) { return int64_t{kAttempts} * (int64_t{count} * tiles + 2); }
+constexpr int64_t factor_scratch_ints(int count, int tiles) {
+  return int64_t{kAttempts} * (int64_t{count} * tiles + 2);
+}
 
 // Cholesky factors of the chunks listed, of at most `tiles * kTile` weights; level must be 0 for each of them.
 // scratch: factor_scratch_ints(count, tiles) ints.
@@ -54,16 +57,18 @@ struct Targets {
   int64_t first_row;
   int64_t rows;  // with a stride
 };
-constexpr int64_t solve_scratch_floats(int count, int tiles) { return int64_t{2} * count * ((tiles + 1) / 2 * 2 * kTile) + 4; }
+constexpr int64_t solve_scratch_floats(int count, int tiles) {
+  return int64_t{2} * count * ((tiles + 1) / 2 * 2 * kTile) + 4;
+}
 
 // solution = (L Lᵀ)⁻¹ target for the chunks listed, as factorised by factor_chunks.
 // scratch: solve_scratch_floats(count, tiles) floats, every byte 0xff.
-cudaError_t solve_factored(const GatheredSystems& systems, const int* chunks, int count, int tiles, const float* factors,
-                           const Targets& targets, float* solution, const int* level, float* scratch,
-                           cudaStream_t stream);
+cudaError_t solve_factored(const GatheredSystems& systems, const int* chunks, int count, int tiles,
+                           const float* factors, const Targets& targets, float* solution, const int* level,
+                           float* scratch, cudaStream_t stream);
 
-// Chunks that one launch solves: `count` of a plan's order from `first` on, of at most `tiles` tiles, in shared memory or
-// with factors in device memory.
+// Chunks that one launch solves: `count` of a plan's order from `first` on, of at most `tiles` tiles, in shared memory
+// or with factors in device memory.
 struct ChunkBatch {
   int first, count, tiles;
   bool shared;

@@ -12,8 +12,8 @@ constexpr int kRows = 8;  // of the chunk, taken up together
 
 // Memory bound: λ's rows of A⁻¹ are read once, a strip of columns by each block, a row's strip by one warp.
 __global__ __launch_bounds__(kThreads, 2) void apply_kernel(GatheredSystems systems, const int64_t* row_offsets,
-                                                            SolvedChunk chunk, int64_t C, const float* solution, float* Y,
-                                                            float* pending) {
+                                                            SolvedChunk chunk, int64_t C, const float* solution,
+                                                            float* Y, float* pending) {
   __shared__ float partial[kWarps][kStrip];
   __shared__ float gained[kRows][kStrip];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

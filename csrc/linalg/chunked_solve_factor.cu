@@ -2,9 +2,9 @@
 
 // S = L Lᵀ left-looking, a tile by a block of threads at a time:
 //   L_ij = (S_ij - Σ_{k < j} L_ik L_jkᵀ) L_jj⁻ᵀ        L_jj = Cholesky factor of S_jj - Σ_{k < j} L_jk L_jkᵀ
-// S is gathered into the registers that accumulate the tile and exists nowhere else. All chunks' tiles are computed by one
-// launch: a block waits, tile by tile, for what it reads of rows i and j (chunked_solve_tasks.cuh). Every tile is computed
-// by one block in one order, so the same inputs give the same bits.
+// S is gathered into the registers that accumulate the tile and exists nowhere else. All chunks' tiles are computed by
+// one launch: a block waits, tile by tile, for what it reads of rows i and j (chunked_solve_tasks.cuh). Every tile is
+// computed by one block in one order, so the same inputs give the same bits.
 namespace surgeon {
 namespace {
 
@@ -24,8 +24,8 @@ struct TileIndices {
   int count;
 };
 
-// S at the tile, with `shift` added on the system's diagonal and the identity where it is padded. Loads are unconditional,
-// so that many are in flight; what does not count is dropped afterwards.
+// S at the tile, with `shift` added on the system's diagonal and the identity where it is padded. Loads are
+// unconditional, so that many are in flight; what does not count is dropped afterwards.
 __device__ __forceinline__ void gather(Accumulator<Shape>& acc, const GatheredSystems& systems, TileIndices left,
                                        TileIndices right, bool diagonal, float shift) {
   const int lane = fresh(threadIdx.x & 31);
@@ -79,8 +79,8 @@ __device__ __forceinline__ void copy_slab(float* to, const float* from) {
   }
 }
 
-// Turns the accumulated tile (i, j) into that of the factor, in `tile` (shared memory), a panel at a time. `above` is the
-// factor's tile (j, j), or for i = j this tile itself. False for warp 0 if a pivot was not positive and finite.
+// Turns the accumulated tile (i, j) into that of the factor, in `tile` (shared memory), a panel at a time. `above` is
+// the factor's tile (j, j), or for i = j this tile itself. False for warp 0 if a pivot was not positive and finite.
 __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulated, float* tile, const float* above,
                                             bool diagonal) {
   bool ok = true;
@@ -188,7 +188,8 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
   const bool ok = finish_tile(acc, tile, diagonal, task.i == task.j);
   if (__syncthreads_or(!ok)) return false;
   float4* to = reinterpret_cast<float4*>(task.left + task.j * Shape::kFloats);
-  for (int p = threadIdx.x; p < Shape::kFloats / 4; p += Shape::kThreads) to[p] = reinterpret_cast<const float4*>(tile)[p];
+  for (int p = threadIdx.x; p < Shape::kFloats / 4; p += Shape::kThreads)
+    to[p] = reinterpret_cast<const float4*>(tile)[p];
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -197,8 +198,8 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
   return true;
 }
 
-// Before anything is read at them: a block looks at one chunk's positions. In the factorisation itself an assertion would
-// take registers that it has not.
+// Before anything is read at them: a block looks at one chunk's positions. In the factorisation itself an assertion
+// would take registers that it has not.
 __global__ void check_positions_kernel(GatheredSystems systems, const int* chunks) {
   const int chunk = chunks[blockIdx.x];
   const int64_t end = systems.offsets[chunk + 1];

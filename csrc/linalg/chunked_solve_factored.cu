@@ -1,8 +1,8 @@
 #include "chunked_solve_panel.cuh"
 
-// L y = b, then Lᵀ x = y, for factors in device memory. Memory bound: every tile is read twice. A block takes 128 rows of
-// one chunk: it multiplies what is left of them (or below) by the parts of y (or x) as other blocks finish them, which
-// hides the reads behind the waiting, and solves with the 128 x 128 on the diagonal.
+// L y = b, then Lᵀ x = y, for factors in device memory. Memory bound: every tile is read twice. A block takes 128 rows
+// of one chunk: it multiplies what is left of them (or below) by the parts of y (or x) as other blocks finish them,
+// which hides the reads behind the waiting, and solves with the 128 x 128 on the diagonal.
 namespace surgeon {
 namespace {
 
@@ -67,7 +67,8 @@ struct Part {
   }
 };
 
-// The three tiles on the diagonal at step i as slabs of 128 rows; the identity for the second tile row where it is absent.
+// The three tiles on the diagonal at step i as slabs of 128 rows; the identity for the second tile row where it is
+// absent.
 __device__ __forceinline__ void fetch_diagonal(float* to, const float* factors, int i, int halves) {
   for (int p = threadIdx.x; p < Shape::kFloats / 4; p += Shape::kThreads) {
     const int s = p / (Shape::kSlab / 4), row = p / 8 % kStep, group = p % 8;
@@ -94,8 +95,8 @@ __device__ float target_at(const Solving& f, int64_t position) {
 }
 
 // y of step i: L_ii y_i = target_i - Σ_{k < i} L_ik y_k.
-__device__ void solve_forward(const Solving& f, const float* factors, int n, int i, int64_t begin, int size, float* diagonal,
-                              float* v) {
+__device__ void solve_forward(const Solving& f, const float* factors, int n, int i, int64_t begin, int size,
+                              float* diagonal, float* v) {
   const int thread = threadIdx.x;
   float* y = f.forward + static_cast<int64_t>(n) * f.steps * kStep;
   fetch_diagonal(diagonal, factors, i, halves(size, i));
@@ -140,8 +141,8 @@ __device__ void solve_forward(const Solving& f, const float* factors, int n, int
 }
 
 // x of step j: L_jjᵀ x_j = y_j - Σ_{i > j} L_ijᵀ x_i.
-__device__ void solve_backward(const Solving& f, const float* factors, int n, int j, int64_t begin, int size, float* diagonal,
-                               float* v, float* partial) {
+__device__ void solve_backward(const Solving& f, const float* factors, int n, int j, int64_t begin, int size,
+                               float* diagonal, float* v, float* partial) {
   const int thread = threadIdx.x;
   const float* y = f.forward + static_cast<int64_t>(n) * f.steps * kStep;
   float* x = f.backward + static_cast<int64_t>(n) * f.steps * kStep;
@@ -233,9 +234,9 @@ __global__ __launch_bounds__(Shape::kThreads, 2) void solve_kernel(Solving f) {
 
 }  // namespace
 
-cudaError_t solve_factored(const GatheredSystems& systems, const int* chunks, int count, int tiles, const float* factors,
-                           const Targets& targets, float* solution, const int* level, float* scratch,
-                           cudaStream_t stream) {
+cudaError_t solve_factored(const GatheredSystems& systems, const int* chunks, int count, int tiles,
+                           const float* factors, const Targets& targets, float* solution, const int* level,
+                           float* scratch, cudaStream_t stream) {
   if (count == 0 || tiles == 0) return cudaSuccess;
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -247,8 +248,8 @@ cudaError_t solve_factored(const GatheredSystems& systems, const int* chunks, in
   const int steps = (tiles + 1) / 2;
   const int64_t length = int64_t{count} * steps * kStep;
   int* ticket = reinterpret_cast<int*>(scratch + 2 * length);
-  const Solving f = {systems, chunks,   count, tiles,   steps,            factors,
-                     targets, solution, level, scratch, scratch + length, ticket};
+  const Solving f = {systems, chunks,           count, tiles, steps, factors, targets, solution, level,
+                     scratch, scratch + length, ticket};
   const int64_t tasks = int64_t{2} * count * steps;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(tasks < 2 * processors ? tasks : 2 * processors));

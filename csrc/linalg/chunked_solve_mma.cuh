@@ -59,7 +59,8 @@ template <class Shape>
 struct Accumulator {
   float v[Shape::kSteps][Shape::kGroups][4];
 
-  // A lane holds as v[step][n][e] row 16 step + lane / 4 + 8 (e / 2) and column 8 n + 2 (lane % 4) + e % 2 of the warp's.
+  // A lane holds as v[step][n][e] row 16 step + lane / 4 + 8 (e / 2) and column 8 n + 2 (lane % 4) + e % 2 of the
+  // warp's.
 
   // To and from the slab of the warp's columns.
   __device__ __forceinline__ void store(float* tile) const {
@@ -91,18 +92,18 @@ struct Accumulator {
   }
 };
 
-// x = hi + lo, both tf32: hi is rounded to nearest, lo cut by the tensor core, at x's 23rd bit. A NaN or infinite x gives a
-// NaN lo, so that the products keep it.
+// x = hi + lo, both tf32: hi is rounded to nearest, lo cut by the tensor core, at x's 23rd bit. A NaN or infinite x
+// gives a NaN lo, so that the products keep it.
 __device__ __forceinline__ void split(float x, uint32_t& hi, uint32_t& lo) {
   hi = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
   lo = __float_as_uint(x - __uint_as_float(hi));
 }
 
 // acc -= a bᵀ over the 32 columns of two slabs, in three tf32 products: hi hi + hi lo + lo hi, as lo lo is below fp32's
-// last bit. The tensor cores truncate their sums, which for sums of squares is a bias: they start from zero for every 16
-// columns, two of them are added in fp32 and then subtracted from acc. Rounding there, once in 32 columns, is what the
-// factor's error comes from. The order of the columns within a slab is free, so a lane takes four neighbours. With `lower`,
-// a and b are rows of a tile on the diagonal, and what is wholly above the diagonal is left out.
+// last bit. The tensor cores truncate their sums, which for sums of squares is a bias: they start from zero for every
+// 16 columns, two of them are added in fp32 and then subtracted from acc. Rounding there, once in 32 columns, is what
+// the factor's error comes from. The order of the columns within a slab is free, so a lane takes four neighbours. With
+// `lower`, a and b are rows of a tile on the diagonal, and what is wholly above the diagonal is left out.
 template <class Shape>
 __device__ __forceinline__ void subtract_product(Accumulator<Shape>& acc, const float* a, const float* b, bool lower) {
   constexpr int kWide = 2;  // groups of 8 columns of acc at a time: as many as registers allow

@@ -15,10 +15,11 @@ constexpr int64_t kFactorBytes = int64_t{2} << 30;  // of the Cholesky factors k
 surgeon::GatheredSystems gathered(const Tensor& G_inv, const Tensor& A_inv, const Tensor& rows, const Tensor& columns,
                                   const int64_t* offsets) {
   for (const Tensor* factor : {&G_inv, &A_inv}) {
-    TORCH_CHECK(factor->scalar_type() == at::kFloat && factor->dim() == 2 && factor->size(0) == factor->size(1) &&
-                    factor->stride(1) == 1 && factor->stride(0) < (int64_t{1} << 30) && factor->size(0) < (int64_t{1} << 30) &&
-                    factor->device() == rows.device(),
-                "chunked solve: inverse factors must be square float32 matrices with contiguous rows, on the indices' device");
+    TORCH_CHECK(
+        factor->scalar_type() == at::kFloat && factor->dim() == 2 && factor->size(0) == factor->size(1) &&
+            factor->stride(1) == 1 && factor->stride(0) < (int64_t{1} << 30) && factor->size(0) < (int64_t{1} << 30) &&
+            factor->device() == rows.device(),
+        "chunked solve: inverse factors must be square float32 matrices with contiguous rows, on the indices' device");
   }
   for (const Tensor* index : {&rows, &columns}) {
     TORCH_CHECK(index->scalar_type() == at::kLong && index->is_contiguous() && index->device() == rows.device() &&
@@ -65,8 +66,8 @@ PlannedChunks plan_chunks(const Tensor& offsets, at::Device device) {
 }
 
 // Factors of the chunks listed and room for their right sides, as surgeon::solve_factored takes them.
-std::tuple<Tensor, Tensor> factor_chunks(const surgeon::GatheredSystems& systems, const int* chunks, int count, int tiles,
-                                         Tensor& level) {
+std::tuple<Tensor, Tensor> factor_chunks(const surgeon::GatheredSystems& systems, const int* chunks, int count,
+                                         int tiles, Tensor& level) {
   const auto floats = level.options().dtype(at::kFloat);
   Tensor factors = at::empty({count * surgeon::factor_floats(tiles)}, floats);
   const Tensor counters = at::empty({surgeon::factor_scratch_ints(count, tiles)}, level.options());
@@ -97,14 +98,15 @@ std::tuple<Tensor, Tensor> chunked_solve(const Tensor& G_inv, const Tensor& A_in
   for (const surgeon::ChunkBatch& batch : planned.plan.batches) {
     const int* members = planned.order + batch.first;
     if (batch.shared) {
-      C10_CUDA_CHECK(surgeon::solve_in_shared(systems, members, batch.count, batch.tiles, target.const_data_ptr<float>(),
-                                              solution.mutable_data_ptr<float>(), level.mutable_data_ptr<int>(), stream));
+      C10_CUDA_CHECK(surgeon::solve_in_shared(systems, members, batch.count, batch.tiles,
+                                              target.const_data_ptr<float>(), solution.mutable_data_ptr<float>(),
+                                              level.mutable_data_ptr<int>(), stream));
     } else {
       const auto [factors, scratch] = factor_chunks(systems, members, batch.count, batch.tiles, level);
-      C10_CUDA_CHECK(surgeon::solve_factored(
-          systems, members, batch.count, batch.tiles, factors.const_data_ptr<float>(),
-          {target.const_data_ptr<float>(), 0, 0, 0}, solution.mutable_data_ptr<float>(), level.const_data_ptr<int>(),
-          static_cast<float*>(scratch.mutable_data_ptr()), stream));
+      C10_CUDA_CHECK(surgeon::solve_factored(systems, members, batch.count, batch.tiles,
+                                             factors.const_data_ptr<float>(), {target.const_data_ptr<float>(), 0, 0, 0},
+                                             solution.mutable_data_ptr<float>(), level.const_data_ptr<int>(),
+                                             static_cast<float*>(scratch.mutable_data_ptr()), stream));
     }
   }
   return {solution, level};
@@ -112,11 +114,12 @@ std::tuple<Tensor, Tensor> chunked_solve(const Tensor& G_inv, const Tensor& A_in
 
 // One block of chunks of the sequential update: all factorised at once, then solved one after the other.
 Tensor chunked_sequence_(Tensor& Y, Tensor& pending, const Tensor& G_inv, const Tensor& A_inv, const Tensor& rows,
-                         const Tensor& columns, const Tensor& row_offsets, const Tensor& offsets, const Tensor& row_ranges,
-                         int64_t block_begin) {
+                         const Tensor& columns, const Tensor& row_offsets, const Tensor& offsets,
+                         const Tensor& row_ranges, int64_t block_begin) {
   for (const Tensor* matrix : {static_cast<const Tensor*>(&Y), static_cast<const Tensor*>(&pending)}) {
-    TORCH_CHECK(matrix->is_cuda() && matrix->is_contiguous() && matrix->scalar_type() == at::kFloat && matrix->dim() == 2,
-                "chunked_sequence_: Y and pending must be contiguous float32 matrices");
+    TORCH_CHECK(
+        matrix->is_cuda() && matrix->is_contiguous() && matrix->scalar_type() == at::kFloat && matrix->dim() == 2,
+        "chunked_sequence_: Y and pending must be contiguous float32 matrices");
   }
   for (const Tensor* index : {&offsets, &row_ranges}) {
     TORCH_CHECK(index->is_cpu() && index->is_contiguous() && index->scalar_type() == at::kLong,
@@ -143,8 +146,9 @@ Tensor chunked_sequence_(Tensor& Y, Tensor& pending, const Tensor& G_inv, const 
   TORCH_CHECK(host[0] >= 0 && host[chunks] <= rows.numel(), "chunked_sequence_: offsets beyond the positions");
   int64_t widest = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    TORCH_CHECK(block_begin <= ranges[2 * chunk] && ranges[2 * chunk + 1] <= block_end && host[chunk] <= host[chunk + 1],
-                "chunked_sequence_: a chunk outside its block, or offsets that decrease");
+    TORCH_CHECK(
+        block_begin <= ranges[2 * chunk] && ranges[2 * chunk + 1] <= block_end && host[chunk] <= host[chunk + 1],
+        "chunked_sequence_: a chunk outside its block, or offsets that decrease");
     widest = std::max(widest, host[chunk + 1] - host[chunk]);
   }
   const int tiles = static_cast<int>((widest + surgeon::kTile - 1) / surgeon::kTile);

@@ -28,8 +28,8 @@ __device__ __forceinline__ void check_position(const GatheredSystems& systems, u
 
 // Indices of the `count` positions from `first` on, of a system of `size`; 0 beyond it.
 template <bool kCheck>
-__device__ __forceinline__ void load_indices(const GatheredSystems& systems, int64_t begin, int first, int size, int count,
-                                             int* rows, int* columns) {
+__device__ __forceinline__ void load_indices(const GatheredSystems& systems, int64_t begin, int first, int size,
+                                             int count, int* rows, int* columns) {
   for (int p = threadIdx.x; p < count; p += blockDim.x) {
     const bool inside = first + p < size;
     if (kCheck && inside) check_position(systems, systems.rows[begin + first + p], systems.columns[begin + first + p]);

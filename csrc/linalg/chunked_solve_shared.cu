@@ -1,10 +1,10 @@
 #include "chunked_solve_panel.cuh"
 
 // x = S⁻¹ b for systems in shared memory, one block of threads each: S = L Lᵀ right-looking, 32 columns at a time, with
-// L y = b on the way, then Lᵀ x = y. S is gathered once and never leaves shared memory, where its lower triangle lies in
-// 32 x 32 blocks, block column after block column, each as in a slab. At the start of step p the blocks (i, j), j < p, are
-// final, those from p on lack the products of block column p - 1 only, and b has become y up to block p. A failed attempt
-// starts again from the gather.
+// L y = b on the way, then Lᵀ x = y. S is gathered once and never leaves shared memory, where its lower triangle lies
+// in 32 x 32 blocks, block column after block column, each as in a slab. At the start of step p the blocks (i, j), j <
+// p, are final, those from p on lack the products of block column p - 1 only, and b has become y up to block p. A
+// failed attempt starts again from the gather.
 //
 // Small systems wait for latencies, not for arithmetic, and idle warps keep others from the multiprocessor: up to 64
 // weights, one warp does it all.
@@ -206,8 +206,8 @@ cudaError_t shared_limit(int* size) {
   return error;
 }
 
-cudaError_t solve_in_shared(const GatheredSystems& systems, const int* chunks, int count, int blocks, const float* target,
-                            float* solution, int* level, cudaStream_t stream) {
+cudaError_t solve_in_shared(const GatheredSystems& systems, const int* chunks, int count, int blocks,
+                            const float* target, float* solution, int* level, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
   const auto run = blocks <= 2 ? launch<1> : blocks <= 4 ? launch<4> : launch<8>;
   return run(systems, chunks, count, blocks, target, solution, level, stream);

@@ -36,8 +36,9 @@ __device__ __forceinline__ int* counters(const Factoring& f, int attempt) {
 }
 
 // The next tile to compute. Tickets go column by column, so that whatever a tile needs has an earlier ticket,
-// which a running block holds or has finished: blocks may wait for each other without deadlock. In a column the diagonal
-// tiles of all chunks come first, then the others chunk by chunk, which read the same row of tiles from the L2 cache.
+// which a running block holds or has finished: blocks may wait for each other without deadlock. In a column the
+// diagonal tiles of all chunks come first, then the others chunk by chunk, which read the same row of tiles from the L2
+// cache.
 __device__ __forceinline__ void next_task(const Factoring& f, Task& task) {
   int* ticket = counters(f, f.attempt);
   int* progress = ticket + 2;

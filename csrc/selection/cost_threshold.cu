@@ -17,7 +17,9 @@ constexpr int kLane = std::max<int>(M, 16 / sizeof(T));  // weights of a lane, w
 // A persistent block takes a run of tiles, kWarps units each, and adds its counts to the output when it comes to
 // another matrix. Counting in shared memory costs as much as reading, unless few costs fall into the bins.
 template <typename T, int E, int M, bool kHalf>
-__global__ void __launch_bounds__(kThreads, M == 1 ? 4 : M == 4 ? 3 : 1)
+__global__ void __launch_bounds__(kThreads, M == 1   ? 4
+                                            : M == 4 ? 3
+                                                     : 1)
     histogram_kernel(const CostMatrix* __restrict__ matrices, int count, int64_t tiles, CostHistogram h,
                      int64_t* counts) {
   constexpr int kRows = kUnroll<T, E>;
@@ -190,11 +192,11 @@ cudaError_t cost_mask(const CostMatrix& matrix, float threshold, bool ties, bool
   return launch_kernel(kernel, ceil_div(units, kWarps), kThreads, 0, stream, matrix, threshold, ties, selected);
 }
 
-#define INSTANTIATE(T)                                                                                       \
-  template bool aligned_costs<T>(const CostMatrix&, int);                                                    \
-  template int64_t lay_out<T>(CostMatrix*, int, const CostHistogram&);                                       \
-  template cudaError_t cost_histogram<T>(const CostMatrix*, int, int64_t, const CostHistogram&, int64_t*,    \
-                                         cudaStream_t);                                                      \
+#define INSTANTIATE(T)                                                                                    \
+  template bool aligned_costs<T>(const CostMatrix&, int);                                                 \
+  template int64_t lay_out<T>(CostMatrix*, int, const CostHistogram&);                                    \
+  template cudaError_t cost_histogram<T>(const CostMatrix*, int, int64_t, const CostHistogram&, int64_t*, \
+                                         cudaStream_t);                                                   \
   template cudaError_t cost_mask<T>(const CostMatrix&, float, bool, bool*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(__half)

@@ -18,7 +18,7 @@ struct CostMatrix {
 // Sorts the costs of many matrices of T (float, __half or __nv_bfloat16) into bins by their bits, which order them as
 // their values do: bin b of a matrix counts low + (b << shift) <= bits < low + ((b + 1) << shift).
 struct CostHistogram {
-  int n, m;   // m = 1: costs of single weights. Else of groups of m, the sum of their (m - n) cheapest
+  int n, m;  // m = 1: costs of single weights. Else of groups of m, the sum of their (m - n) cheapest
   int low, shift, bins;
   int row_step;  // only every row_step-th row counts
   bool aligned;  // rows can be read 16 bytes, and a group, at a time; must be so for m > 1, which is 4, 8 or 16

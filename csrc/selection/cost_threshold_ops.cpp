@@ -10,18 +10,24 @@ using at::Tensor;
 
 Tensor cost_histogram(const std::vector<Tensor>& weights, const std::vector<Tensor>& g, const std::vector<Tensor>& a,
                       int64_t n, int64_t m, int64_t low, int64_t shift, int64_t bins, int64_t row_step) {
-  TORCH_CHECK(!weights.empty() && g.size() == weights.size() && a.size() == weights.size(), "no weights, or no factors");
+  TORCH_CHECK(!weights.empty() && g.size() == weights.size() && a.size() == weights.size(),
+              "no weights, or no factors");
   TORCH_CHECK((m == 1 && n == 0) || (0 < n && n < m && m <= 16), "no N:M pattern of the weights");
-  TORCH_CHECK(low >= 0 && bins >= 1 && bins <= 8192 && 0 <= shift && shift < 32 && (bins << shift) <= (int64_t{1} << 31) &&
-                  low <= INT_MAX && row_step >= 1 && row_step <= INT_MAX,
+  TORCH_CHECK(low >= 0 && bins >= 1 && bins <= 8192 && 0 <= shift && shift < 32 &&
+                  (bins << shift) <= (int64_t{1} << 31) && low <= INT_MAX && row_step >= 1 && row_step <= INT_MAX,
               "no such bins");
   const Tensor& first = weights.front();
   const c10::cuda::CUDAGuard guard(first.device());
   const int count = static_cast<int>(weights.size());
   return surgeon::with_type(first, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    surgeon::CostHistogram histogram{static_cast<int>(n),    static_cast<int>(m), static_cast<int>(low),
-                                     static_cast<int>(shift), static_cast<int>(bins), static_cast<int>(row_step), true};
+    surgeon::CostHistogram histogram{static_cast<int>(n),
+                                     static_cast<int>(m),
+                                     static_cast<int>(low),
+                                     static_cast<int>(shift),
+                                     static_cast<int>(bins),
+                                     static_cast<int>(row_step),
+                                     true};
     std::vector<surgeon::CostMatrix> matrices;
     for (int i = 0; i < count; ++i) {
       TORCH_CHECK(weights[i].scalar_type() == first.scalar_type() && weights[i].device() == first.device(),

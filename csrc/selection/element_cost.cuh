@@ -13,8 +13,8 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 
 // A launch that returns its own error; cudaGetLastError would take another's for it, and away from who asks next.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
-                          const Arguments&... arguments) {
+cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
+                          cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -60,7 +60,9 @@ struct Packet<T, 1> {
 
 // Rows whose loads are in flight together: 64 bytes a lane hide the memory's latency.
 template <typename T, int E>
-constexpr int kUnroll = E * sizeof(T) <= 16 ? 4 : E * sizeof(T) <= 32 ? 2 : 1;
+constexpr int kUnroll = E * sizeof(T) <= 16   ? 4
+                        : E * sizeof(T) <= 32 ? 2
+                                              : 1;
 
 // N bytes of registers to an address aligned to N (to 16 where N is larger), past the caches.
 template <int N>
@@ -78,8 +80,8 @@ __device__ inline void store(void* to, const void* from) {
   }
 }
 
-// What a warp reads of a matrix: some rows of a strip of 32 E columns, E for each lane. The first row, the number of rows,
-// and this lane's first column; no rows past the last column.
+// What a warp reads of a matrix: some rows of a strip of 32 E columns, E for each lane. The first row, the number of
+// rows, and this lane's first column; no rows past the last column.
 struct Unit {
   int64_t column, row;
   int rows;
@@ -120,8 +122,8 @@ __device__ inline float element_cost(float w, float half_g, float a) {
   return __fmul_rn(__fmul_rn(__fmul_rn(w, w), half_g), a);
 }
 
-// Some rows of a unit, from `first` on: their weights and ½ g. Where the unit has no more rows, its last one again: what
-// is made of it is the same, and written twice.
+// Some rows of a unit, from `first` on: their weights and ½ g. Where the unit has no more rows, its last one again:
+// what is made of it is the same, and written twice.
 template <typename T, int E>
 struct Rows {
   static constexpr int kCount = kUnroll<T, E>;
@@ -177,8 +179,8 @@ __device__ inline float marked_sum(const float (&cost)[M], const unsigned (&mark
   return total;
 }
 
-// Marks the two cheapest of four costs and returns their sum, in half of the instructions: both of a pair, or the cheaper
-// of either pair.
+// Marks the two cheapest of four costs and returns their sum, in half of the instructions: both of a pair, or the
+// cheaper of either pair.
 __device__ inline float mark_two(const float (&cost)[4], unsigned (&marks)[1]) {
   const float lower[] = {fminf(cost[0], cost[1]), fminf(cost[2], cost[3])};
   const float upper[] = {fmaxf(cost[0], cost[1]), fmaxf(cost[2], cost[3])};

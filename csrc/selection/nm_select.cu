@@ -64,8 +64,8 @@ __device__ unsigned without_marked(unsigned word, const unsigned* marks, int i) 
   }
 }
 
-// Aligned rows: a lane holds whole groups of some rows, reads 16 bytes at a time, all rows before it uses one, and ranks
-// the costs in registers. kHalf: N = M / 2. kLimited: there is a threshold or a mask of earlier choices.
+// Aligned rows: a lane holds whole groups of some rows, reads 16 bytes at a time, all rows before it uses one, and
+// ranks the costs in registers. kHalf: N = M / 2. kLimited: there is a threshold or a mask of earlier choices.
 template <typename T, int M, Output kOutput, bool kHalf, bool kLimited>
 __global__ void __launch_bounds__(kThreads, M == 4 ? 8 : 4)
     aligned_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
@@ -237,9 +237,9 @@ cudaError_t nm_prune(const NmProblem<T>& problem, T* pruned_weight, cudaStream_t
   return launch<T, Output::kWeight>(problem, pruned_weight, stream);
 }
 
-#define INSTANTIATE(T)                                                              \
-  template cudaError_t nm_mask(const NmProblem<T>&, bool*, cudaStream_t);           \
-  template cudaError_t nm_group_cost(const NmProblem<T>&, float*, cudaStream_t);    \
+#define INSTANTIATE(T)                                                           \
+  template cudaError_t nm_mask(const NmProblem<T>&, bool*, cudaStream_t);        \
+  template cudaError_t nm_group_cost(const NmProblem<T>&, float*, cudaStream_t); \
   template cudaError_t nm_prune(const NmProblem<T>&, T*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(__half)

@@ -10,8 +10,10 @@ namespace {
 using at::Tensor;
 
 void check_pattern(const Tensor& weight, int64_t n, int64_t m) {
-  TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.numel() == 0), "weights must be [R, C], rows dense");
-  TORCH_CHECK(0 < n && n < m && m <= surgeon::kLargestGroup && weight.size(1) % m == 0, "no N:M pattern of the weights");
+  TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.numel() == 0),
+              "weights must be [R, C], rows dense");
+  TORCH_CHECK(0 < n && n < m && m <= surgeon::kLargestGroup && weight.size(1) % m == 0,
+              "no N:M pattern of the weights");
 }
 
 template <typename T>
@@ -21,14 +23,25 @@ surgeon::NmProblem<T> nm_problem(const Tensor& weight, const std::optional<Tenso
   TORCH_CHECK(g.has_value() == a.has_value(), "both factors or none");
   TORCH_CHECK(invalid.scalar_type() == at::kBool && invalid.numel() == 1 && invalid.device() == weight.device(),
               "invalid must be one bool on the weights' device");
-  surgeon::CostMatrix matrix{weight.const_data_ptr(), nullptr, nullptr, weight.size(0), weight.size(1), weight.stride(0)};
+  surgeon::CostMatrix matrix{weight.const_data_ptr(), nullptr,        nullptr,
+                             weight.size(0),          weight.size(1), weight.stride(0)};
   if (g.has_value()) matrix = surgeon::cost_matrix(weight, *g, *a);
-  return {static_cast<const T*>(matrix.weight), matrix.g, matrix.a, matrix.rows, matrix.columns, matrix.row_stride,
-          static_cast<int>(n), static_cast<int>(m), nullptr, INFINITY, true, invalid.mutable_data_ptr<bool>()};
+  return {static_cast<const T*>(matrix.weight),
+          matrix.g,
+          matrix.a,
+          matrix.rows,
+          matrix.columns,
+          matrix.row_stride,
+          static_cast<int>(n),
+          static_cast<int>(m),
+          nullptr,
+          INFINITY,
+          true,
+          invalid.mutable_data_ptr<bool>()};
 }
 
-Tensor nm_select(const Tensor& weight, const std::optional<Tensor>& g, const std::optional<Tensor>& a, int64_t n, int64_t m,
-                 const std::optional<Tensor>& previous, double threshold, bool ties, Tensor& invalid) {
+Tensor nm_select(const Tensor& weight, const std::optional<Tensor>& g, const std::optional<Tensor>& a, int64_t n,
+                 int64_t m, const std::optional<Tensor>& previous, double threshold, bool ties, Tensor& invalid) {
   const c10::cuda::CUDAGuard guard(weight.device());
   TORCH_CHECK(!previous || (previous->is_contiguous() && previous->sizes() == weight.sizes() &&
                             previous->scalar_type() == at::kBool && previous->device() == weight.device()),

@@ -108,10 +108,10 @@ constexpr float kUnitTime[kWgmmaCount] = {510, 395, 535, 565, 790, 920};
 constexpr float kClusterTime[kWgmmaCount] = {2500, 3500, 4000, 3500, 4600, 7000};
 constexpr float kTileTime = 1700, kLaunchTime = 2700;
 
-// Without sparse wgmma, from this number of tokens on: cuSPARSELt by its own choice of an algorithm where the caller has
-// it, else the dense product with the weight, unpacked for the call. Estimated, not measured: the kernel for few tokens
-// reads W from L2 anew for every 32 of them, about 40 operations a byte, which takes longer than a dense product and the
-// time to unpack.
+// Without sparse wgmma, from this number of tokens on: cuSPARSELt by its own choice of an algorithm where the caller
+// has it, else the dense product with the weight, unpacked for the call. Estimated, not measured: the kernel for few
+// tokens reads W from L2 anew for every 32 of them, about 40 operations a byte, which takes longer than a dense product
+// and the time to unpack.
 constexpr int kDenseTokens = 256, kDefaultAlgorithm = 0;
 
 int choice_without_wgmma(const Linear24& call, bool library, Device& device) {

@@ -17,14 +17,14 @@ enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kS
 enum class Overlap : int { kNone = 0, kEarly = 1, kLate = 2 };
 
 // y[tokens, rows] = act(x[tokens, columns] W^T + bias), W 2:4 sparse, [ceil(rows / 16)][units][kUnitBytes] in the order
-// of surgeon_kernels/sparse24/linear_2_4_layout.py. Kernels on capability 9.0 and newer start to read W while the kernel before
-// them in the stream may still run, and wait for its end before they touch x, bias or y: a kernel that writes W must have
-// ended for the host before the first call.
+// of surgeon_kernels/sparse24/linear_2_4_layout.py. Kernels on capability 9.0 and newer start to read W while the
+// kernel before them in the stream may still run, and wait for its end before they touch x, bias or y: a kernel that
+// writes W must have ended for the host before the first call.
 struct Linear24 {
   const void* weight;  // aligned to 16 bytes
-  const void* x;     // contiguous, aligned to 16 bytes, columns a multiple of 8
-  const void* bias;  // [rows] or null
-  void* y;           // contiguous
+  const void* x;       // contiguous, aligned to 16 bytes, columns a multiple of 8
+  const void* bias;    // [rows] or null
+  void* y;             // contiguous
   int tokens;
   int rows;
   int columns;

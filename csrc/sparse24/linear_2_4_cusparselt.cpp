@@ -237,8 +237,8 @@ const char* cusparselt_run(CusparseltPlan& plan, const void* compressed, const v
                            cudaStream_t stream) {
   const float one = 1, zero = 0;
   const std::lock_guard lock(plan.running);
-  const Status status = library().matmul(&plan.device->handle, &plan.plan, &one, compressed, x, &zero, y, y, workspace,
-                                         &stream, 1);
+  const Status status =
+      library().matmul(&plan.device->handle, &plan.plan, &one, compressed, x, &zero, y, y, workspace, &stream, 1);
   return status ? library().error(status) : nullptr;
 }
 

@@ -29,8 +29,8 @@ const char* cusparselt_compress(const Cusparselt24& size, const void* dense, voi
 int cusparselt_tokens(int tokens);
 
 // The plan for these sizes and this algorithm on the current device; null where there is no such algorithm, and where
-// `stream` is captured in a graph and there is no plan yet: making one is no work of the stream's. Plans are kept, those
-// that served a capture for good, of the others the kMostPlans used last. `workspace_bytes` belong to each call.
+// `stream` is captured in a graph and there is no plan yet: making one is no work of the stream's. Plans are kept,
+// those that served a capture for good, of the others the kMostPlans used last. `workspace_bytes` belong to each call.
 constexpr int kMostPlans = 512;
 const char* cusparselt_plan(const Cusparselt24& size, int algorithm, cudaStream_t stream,
                             std::shared_ptr<CusparseltPlan>* plan, size_t* workspace_bytes);

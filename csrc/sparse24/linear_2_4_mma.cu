@@ -2,10 +2,13 @@
 
 namespace surgeon {
 
-#define SURGEON_KERNEL(NT, MT, WM, WK, STAGES, BLOCKS, OVERLAP)          \
-  {8 * NT, 16 * MT * WM, WK, OVERLAP,                                        \
-   {launch_linear_2_4_mma<__nv_bfloat16, NT, MT, WM, WK, STAGES, BLOCKS>, \
-    launch_linear_2_4_mma<__half, NT, MT, WM, WK, STAGES, BLOCKS>}}
+#define SURGEON_KERNEL(NT, MT, WM, WK, STAGES, BLOCKS, OVERLAP)             \
+  {                                                                         \
+    8 * NT, 16 * MT *WM, WK, OVERLAP, {                                     \
+      launch_linear_2_4_mma<__nv_bfloat16, NT, MT, WM, WK, STAGES, BLOCKS>, \
+          launch_linear_2_4_mma<__half, NT, MT, WM, WK, STAGES, BLOCKS>     \
+    }                                                                       \
+  }
 
 // In the order of Mma24; tile sizes, stages and overlap by measurement on an H200.
 const Kernel24& linear_2_4_mma_kernel(int which) {

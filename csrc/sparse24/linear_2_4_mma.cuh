@@ -14,8 +14,8 @@ struct MmaTile {
   static constexpr int kRows = 16 * MT * WM;
   static constexpr int kTokens = 8 * NT;
   static constexpr int kColumns = WK * kUnitColumns;
-  static constexpr int kPitch = kColumns + 8;    // of a token, in elements: rows of ldmatrix fall in different banks
-  static constexpr int kSumPitch = kRows + 4;    // of a token's partial sums
+  static constexpr int kPitch = kColumns + 8;  // of a token, in elements: rows of ldmatrix fall in different banks
+  static constexpr int kSumPitch = kRows + 4;  // of a token's partial sums
   static constexpr int kStageBytes = kTokens * kPitch * 2;
   static constexpr int kSumBytes = WK * kTokens * kSumPitch * 4;
   static constexpr int kSharedBytes = STAGES * kStageBytes > kSumBytes ? STAGES * kStageBytes : kSumBytes;
@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(32 * WM * WK, BLOCKS) linear_2_4_mma(const Lin
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
     const int first = row0 + (wm * MT + m) * 16 + lane / 4;
-    const float bias[2] = {wk == 0 ? load_bias<T>(p, first, rank) : 0.f, wk == 0 ? load_bias<T>(p, first + 8, rank) : 0.f};
+    const float bias[2] = {wk == 0 ? load_bias<T>(p, first, rank) : 0.f,
+                           wk == 0 ? load_bias<T>(p, first + 8, rank) : 0.f};
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll

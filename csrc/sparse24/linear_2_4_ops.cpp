@@ -13,10 +13,10 @@ namespace {
 using at::Tensor;
 
 void check_fragments(const Tensor& weight, int64_t rows, int64_t columns) {
-  TORCH_CHECK_VALUE(rows >= 0 && columns >= 0 && rows <= INT_MAX - 256 && columns <= INT_MAX - 256 && columns % 8 == 0 &&
-                        weight.scalar_type() == at::kByte && weight.is_contiguous() && weight.dim() == 3 &&
-                        weight.size(0) == (rows + 15) / 16 && weight.size(1) == (columns + 127) / 128 &&
-                        weight.size(2) == surgeon::kUnitBytes,
+  TORCH_CHECK_VALUE(rows >= 0 && columns >= 0 && rows <= INT_MAX - 256 && columns <= INT_MAX - 256 &&
+                        columns % 8 == 0 && weight.scalar_type() == at::kByte && weight.is_contiguous() &&
+                        weight.dim() == 3 && weight.size(0) == (rows + 15) / 16 &&
+                        weight.size(1) == (columns + 127) / 128 && weight.size(2) == surgeon::kUnitBytes,
                     "linear_2_4: the weight's fragments do not fit ", rows, " rows of ", columns, " columns");
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0,
                     "linear_2_4: the weight's fragments must begin at a multiple of 16 bytes, as a copy of them does");
@@ -34,7 +34,8 @@ struct Other {
   std::optional<Tensor> compressed, dense;
 };
 
-// y = act(x W^T + b) as surgeon::linear_2_4 takes it; y is allocated, and x and b copied where they do not lie as they must.
+// y = act(x W^T + b) as surgeon::linear_2_4 takes it; y is allocated, and x and b copied where they do not lie as they
+// must.
 struct Linear24 {
   Tensor fragments, input, added, y;
   surgeon::Linear24 call;
@@ -45,8 +46,9 @@ struct Linear24 {
     TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "linear_2_4: x must have 16 bits");
     TORCH_CHECK_VALUE(weight.device() == x.device(), "linear_2_4: x and the weight must be on one device");
     check_fragments(weight, rows, columns);
-    TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && bias->numel() == rows && bias->device() == x.device()),
-                "linear_2_4: bias must be of x's dtype and device, one value a row");
+    TORCH_CHECK(
+        !bias || (bias->scalar_type() == x.scalar_type() && bias->numel() == rows && bias->device() == x.device()),
+        "linear_2_4: bias must be of x's dtype and device, one value a row");
     TORCH_CHECK_VALUE(activation >= 0 && activation <= static_cast<int64_t>(surgeon::Activation::kSilu),
                       "linear_2_4: no activation has the number ", activation);
     if (bias) added = bias->contiguous();
@@ -127,8 +129,8 @@ int run_library(const Linear24& linear, int algorithm, const Tensor& compressed)
   TORCH_CHECK(error == nullptr, "linear_2_4: cuSPARSELt: ", error);
   if (plan == nullptr) return 0;
   const Tensor workspace = at::empty({static_cast<int64_t>(workspace_bytes)}, compressed.options());
-  error = surgeon::cusparselt_run(*plan, compressed.const_data_ptr(), call.x, call.y, workspace.mutable_data_ptr(),
-                                  stream);
+  error =
+      surgeon::cusparselt_run(*plan, compressed.const_data_ptr(), call.x, call.y, workspace.mutable_data_ptr(), stream);
   TORCH_CHECK(error == nullptr, "linear_2_4: cuSPARSELt: ", error);
   return tokens;
 }
@@ -174,8 +176,8 @@ Tensor linear_2_4(const Tensor& x, const Tensor& weight, const std::optional<Ten
   return linear.y;
 }
 
-// The same by the way `choice`; nothing where there is no such choice, or the device, the build or the sizes do not allow
-// it. Where y is `poisoned` before, what is not written is NaN.
+// The same by the way `choice`; nothing where there is no such choice, or the device, the build or the sizes do not
+// allow it. Where y is `poisoned` before, what is not written is NaN.
 std::optional<Tensor> linear_2_4_run(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice,
                                      const std::optional<Tensor>& compressed, bool poisoned) {
   if (choice < 0 || choice >= (compressed ? int64_t{INT_MAX} : surgeon::linear_2_4_choices())) return std::nullopt;
@@ -230,12 +232,14 @@ Tensor linear_2_4_compress(const Tensor& dense) {
 
 }  // namespace
 
-// Those that a model's graph may hold are defined in surgeon_kernels/sparse24/linear_2_4.py, so that it loads before this module.
+// Those that a model's graph may hold are defined in surgeon_kernels/sparse24/linear_2_4.py, so that it loads before
+// this module.
 TORCH_LIBRARY_FRAGMENT(surgeon_kernels, m) {
   m.def("linear_2_4_choices() -> int", [] { return static_cast<int64_t>(surgeon::linear_2_4_choices()); });
   m.def("linear_2_4_choice(Tensor x, Tensor weight, int rows, bool library=False) -> int");
-  m.def("linear_2_4_run(Tensor x, Tensor weight, int rows, int choice, Tensor? compressed=None, bool poisoned=False)"
-        " -> Tensor?");
+  m.def(
+      "linear_2_4_run(Tensor x, Tensor weight, int rows, int choice, Tensor? compressed=None, bool poisoned=False)"
+      " -> Tensor?");
   m.def("linear_2_4_pin(Tensor x, Tensor weight, int rows, int choice, bool library=False) -> bool");
   m.def("linear_2_4_compress(Tensor dense) -> Tensor");
   m.def("cusparselt_version() -> int", [] { return static_cast<int64_t>(surgeon::cusparselt_version()); });

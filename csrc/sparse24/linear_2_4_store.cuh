@@ -107,8 +107,9 @@ struct Launch {
   Launch(const Launch&) = delete;
 };
 
-// Once a device, before a kernel runs. Whether this build holds it there: one that was compiled without its instructions
-// takes fewer threads than it needs (linear_2_4_wgmma.cuh). And its shared memory: more than 48 KB has to be asked for.
+// Once a device, before a kernel runs. Whether this build holds it there: one that was compiled without its
+// instructions takes fewer threads than it needs (linear_2_4_wgmma.cuh). And its shared memory: more than 48 KB has to
+// be asked for.
 inline cudaError_t prepare_kernel(const void* kernel, int threads, int shared_bytes, std::atomic<bool>* ready) {
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t* values = words + (tile * 32 + lane + group) * 4 + 2 * half + upper;
   const uint32_t positions = words[512 + (lane + 2 * (tile % 2) + half) * 2 + tile / 2] >> (16 * upper + 4 * group);
   const uint2 first = spread(values[0], positions), second = spread(values[4], positions >> 4);
-  *reinterpret_cast<uint4*>(dense + static_cast<size_t>(row) * columns + column) = {first.x, first.y, second.x, second.y};
+  *reinterpret_cast<uint4*>(dense + static_cast<size_t>(row) * columns + column) = {first.x, first.y, second.x,
+                                                                                    second.y};
 }
 
 }  // namespace

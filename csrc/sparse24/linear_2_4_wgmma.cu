@@ -2,10 +2,13 @@
 
 namespace surgeon {
 
-#define SURGEON_KERNEL(BN, WG, STAGES, HALVES, WSTAGES)                           \
-  {BN, 64 * WG, 1, Overlap::kEarly,                                               \
-   {launch_linear_2_4_wgmma<__nv_bfloat16, BN, WG, STAGES, HALVES, WSTAGES>, \
-    launch_linear_2_4_wgmma<__half, BN, WG, STAGES, HALVES, WSTAGES>}}
+#define SURGEON_KERNEL(BN, WG, STAGES, HALVES, WSTAGES)                        \
+  {                                                                            \
+    BN, 64 * WG, 1, Overlap::kEarly, {                                         \
+      launch_linear_2_4_wgmma<__nv_bfloat16, BN, WG, STAGES, HALVES, WSTAGES>, \
+          launch_linear_2_4_wgmma<__half, BN, WG, STAGES, HALVES, WSTAGES>     \
+    }                                                                          \
+  }
 
 // In the order of Wgmma24; tile sizes and stages by measurement on an H200.
 const Kernel24& linear_2_4_wgmma_kernel(int which) {

@@ -108,10 +108,10 @@ __global__ void __launch_bounds__(kHasWgmma ? 128 * (WG + 1) : 32, 1)
       copy_bulk(weight_ring + to * Tile::kWeightStageBytes, weight + unit * kUnitBytes, kUnitBytes,
                 weight_full + 8 * to);
     };
-    auto begin_tile = [&](int row0) {  // its first units on their way
+    auto begin_tile = [&](int row0) {                              // its first units on their way
       const int block = min(row0 / 16 + warp, (p.rows - 1) / 16);  // rows past the end repeat the last, unstored
-      weight = static_cast<const uint8_t*>(p.weight) +
-               (static_cast<size_t>(block) * p.units + share.begin) * kUnitBytes;
+      weight =
+          static_cast<const uint8_t*>(p.weight) + (static_cast<size_t>(block) * p.units + share.begin) * kUnitBytes;
       for (int unit = 0, to = slot; unit < WSTAGES; ++unit) copy_unit(unit, to), to = to + 1 == WSTAGES ? 0 : to + 1;
     };
     uint4 a[2][4];  // two units by turns, by step of 32 columns

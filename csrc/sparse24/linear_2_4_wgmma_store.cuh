@@ -8,9 +8,9 @@ namespace surgeon {
 // A block of WG groups of four warps, and one more that loads x, computes tiles of 64*WG rows, 64 of them each group,
 // for BN tokens. x passes through a ring of STAGES tiles of 64*HALVES columns, which all warps read. W passes through
 // rings of WSTAGES units, one ring a warp: each asks for its own rows and takes a unit from shared memory into
-// registers, in the order of the fragments, while the one before is multiplied. (Loads from global memory into registers
-// would share one scoreboard: waiting for the oldest is waiting for all.) A block may take tile after tile; W of the
-// next then comes while y is stored.
+// registers, in the order of the fragments, while the one before is multiplied. (Loads from global memory into
+// registers would share one scoreboard: waiting for the oldest is waiting for all.) A block may take tile after tile; W
+// of the next then comes while y is stored.
 template <class T, int BN, int WG, int STAGES, int HALVES, int WSTAGES>
 struct WgmmaTile {
   static constexpr int kThreads = 128 * WG;  // that multiply
@@ -47,8 +47,8 @@ struct WgmmaTile {
 // The block has all columns, and y no activation: every group turns 32 tokens at a time in shared memory, so that the
 // rows of a token lie together.
 template <class T, int BN, int WG, int STAGES, int HALVES, int WSTAGES>
-__device__ inline void store_tile(const Linear24& p, uint8_t* shared, const float* bias,
-                                  const float (&sums)[BN / 2], int token0, int row0) {
+__device__ inline void store_tile(const Linear24& p, uint8_t* shared, const float* bias, const float (&sums)[BN / 2],
+                                  int token0, int row0) {
   using Tile = WgmmaTile<T, BN, WG, STAGES, HALVES, WSTAGES>;
   constexpr int kPitch = Tile::kOutPitch, kVectors = 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
@@ -115,7 +115,7 @@ __device__ inline void store_shared(const Linear24& p, uint8_t* shared, const fl
     }
     barrier_wait_cluster(received, 0);
   }
-  barrier_sync(kAll, Tile::kThreads);  // no group multiplies any more
+  barrier_sync(kAll, Tile::kThreads);                                          // no group multiplies any more
   float* total = reinterpret_cast<float*>(shared + (split - 1) * part_bytes);  // [8 * mine][kPitch]
 #pragma unroll
   for (int o = 0; o < kOctets; ++o) {

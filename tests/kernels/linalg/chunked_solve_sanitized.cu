@@ -32,7 +32,8 @@ struct Problem {
   std::vector<float> G, A, target;
   std::vector<int64_t> rows, columns, offsets;
   GatheredSystems device() const {
-    return {upload(G), upload(A), uint32_t(R), uint32_t(C), uint32_t(R), uint32_t(C), upload(rows), upload(columns), upload(offsets)};
+    return {upload(G),   upload(A),    uint32_t(R),     uint32_t(C),    uint32_t(R),
+            uint32_t(C), upload(rows), upload(columns), upload(offsets)};
   }
   double residual(size_t chunk, const std::vector<float>& x) const {
     double rest = 0, total = 0;

@@ -10,9 +10,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "sanitized.h"
 #include "selection/cost_threshold.h"
 #include "selection/nm_select.h"
-#include "sanitized.h"
 
 namespace {
 
@@ -72,8 +72,8 @@ void run(int rows, int columns, int stride, int n, int m) {
   const DeviceArray<T> d_weight(weight), d_pruned(size);
   const DeviceArray<float> d_g(g), d_a(a), d_total(total.size());
   const DeviceArray<bool> d_mask(size), d_again(size), d_invalid(1);
-  surgeon::NmProblem<T> problem{d_weight.get(), d_g.get(), d_a.get(), rows, columns, stride, n, m, nullptr, INFINITY, true,
-                                d_invalid.get()};
+  surgeon::NmProblem<T> problem{d_weight.get(), d_g.get(), d_a.get(), rows,           columns, stride, n, m,
+                                nullptr,        INFINITY,  true,      d_invalid.get()};
   check(surgeon::nm_mask(problem, d_mask.get(), nullptr));
   check(surgeon::nm_group_cost(problem, d_total.get(), nullptr));
   check(surgeon::nm_prune(problem, d_pruned.get(), nullptr));
@@ -90,7 +90,8 @@ void run(int rows, int columns, int stride, int n, int m) {
   check(surgeon::cost_mask<T>(matrix, 1.0f, true, d_again.get(), nullptr));
   d_again.expect(cheap, "mask of cheap weights");
   for (int group : {1, m}) {
-    surgeon::CostHistogram histogram{group == 1 ? 0 : n, group, 0, 20, 2048, 1, surgeon::aligned_costs<T>(matrix, group)};
+    surgeon::CostHistogram histogram{
+        group == 1 ? 0 : n, group, 0, 20, 2048, 1, surgeon::aligned_costs<T>(matrix, group)};
     if (group != 1 && !histogram.aligned) continue;
     std::vector<surgeon::CostMatrix> matrices{matrix, matrix};
     const int64_t tiles = surgeon::lay_out<T>(matrices.data(), 2, histogram);

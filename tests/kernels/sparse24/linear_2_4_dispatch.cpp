@@ -1,5 +1,5 @@
-// Which kernel a 2:4 linear takes, on devices that are only pretended: csrc/sparse24/linear_2_4.cpp with a CUDA runtime and
-// kernels that note what they are asked. Exits with 1 at the first wrong answer.
+// Which kernel a 2:4 linear takes, on devices that are only pretended: csrc/sparse24/linear_2_4.cpp with a CUDA runtime
+// and kernels that note what they are asked. Exits with 1 at the first wrong answer.
 
 #include <cstdio>
 #include <cstdlib>
@@ -55,7 +55,8 @@ void expect(int tokens, bool library, Kind kind) {
   if (kind > kWgmma) return;
   launched = -1;
   require(linear_2_4_run(call_of(tokens), choice, nullptr) == cudaSuccess, "what is chosen does not run", tokens);
-  require(kind == kWgmma ? launched >= kMmaCount : launched >= 0 && launched < kMmaCount, "another was launched", tokens);
+  require(kind == kWgmma ? launched >= kMmaCount : launched >= 0 && launched < kMmaCount, "another was launched",
+          tokens);
 }
 
 void without_wgmma() {
@@ -80,12 +81,10 @@ const Kernel24& linear_2_4_mma_kernel(int which) {
 }
 
 const Kernel24& linear_2_4_wgmma_kernel(int which) {
-  static const Kernel24 kernels[kWgmmaCount] = {{32, 192, 1, Overlap::kEarly, {run<4>, run<4>}},
-                                                {64, 128, 1, Overlap::kEarly, {run<5>, run<5>}},
-                                                {64, 192, 1, Overlap::kEarly, {run<6>, run<6>}},
-                                                {128, 128, 1, Overlap::kEarly, {run<7>, run<7>}},
-                                                {128, 192, 1, Overlap::kEarly, {run<8>, run<8>}},
-                                                {256, 128, 1, Overlap::kEarly, {run<9>, run<9>}}};
+  static const Kernel24 kernels[kWgmmaCount] = {
+      {32, 192, 1, Overlap::kEarly, {run<4>, run<4>}},  {64, 128, 1, Overlap::kEarly, {run<5>, run<5>}},
+      {64, 192, 1, Overlap::kEarly, {run<6>, run<6>}},  {128, 128, 1, Overlap::kEarly, {run<7>, run<7>}},
+      {128, 192, 1, Overlap::kEarly, {run<8>, run<8>}}, {256, 128, 1, Overlap::kEarly, {run<9>, run<9>}}};
   return kernels[which];
 }
 

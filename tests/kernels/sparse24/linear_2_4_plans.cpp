@@ -1,5 +1,5 @@
-// Which plans csrc/sparse24/linear_2_4_cusparselt.cpp makes and keeps, with a CUDA runtime and a library that are only pretended
-// (linear_2_4_plans_library.cpp). Exits with 1 at the first wrong answer.
+// Which plans csrc/sparse24/linear_2_4_cusparselt.cpp makes and keeps, with a CUDA runtime and a library that are only
+// pretended (linear_2_4_plans_library.cpp). Exits with 1 at the first wrong answer.
 
 #include <algorithm>
 #include <cstdio>

@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "sparse24/linear_2_4.h"
 #include "sanitized.h"
+#include "sparse24/linear_2_4.h"
 
 using namespace surgeon;
 
@@ -42,9 +42,9 @@ struct Weight {
         const int first = inside ? generator() % 3 : 0, second = inside ? first + 1 + generator() % (3 - first) : 1;
         const __nv_bfloat16 kept[2] = {inside ? draw() : __nv_bfloat16(0.f), inside ? draw() : __nv_bfloat16(0.f)};
         const int lane = row % 8 * 4;
-        std::copy_n(kept, 2,
-                    reinterpret_cast<__nv_bfloat16*>(unit) +
-                        ((tile * 32 + lane + group) * 4 + 2 * half + row % 16 / 8) * 2);
+        std::copy_n(
+            kept, 2,
+            reinterpret_cast<__nv_bfloat16*>(unit) + ((tile * 32 + lane + group) * 4 + 2 * half + row % 16 / 8) * 2);
         reinterpret_cast<uint32_t*>(unit + 2048)[(lane + 2 * (tile % 2) + half) * 2 + tile / 2] |=
             (first | second << 2) << (16 * (row % 16 / 8) + 4 * group);
         if (!inside) continue;
@@ -77,7 +77,7 @@ int compare(int choices, int rows, int columns, int tokens, Activation activatio
   int ran = 0;
   for (int choice = 0; choice < choices; ++choice) {
     check(cudaMemset(device_y, 0xff, sizeof(y[0]) * y.size()));
-    const Linear24 call{fragments, device_x,     device_bias, device_y, tokens,         rows,
+    const Linear24 call{fragments, device_x,     device_bias, device_y, tokens,        rows,
                         columns,   weight.units, activation,  false,    Overlap::kNone};
     const cudaError_t status = linear_2_4_run(call, choice, nullptr);
     if (status == cudaErrorNotSupported) continue;
