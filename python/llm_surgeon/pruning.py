@@ -18,8 +18,9 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.checks import check_shrinkable
-from llm_surgeon.models.decoder import Decoder, check_finite, evaluation_mode, find_decoder
+from llm_surgeon.models.decoder import Decoder, check_finite, find_decoder
 from llm_surgeon.models.footprint import compare_latencies, copy_in_main_memory, model_size
+from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.planning.plan import compute_device

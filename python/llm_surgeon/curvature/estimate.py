@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,10 @@ from transformers import PreTrainedModel
 from llm_surgeon.config.prune import FISHERS
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
-from llm_surgeon.interrupts import uninterrupted
-from llm_surgeon.models.decoder import Decoder, PrunableLinear, evaluation_mode, run_model, to_list
+from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused
 from llm_surgeon.models.loss import count_tokens, next_token_loss
+from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at, to_list
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 
@@ -135,26 +134,6 @@ def estimate_curvature(
     return Curvature(total / targets, tokens, inputs, gradient_sums)
 
 
-@torch.no_grad()
-def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int) -> float:
-    """Mean cross-entropy of the data's tokens under the model, nats per token, by forward passes alone.
-
-    Raises:
-        InputError: as :func:`estimate_curvature`.
-        NumericalError: the loss is NaN or infinite; the message names the first such batch.
-    """
-    _, targets = count_tokens(model, calibration)
-    device = model.get_input_embeddings().weight.device
-    losses = []
-    with evaluation_mode(model), fused(model):
-        for input_ids, mask in calibration.batches(batch_size, device):
-            losses.append(next_token_loss(run_model(model, input_ids, mask).logits, input_ids, mask)[0])
-    for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses]), 1):
-        if not finite:
-            raise NumericalError(f"NaN or infinity in the loss (batch {batch} of {len(losses)})")
-    return sum(to_list(losses)) / targets
-
-
 class _Accumulators:
     """Sums of outer products of every linear's inputs and output gradients, filled by hooks."""
 
@@ -233,24 +212,6 @@ def _first_on_device(gradient: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def starting_at(start: nn.Module) -> Iterator[None]:
-    """Gradients flow from what embeddings return, or from the hidden states that a block is given, for a while."""
-
-    def require_gradient(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        (args[0] if args else kwargs["hidden_states"]).requires_grad_()
-
-    if isinstance(start, nn.Embedding):
-        # A copy: some models scale it in place, which autograd does not allow of a leaf.
-        handle = start.register_forward_hook(lambda _, args, y: y.requires_grad_().clone())
-    else:
-        handle = start.register_forward_pre_hook(require_gradient, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
 def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     """Blocks keep no activations but their inputs for a while; the backward pass computes the others again."""
     own = [block.__dict__.get("forward") for block in blocks]  # normally none: the class's
@@ -263,19 +224,3 @@ def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
             del block.forward
             if forward is not None:
                 block.forward = forward
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient for a while; afterwards each has its own flag back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-
-    def restore() -> None:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        uninterrupted(restore)

@@ -10,8 +10,9 @@ from torch import Tensor
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature
 from llm_surgeon.errors import NumericalError
-from llm_surgeon.models.decoder import PrunableLinear, to_list
+from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.offload import Prefetcher
+from llm_surgeon.models.passes import to_list
 from surgeon_kernels import (
     NotPositiveDefiniteError,
     SymmetricAccumulator,

@@ -23,7 +23,7 @@ from llm_surgeon.data.calibration import (
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.isolation import plain_arithmetic
 from llm_surgeon.models.checks import check_causal
-from llm_surgeon.models.decoder import evaluation_mode
+from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.resources import choose_device
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from llm_surgeon.errors import InputError, first_line
-from llm_surgeon.models.decoder import evaluation_mode
+from llm_surgeon.models.passes import evaluation_mode
 
 # LLM-Pruner (Ma et al., NeurIPS 2023) and many after it report these seven.
 TASK_PRESETS = {

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.curvature.estimate import frozen, mean_loss
 from llm_surgeon.curvature.factors import DampedFactor
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError
-from llm_surgeon.models.decoder import Decoder, PrunableLinear, evaluation_mode, run_model, to_list
+from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused
 from llm_surgeon.models.loss import count_tokens, next_token_loss
+from llm_surgeon.models.passes import evaluation_mode, frozen, mean_loss, run_model, to_list
 from llm_surgeon.report.schema import GradientStep
 from surgeon_kernels import joint_update
 from surgeon_kernels.linalg.kron_product import kron_product

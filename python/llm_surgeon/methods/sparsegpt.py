@@ -15,7 +15,8 @@ from transformers import Cache, PreTrainedModel
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError
-from llm_surgeon.models.decoder import Decoder, PrunableLinear, evaluation_mode, run_model
+from llm_surgeon.models.decoder import Decoder, PrunableLinear
+from llm_surgeon.models.passes import evaluation_mode, run_model
 from surgeon_kernels import (
     NotPositiveDefiniteError,
     SymmetricAccumulator,

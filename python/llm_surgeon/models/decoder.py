@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import NumericalError, UnsupportedModelError
-from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.models.checks import (
     PROBE_SHAPE,
     check_causal,
@@ -25,6 +20,7 @@ from llm_surgeon.models.checks import (
     dotted,
     is_linear,
 )
+from llm_surgeon.models.passes import evaluation_mode, to_list
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,37 +151,6 @@ def check_finite(model: nn.Module) -> None:
     for (name, _), good in zip(tensors, to_list(finite), strict=True):
         if not good:
             raise NumericalError(f"{name} holds NaN or infinity")
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; afterwards every module has its own ``training`` flag back."""
-    training = [(module, module.training) for module in model.modules()]
-
-    def restore() -> None:
-        for module, flag in training:
-            module.training = flag
-
-    try:
-        model.eval()
-        yield
-    finally:
-        uninterrupted(restore)
-
-
-def run_model(module: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:
-    """One pass without cache of a causal LM or its base model, positions counted from each first real token."""
-    positions = {}
-    # peft's wrapper takes anything and passes it on: the model inside tells what it takes.
-    inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
-    if mask is not None and "position_ids" in inspect.signature(inner.forward).parameters:
-        positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    return module(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
-
-
-def to_list(scalars: list[Tensor]) -> list:
-    """The values of one-element tensors, on any devices, with one host synchronization."""
-    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.formats.modeling_pruned import CompactLinear
-from llm_surgeon.models.decoder import evaluation_mode
+from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.resources import available_memory
 
 _TOKENS = 512

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llm_surgeon.data.calibration import Calibration
@@ -76,6 +77,19 @@ def next_token_loss(
             p.scatter_add_(1, label, p.new_full(label.shape, -1.0))
             gradient[chunk] = p.masked_fill_(~used[chunk, None], 0.0)
     return loss, None if gradient is None else gradient.view_as(logits)
+
+
+def differentiable_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
+    """Sum or mean of the data's token cross-entropies, float32, for autograd to go back through.
+
+    Args:
+        logits: ``[batch, length, vocabulary]``, also those of the last position, which predicts nothing.
+        reduction: ``"sum"`` or ``"mean"``.
+    """
+    labels = input_ids[:, 1:]
+    if mask is not None:
+        labels = labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction=reduction)
 
 
 def _overwritable(logits: Tensor) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from llm_surgeon.curvature.estimate import frozen, starting_at
-from llm_surgeon.models.decoder import Decoder, evaluation_mode, run_model
+from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at
 
 _LENGTHS = (16, 32)
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, require_model, save_checkpoint
 from llm_surgeon.checkpoint.output import output_path
-from llm_surgeon.curvature.estimate import mean_loss
 from llm_surgeon.data.calibration import (
     Calibration,
     calibration_windows,
@@ -31,8 +30,9 @@ from llm_surgeon.data.calibration import (
 )
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
-from llm_surgeon.models.decoder import check_finite, evaluation_mode, find_decoder
+from llm_surgeon.models.decoder import check_finite, find_decoder
 from llm_surgeon.models.footprint import is_compact
+from llm_surgeon.models.passes import evaluation_mode, mean_loss
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.progress import Progress

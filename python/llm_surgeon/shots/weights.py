@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.config.prune import GLOBAL_METHODS, PruneConfig
-from llm_surgeon.curvature.estimate import Curvature, estimate_curvature, mean_loss
+from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.curvature.factors import DampedFactors, predicted_increase
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
@@ -23,8 +23,9 @@ from llm_surgeon.methods.select import Selection, select_elements, select_rows_c
 from llm_surgeon.methods.sparsegpt import prune_sparsegpt
 from llm_surgeon.methods.two_terms import PairedCurvature, compensate_by_pairs, paired_costs
 from llm_surgeon.methods.update import remove, remove_and_compensate, with_bias
-from llm_surgeon.models.decoder import Decoder, PrunableLinear, to_list
+from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory, offloaded
+from llm_surgeon.models.passes import mean_loss, to_list
 from llm_surgeon.planning.plan import compute_device, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import GradientStep, ShotReport, SolverTrace

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.models.decoder import PrunableLinear, evaluation_mode, run_model
+from llm_surgeon.models.decoder import PrunableLinear
+from llm_surgeon.models.loss import differentiable_loss
+from llm_surgeon.models.passes import evaluation_mode, frozen, run_model
 from llm_surgeon.structures.costs import DimensionCosts
 from llm_surgeon.structures.dimension import Dimension
 
@@ -37,28 +38,20 @@ def weight_gradients(
 ) -> WeightGradients:
     """Mean and mean square, over the calibration sequences, of each sequence's gradient of its mean token loss."""
     chosen = list(parameters)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
     mean = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in chosen}
     square = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in chosen}
     total, samples = 0.0, len(calibration.input_ids)
-    try:
+    with frozen(model), evaluation_mode(model), torch.enable_grad():
         for parameter in chosen:
             parameter.requires_grad_(True)
-        with evaluation_mode(model), torch.enable_grad():
-            for done, (ids, mask) in enumerate(calibration.batches(1, chosen[0].device), 1):
-                logits = run_model(model, ids, mask).logits[0, :-1].float()
-                labels = ids[0, 1:] if mask is None else ids[0, 1:].masked_fill(~(mask[0, 1:] & mask[0, :-1]), -100)
-                loss = functional.cross_entropy(logits, labels)
-                for parameter, gradient in zip(chosen, torch.autograd.grad(loss, chosen), strict=True):
-                    mean[parameter].add_(gradient, alpha=1 / samples)
-                    square[parameter].addcmul_(gradient, gradient, value=1 / samples)
-                total += float(loss.detach()) / samples
-                if progress is not None:
-                    progress(done, samples)
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for done, (ids, mask) in enumerate(calibration.batches(1, chosen[0].device), 1):
+            loss = differentiable_loss(run_model(model, ids, mask).logits, ids, mask, "mean")
+            for parameter, gradient in zip(chosen, torch.autograd.grad(loss, chosen), strict=True):
+                mean[parameter].add_(gradient, alpha=1 / samples)
+                square[parameter].addcmul_(gradient, gradient, value=1 / samples)
+            total += float(loss.detach()) / samples
+            if progress is not None:
+                progress(done, samples)
     return WeightGradients(total, mean, square)
 
 

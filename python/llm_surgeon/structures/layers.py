@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
-from llm_surgeon.curvature.estimate import mean_loss
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.shots.weights import ShotLoop

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.sparsegpt import BlockBatch, record_batch
-from llm_surgeon.models.decoder import Decoder, PrunableLinear, evaluation_mode
+from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.structures.find.probe import agree
 from surgeon_kernels import NotPositiveDefiniteError, SymmetricAccumulator, gram_accumulate_, spd_inverse
 

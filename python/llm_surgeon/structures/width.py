@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
-from llm_surgeon.curvature.estimate import starting_at
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.models.decoder import Decoder, evaluation_mode, run_model
+from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.models.loss import count_tokens, differentiable_loss
+from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.shots.weights import ShotLoop
@@ -88,23 +89,19 @@ class WidthLoop(ShotLoop):
     def _measure(self) -> _Moments:
         """Second moments of every norm's output, with a constant 1 appended, and of the loss's gradient there."""
         found = _Moments(self.residual.width, self.residual.norms, self.removed.device)
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        self.model.requires_grad_(False)
-        total, targets = 0.0, 0
-        try:
-            with evaluation_mode(self.model), found.hooked(self.model, self.residual.readers), torch.enable_grad():
-                batches = -(-len(self.calibration.input_ids) // self.batch_size)
-                for done, (ids, mask) in enumerate(self.calibration.batches(self.batch_size, self.device), 1):
-                    logits = run_model(self.model, ids, mask).logits[:, :-1].flatten(0, 1).float()
-                    real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] & mask[:, :-1]
-                    labels = ids[:, 1:].masked_fill(~real, -100).flatten()
-                    loss = functional.cross_entropy(logits, labels, reduction="sum")
-                    loss.backward()
-                    total, targets = total + float(loss.detach()), targets + int(real.sum())
-                    self.progress.step(done, batches)
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        _, targets = count_tokens(self.model, self.calibration)
+        batches, total = -(-len(self.calibration.input_ids) // self.batch_size), 0.0
+        with (
+            frozen(self.model),
+            evaluation_mode(self.model),
+            found.hooked(self.model, self.residual.readers),
+            torch.enable_grad(),
+        ):
+            for done, (ids, mask) in enumerate(self.calibration.batches(self.batch_size, self.device), 1):
+                loss = differentiable_loss(run_model(self.model, ids, mask).logits, ids, mask, "sum")
+                loss.backward()
+                total += float(loss.detach())
+                self.progress.step(done, batches)
         found.loss, found.tokens = total / targets, targets
         return found
 

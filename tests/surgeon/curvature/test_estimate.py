@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_surgeon.curvature.estimate import Curvature, estimate_curvature, mean_loss
+from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder, find_decoder
+from llm_surgeon.models.passes import mean_loss
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 # The models compute their norms and rotations in float32 whatever the dtype.

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_surgeon.curvature.estimate import estimate_curvature, mean_loss
+from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.passes import mean_loss
 from tests.surgeon.curvature.test_estimate import tokens
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llm_surgeon import Calibration, InputError, prune, prune_checkpoint
-from llm_surgeon.curvature.estimate import mean_loss
 from llm_surgeon.data.calibration import calibration_windows
 from llm_surgeon.data.held_out import split
+from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import VOCABULARY, build

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm_surgeon import Calibration, prune
-from llm_surgeon.curvature.estimate import mean_loss
+from llm_surgeon.models.passes import mean_loss
 from tests.surgeon.tiny_models import VOCABULARY, build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from llm_surgeon import InputError, PruneConfig, prune
-from llm_surgeon.curvature.estimate import mean_loss
 from llm_surgeon.curvature.factors import DampedFactor
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.gradient_steps import _least_of_parabola, direction, held_out, mean_gradients, step
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.passes import mean_loss
 from surgeon_kernels import damp
 
 from .tiny_models import VOCABULARY, build

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from llm_surgeon import Calibration, InputError, PruneConfig, prune
-from llm_surgeon.curvature.estimate import estimate_curvature, mean_loss
+from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.offload import PinnedMemory, Prefetcher, copies_in_main_memory, offloaded
+from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.planning.activations import measure_activations
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 

@@ -7,10 +7,10 @@ import torch
 
 from llm_surgeon import prune, prune_checkpoint
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.curvature.estimate import mean_loss
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.correct import correct
 from tests.surgeon.checkpoints import save_folder

@@ -24,7 +24,7 @@ import llm_surgeon
 from llm_surgeon import prune
 from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.jobs.compact import compact
-from llm_surgeon.models.decoder import evaluation_mode
+from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.recovery.recover import recover
 from tests.surgeon.tiny_models import VOCABULARY, build

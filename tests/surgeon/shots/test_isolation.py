@@ -16,8 +16,8 @@ from transformers.models.llama import modeling_llama
 
 import llm_surgeon.isolation
 from llm_surgeon import Calibration, perplexity, prune
-from llm_surgeon.curvature.estimate import mean_loss
 from llm_surgeon.isolation import isolated
+from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.recovery.recover import recover
 from tests.surgeon.tiny_models import VOCABULARY, build
 

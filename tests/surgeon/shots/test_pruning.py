@@ -8,9 +8,10 @@ import torch
 
 import llm_surgeon.methods.update
 from llm_surgeon import Calibration, InputError, NumericalError, PruneConfig, prune, prune_checkpoint
-from llm_surgeon.curvature.estimate import estimate_curvature, mean_loss
+from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.methods.update import remove_and_compensate
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.progress import Progress
 from surgeon_kernels import objective
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from llm_surgeon import InputError, NumericalError, PruneConfig, UnsupportedModelError, prune
 from llm_surgeon.config.prune import IMPORTANCES
-from llm_surgeon.curvature.estimate import mean_loss
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder, find_decoder
+from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.progress import Progress
 from llm_surgeon.structures.layers import BlockLoop, block_weights, count_blocks, remove_blocks, skipped
 from llm_surgeon.structures.remove.groups import probe_logits

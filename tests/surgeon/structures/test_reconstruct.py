@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llm_surgeon import InputError, PruneConfig, prune
-from llm_surgeon.curvature.estimate import mean_loss
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.structures.layers import skipped
 from llm_surgeon.structures.reconstruct import reconstruct
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
-from llm_surgeon.models.decoder import PrunableLinear, evaluation_mode
+from llm_surgeon.models.decoder import PrunableLinear
+from llm_surgeon.models.passes import evaluation_mode
 
 # Tokens of a probe: with eight, an output hidden behind a closed ReLU gate at every one of them is rare, and two draws
 # are made.

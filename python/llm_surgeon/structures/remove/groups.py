@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.errors import NumericalError, UnsupportedModelError, first_line
 from llm_surgeon.formats import modeling_pruned
-from llm_surgeon.models.decoder import Decoder, PrunableLinear, evaluation_mode
+from llm_surgeon.models.decoder import Decoder, PrunableLinear
+from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.structures.dimension import Dimension
 from llm_surgeon.structures.find.probe import TOKENS

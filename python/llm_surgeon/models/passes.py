@@ -1,0 +1,103 @@
+"""Passes through a model: frozen, in evaluation mode, from where gradients flow, and the mean loss of some data."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.errors import NumericalError
+from llm_surgeon.interrupts import uninterrupted
+from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.loss import count_tokens, next_token_loss
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Context manager: ``model.eval()``; every module's own ``training`` flag is restored on exit."""
+    training = [(module, module.training) for module in model.modules()]
+
+    def restore() -> None:
+        for module, flag in training:
+            module.training = flag
+
+    try:
+        model.eval()
+        yield
+    finally:
+        uninterrupted(restore)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Context manager: no parameter requires a gradient; each one's own flag is restored on exit."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        uninterrupted(restore)
+
+
+@contextlib.contextmanager
+def starting_at(start: nn.Module) -> Iterator[None]:
+    """Context manager: gradients flow from what embeddings ``start`` return, or a block ``start`` is given, on."""
+
+    def require_gradient(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (args[0] if args else kwargs["hidden_states"]).requires_grad_()
+
+    if isinstance(start, nn.Embedding):
+        # A copy: some models scale it in place, which autograd does not allow of a leaf.
+        handle = start.register_forward_hook(lambda _, args, y: y.requires_grad_().clone())
+    else:
+        handle = start.register_forward_pre_hook(require_gradient, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_model(module: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:
+    """One pass without cache of a causal LM or its base model, positions counted from each first real token."""
+    positions = {}
+    # peft's wrapper takes anything and passes it on: the model inside tells what it takes.
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+    if mask is not None and "position_ids" in inspect.signature(inner.forward).parameters:
+        positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return module(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int) -> float:
+    """Mean cross-entropy of the data's tokens under the model, nats per token, by forward passes alone.
+
+    Raises:
+        InputError: as :func:`estimate_curvature`.
+        NumericalError: the loss is NaN or infinite; the message names the first such batch.
+    """
+    _, targets = count_tokens(model, calibration)
+    device = model.get_input_embeddings().weight.device
+    losses = []
+    with evaluation_mode(model), fused(model):
+        for input_ids, mask in calibration.batches(batch_size, device):
+            losses.append(next_token_loss(run_model(model, input_ids, mask).logits, input_ids, mask)[0])
+    for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses]), 1):
+        if not finite:
+            raise NumericalError(f"NaN or infinity in the loss (batch {batch} of {len(losses)})")
+    return sum(to_list(losses)) / targets
+
+
+def to_list(scalars: list[Tensor]) -> list:
+    """The values of one-element tensors, on any devices, with one host synchronization."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
