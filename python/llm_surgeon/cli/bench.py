@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llm_surgeon.cli.options import Device, Quiet, TrustRemoteCode
-from llm_surgeon.inference.decoding import Decoding
+from llm_surgeon.config.decoding import Decoding
 
 bench_app = typer.Typer(help="Measure the speed of a model.", no_args_is_help=True)
 

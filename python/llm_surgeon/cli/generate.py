@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.cli.options import console, parse_dtype, quiet_libraries
+from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.errors import InputError, printable
 from llm_surgeon.formats.packed_linear import PackedLinear
 from llm_surgeon.inference import fuse_linears, pack_model, unpack_model, use_cusparselt
-from llm_surgeon.inference.decoding import Decoding
 from llm_surgeon.inference.speed import Speed, measure_speeds
 from llm_surgeon.jobs.pack import model_bytes
 from llm_surgeon.models.fused_pointwise import fused

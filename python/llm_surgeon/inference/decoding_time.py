@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
-from llm_surgeon.inference.decoding import Decoding as Decoding
+from llm_surgeon.config.decoding import Decoding as Decoding
 
 
 class GreedyDecoder:
