@@ -28,7 +28,8 @@ from llm_surgeon import PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
 from llm_surgeon.config.structure import COUPLED_STRUCTURES
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
+from llm_surgeon.data.documents import read_text
 
 SAMPLES, SEQLEN = 128, 1024
 STRUCTURES: dict[str, dict[str, Any]] = {

@@ -19,7 +19,8 @@ import torch
 from bench.environment import append_row, environment
 from llm_surgeon import perplexity, prune
 from llm_surgeon.checkpoint import load_model
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
+from llm_surgeon.data.documents import read_text
 
 SAMPLES, SEQLEN = 128, 1024
 

@@ -17,7 +17,8 @@ import torch
 from bench.environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity
 from llm_surgeon.checkpoint import load_model
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
+from llm_surgeon.data.documents import read_text
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.progress import Progress
 from llm_surgeon.shots.weights import ShotLoop

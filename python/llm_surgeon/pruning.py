@@ -13,17 +13,18 @@ import torch
 from torch import nn
 
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.data.calibration import Calibration, require_fit
+from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.checks import check_shrinkable
 from llm_surgeon.models.decoder import Decoder, check_finite, find_decoder
 from llm_surgeon.models.footprint import compare_latencies, copy_in_main_memory, model_size
+from llm_surgeon.models.limits import require_fit
+from llm_surgeon.models.offload import compute_device
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
-from llm_surgeon.planning.plan import compute_device
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import check_rank
 from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, collect_versions

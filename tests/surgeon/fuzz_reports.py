@@ -12,9 +12,10 @@ import yaml
 from hypothesis import strategies as st
 
 from llm_surgeon import InputError
+from llm_surgeon.data.record import DataRecord
 from llm_surgeon.report import render
 from llm_surgeon.report.card import extend_card
-from llm_surgeon.report.schema import DataRecord, GradientStep, HeldOutLoss, PruneReport
+from llm_surgeon.report.schema import GradientStep, HeldOutLoss, PruneReport
 from tests.surgeon.reports import surgeon_report
 
 

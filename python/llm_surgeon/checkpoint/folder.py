@@ -140,3 +140,12 @@ def _instead(folder: Path) -> str:
     if any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt")):
         return ": pickled weights (.bin, .pt) are never loaded, convert them first"
     return ""
+
+
+def read_files(folder: str | Path, *names: str) -> dict[str, bytes]:
+    """The contents of those files that ``folder`` has; :class:`InputError` where one cannot be read."""
+    paths = [Path(os.path.expanduser(folder), name) for name in names]
+    try:
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    except OSError as error:
+        raise InputError(f"model {str(folder)!r} cannot be read: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,15 +82,6 @@ def checkpoint_bytes(
         saved = others.get(name, main or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
         sizes[tensor.device, tensor.data_ptr(), tensor.shape] = tensor.numel() * saved.itemsize
     return sum(sizes.values()) + _TOKEN_BYTES * len(tokenizer) + _OTHER_BYTES
-
-
-def read_files(folder: str | Path, *names: str) -> dict[str, bytes]:
-    """The contents of those files that ``folder`` has; :class:`InputError` where one cannot be read."""
-    paths = [Path(os.path.expanduser(folder), name) for name in names]
-    try:
-        return {path.name: path.read_bytes() for path in paths if path.is_file()}
-    except OSError as error:
-        raise InputError(f"model {str(folder)!r} cannot be read: {error}") from error
 
 
 def _write(

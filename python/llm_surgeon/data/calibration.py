@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm_surgeon.checks import require_positive_int
 from llm_surgeon.data.chat import has_template
 from llm_surgeon.data.documents import Documents
-from llm_surgeon.data.documents import read_documents as read_documents
-from llm_surgeon.data.documents import read_text as read_text
 from llm_surgeon.errors import InputError
-from llm_surgeon.report.schema import DataRecord
 from llm_surgeon.resources import require_memory
 
 if TYPE_CHECKING:
@@ -223,93 +219,11 @@ def token_stream(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> tu
     return tokenize(text, tokenizer), digest.hexdigest()
 
 
-def data_record(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    sha256: str,
-    ids: Tensor,
-    windows: Tensor,
-    *,
-    passes: int = 1,
-) -> DataRecord:
-    """The record of ``windows`` ``[n, seqlen]`` that were drawn from ``ids``, the tokens of ``documents``.
-
-    Says in the log where the windows go over the text more than ``passes`` times.
-    """
-    record = DataRecord(
-        documents.source,
-        documents.split,
-        sha256,
-        tokens=len(ids),
-        windows=len(windows),
-        distinct_windows=_distinct(windows),
-        seqlen=windows.shape[1],
-        field=", ".join(documents.fields) or None,
-        rendering=("chat template" if has_template(tokenizer) else "plain") if documents.chat else None,
-    )
-    if (sentence := too_little_text(record, passes)) is not None:
-        _logger.warning("%s", sentence)
-    return record
-
-
-def _distinct(windows: Tensor) -> int:
-    """How many of the int64 ``windows`` ``[n, seqlen]`` differ.
-
-    Told apart by random sums modulo 2^64, which different ones have alike once in 2^64 pairs: sorting the windows would
-    take their memory twice more.
-    """
-    limit, generator = 2**63, torch.Generator().manual_seed(0)
-    weights = torch.randint(-limit, limit - 1, (windows.shape[1],), generator=generator)
-    return len(torch.mv(windows, weights).unique())
-
-
-def too_little_text(record: DataRecord, passes: int = 1) -> str | None:
-    """A sentence where the windows hold more than ``passes`` times the tokens of the text they were drawn from."""
-    if record.windows * record.seqlen <= passes * record.tokens:
-        return None
-    return (
-        f"{record.windows} windows of {record.seqlen} tokens are drawn from the {record.tokens} tokens of "
-        f"{record.source!r}: {record.distinct_windows} distinct windows, pass more text"
-    )
-
-
 def evaluation_windows(ids: Tensor, seqlen: int) -> Tensor:
     """The stream cut into non-overlapping windows ``[len(ids) // seqlen, seqlen]``, the tail dropped."""
     require_length(ids, seqlen)
     count = len(ids) // seqlen
     return ids[: count * seqlen].view(count, seqlen)
-
-
-def positions(model: nn.Module) -> int | None:
-    """Tokens in the longest sequence that the (text part of the) model takes; ``None`` where it does not say."""
-    longest = getattr(text_config(model), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of a model's decoder: its own, or the one inside that of a model of several modalities."""
-    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-
-
-def choose_seqlen(wanted: int | None, model: nn.Module) -> int:
-    """Tokens in a window: ``wanted``, or else 2048 or the model's own limit; :class:`InputError` if it takes fewer."""
-    longest = positions(model)
-    if wanted is None:
-        return min(2048, longest or 2048)
-    require_positive_int("seqlen", wanted)
-    if longest is not None and wanted > longest:
-        raise InputError(f"seqlen {wanted} is longer than the {longest} positions of the model")
-    return wanted
-
-
-def require_fit(ids: Tensor, model: nn.Module, name: str) -> None:
-    """Raise :class:`InputError` where ``ids`` ``[n, seqlen]`` hold tokens or positions that ``model`` lacks."""
-    embeddings = len(model.get_input_embeddings().weight)  # type: ignore[operator]
-    if (largest := int(ids.max())) >= embeddings:
-        raise InputError(f"{name} hold token id {largest}, and the model has {embeddings} embeddings")
-    longest = positions(model)
-    if longest is not None and ids.shape[1] > longest:
-        raise InputError(f"{name} have {ids.shape[1]} tokens, and the model has {longest} positions")
 
 
 def require_windows(ids: Any, name: str) -> None:

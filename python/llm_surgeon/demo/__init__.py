@@ -11,7 +11,8 @@ import torch
 
 from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, read_text, tokenize
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
+from llm_surgeon.data.documents import read_text
 from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.jobs.prune import write_pruned
 from llm_surgeon.progress import Progress

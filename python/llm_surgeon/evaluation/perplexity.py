@@ -12,17 +12,12 @@ from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import load_model, require_model
 from llm_surgeon.checks import require_positive_int
-from llm_surgeon.data.calibration import (
-    choose_seqlen,
-    evaluation_windows,
-    read_documents,
-    require_fit,
-    require_windows,
-    token_stream,
-)
+from llm_surgeon.data.calibration import evaluation_windows, require_windows, token_stream
+from llm_surgeon.data.documents import read_documents
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.isolation import plain_arithmetic
 from llm_surgeon.models.checks import check_causal
+from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.resources import choose_device

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, save_checkpoint
-from llm_surgeon.data.calibration import choose_seqlen
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.formats.modeling_pruned import resize_block
 from llm_surgeon.isolation import isolated
 from llm_surgeon.models.checks import check_shrinkable
 from llm_surgeon.models.decoder import Decoder, PrunableLinear, check_finite, find_decoder
 from llm_surgeon.models.footprint import compare_latencies, copy_in_main_memory, is_compact, model_size
+from llm_surgeon.models.limits import choose_seqlen
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.report.card import Records

@@ -21,19 +21,13 @@ from llm_surgeon.checkpoint import (
 )
 from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.data.calibration import (
-    calibration_windows,
-    choose_seqlen,
-    data_record,
-    read_documents,
-    require_fit,
-    require_room,
-    token_stream,
-    too_little_text,
-)
+from llm_surgeon.data.calibration import calibration_windows, require_room, token_stream
+from llm_surgeon.data.documents import read_documents
 from llm_surgeon.data.held_out import split
+from llm_surgeon.data.record import data_record, too_little_text
 from llm_surgeon.errors import InputError
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.planning.plan import make_plan
 from llm_surgeon.planning.result import Plan
 from llm_surgeon.progress import Progress

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.resources import human_bytes
@@ -27,6 +28,14 @@ from surgeon_kernels import SymmetricAccumulator
 _PORTABLE = 1
 # Bytes of each of the two pinned buffers that copies to pageable memory go through.
 _STAGED = 2**26
+
+
+def compute_device(model: nn.Module, config: PruneConfig) -> torch.device:
+    """Where a run computes: where the model is; with offloading the current GPU if there is one."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    if config.offload == "cpu" and device.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class PinnedMemory:

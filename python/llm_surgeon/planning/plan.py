@@ -10,6 +10,7 @@ from torch import nn
 from llm_surgeon.config.prune import GLOBAL_METHODS, PruneConfig
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.loss import CHUNK
+from llm_surgeon.models.offload import compute_device
 from llm_surgeon.planning.activations import measure_activations
 from llm_surgeon.planning.result import Plan
 from llm_surgeon.planning.time import PINNING_RATE, run_seconds
@@ -33,14 +34,6 @@ _STREAMED_BLOCKS = 3
 _LIBRARIES, _CPU_WASTE = 2**27, 0.25
 # Share of the memory that is left free: what allocators waste between tensors, and libraries' own workspaces.
 _SLACK = 0.08
-
-
-def compute_device(model: nn.Module, config: PruneConfig) -> torch.device:
-    """Where a run computes: where the model is; with offloading the current GPU if there is one."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    if config.offload == "cpu" and device.type == "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def make_plan(

@@ -20,18 +20,17 @@ from llm_surgeon.checkpoint.output import output_path
 from llm_surgeon.data.calibration import (
     Calibration,
     calibration_windows,
-    choose_seqlen,
-    data_record,
     evaluation_windows,
-    read_documents,
-    require_fit,
     require_room,
     token_stream,
 )
+from llm_surgeon.data.documents import read_documents
+from llm_surgeon.data.record import DataRecord, data_record
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.models.decoder import check_finite, find_decoder
 from llm_surgeon.models.footprint import is_compact
+from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.models.passes import evaluation_mode, mean_loss
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
@@ -44,7 +43,7 @@ from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
 from llm_surgeon.report.card import Records, recovery_text
 from llm_surgeon.report.format import perplexity_of
-from llm_surgeon.report.schema import DataRecord, collect_versions
+from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.resources import choose_device, require_disk
 
 _logger = logging.getLogger(__name__)

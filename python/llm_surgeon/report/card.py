@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from llm_surgeon.checkpoint.save import read_files
+from llm_surgeon.checkpoint.folder import read_files
 from llm_surgeon.report.format import perplexity_of, plural, published_name, two_decimals
 from llm_surgeon.report.schema import PruneReport
 

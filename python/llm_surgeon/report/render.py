@@ -11,9 +11,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from llm_surgeon.data.record import DataRecord
 from llm_surgeon.report import format as text
 from llm_surgeon.report import plots
-from llm_surgeon.report.schema import DataRecord, PruneReport
+from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import human_bytes
 
 METHODS = {

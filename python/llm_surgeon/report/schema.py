@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError, NumericalError, one_line
 from llm_surgeon.report.format import duration, percent, perplexity_of, plural, signed, size_table, two_decimals
 from llm_surgeon.resources import human_bytes
@@ -111,32 +112,6 @@ class ShotReport:
     jitter: dict[str, float] = field(default_factory=dict)
     gradient_steps: list[GradientStep] = field(default_factory=list)
     correction_rank: int = 0
-
-
-@dataclass(frozen=True)
-class DataRecord:
-    """The text that windows were drawn from.
-
-    Attributes:
-        source: as it was given: ``"wikitext2"``, a hub data set or a path.
-        split: ``"calibration"`` or ``"evaluation"``.
-        field: the field of its rows that was read; ``None`` for plain text.
-        rendering: how conversations became text: ``"chat template"`` or ``"plain"``; ``None`` where there were none.
-        sha256: of the text in UTF-8.
-        tokens: of the whole text, BOS included.
-        windows, distinct_windows: how many were drawn, and how many of these differ in where they begin.
-        seqlen: tokens of a window.
-    """
-
-    source: str
-    split: str
-    sha256: str
-    tokens: int
-    windows: int
-    distinct_windows: int
-    seqlen: int
-    field: str | None = None
-    rendering: str | None = None
 
 
 @dataclass(frozen=True)

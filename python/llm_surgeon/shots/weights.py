@@ -24,9 +24,9 @@ from llm_surgeon.methods.sparsegpt import prune_sparsegpt
 from llm_surgeon.methods.two_terms import PairedCurvature, compensate_by_pairs, paired_costs
 from llm_surgeon.methods.update import remove, remove_and_compensate, with_bias
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from llm_surgeon.models.offload import PinnedMemory, offloaded
+from llm_surgeon.models.offload import PinnedMemory, compute_device, offloaded
 from llm_surgeon.models.passes import mean_loss, to_list
-from llm_surgeon.planning.plan import compute_device, make_plan
+from llm_surgeon.planning.plan import make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import GradientStep, ShotReport, SolverTrace
 from surgeon_kernels import WeightCosts

@@ -18,18 +18,11 @@ from transformers import AutoConfig, Gemma3Config, PreTrainedTokenizerFast
 
 import llm_surgeon.data.calibration
 from llm_surgeon import prune
-from llm_surgeon.data.calibration import (
-    Calibration,
-    calibration_windows,
-    choose_seqlen,
-    data_record,
-    evaluation_windows,
-    positions,
-    read_documents,
-    token_stream,
-    tokenize,
-)
+from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows, token_stream, tokenize
+from llm_surgeon.data.documents import read_documents
+from llm_surgeon.data.record import data_record
 from llm_surgeon.errors import InputError
+from llm_surgeon.models.limits import choose_seqlen, positions
 from tests.surgeon.checkpoints import tokenizer_of_words
 from tests.surgeon.tiny_models import VOCABULARY, build
 

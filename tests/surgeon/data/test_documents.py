@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 import llm_surgeon.data.documents
-from llm_surgeon.data.calibration import read_documents, read_text
+from llm_surgeon.data.documents import read_documents, read_text
 from llm_surgeon.errors import InputError
 from tests.surgeon.checkpoints import tokenizer_of_words
 

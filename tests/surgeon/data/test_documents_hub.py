@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 import llm_surgeon.data.documents
-from llm_surgeon.data.calibration import read_text
+from llm_surgeon.data.documents import read_text
 from llm_surgeon.errors import InputError
 
 datasets = pytest.importorskip("datasets")

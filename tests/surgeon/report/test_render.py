@@ -7,8 +7,9 @@ import yaml
 
 from llm_surgeon.cli.config_file import read_options
 from llm_surgeon.config.prune import METHODS, PruneConfig
+from llm_surgeon.data.record import DataRecord
 from llm_surgeon.report import render
-from llm_surgeon.report.schema import DataRecord, HeldOutLoss, ShotReport, SolverTrace
+from llm_surgeon.report.schema import HeldOutLoss, ShotReport, SolverTrace
 from tests.surgeon.reports import DOWN, QUERY, Page, magnitude_report, surgeon_report
 
 

@@ -7,17 +7,10 @@ from importlib import metadata
 import pytest
 import torch
 
+from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.report import format as text
-from llm_surgeon.report.schema import (
-    DataRecord,
-    HeldOutLoss,
-    LayerReport,
-    PruneReport,
-    ShotReport,
-    SolverTrace,
-    collect_versions,
-)
+from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, ShotReport, SolverTrace, collect_versions
 from llm_surgeon.report.warnings import warnings_of
 from tests.surgeon.reports import DOWN, QUERY, layer, magnitude_report, surgeon_report
 
