@@ -75,7 +75,7 @@ def recover(
     with progress_bars(quiet) as progress:
         progress.phase("loading")
         quiet_libraries()
-        from llm_surgeon.recovery.recover import recover_checkpoint
+        from llm_surgeon.jobs.recover import recover_checkpoint
 
         report = recover_checkpoint(
             model,

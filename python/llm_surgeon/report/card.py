@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from llm_surgeon.checkpoint.folder import read_files
-from llm_surgeon.report.format import perplexity_of, plural, published_name, two_decimals
+from llm_surgeon.report.format import published_name
 from llm_surgeon.report.schema import PruneReport
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -81,35 +81,6 @@ class Records:
             report = dataclasses.replace(self.report, history=[*self.report.history, sentence])
             files |= {"surgeon_report.json": report.to_json(), "report.html": render_html(report)}
         return files
-
-
-def recovery_text(
-    *,
-    method: str,
-    steps: int,
-    tokens: int,
-    zeros: int,
-    data: str,
-    teacher: str | None,
-    loss_before: float,
-    loss_after: float,
-) -> str:
-    """What a recovery did, for :meth:`Records.followed_by`.
-
-    Args:
-        steps, tokens: of the training; zeros: weights that were pruned and stayed so.
-        data, teacher: hub ids or paths, of which the last part is shown.
-        loss_before, loss_after: on held-out text, nats per token.
-    """
-    before, after = two_decimals(perplexity_of(loss_before)), two_decimals(perplexity_of(loss_after))
-    trained = "low-rank corrections were trained and merged" if method == "lora" else "all weights were trained"
-    taught = "" if teacher is None else f", distilling from `{published_name(teacher)}`"
-    kept = f"; all {plural(zeros, 'zero')} stayed" if zeros else ""
-    return (
-        f"After pruning {trained} for {plural(steps, 'step')} on {plural(tokens, 'token')} of "
-        f"`{published_name(data)}`{taught}{kept}. Perplexity on held-out text of the same source: {before} before the "
-        f"recovery, {after} after it. Other figures are of the model before that."
-    )
 
 
 def extend_card(

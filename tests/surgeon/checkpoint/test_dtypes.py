@@ -14,7 +14,7 @@ from llm_surgeon.checkpoint import load_model, save_checkpoint
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.jobs.compact import compact, compact_checkpoint
 from llm_surgeon.jobs.pack import pack_checkpoint
-from llm_surgeon.recovery.recover import recover_checkpoint
+from llm_surgeon.jobs.recover import recover_checkpoint
 from surgeon_kernels import Packed24, unpack_2_4
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.packed_models import build_2_4

@@ -21,7 +21,7 @@ from llm_surgeon.checkpoint.output import move_into_place
 from llm_surgeon.cli import main
 from llm_surgeon.demo import run_demo
 from llm_surgeon.jobs.compact import compact_checkpoint
-from llm_surgeon.recovery.recover import recover_checkpoint
+from llm_surgeon.jobs.recover import recover_checkpoint
 from tests.surgeon.checkpoints import edit_json, save_folder, tokenizer_of_words, tree
 from tests.surgeon.tiny_models import build
 

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, Gemma3Config,
 from llm_surgeon import UnsupportedModelError, prune_checkpoint
 from llm_surgeon.jobs.compact import compact_checkpoint
 from llm_surgeon.jobs.pack import pack_checkpoint
-from llm_surgeon.recovery.recover import recover_checkpoint
+from llm_surgeon.jobs.recover import recover_checkpoint
 from tests.surgeon.checkpoints import CHAT, save_folder, tree
 from tests.surgeon.tiny_models import VOCABULARY
 

@@ -14,7 +14,7 @@ from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.correct import correct
 from tests.surgeon.checkpoints import save_folder
-from tests.surgeon.recovery.test_recover import half_zero, text_windows, weights
+from tests.surgeon.half_zero import half_zero, text_windows, weights
 from tests.surgeon.tiny_models import build
 
 IDS = text_windows(8)

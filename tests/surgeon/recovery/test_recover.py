@@ -1,53 +1,21 @@
-import hashlib
-import json
 import math
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
-from llm_surgeon import prune, prune_checkpoint
+from llm_surgeon import prune
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.compact import compact
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.recovery.config import RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
-from llm_surgeon.recovery.recover import _split, recover, recover_checkpoint
+from llm_surgeon.recovery.recover import recover
 from llm_surgeon.recovery.training import Windows, distillation_loss
 from llm_surgeon.recovery.zeros import zero_masks
-from llm_surgeon.report.schema import PruneReport
-from tests.surgeon.checkpoints import save_folder, tree
-from tests.surgeon.reports import surgeon_report
+from tests.surgeon.half_zero import HELD_OUT, OPTIONS, WINDOWS, half_zero, weights
 from tests.surgeon.tiny_models import VOCABULARY, build
-
-OPTIONS = {"steps": 12, "batch_size": 4, "eval_every": 4, "rank": 4, "alpha": 8.0}
-
-
-def text_windows(count, seed=0):
-    """Sequences with something to learn: every token follows from the one before it."""
-    starts = torch.randint(1, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(seed))
-    return (starts * 3 ** torch.arange(16)) % 61 + 1
-
-
-WINDOWS, HELD_OUT = text_windows(64), text_windows(8, seed=1)
-
-
-def half_zero(name):
-    """Every other weight of every linear zero, in a pattern that differs from row to row."""
-    model = build(name)
-    for linear in find_decoder(model).linears:
-        weight = linear.module.weight.data
-        rows, columns = torch.meshgrid(*map(torch.arange, weight.shape), indexing="ij")
-        weight[(rows + columns) % 2 == 0] = 0.0
-    return model
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
@@ -185,70 +153,6 @@ def test_preset_is_the_papers_and_gives_way_to_options():
     assert (config.rank, config.alpha, config.learning_rate, config.steps) == (8, 16.0, 1e-4, 7)
 
 
-@pytest.fixture
-def folders(tmp_path):
-    source = save_folder(tmp_path / "pruned", half_zero("llama"))
-    (source / "surgeon_report.json").write_text(surgeon_report().to_json())
-    (source / "README.md").write_text("# A model\n\nPruned.\n")
-    words = " ".join(f"w{int(token)}" for token in text_windows(400).flatten())
-    (tmp_path / "text.txt").write_text(words)
-    return source, tmp_path / "out", str(tmp_path / "text.txt")
-
-
-def test_checkpoint(folders):
-    source, out, data = folders
-    before = tree(source)
-    report = recover_checkpoint(source, out, data=data, device="cpu", seqlen=16, learning_rate=1e-2, **OPTIONS)
-    assert report.loss_after < report.loss_before
-    assert tree(source) == before
-    assert not list(out.parent.glob(".out*"))
-    (history,) = PruneReport.read(out / "surgeon_report.json").history
-    assert history.startswith(
-        "After pruning low-rank corrections were trained and merged for 12 steps on 768 tokens of"
-    )
-    title, section = (out / "README.md").read_text().split("## Recovered\n\n")
-    assert title.endswith("# A model\n\n") and " ".join(section.split()) == history + " Pruned."
-    assert f"{math.exp(report.loss_before):.2f} before the recovery, {math.exp(report.loss_after):.2f} after" in history
-    assert json.loads((out / "surgeon_recovery.json").read_text())["zeros"] == report.zeros
-    record = json.loads((out / "surgeon_recovery.json").read_text())["data"]["training"]
-    assert record["sha256"] == hashlib.sha256(Path(data).read_bytes()).hexdigest()
-    assert (record["source"], record["split"], record["seqlen"], record["field"]) == (data, "calibration", 16, None)
-    assert record["tokens"] == len(Path(data).read_text().split()) + 1  # a BOS in front
-    pruned, recovered = (find_decoder(AutoModelForCausalLM.from_pretrained(path)).linears for path in (source, out))
-    for old, new in zip(pruned, recovered, strict=True):
-        assert torch.equal(old.module.weight == 0, new.module.weight == 0)
-        assert not torch.equal(old.module.weight, new.module.weight)
-
-
-def test_a_recovery_that_is_refused_leaves_nothing(folders):
-    source, out, data = folders
-    smaller = build("llama")
-    smaller.resize_token_embeddings(VOCABULARY - 8)
-    options = {"data": data, "device": "cpu", "seqlen": 16, **OPTIONS}
-    before = tree(source.parent)
-    teacher = save_folder(source.with_name("other"), smaller)
-    with pytest.raises(InputError, match="vocabulary"):
-        recover_checkpoint(source, out, teacher=teacher, **options)
-    shutil.rmtree(teacher)
-    assert tree(source.parent) == before
-
-
-def test_a_model_made_smaller_is_recovered_with_its_code(folders):
-    """Coupled groups give layers of different widths; the code that loads them goes along."""
-    source, out, data = folders
-    save_folder(source, build("llama"))
-    small = out.with_name("small")
-    prune_checkpoint(
-        source, small, structure="groups", sparsity=0.3, shots=1, calibration=data, samples=8, seqlen=16, device="cpu"
-    )
-    options = {"data": data, "device": "cpu", "seqlen": 16, "learning_rate": 1e-2, **OPTIONS}
-    report = recover_checkpoint(small, out, teacher=source, trust_remote_code=True, **options)
-    assert report.loss_after < report.loss_before
-    before, after = (AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) for path in (small, out))
-    assert [p.shape for p in after.parameters()] == [p.shape for p in before.parameters()]
-    assert sum(p.numel() for p in after.parameters()) < sum(p.numel() for p in build("llama").parameters())
-
-
 def test_neither_padding_nor_what_follows_it_is_a_label() -> None:
     ids = torch.arange(1, 11).view(2, 5)
     mask = torch.tensor([[False, False, True, True, True], [True, True, True, False, False]])
@@ -258,28 +162,9 @@ def test_neither_padding_nor_what_follows_it_is_a_label() -> None:
     assert torch.equal(first["attention_mask"], mask[0]) and torch.equal(second["input_ids"], ids[1])
 
 
-def test_training_sees_nothing_of_what_is_held_out() -> None:
-    windows, held_out = _split(torch.arange(200), RecoverConfig(seqlen=16, steps=500, batch_size=8))
-    assert windows.shape == (4000, 16) and held_out.tolist() == [list(range(184, 200))]
-    assert int(windows.min()) == 0 and int(windows.max()) == 183
-    with pytest.raises(InputError, match="the text has 31 tokens: training and held-out data need 32"):
-        _split(torch.arange(31), RecoverConfig(seqlen=16))
-
-
 def test_a_compact_model_is_not_trained():
     model = build("llama")
     prune(model, WINDOWS[:4], structure="rows-columns", sparsity=0.4, shots=1)
     compact(model)
     with pytest.raises(InputError, match="the model is compact: recover the checkpoint it was made from"):
         recover(model, WINDOWS, HELD_OUT)
-
-
-def test_a_teacher_with_another_tokenizer_is_refused(folders):
-    source, out, data = folders
-    other = save_folder(source.with_name("other"), build("llama"))
-    words = json.loads((other / "tokenizer.json").read_text())
-    words["model"]["vocab"] |= {"w2": 3, "w3": 2}
-    (other / "tokenizer.json").write_text(json.dumps(words))
-    with pytest.raises(InputError, match="other' has another tokenizer than the model"):
-        recover_checkpoint(source, out, teacher=other, data=data, device="cpu", seqlen=16, **OPTIONS)
-    assert not out.exists()

@@ -5,7 +5,7 @@ import torch
 
 from llm_surgeon import prune
 from llm_surgeon.recovery.recover import recover
-from tests.surgeon.recovery.test_recover import HELD_OUT, OPTIONS, WINDOWS
+from tests.surgeon.half_zero import HELD_OUT, OPTIONS, WINDOWS
 from tests.surgeon.recovery.test_traces import some_model, traces
 
 pytestmark = [

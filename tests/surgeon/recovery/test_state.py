@@ -12,12 +12,13 @@ import torch
 
 from llm_surgeon.checkpoint import claimed_output, save_checkpoint
 from llm_surgeon.errors import InputError
+from llm_surgeon.jobs.recover import recover_checkpoint
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.recovery import training
-from llm_surgeon.recovery.recover import RecoveryReport, recover_checkpoint
+from llm_surgeon.recovery.recover import RecoveryReport
 from llm_surgeon.recovery.state import contents, latest_checkpoint, seal
 from tests.surgeon.checkpoints import edit_json, save_folder, tree
-from tests.surgeon.recovery.test_recover import OPTIONS, folders, half_zero  # noqa: F401 (folders is a fixture)
+from tests.surgeon.half_zero import OPTIONS, half_zero
 from tests.surgeon.tiny_models import build
 
 COMMON = {"device": "cpu", "seqlen": 16, "learning_rate": 1e-2, **OPTIONS}
@@ -41,7 +42,7 @@ def interrupt(source, out, data, step, **options):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_an_interrupted_recovery_goes_on_where_it_was(folders, method, caplog):  # noqa: F811
+def test_an_interrupted_recovery_goes_on_where_it_was(folders, method, caplog):
     source, out, data = folders
     options = COMMON | {"method": method, "learning_rate": 1e-2 if method == "lora" else 3e-3}
     whole = recover_checkpoint(source, out.with_name("whole"), data=data, **options)
@@ -66,7 +67,7 @@ def test_an_interrupted_recovery_goes_on_where_it_was(folders, method, caplog): 
     assert not list(out.parent.glob(".out*"))
 
 
-def test_what_was_begun_with_other_content_is_refused_by_name(folders):  # noqa: F811
+def test_what_was_begun_with_other_content_is_refused_by_name(folders):
     source, out, data = folders
     teacher = save_folder(source.with_name("teacher"), build("llama"))
     state = interrupt(source, out, data, 5, teacher=teacher)
@@ -94,7 +95,7 @@ def test_what_was_begun_with_other_content_is_refused_by_name(folders):  # noqa:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b'{"run": 1, "content": {}}', b"\xff", b"[" * 100_000])
-def test_a_damaged_note_of_what_was_begun_is_one_sentence(folders, content):  # noqa: F811
+def test_a_damaged_note_of_what_was_begun_is_one_sentence(folders, content):
     source, out, data = folders
     state = out.with_name(".out.training")
     (state / "checkpoint-4").mkdir(parents=True)
@@ -184,7 +185,7 @@ def test_without_a_whole_state_training_begins_anew_and_a_lost_best_one_is_forgo
     assert latest_checkpoint(state) is None and not list(state.glob("checkpoint-*"))
 
 
-def test_a_kill_after_the_model_was_written_is_seen_to_be_complete(folders, monkeypatch, caplog):  # noqa: F811
+def test_a_kill_after_the_model_was_written_is_seen_to_be_complete(folders, monkeypatch, caplog):
     source, out, data = folders
     options = COMMON | {"data": data}
 
@@ -193,7 +194,7 @@ def test_a_kill_after_the_model_was_written_is_seen_to_be_complete(folders, monk
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm_surgeon.recovery.recover.save_checkpoint", killed)
+        patch.setattr("llm_surgeon.jobs.recover.save_checkpoint", killed)
         with pytest.raises(SystemExit):
             recover_checkpoint(source, out, **options)
     before = tree(out)
@@ -207,13 +208,11 @@ def test_a_kill_after_the_model_was_written_is_seen_to_be_complete(folders, monk
     assert tree(out) == before and not list(out.parent.glob(".out*"))
 
 
-def test_a_kill_before_the_model_was_written_whole_trains_no_more(folders, monkeypatch):  # noqa: F811
+def test_a_kill_before_the_model_was_written_whole_trains_no_more(folders, monkeypatch):
     source, out, data = folders
     options = COMMON | {"data": data}
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "llm_surgeon.recovery.recover.save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(SystemExit)
-        )
+        patch.setattr("llm_surgeon.jobs.recover.save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
             recover_checkpoint(source, out, **options)
     state = out.with_name(".out.training")
@@ -223,12 +222,12 @@ def test_a_kill_before_the_model_was_written_whole_trains_no_more(folders, monke
     assert (out / "model.safetensors").is_file() and not state.exists()
 
 
-def test_records_of_the_model_are_read_before_the_training(folders, monkeypatch):  # noqa: F811
+def test_records_of_the_model_are_read_before_the_training(folders, monkeypatch):
     source, out, data = folders
     (source / "README.md").write_bytes(b"# A m\xf6del\n\nPruned.\n")
     (source / "surgeon_report.json").write_bytes(b"\xff{")
     with monkeypatch.context() as patch:
-        patch.setattr("llm_surgeon.recovery.recover.recover", lambda *_, **__: pytest.fail("the training began"))
+        patch.setattr("llm_surgeon.jobs.recover.recover", lambda *_, **__: pytest.fail("the training began"))
         with pytest.raises(InputError, match=r"surgeon_report\.json"):
             recover_checkpoint(source, out, data=data, **COMMON)
     assert not out.exists() and not list(out.parent.glob(".out*"))
@@ -237,7 +236,7 @@ def test_records_of_the_model_are_read_before_the_training(folders, monkeypatch)
     assert "# A m\ufffddel\n\n## Recovered\n" in (out / "README.md").read_text()
 
 
-def test_of_two_recoveries_into_one_folder_the_second_is_refused(folders):  # noqa: F811
+def test_of_two_recoveries_into_one_folder_the_second_is_refused(folders):
     source, out, data = folders
     state = interrupt(source, out, data, 5)
     before = tree(state)
@@ -248,7 +247,7 @@ def test_of_two_recoveries_into_one_folder_the_second_is_refused(folders):  # no
     assert tree(state) == before
 
 
-def test_a_disk_that_fills_up_is_one_sentence_and_the_state_before_stays(folders, monkeypatch):  # noqa: F811
+def test_a_disk_that_fills_up_is_one_sentence_and_the_state_before_stays(folders, monkeypatch):
     source, out, data = folders
     save = torch.save
 
@@ -266,10 +265,10 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_state_before_stays(folders
     assert not (state / "checkpoint-8").exists() and not out.exists()
 
 
-def test_what_is_on_the_disk_already_is_not_asked_for_again(folders, monkeypatch):  # noqa: F811
+def test_what_is_on_the_disk_already_is_not_asked_for_again(folders, monkeypatch):
     source, out, data = folders
     asked = []
-    monkeypatch.setattr("llm_surgeon.recovery.recover.require_disk", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr("llm_surgeon.jobs.recover.require_disk", lambda _, needed: asked.append(needed))
     state = interrupt(source, out, data, 10)
     there = sum(len(content) for content in tree(state).values())
     recover_checkpoint(source, out, data=data, **COMMON, resume=True)

@@ -13,10 +13,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from llm_surgeon import prune, prune_checkpoint
 from llm_surgeon.errors import InputError
+from llm_surgeon.jobs.recover import recover_checkpoint
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.recovery import training
-from llm_surgeon.recovery.recover import recover, recover_checkpoint
-from tests.surgeon.recovery.test_recover import HELD_OUT, OPTIONS, WINDOWS, folders, half_zero, weights  # noqa: F401 (a fixture)
+from llm_surgeon.recovery.recover import recover
+from tests.surgeon.half_zero import HELD_OUT, OPTIONS, WINDOWS, half_zero, weights
 from tests.surgeon.tiny_models import build
 
 STATES = (PartialState, AcceleratorState, GradientState)
@@ -78,7 +79,7 @@ def test_model_and_process_are_left_as_they_were(method, fails, monkeypatch):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_use_cache_of_checkpoints_is_what_it_was(folders, use_cache):  # noqa: F811
+def test_use_cache_of_checkpoints_is_what_it_was(folders, use_cache):
     source, out, data = folders
     config = json.loads((source / "config.json").read_text()) | {"use_cache": use_cache}
     (source / "config.json").write_text(json.dumps(config))

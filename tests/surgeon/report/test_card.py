@@ -5,7 +5,7 @@ import yaml
 
 from llm_surgeon import InputError
 from llm_surgeon.report import render
-from llm_surgeon.report.card import Records, extend_card, recovery_text, split_front_matter
+from llm_surgeon.report.card import Records, extend_card, split_front_matter
 from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.reports import Page, surgeon_report
 
@@ -91,18 +91,6 @@ def test_the_section_on_loading_is_replaced():
     assert card.endswith("## How to load it\n\n```python\nimport llm_surgeon\n# no heading\n```\n")
     assert card.index("# facebook/opt-125m, 50.0% pruned") < card.index("## Packed") < card.index("## What was removed")
     assert "## How it was made" in card and front(card)["base_model"] == "facebook/opt-125m"
-
-
-def test_a_recovery_is_told_with_its_losses(tmp_path):
-    text = recovery_text(
-        method="full", steps=200, tokens=819_200, zeros=2_000, data="wikitext2", teacher=str(tmp_path / "dense"),
-        loss_before=3.7206, loss_after=3.3026,
-    )  # fmt: skip
-    assert text == (
-        "After pruning all weights were trained for 200 steps on 819,200 tokens of `wikitext2`, distilling from "
-        "`dense`; all 2,000 zeros stayed. Perplexity on held-out text of the same source: 41.29 before the recovery, "
-        "27.18 after it. Other figures are of the model before that."
-    )
 
 
 def test_records_of_what_was_made_from_a_pruned_model(tmp_path):

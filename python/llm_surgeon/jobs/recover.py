@@ -1,0 +1,160 @@
+"""Recover a checkpoint into a new checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, require_model, save_checkpoint
+from llm_surgeon.checkpoint.output import output_path
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, require_room, token_stream
+from llm_surgeon.data.documents import read_documents
+from llm_surgeon.data.record import data_record
+from llm_surgeon.errors import InputError
+from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.limits import choose_seqlen
+from llm_surgeon.progress import Progress
+from llm_surgeon.recovery.config import RecoverConfig
+from llm_surgeon.recovery.recover import RecoveryReport, recover
+from llm_surgeon.recovery.state import claim, contents, finished, note_report
+from llm_surgeon.report.card import Records
+from llm_surgeon.report.format import perplexity_of, plural, published_name, two_decimals
+from llm_surgeon.resources import choose_device, require_disk
+
+_logger = logging.getLogger(__name__)
+
+# Of the text at most; there is always one window.
+_HELD_OUT_FRACTION = 0.02
+# More are said to be much.
+_USUAL_EPOCHS = 4
+
+
+def recover_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: RecoverConfig | None = None,
+    *,
+    teacher: str | Path | None = None,
+    data: str = "wikitext2",
+    text_field: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> RecoveryReport:
+    """Recover the checkpoint ``source`` into the new folder ``out``, which appears when it is complete.
+
+    Trains in float32 (bfloat16 products on a GPU) on ``data``'s training part, of which the last fiftieth is held out.
+    The state of the training lies beside ``out`` until it is done: after an interruption, ``resume=True`` goes on.
+
+    Args:
+        teacher: the dense checkpoint to distil from.
+        data, text_field: as for :func:`~llm_surgeon.data.documents.read_documents`.
+        **options: fields of :class:`RecoverConfig`, where ``config`` is not given.
+
+    Raises:
+        InputError: see :func:`recover`; also for what is wrong with ``source``, ``out`` or ``data``.
+    """
+    if config is not None and options:
+        raise InputError("give either config or single options, not both")
+    config = config or RecoverConfig.from_mapping(options)
+    target = output_path(out)
+    state = target.with_name(f".{target.name}.training")
+    if resume and (done := finished(state, target)) is not None:
+        _logger.warning("the recovery into %r was complete already: its training state is removed", str(out))
+        shutil.rmtree(state, ignore_errors=True)  # or by the process that is about to end
+        with suppress(InputError), claimed_output(out, True):  # that process may hold the claim
+            pass  # what else lies beside OUT is cleared up
+        return RecoveryReport.from_json(done)
+    with claimed_output(out, overwrite, model=source, teacher=teacher, data=data):
+        if state.exists() and not resume:
+            raise InputError(
+                f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it"
+            )
+        require_model(str(source))
+        records = Records.read(source)
+        documents = read_documents(data, "calibration", text_field)
+        place = choose_device(device)
+        model, tokenizer, form = load_model(source, device=place, trust_remote_code=trust_remote_code)
+        dense = None if teacher is None else _load_teacher(teacher, tokenizer, place, trust_remote_code)
+        config = replace(config, seqlen=choose_seqlen(config.seqlen or min(512, choose_seqlen(None, model)), model))
+        assert config.seqlen is not None
+        require_room(config.steps * config.batch_size, config.seqlen)
+        ids, digest = token_stream(documents, tokenizer)
+        windows, held_out = _split(ids, config)
+        # Epochs are usual where a model is trained.
+        record = data_record(documents, tokenizer, digest, ids, windows, passes=_USUAL_EPOCHS)
+        require_disk(out, checkpoint_bytes(model, tokenizer, form) + _state_bytes(model, config, state))
+        run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **asdict(config)}
+        claim(state, run, contents(model=model, teacher=dense, data=ids))
+        try:
+            report = recover(
+                model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume,
+                progress=progress,
+            )  # fmt: skip
+        except BaseException:
+            if not any(state.glob("checkpoint-*")):
+                shutil.rmtree(state)  # nothing to go on from
+            raise
+        report = replace(report, data={"training": record})
+        note_report(state, report.to_json())
+        text = _text(report, data, run["teacher"])
+        files = {"surgeon_recovery.json": report.to_json(), **records.followed_by("recovered", text, name=str(source))}
+        if progress is not None:
+            progress.phase("writing")
+        save_checkpoint(model, tokenizer, out, dtype=form, extra_files=files, overwrite=overwrite)
+        shutil.rmtree(state)
+    return report
+
+
+def _load_teacher(teacher: str | Path, tokenizer: Any, place: torch.device, trust_remote_code: bool) -> nn.Module:
+    """The frozen dense model; :class:`InputError` where its tokenizer is not ``tokenizer``."""
+    half = torch.bfloat16 if place.type == "cuda" else torch.float32
+    dense, its_own, _ = load_model(teacher, dtype=half, device=place, trust_remote_code=trust_remote_code)
+    if its_own.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"the teacher {str(teacher)!r} has another tokenizer than the model")
+    return dense.requires_grad_(False)
+
+
+def _text(report: RecoveryReport, data: str, teacher: str | None) -> str:
+    """What a recovery did, for the model card; ``data`` and ``teacher`` are hub ids or paths: their last parts show."""
+    before, after = (two_decimals(perplexity_of(loss)) for loss in (report.loss_before, report.loss_after))
+    lora = report.config["method"] == "lora"
+    trained = "low-rank corrections were trained and merged" if lora else "all weights were trained"
+    taught = "" if teacher is None else f", distilling from `{published_name(teacher)}`"
+    kept = f"; all {plural(report.zeros, 'zero')} stayed" if report.zeros else ""
+    return (
+        f"After pruning {trained} for {plural(report.steps, 'step')} on {plural(report.tokens, 'token')} of "
+        f"`{published_name(data)}`{taught}{kept}. Perplexity on held-out text of the same source: {before} before the "
+        f"recovery, {after} after it. Other figures are of the model before that."
+    )
+
+
+def _state_bytes(model: nn.Module, config: RecoverConfig, state: Path) -> int:
+    """Bytes that the training state will still take: what is trained and AdamW's two moments, float32, three times."""
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    if config.method == "lora":
+        linears = find_decoder(model).linears
+        trained = config.rank * sum(linear.rows + linear.columns for linear in linears)
+    there = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
+    return max(0, 3 * 3 * 4 * trained - there)
+
+
+def _split(ids: Tensor, config: RecoverConfig) -> tuple[Tensor, Tensor]:
+    """Training windows at random places of the stream ``ids``, held-out windows from its end."""
+    assert config.seqlen is not None
+    wanted = max(1, min(config.held_out_windows, int(_HELD_OUT_FRACTION * len(ids)) // config.seqlen))
+    cut = len(ids) - wanted * config.seqlen
+    if cut < config.seqlen:
+        raise InputError(f"the text has {len(ids)} tokens: training and held-out data need {2 * config.seqlen}")
+    windows = calibration_windows(ids[:cut], config.steps * config.batch_size, config.seqlen, config.seed)
+    return windows.input_ids, evaluation_windows(ids[cut:], config.seqlen)
