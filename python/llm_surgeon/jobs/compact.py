@@ -23,7 +23,7 @@ from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.report.card import Records
 from llm_surgeon.report.format import percent, plural
 from llm_surgeon.resources import require_disk
-from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.remove.groups import become_pruned, narrow, probe_logits, same_logits, verified
 

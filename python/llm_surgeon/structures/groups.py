@@ -22,7 +22,7 @@ from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.shots.weights import ShotLoop
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
-from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients
 from llm_surgeon.structures.narrowing import allowed

@@ -14,7 +14,7 @@ from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.loss import differentiable_loss
 from llm_surgeon.models.passes import evaluation_mode, frozen, run_model
 from llm_surgeon.structures.costs import DimensionCosts
-from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.find.dimension import Dimension
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.structures.costs import DimensionCosts
-from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.find.dimension import Dimension
 
 
 def allowed(dimension: Dimension, config: PruneConfig, groups: int, parts: int) -> bool:

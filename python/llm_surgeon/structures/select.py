@@ -11,7 +11,7 @@ from torch import Tensor
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.structures.costs import DimensionCosts
-from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.narrowing import Move, State, smallest_sizes
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Fa
 
 from llm_surgeon import NumericalError, UnsupportedModelError
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.remove.groups import narrow
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build

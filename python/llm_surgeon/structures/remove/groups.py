@@ -16,10 +16,10 @@ from llm_surgeon.errors import NumericalError, UnsupportedModelError, first_line
 from llm_surgeon.formats import modeling_pruned
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.passes import evaluation_mode
+from llm_surgeon.models.rebuild import accepts, adopt, build_block, layer_config, reloaded, weight_shape
 from llm_surgeon.models.state import ModelState
-from llm_surgeon.structures.dimension import Dimension
+from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.find.probe import TOKENS
-from llm_surgeon.structures.remove.rebuild import accepts, adopt, build_block, layer_config, reloaded, weight_shape
 
 # Logits may differ by rounding, as sums are made over fewer (zero) terms.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
