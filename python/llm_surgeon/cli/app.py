@@ -37,7 +37,8 @@ from llm_surgeon.cli.options import (
 )
 from llm_surgeon.cli.pack import pack
 from llm_surgeon.cli.recover import recover
-from llm_surgeon.config.prune import FISHERS, IMPORTANCES, METHODS, OFFLOADS, UPDATES, PruneConfig
+from llm_surgeon.config import methods
+from llm_surgeon.config.prune import FISHERS, IMPORTANCES, OFFLOADS, PruneConfig
 from llm_surgeon.errors import InputError, SurgeonError, first_line, printable
 
 app = typer.Typer(
@@ -131,7 +132,7 @@ def prune(
     structure: Annotated[
         str | None, _option("structure", "2:4, any N:M, unstructured, rows-columns, groups, width, layers.")
     ] = None,
-    method: Annotated[str | None, _option("method", " | ".join(METHODS))] = None,
+    method: Annotated[str | None, _option("method", " | ".join(methods.names()))] = None,
     sparsity: Annotated[
         float | None, _option("sparsity", "Fraction to remove: implied by N:M, 0.5 unstructured, else 0.3.")
     ] = None,
@@ -139,7 +140,7 @@ def prune(
         str | None,
         _option(
             "update",
-            " | ".join(UPDATES) + ": how the others compensate; joint by default where the method has updates.",
+            " | ".join(methods.UPDATES) + ": how the others compensate; joint by default where the method has updates.",
         ),
     ] = None,
     max_correlated: Annotated[int | None, _option("max_correlated", "m of the chunked update.")] = None,

@@ -19,20 +19,13 @@ from llm_surgeon.checks import (
     require_positive_int,
     shown,
 )
+from llm_surgeon.config.methods import UPDATES, method, methods_where
 from llm_surgeon.config.structure import COUPLED_STRUCTURES, Structure
 from llm_surgeon.errors import InputError
 
-METHODS = ("surgeon", "sparsegpt", "wanda", "magnitude", "l-obd", "k-obd")
-UPDATES = ("joint", "chunked", "independent", "none")
 FISHERS = ("empirical", "sampled")
 OFFLOADS = ("none", "cpu")
 
-# Methods whose costs estimate the loss itself and so can be compared between layers (one global
-# threshold). The others know nothing of the loss: a global threshold would remove whole layers, so each layer
-# gets the same sparsity.
-GLOBAL_METHODS = ("surgeon", "k-obd")
-# Methods that have a definition for whole rows and columns.
-STRUCTURED_METHODS = ("surgeon", "k-obd", "l-obd", "magnitude")
 # How the groups of coupled structures can be scored.
 GRADIENT_IMPORTANCES = ("taylor1", "taylor2", "taylor-mix", "vector")
 IMPORTANCES = ("kronecker", *GRADIENT_IMPORTANCES, "magnitude", "random")
@@ -54,7 +47,7 @@ class PruneConfig:
         structure: ``"2:4"`` or any ``"N:M"``, ``"unstructured"``, ``"rows-columns"``; or ``"groups"`` (also called
             ``"structured"``), neurons and attention heads, ``"width"``, channels of the residual stream, or
             ``"layers"``, whole decoder blocks, which make the model smaller.
-        method: one of :data:`METHODS`.
+        method: a name in :mod:`~llm_surgeon.config.methods`.
         sparsity: fraction of the decoder's linear weights to remove, in (0, 1). Implied by N:M; otherwise 0.5
             (unstructured) or 0.3 (rows-columns, groups) when left out.
         update: how the surviving weights compensate (``method="surgeon"`` only): ``"joint"``, ``"chunked"``,
@@ -148,11 +141,11 @@ class PruneConfig:
         if self.structure == "structured":
             self._set("structure", "groups")
         structure = Structure.parse(self.structure)
-        require_choice("method", self.method, METHODS)
+        record = method(self.method)
         require_choice("fisher", self.fisher, FISHERS)
         self._resolve_coupled(structure)
         require_choice("offload", self.offload, OFFLOADS)
-        if self.offload != "none" and self.method in ("sparsegpt", "magnitude"):
+        if self.offload != "none" and not record.curvature:
             raise InputError(f"offload {self.offload!r} is for methods with curvature, not {self.method!r}")
         if self.offload != "none" and (self.lora_rank or structure.coupled):
             raise InputError("lora_rank and groups need the whole model on one device: leave offload out")
@@ -162,10 +155,10 @@ class PruneConfig:
             require_int("gpu_memory", self.gpu_memory, 1, 2**63 - 1)
         if self.gpu_memory_bytes == 0:
             raise InputError(f"gpu_memory must be greater than 0, not {shown(self.gpu_memory)}")
-        if structure.kind == "rows-columns" and self.method not in STRUCTURED_METHODS:
+        if structure.kind == "rows-columns" and not record.rows_columns:
             raise InputError(
                 f"method {self.method!r} has no definition for rows and columns: "
-                f"choose one of {', '.join(STRUCTURED_METHODS)}"
+                f"choose one of {', '.join(methods_where(lambda other: other.rows_columns))}"
             )
         self._resolve_sparsity(structure)
         self._resolve_update(structure)
@@ -215,7 +208,7 @@ class PruneConfig:
         Only the dense weights are at an optimum of the loss: around those of the last shot there is a gradient, too.
         Low-rank corrections train them, and go on from there.
         """
-        joint = self.method == "surgeon" and self.update == "joint" and self.pattern.single_weights
+        joint = self.update == "joint" and self.pattern.single_weights
         return joint and self.shots != 1 and self.lora_rank == 0
 
     @property
@@ -247,7 +240,7 @@ class PruneConfig:
 
     def _resolve_exchanges(self, structure: Structure) -> None:
         require_int("kron_rank", self.kron_rank, 1, 2)
-        solved = self.method == "surgeon" and self.update == "joint" and structure.single_weights
+        solved = self.update == "joint" and structure.single_weights
         if self.exchanges is None:
             self._set("exchanges", _EXCHANGES if solved and self.kron_rank == 1 else 0)
         require_int("exchanges", self.exchanges, 0, _MOST_ROUNDS)
@@ -281,12 +274,13 @@ class PruneConfig:
             )
 
     def _resolve_update(self, structure: Structure) -> None:
-        updates = self.method == "surgeon" and self.importance == "kronecker"
+        updates = method(self.method).updates
         if self.update is None:
-            self._set("update", "joint" if updates else "none")
+            self._set("update", updates[0] if self.importance == "kronecker" else "none")
         require_choice("update", self.update, UPDATES)
-        if self.method != "surgeon" and self.update != "none":
-            raise InputError(f"update {self.update!r} needs method 'surgeon', not {self.method!r}")
+        if self.update not in updates:
+            others = " or ".join(map(repr, methods_where(lambda other: self.update in other.updates)))
+            raise InputError(f"update {self.update!r} needs method {others}, not {self.method!r}")
         fits = structure.kind in ("groups", "layers") and self.update == "joint"
         if self.reconstruct is None:
             self._set("reconstruct", fits)
@@ -309,8 +303,9 @@ class PruneConfig:
         if not isinstance(self.skip_layers, str):
             raise InputError(f"skip_layers must be text such as '0-3,30,31', not {shown(self.skip_layers)}")
         self.skipped_layers  # noqa: B018 (refuses what it cannot read)
-        if structure.coupled and self.method != "surgeon":
-            raise InputError(f"structure {structure.kind!r} needs method 'surgeon': choose an importance instead")
+        if structure.coupled and not method(self.method).coupled:
+            needed = " or ".join(map(repr, methods_where(lambda other: other.coupled)))
+            raise InputError(f"structure {structure.kind!r} needs method {needed}: choose an importance instead")
         if self.uniform and self.skip_layers:
             raise InputError("uniform keeps one width for all blocks: leave skip_layers out")
         if structure.kind == "width" and self.skip_layers:
@@ -335,8 +330,8 @@ class PruneConfig:
         if self.shots is None:
             assert self.sparsity is not None
             multi = {"rows-columns": max(1, round(80 * self.sparsity)), "layers": 1}.get(structure.kind, 5)
-            again = self.method in GLOBAL_METHODS and self.importance == "kronecker"
+            again = method(self.method).gradients and self.importance == "kronecker"
             self._set("shots", multi if again else 1)
         require_positive_int("shots", self.shots, _MOST_ROUNDS)
-        if self.method == "sparsegpt" and self.shots != 1:
-            raise InputError(f"method 'sparsegpt' goes through the layers once: shots must be 1, not {self.shots}")
+        if method(self.method).sweep is not None and self.shots != 1:
+            raise InputError(f"method {self.method!r} goes through the layers once: shots must be 1, not {self.shots}")

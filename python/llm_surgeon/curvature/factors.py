@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from llm_surgeon.config.methods import method
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature
 from llm_surgeon.errors import NumericalError
@@ -78,9 +79,15 @@ class DampedFactors:
         Raises:
             NumericalError: a factor is not positive definite; the message names the layer.
         """
-        if self._config.method == "surgeon":
+        if method(self._config.method).compensates:
             self._factorised()
         return self._load(linear)
+
+    def diagonals(self, linear: PrunableLinear) -> tuple[Tensor | None, Tensor]:
+        """``diag(G)`` ``[R]``, None where gradients were not captured, and ``diag(A)`` ``[C']`` without damping."""
+        G, A = self._curvature.factors(linear)
+        g = None if G is None else G.diagonal().to(self.device, copy=True)  # no views of the factors
+        return g, A.diagonal().to(self.device, copy=True)
 
     def inverse_diagonals(self, linear: PrunableLinear) -> tuple[Tensor, Tensor]:
         """``diag(G⁻¹)`` ``[R]`` and ``diag(A⁻¹)`` ``[C']`` of the damped factors; raises as :meth:`of`."""

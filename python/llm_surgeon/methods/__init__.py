@@ -1,1 +1,5 @@
-"""Costs, selection and updates of weights, one module for each way to prune them."""
+"""Methods to prune with: costs, selection and update of weights; :func:`register` adds one."""
+
+from llm_surgeon.config.methods import Method, register
+
+__all__ = ["Method", "register"]

@@ -1,64 +1,68 @@
-"""What each method takes the removal of a weight, a row or a column to cost."""
+"""Costs of removing a weight, a row or a column by each method, as its record names them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from llm_surgeon.curvature.estimate import Curvature
+from llm_surgeon.config.methods import Method
 from llm_surgeon.curvature.factors import DampedFactors
 from llm_surgeon.models.decoder import PrunableLinear
 from surgeon_kernels import WeightCosts, column_cost, element_cost, row_cost
 
 
-def element_costs(
-    linear: PrunableLinear, method: str, curvature: Curvature | None, factors: DampedFactors | None
-) -> WeightCosts:
-    """Cost of removing each weight of ``linear`` on its own, ``[R, C]`` (no bias column), not yet computed.
-
-    ``surgeon``: ``½ W² / ([G⁻¹]_rr [A⁻¹]_cc)``; ``k-obd``: ``½ W² G_rr A_cc``; ``l-obd`` and ``wanda``: ``½ W² A_cc``;
-    ``magnitude``: ``½ W²``.
-    """
-    g, a = _sensitivities(linear, method, curvature, factors)
+def element_costs(linear: PrunableLinear, method: Method, factors: DampedFactors | None) -> WeightCosts:
+    """Cost of removing each weight of ``linear`` on its own, ``[R, C]`` (no bias column), not yet computed."""
+    costs = method.function("costs")(linear, factors)
+    if isinstance(costs, Tensor):
+        return WeightCosts(costs[:, : linear.columns])
+    g, a = costs
     return WeightCosts(linear.weight, g, a[: linear.columns])
 
 
-def row_column_costs(
-    linear: PrunableLinear, method: str, curvature: Curvature | None, factors: DampedFactors | None
-) -> tuple[Tensor, Tensor]:
+def row_column_costs(linear: PrunableLinear, method: Method, factors: DampedFactors | None) -> tuple[Tensor, Tensor]:
     """Cost of removing each row ``[R]`` (its bias goes too) and each column ``[C]`` of ``linear``.
 
-    ``surgeon``: ``½ (W A Wᵀ)_rr / [G⁻¹]_rr`` and ``½ (Wᵀ G W)_cc / [A⁻¹]_cc``; the others, which take all weights
-    to be independent, sum their element costs.
+    Methods that take all weights to be independent, with no ``line_costs`` of their own, sum their element costs.
     """
-    weight = linear.matrix(device=None if factors is None else factors.device)
-    if method == "surgeon":
-        assert factors is not None
-        g, a = factors.of(linear)
-        g_inv, a_inv = factors.inverse_diagonals(linear)
-        rows = row_cost(weight, a.damped, 1.0 / g_inv)
-        columns = column_cost(weight, g.damped, 1.0 / a_inv)
-        return rows, columns[: linear.columns]
-    cost = element_cost(weight, *_sensitivities(linear, method, curvature, factors))
-    return cost.sum(dim=1), cost.sum(dim=0)[: linear.columns]
+    if method.line_costs is not None:
+        return method.function("line_costs")(linear, factors)
+    costs = method.function("costs")(linear, factors)
+    if not isinstance(costs, Tensor):
+        costs = element_cost(linear.matrix(device=None if factors is None else factors.device), *costs)
+    return costs.sum(dim=1), costs.sum(dim=0)[: linear.columns]
 
 
-def _sensitivities(
-    linear: PrunableLinear, method: str, curvature: Curvature | None, factors: DampedFactors | None
-) -> tuple[Tensor, Tensor]:
-    """The vectors ``g`` ``[R]`` and ``a`` ``[C']`` of ``½ W² g aᵀ``."""
-    if method == "surgeon":
-        assert factors is not None
-        g_inv, a_inv = factors.inverse_diagonals(linear)
-        return 1.0 / g_inv, 1.0 / a_inv
-    device = linear.weight.device if factors is None else factors.device
-    ones = torch.ones(max(linear.rows, linear.columns + 1), device=device)
-    ones_g, ones_a = ones[: linear.rows], ones[: linear.columns + linear.has_bias]
-    if method == "magnitude":
-        return ones_g, ones_a
-    assert curvature is not None
-    G, A = curvature.factors(linear)
-    if method == "k-obd":
-        assert G is not None
-        return G.diagonal().to(device, copy=True), A.diagonal().to(device, copy=True)  # no views of the factors
-    return ones_g, A.diagonal().to(device, copy=True)  # l-obd, wanda
+def surgeon_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:
+    """``½ W² / ([G⁻¹]_rr [A⁻¹]_cc)``: the other weights make up for each, under the damped factors."""
+    g_inv, a_inv = factors.inverse_diagonals(linear)
+    return 1.0 / g_inv, 1.0 / a_inv
+
+
+def surgeon_line_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:
+    """``½ (W A Wᵀ)_rr / [G⁻¹]_rr`` of rows and ``½ (Wᵀ G W)_cc / [A⁻¹]_cc`` of columns."""
+    weight = linear.matrix(device=factors.device)
+    g, a = factors.of(linear)
+    g_inv, a_inv = factors.inverse_diagonals(linear)
+    rows = row_cost(weight, a.damped, 1.0 / g_inv)
+    columns = column_cost(weight, g.damped, 1.0 / a_inv)
+    return rows, columns[: linear.columns]
+
+
+def kronecker_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:
+    """``½ W² G_rr A_cc``: the others stay as they are (optimal brain damage)."""
+    g, a = factors.diagonals(linear)
+    assert g is not None
+    return g, a
+
+
+def input_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:
+    """``½ W² A_cc``: the error of the linear's output (layer-wise optimal brain damage; Wanda's score, squared)."""
+    _, a = factors.diagonals(linear)
+    return torch.ones(linear.rows, device=a.device), a
+
+
+def magnitude_costs(linear: PrunableLinear, factors: DampedFactors | None) -> tuple[Tensor, Tensor]:
+    """``½ W²``."""
+    ones = torch.ones(max(linear.rows, linear.columns + 1), device=linear.weight.device)
+    return ones[: linear.rows], ones[: linear.columns + linear.has_bias]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_surgeon.config.prune import GLOBAL_METHODS, PruneConfig
+from llm_surgeon.config.methods import method
+from llm_surgeon.config.prune import PruneConfig
 from surgeon_kernels import WeightCosts, k_cheapest, k_smallest, nm_select
 
 
@@ -43,9 +44,9 @@ def select_elements(
 ) -> tuple[list[Selection], float | None]:
     """Choose single weights so that ``sparsity`` of all of them is pruned, earlier choices included.
 
-    N:M chooses whole groups (their cost is the sum over the weights the pattern removes). Methods whose costs
-    estimate the loss share one global threshold, with the ``min_kept`` most expensive part of every layer exempt;
-    Wanda compares within a row, the others within a layer.
+    N:M chooses whole groups (their cost is the sum over the weights the pattern removes). Costs are compared within
+    what the method's record says: in the whole network they share one global threshold, with the ``min_kept`` most
+    expensive part of every layer exempt.
 
     Args:
         costs: one per layer, ``[R, C]``; previous: bool ``[R, C]`` per layer, pruned already and zero (they stay so).
@@ -84,12 +85,12 @@ def _select_masks(
         assert config.sparsity is not None
         pattern, fraction = (config.pattern.n, config.pattern.m), sparsity / config.sparsity
         limits = sizes = [size // config.pattern.m for size in sizes]
-    elif config.method == "wanda":
+    elif method(config.method).comparison == "row":
         masks = [_cheapest_in_rows(c, gone, sparsity) for c, gone in zip(costs, previous, strict=True)]
         return masks if out is None else [o.copy_(mask) for o, mask in zip(out, masks, strict=True)], None
     else:
         limits = [size - math.floor(config.min_kept * size) for size in sizes]
-    if config.method in GLOBAL_METHODS:
+    if method(config.method).comparable:
         count = round(fraction * sum(sizes))
         threshold, masks = k_cheapest(costs, count, pattern=pattern, previous=previous, at_most=limits, out=out)
         return masks, threshold
@@ -126,7 +127,7 @@ def select_rows_columns(
     Args:
         costs: row costs ``[R]`` and column costs ``[C]`` per layer; previous: what is removed already.
     """
-    if config.method in GLOBAL_METHODS:
+    if method(config.method).comparable:
         return _take_cheapest(costs, previous, config.min_kept, sparsity)
     return [
         _take_cheapest([cost], [before], config.min_kept, sparsity)[0][0]

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from llm_surgeon.config.prune import GLOBAL_METHODS, PruneConfig
+from llm_surgeon.config.methods import method
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.loss import CHUNK
 from llm_surgeon.models.offload import compute_device
@@ -66,7 +67,8 @@ class _Planner:
         self.config, self.seqlen, self.shots = config, config.seqlen, config.shots
         self.model, self.decoder = model, decoder
         self.device = compute_device(model, config)
-        self.gradients, self.factored = config.method in GLOBAL_METHODS, config.method != "magnitude"
+        self.method = method(config.method)
+        self.gradients, self.factored = self.method.gradients, self.method.needs != "nothing"
         self.offload = config.offload == "cpu"
         # Factors that lie in main memory between the passes over the data and the layers' turns: not the GPU's.
         self.hosted = self.factored and self._on_gpu and (self.offload or config.curvature_layers is not None)
@@ -172,7 +174,7 @@ class _Planner:
     def _inverses_bytes(self, resident: int, update: int) -> int:
         """All inverses, where the update needs them and they fit beside ``resident`` bytes."""
         config = self.config
-        needed = config.method == "surgeon" and config.pattern.single_weights and config.update != "none"
+        needed = config.pattern.single_weights and config.update != "none"
         if not self._on_gpu or self.hosted or not needed or config.kron_rank > 1:
             return 0
         inverses = sum(self.factor_bytes)
@@ -233,7 +235,7 @@ class _Planner:
 
     def _update_bytes(self) -> int:
         largest = max(R * C for R, C in self.sizes)
-        if self.config.method != "surgeon":
+        if not self.method.compensates:
             return 4 * _FLOAT * largest
         # The factors of a layer, their inverses where weights go singly, and the solver's matrices.
         if not self.config.pattern.single_weights:
@@ -259,10 +261,11 @@ class _Planner:
 def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:
     """Sizes of every block's factors: an A per shared input, as wide as its widest user with a bias, a G per linear."""
     sizes: list[list[int]] = []
+    record = method(config.method)
     for depth in range(len(decoder.blocks)):
-        linears = [linear for linear in decoder.linears if linear.depth == depth and config.method != "magnitude"]
+        linears = [linear for linear in decoder.linears if linear.depth == depth and record.needs != "nothing"]
         widths: dict[str, int] = {}
         for linear in linears:
             widths[linear.input_group] = max(linear.columns + linear.has_bias, widths.get(linear.input_group, 0))
-        sizes.append([*widths.values(), *(linear.rows for linear in linears if config.method in GLOBAL_METHODS)])
+        sizes.append([*widths.values(), *(linear.rows for linear in linears if record.gradients)])
     return sizes

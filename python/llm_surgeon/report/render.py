@@ -11,20 +11,14 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from llm_surgeon.config.methods import method
 from llm_surgeon.data.record import DataRecord
+from llm_surgeon.errors import InputError
 from llm_surgeon.report import format as text
 from llm_surgeon.report import plots
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import human_bytes
 
-METHODS = {
-    "surgeon": "LLM Surgeon: Kronecker-factored curvature of the loss",
-    "sparsegpt": "SparseGPT: layer-wise reconstruction, layer after layer",
-    "wanda": "Wanda: magnitude times input norm",
-    "magnitude": "Magnitude pruning",
-    "l-obd": "Layer-wise optimal brain damage",
-    "k-obd": "Optimal brain damage with Kronecker-factored curvature",
-}
 _DATA = {"calibration": "Calibration text", "lora_data": "Text of the low-rank corrections"}
 STRUCTURES = {
     "unstructured": "single weights, anywhere in a matrix",
@@ -117,7 +111,7 @@ def _context(report: PruneReport) -> dict[str, Any]:
         "command": text.command_line(report.command),
         "speed": speed_sentence(report.sizes),
         "data": [(_DATA.get(use, use), _describe_data(record)) for use, record in report.data.items()],
-        "method": METHODS.get(str(report.config.get("method")), str(report.config.get("method"))),
+        "method": describe_method(str(report.config.get("method"))),
         "structure": describe_structure(str(report.config.get("structure"))),
         "kinds": report.sparsity_by("kind"),
         "dense": report.perplexity.get("dense"),
@@ -144,6 +138,14 @@ def _describe_data(record: DataRecord) -> str:
         f"{text.published_name(record.source)}{field}{rendered}: {text.plural(record.windows, 'window')} of "
         f"{text.plural(record.seqlen, 'token')}{distinct} out of {record.tokens:,}, sha256 {record.sha256}"
     )
+
+
+def describe_method(name: str) -> str:
+    """Title of a ``method``; its name, where a report tells of one that is not installed here."""
+    try:
+        return method(name).title or name
+    except InputError:
+        return name
 
 
 def describe_structure(structure: str) -> str:

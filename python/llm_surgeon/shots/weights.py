@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.config.prune import GLOBAL_METHODS, PruneConfig
+from llm_surgeon.config.methods import method
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.curvature.factors import DampedFactors, predicted_increase
 from llm_surgeon.data.calibration import Calibration
@@ -20,7 +21,6 @@ from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.costs import element_costs, row_column_costs
 from llm_surgeon.methods.gradient_steps import direction, held_out, mean_gradients, step
 from llm_surgeon.methods.select import Selection, select_elements, select_rows_columns
-from llm_surgeon.methods.sparsegpt import prune_sparsegpt
 from llm_surgeon.methods.two_terms import PairedCurvature, compensate_by_pairs, paired_costs
 from llm_surgeon.methods.update import remove, remove_and_compensate, with_bias
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
@@ -52,6 +52,7 @@ class ShotLoop:
         self.held_out_losses: list[float] = []  # before pruning, and after it
         self.steps_data = held_out(calibration) if config.gradient_steps else None
         self.config, self.progress = config, progress
+        self.method = method(config.method)
         self.device = compute_device(model, config)
         self.offload = config.offload == "cpu"
         self.plan = make_plan(model, decoder, config)
@@ -116,7 +117,7 @@ class ShotLoop:
         traces: list[SolverTrace] = []
         self._factor_memory.reuse()
         with self._phase("curvature", seconds):
-            if config.method in ("magnitude", "sparsegpt"):
+            if not self.method.curvature:
                 loss = mean_loss(self.model, self.calibration, self.batch_size)
             else:
                 curvature = self._estimate(index)
@@ -127,14 +128,15 @@ class ShotLoop:
                     self._paired = PairedCurvature(
                         self.decoder, config, curvature, functools.partial(self._estimate, index)
                     )
-        if config.method == "sparsegpt":
+        if self.method.sweep is not None:
             with self._phase("update", seconds):
                 self._before_update()
-                masks = prune_sparsegpt(self.model, self.decoder, self.calibration, config, progress=self.progress.step)
+                sweep = self.method.function("sweep")
+                masks = sweep(self.model, self.decoder, self.calibration, config, progress=self.progress.step)
             self.selections = [Selection(masks[linear.name]) for linear in self.decoder.linears]
         else:
             with self._phase("selection", seconds):
-                threshold = self._select(target, curvature, factors)
+                threshold = self._select(target, factors)
             with self._phase("update", seconds):
                 self._before_update()
                 predicted, traces = self._update(factors)
@@ -177,24 +179,23 @@ class ShotLoop:
             batch_size=self.batch_size,
             fisher=self.config.fisher,
             seed=self.config.seed + index,  # sampled labels are fresh in every shot
-            gradients=self.config.method in GLOBAL_METHODS,
+            gradients=self.method.gradients,
             checkpoint_activations=self.plan.checkpoint_activations,
             blocks_per_pass=self.plan.blocks_per_pass,
             store=self._factor_memory.store if kept_apart else None,
             progress=self.progress.step,
         )
 
-    def _select(self, target: float, curvature: Curvature | None, factors: DampedFactors | None) -> float | None:
+    def _select(self, target: float, factors: DampedFactors | None) -> float | None:
         """Choose what is pruned after this shot; the global threshold, where there is one."""
-        method = self.config.method
         if self.config.pattern.kind == "rows-columns":
-            line_costs = self._each_linear(lambda linear: row_column_costs(linear, method, curvature, factors))
+            line_costs = self._each_linear(lambda linear: row_column_costs(linear, self.method, factors))
             self.selections, threshold = select_rows_columns(line_costs, self.selections, self.config, target)
         else:
             paired = self._paired
             costs = self._each_linear(
                 lambda linear: (
-                    element_costs(linear, method, curvature, factors)
+                    element_costs(linear, self.method, factors)
                     if paired is None
                     else WeightCosts(paired_costs(linear, paired.of(linear)))
                 )
@@ -213,8 +214,8 @@ class ShotLoop:
         def update(linear: PrunableLinear) -> None:
             weight, selection = linear.matrix(device=self.device), selection_of[linear.name].to(self.device)
             around = self._around(linear, weight)
-            pair = None if factors is None or self.config.method not in GLOBAL_METHODS else factors.of(linear)
-            if factors is None or pair is None or self.config.method != "surgeon":
+            pair = None if factors is None or not self.method.gradients else factors.of(linear)
+            if factors is None or pair is None or self.config.update == "none":
                 new = remove(weight, selection)
             else:
                 if self._paired is None:

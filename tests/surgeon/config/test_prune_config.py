@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from llm_surgeon.config.prune import METHODS, PruneConfig
+from llm_surgeon.config.methods import names
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.config.structure import Structure
 from llm_surgeon.errors import InputError
 
@@ -98,7 +99,7 @@ def test_method_without_rows_and_columns(method):
         PruneConfig(structure="rows-columns", method=method)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", names())
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 def test_every_method_has_single_weights(method, structure):
     assert PruneConfig(structure=structure, method=method).method == method
@@ -114,7 +115,7 @@ def test_update_left_out_is_joint_for_surgeon(structure):
     assert PruneConfig(structure=structure).update == "joint"
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "surgeon"])
+@pytest.mark.parametrize("method", [method for method in names() if method != "surgeon"])
 def test_other_methods_have_no_update(method):
     assert PruneConfig(structure="unstructured", method=method).update == "none"
     assert PruneConfig(structure="unstructured", method=method, update="none").update == "none"

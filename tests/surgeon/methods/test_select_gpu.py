@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llm_surgeon import prune
+from llm_surgeon.config.methods import method
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.curvature.factors import DampedFactors
@@ -27,19 +28,19 @@ def without_kernels(patch):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-@pytest.mark.parametrize("method", ["surgeon", "magnitude"])
+@pytest.mark.parametrize("chosen_by", ["surgeon", "magnitude"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_choose_what_the_references_choose(name, structure, method, dtype, monkeypatch):
+def test_kernels_choose_what_the_references_choose(name, structure, chosen_by, dtype, monkeypatch):
     assert extension.available(), extension.obstacle()
     model = build(name, dtype).cuda()
     decoder = find_decoder(model)
     windows = Calibration.of(torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0)))
-    config = PruneConfig(structure=structure, method=method, sparsity=0.5)
+    config = PruneConfig(structure=structure, method=chosen_by, sparsity=0.5)
     curvature = estimate_curvature(model, decoder, windows, batch_size=3)
     factors = DampedFactors(curvature, config, decoder.linears, CUDA)
     previous = [torch.zeros(x.rows, x.columns, dtype=torch.bool, device=CUDA) for x in decoder.linears]
     for sparsity in (0.2, 0.35, 0.5):
-        costs = [element_costs(linear, method, curvature, factors) for linear in decoder.linears]
+        costs = [element_costs(linear, method(chosen_by), factors) for linear in decoder.linears]
         chosen, threshold = select_elements(costs, previous, config, sparsity)
         with monkeypatch.context() as patch:
             without_kernels(patch)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from llm_surgeon.config.methods import method
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature
 from llm_surgeon.curvature.factors import DampedFactors
@@ -197,12 +198,12 @@ def test_remove_only_zeroes():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("method", ["surgeon", "k-obd", "l-obd", "wanda", "magnitude"])
-def test_element_costs_follow_their_formulas(bias, method):
+@pytest.mark.parametrize("name", ["surgeon", "k-obd", "l-obd", "wanda", "magnitude"])
+def test_element_costs_follow_their_formulas(bias, name):
     linear, curvature = layer(bias, torch.float32)
     G, A = curvature.factors(linear)
     config = PruneConfig()
-    cost = element_costs(linear, method, curvature, DampedFactors(curvature, config, [linear], CPU)).dense()
+    cost = element_costs(linear, method(name), DampedFactors(curvature, config, [linear], CPU)).dense()
     g_inv = torch.linalg.inv(damped(G, 0.1).double()).diagonal()
     a_inv = torch.linalg.inv(damped(A, 0.01).double()).diagonal()
     sensitivity = {
@@ -211,7 +212,7 @@ def test_element_costs_follow_their_formulas(bias, method):
         "l-obd": A.diagonal().expand(R, -1),
         "wanda": A.diagonal().expand(R, -1),
         "magnitude": torch.ones(R, C + bias),
-    }[method]
+    }[name]
     expected = 0.5 * linear.matrix().double() ** 2 * sensitivity
     torch.testing.assert_close(cost.double(), expected[:, :C], rtol=1e-4, atol=0.0)
 
@@ -222,7 +223,7 @@ def test_row_and_column_costs_are_dense_eq_7(bias):
     config = PruneConfig(structure="rows-columns")
     factors = DampedFactors(curvature, config, [linear], CPU)
     g, a = factors.of(linear)
-    rows, columns = row_column_costs(linear, "surgeon", curvature, factors)
+    rows, columns = row_column_costs(linear, method("surgeon"), factors)
     weight, G, A = linear.matrix().double(), g.damped.double(), a.damped.double()
     assert len(rows) == R and len(columns) == C
     for r in range(R):
@@ -237,7 +238,7 @@ def test_row_and_column_costs_are_dense_eq_7(bias):
 
 def test_row_and_column_costs_without_correlation_are_sums_of_element_costs():
     linear, curvature = layer(True, torch.float32)
-    rows, columns = row_column_costs(linear, "k-obd", curvature, None)
+    rows, columns = row_column_costs(linear, method("k-obd"), DampedFactors(curvature, PruneConfig(), [linear], CPU))
     G, A = curvature.factors(linear)
     cost = 0.5 * linear.matrix() ** 2 * torch.outer(G.diagonal(), A.diagonal())
     torch.testing.assert_close(rows, cost.sum(dim=1))  # the bias goes with its row

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from llm_surgeon.cli.config_file import read_options
-from llm_surgeon.config.prune import METHODS, PruneConfig
+from llm_surgeon.config.methods import method, names
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.record import DataRecord
 from llm_surgeon.report import render
 from llm_surgeon.report.schema import HeldOutLoss, ShotReport, SolverTrace
@@ -323,5 +324,7 @@ def test_structures_in_words(structure, words):
     assert render.describe_structure(structure) == words
 
 
-def test_every_method_has_a_description():
-    assert set(render.METHODS) == set(METHODS)
+def test_methods_in_words():
+    assert all(render.describe_method(name) == method(name).title for name in names())
+    assert render.describe_method("wanda") == "Wanda: magnitude times input norm"
+    assert render.describe_method("something new") == "something new"

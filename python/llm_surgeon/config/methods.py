@@ -1,0 +1,199 @@
+"""Pruning methods as records: what each needs, how its costs compare, and where its functions are."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llm_surgeon.checks import require_choice
+from llm_surgeon.errors import InputError, one_line
+
+UPDATES = ("joint", "chunked", "independent", "none")
+NEEDS = ("nothing", "activations", "gradients")
+COMPARISONS = ("network", "layer", "row")
+# Each entry point of this group is a :class:`Method` and has its name.
+ENTRY_POINTS = "llm_surgeon.methods"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method.
+
+    Its functions are named ``"module:function"``, and imported when they are used, or given themselves.
+
+    Attributes:
+        name: the value of the option ``method``.
+        title: a few words for reports; the name where left out.
+        needs: what calibration data are for: ``"nothing"``, ``"activations"`` (A) or ``"gradients"`` (G and A).
+        comparison: within what costs are compared: in the ``"network"`` they estimate the loss itself and share one
+            global threshold; else each ``"layer"``, or each ``"row"`` of single weights, has the same sparsity.
+        rows_columns: whether whole rows and columns have a cost.
+        coupled: whether coupled groups, which make the model smaller, have a cost.
+        updates: how the surviving weights can compensate, the default first. All but ``"none"`` need gradients, and
+            invert the damped factors.
+        costs: function ``(linear, factors)`` of a :class:`~llm_surgeon.models.decoder.PrunableLinear` ``[R, C']`` (C' =
+            C + 1 with a bias) and :class:`~llm_surgeon.curvature.factors.DampedFactors`, None where nothing is needed.
+            It returns ``g`` ``[R]`` and ``a`` ``[C']`` of the costs ``½ W² g aᵀ``, or these, ``[R, C']``; not negative.
+        line_costs: function ``(linear, factors)`` that returns the costs of rows ``[R]`` and columns ``[C]``; the sums
+            of ``costs`` where left out.
+        sweep: function ``(model, decoder, calibration, config, progress)`` that selects and updates layer after layer,
+            in place of ``costs``, and returns the pruned mask ``[R, C]`` of every linear by name.
+
+    Raises:
+        InputError: a value is none of its choices, or there is not one of ``costs`` and ``sweep``.
+    """
+
+    name: str
+    title: str = ""
+    needs: Literal["nothing", "activations", "gradients"] = "nothing"
+    comparison: Literal["network", "layer", "row"] = "layer"
+    rows_columns: bool = False
+    coupled: bool = False
+    updates: tuple[str, ...] = ("none",)
+    costs: str | Callable[..., Any] | None = None
+    line_costs: str | Callable[..., Any] | None = None
+    sweep: str | Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        require_choice(f"needs of method {self.name!r}", self.needs, NEEDS)
+        require_choice(f"comparison of method {self.name!r}", self.comparison, COMPARISONS)
+        for update in self.updates:
+            require_choice(f"update of method {self.name!r}", update, UPDATES)
+        if not self.updates or (self.compensates and not self.gradients):
+            raise InputError(
+                f"updates of method {self.name!r} must name one at least, and others than none need gradients"
+            )
+        if (self.costs is None) == (self.sweep is None):
+            raise InputError(f"method {self.name!r} must have either costs or a sweep")
+
+    @property
+    def gradients(self) -> bool:
+        """Whether both factors are estimated, by backward passes, rather than ``A`` or nothing."""
+        return self.needs == "gradients"
+
+    @property
+    def curvature(self) -> bool:
+        """Whether factors are estimated before selection."""
+        return self.needs != "nothing" and self.sweep is None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether costs of layers compare with each other."""
+        return self.comparison == "network"
+
+    @property
+    def compensates(self) -> bool:
+        """Whether surviving weights can be updated, which takes the inverses of the damped factors."""
+        return any(update != "none" for update in self.updates)
+
+    def function(self, field: Literal["costs", "line_costs", "sweep"]) -> Callable[..., Any]:
+        """The function that ``field`` gives or names, imported.
+
+        Raises:
+            InputError: it cannot be imported.
+        """
+        value = getattr(self, field)
+        if not isinstance(value, str):
+            return value
+        try:
+            return pkgutil.resolve_name(value)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"{field} {value!r} of method {self.name!r} cannot be imported: {one_line(error)}"
+            ) from error
+
+
+_COSTS = "llm_surgeon.methods.costs"
+_methods = {
+    record.name: record
+    for record in (
+        Method(
+            "surgeon",
+            "LLM Surgeon: Kronecker-factored curvature of the loss",
+            needs="gradients",
+            comparison="network",
+            rows_columns=True,
+            coupled=True,
+            updates=UPDATES,
+            costs=f"{_COSTS}:surgeon_costs",
+            line_costs=f"{_COSTS}:surgeon_line_costs",
+        ),
+        Method(
+            "sparsegpt",
+            "SparseGPT: layer-wise reconstruction, layer after layer",
+            needs="activations",
+            sweep="llm_surgeon.methods.sparsegpt:prune_sparsegpt",
+        ),
+        Method(
+            "wanda",
+            "Wanda: magnitude times input norm",
+            needs="activations",
+            comparison="row",
+            costs=f"{_COSTS}:input_costs",
+        ),
+        Method("magnitude", "Magnitude pruning", rows_columns=True, costs=f"{_COSTS}:magnitude_costs"),
+        Method(
+            "l-obd",
+            "Layer-wise optimal brain damage",
+            needs="activations",
+            rows_columns=True,
+            costs=f"{_COSTS}:input_costs",
+        ),
+        Method(
+            "k-obd",
+            "Optimal brain damage with Kronecker-factored curvature",
+            needs="gradients",
+            comparison="network",
+            rows_columns=True,
+            costs=f"{_COSTS}:kronecker_costs",
+        ),
+    )
+}
+
+
+def register(record: Method) -> None:
+    """Add a method, which ``method=`` then takes wherever a method is named.
+
+    Raises:
+        InputError: another method has its name.
+    """
+    if _methods.setdefault(record.name, record) != record:
+        raise InputError(f"a method {record.name!r} is registered already")
+
+
+def names() -> list[str]:
+    """Names of all methods, those of entry points included, which are not imported for it."""
+    return list(dict.fromkeys([*_methods, *_entry_points().names]))
+
+
+def method(name: object) -> Method:
+    """The method of that name; an entry point's is imported with the first call, and registered.
+
+    Raises:
+        InputError: there is none, or its entry point cannot be imported or is no :class:`Method` of that name.
+    """
+    if isinstance(name, str) and name in _methods:
+        return _methods[name]
+    require_choice("method", name, names())
+    for point in _entry_points().select(name=name):
+        try:
+            record = point.load()
+        except Exception as error:  # whatever a module may raise when it is imported
+            raise InputError(f"method {name!r} cannot be imported from {point.value}: {one_line(error)}") from error
+        if not isinstance(record, Method) or record.name != name:
+            raise InputError(f"the entry point {name!r} of {ENTRY_POINTS} is no Method of that name: {point.value}")
+        register(record)
+    return _methods[str(name)]
+
+
+def methods_where(is_so: Callable[[Method], bool]) -> list[str]:
+    """Names of the registered methods for which ``is_so``, for messages."""
+    return [record.name for record in _methods.values() if is_so(record)]
+
+
+def _entry_points() -> Any:
+    import importlib.metadata  # takes longer than this module, and is needed for names that are not built in
+
+    return importlib.metadata.entry_points(group=ENTRY_POINTS)
