@@ -15,8 +15,7 @@ from llm_surgeon.methods.gradient_steps import _least_of_parabola, direction, he
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.passes import mean_loss
 from surgeon_kernels import damp
-
-from .tiny_models import VOCABULARY, build
+from tests.surgeon.tiny_models import VOCABULARY, build
 
 CPU = torch.device("cpu")
 
