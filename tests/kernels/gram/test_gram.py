@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import gram_accumulate_
-
-from .dense import relative_error, repeatable
+from tests.kernels.dense import relative_error, repeatable
 
 NAN, INF = float("nan"), float("inf")
 

@@ -10,8 +10,7 @@ pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU
 from surgeon_kernels.block_ops import pointwise_triton
 from surgeon_kernels.gram import gram_rows_triton, gram_triton, symmetric_triton
 from surgeon_kernels.gram.plan import CONFIGS
-
-from .compiled import compile_kernel
+from tests.kernels.compiled import compile_kernel
 
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes that a block may have
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -12,8 +12,7 @@ from surgeon_kernels.linalg.kron_product import scaled_parts_reference
 from surgeon_kernels.linalg.kron_product_triton import scaled_parts_rows, scaled_rows
 from surgeon_kernels.linalg.low_rank import low_rank_correction
 from surgeon_kernels.linalg.masked_cg import FusedCG, MaskedCG
-
-from .dense import factor, random_mask, random_weight
+from tests.kernels.dense import factor, random_mask, random_weight
 
 
 class InSingle(FusedCG):

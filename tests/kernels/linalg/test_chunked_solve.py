@@ -6,8 +6,7 @@ import torch
 from surgeon_kernels import NotPositiveDefiniteError, chunked_solve
 from surgeon_kernels.linalg.chunked_solve import chunked_solve_reference, largest_jitter, uses_extension
 from surgeon_kernels.linalg.spd_inverse import JITTERS
-
-from .dense import factor, relative_error
+from tests.kernels.dense import factor, relative_error
 
 NAMES = "G_inv", "A_inv", "rows", "columns", "offsets", "target"
 

@@ -7,8 +7,7 @@ import torch
 
 from surgeon_kernels.linalg.kron_product import kron_product, kron_product_split, mm_half, scaled_parts
 from surgeon_kernels.linalg.masked_cg import product
-
-from .dense import factor, relative_error, with_condition
+from tests.kernels.dense import factor, relative_error, with_condition
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, gpu])]

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels.linalg.kronecker_sum import KroneckerSum, orthonormal
-
-from . import dense
-from .dense import factor, relative_error, repeatable
+from tests.kernels import dense
+from tests.kernels.dense import factor, relative_error, repeatable
 
 
 def symmetric(n, seed):

@@ -5,9 +5,8 @@ import torch
 
 from surgeon_kernels.linalg.low_rank import low_rank_correction
 from surgeon_kernels.linalg.masked_cg import MaskedCG
-
-from . import dense
-from .dense import random_mask, with_condition
+from tests.kernels import dense
+from tests.kernels.dense import random_mask, with_condition
 
 
 def problem(R, C, density=0.5):

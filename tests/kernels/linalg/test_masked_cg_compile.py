@@ -5,8 +5,7 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU")
 
 from surgeon_kernels.linalg import masked_cg_triton
-
-from .compiled import compile_kernel
+from tests.kernels.compiled import compile_kernel
 
 FLOATS = ("image", "residual", "source", "x", "row_scales", "column_scales", "largest")
 DOUBLES = ("curvatures", "energies", "bounds", "new_energies", "decreases")

@@ -6,8 +6,7 @@ import torch
 from surgeon_kernels import joint_update, objective, rows_columns_update
 from surgeon_kernels.linalg.low_rank import low_rank_correction
 from surgeon_kernels.linalg.masked_cg import MaskedCG, masked_cg
-
-from .dense import factor, random_mask, random_weight, relative_error
+from tests.kernels.dense import factor, random_mask, random_weight, relative_error
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import quadratic_form
-
-from .dense import FACTOR_KINDS, factor, random_weight, repeatable
+from tests.kernels.dense import FACTOR_KINDS, factor, random_weight, repeatable
 
 
 @repeatable

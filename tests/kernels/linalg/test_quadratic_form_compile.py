@@ -5,8 +5,7 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU")
 
 from surgeon_kernels.linalg import quadratic_form_triton
-
-from .compiled import compile_kernel
+from tests.kernels.compiled import compile_kernel
 
 
 def test_kernel():

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 
 from surgeon_kernels import DampedInverse, NotPositiveDefiniteError, cholesky_with_jitter, damp, spd_inverse
 from surgeon_kernels.linalg.spd_inverse import JITTERS
-
-from .dense import FACTOR_KINDS, factor, relative_error, repeatable, with_condition
+from tests.kernels.dense import FACTOR_KINDS, factor, relative_error, repeatable, with_condition
 
 
 def with_lowest_eigenvalue(lowest, n=6, seed=0, dtype=torch.float64):

@@ -4,8 +4,7 @@ import torch
 from surgeon_kernels import inverse_and_diagonal, inverse_diagonal, spd_inverse, unchecked_inverse
 from surgeon_kernels.linalg import split_matmul, triangular
 from surgeon_kernels.linalg.split_matmul import addmm_split_, mm, split, split_reference
-
-from .dense import factor, relative_error, with_condition
+from tests.kernels.dense import factor, relative_error, with_condition
 
 
 @pytest.fixture(autouse=True, params=[8, 1024])

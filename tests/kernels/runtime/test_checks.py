@@ -31,8 +31,7 @@ from surgeon_kernels import (
     spd_inverse,
     unchecked_inverse,
 )
-
-from .dense import factor, random_mask, random_weight
+from tests.kernels.dense import factor, random_mask, random_weight
 
 R, C = 4, 8
 

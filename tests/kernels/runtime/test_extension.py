@@ -201,7 +201,7 @@ def test_an_ahead_of_time_build_takes_the_same_list(listed, built, monkeypatch):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(Path(extension.nvcc()).parents[1]))
     monkeypatch.setenv("SURGEON_CUDA", "1")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    runpy.run_path(str(Path(extension.__file__).parents[1] / "setup.py"))
+    runpy.run_path(str(Path(extension.__file__).parents[2] / "setup.py"))
     cxx, nvcc = extension.flags(built)
     assert found["ext_modules"][0].extra_compile_args == {"cxx": cxx, "nvcc": nvcc}
     assert f"-DSURGEON_ARCHITECTURES={':'.join(built)}" in cxx

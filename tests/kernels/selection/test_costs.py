@@ -4,9 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import column_block_cost, column_cost, element_cost, exchange_cost, row_cost, spd_inverse
-
-from . import dense
-from .dense import FACTOR_KINDS, factor, random_weight, relative_error, repeatable, with_condition
+from tests.kernels import dense
+from tests.kernels.dense import FACTOR_KINDS, factor, random_weight, relative_error, repeatable, with_condition
 
 problems = st.tuples(
     st.integers(1, 5),

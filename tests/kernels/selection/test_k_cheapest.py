@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from surgeon_kernels import WeightCosts, k_cheapest, nm_group_cost, nm_select
 from surgeon_kernels.selection import cost_threshold
-
-from .dense import repeatable
+from tests.kernels.dense import repeatable
 
 NAN = float("nan")
 

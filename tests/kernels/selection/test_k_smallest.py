@@ -4,8 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from surgeon_kernels import k_smallest
-
-from .dense import repeatable
+from tests.kernels.dense import repeatable
 
 INF, NAN = float("inf"), float("nan")
 NEXT = float(torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)))

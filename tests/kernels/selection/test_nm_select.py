@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import WeightCosts, nm_group_cost, nm_prune, nm_select
-
-from .dense import repeatable
+from tests.kernels.dense import repeatable
 
 PATTERNS = [(2, 4), (1, 4), (4, 8), (8, 16), (3, 5)]
 INF, NAN = float("inf"), float("nan")

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import Packed24, check_packed_2_4, is_2_4, nm_select, pack_2_4, unpack_2_4
-
-from .dense import repeatable
+from tests.kernels.dense import repeatable
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -11,9 +11,8 @@ from surgeon_kernels import NotPositiveDefiniteError, chunked_solve, chunked_upd
 from surgeon_kernels.linalg.chunked_solve import chunked_solve_reference
 from surgeon_kernels.linalg.spd_inverse import JITTERS
 from surgeon_kernels.runtime import extension
-
-from .dense import with_condition
-from .test_chunked_solve import problem
+from tests.kernels.dense import with_condition
+from tests.kernels.linalg.test_chunked_solve import problem
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,8 @@ from surgeon_kernels import (
     independent_update,
     spd_inverse,
 )
-
-from . import dense
-from .dense import (
+from tests.kernels import dense
+from tests.kernels.dense import (
     assert_exactly_zero,
     build,
     factor,

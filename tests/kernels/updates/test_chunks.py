@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import chunked_update
-
-from .dense import factor, random_mask, random_weight, relative_error, repeatable
+from tests.kernels.dense import factor, random_mask, random_weight, relative_error, repeatable
 
 # The package exports functions under the modules' names.
 solve_module = importlib.import_module("surgeon_kernels.linalg.chunked_solve")

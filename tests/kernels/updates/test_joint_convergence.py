@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from surgeon_kernels import damp, joint_estimate, joint_update
-
-from . import dense
-from .dense import (
+from tests.kernels import dense
+from tests.kernels.dense import (
     assert_exactly_zero,
     assert_never_increases,
     random_mask,

@@ -11,9 +11,8 @@ from surgeon_kernels import (
     objective,
     rows_columns_update,
 )
-
-from . import dense
-from .dense import (
+from tests.kernels import dense
+from tests.kernels.dense import (
     FACTOR_KINDS,
     assert_exactly_zero,
     assert_never_increases,

@@ -4,9 +4,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import NotPositiveDefiniteError, column_cost, row_cost, rows_columns_update, spd_inverse
-
-from . import dense
-from .dense import FACTOR_KINDS, assert_exactly_zero, factor, random_weight, relative_error, repeatable, with_condition
+from tests.kernels import dense
+from tests.kernels.dense import (
+    FACTOR_KINDS,
+    assert_exactly_zero,
+    factor,
+    random_weight,
+    relative_error,
+    repeatable,
+    with_condition,
+)
 
 removals = st.sampled_from(["random", "none", "all", "one"])
 
