@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.inference import fuse as fuse_module
-from llm_surgeon.inference import linear as linear_module
+from llm_surgeon.formats import packed_linear as linear_module
+from llm_surgeon.inference import merge_packed_linears as fuse_module
 from llm_surgeon.models.decoder import find_decoder
 from surgeon_kernels import nm_select, unpack_2_4
 from tests.surgeon.tiny_models import build

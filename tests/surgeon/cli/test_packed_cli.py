@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from llm_surgeon import InputError
 from llm_surgeon.cli import generate
-from llm_surgeon.inference import decoding, pack_model
+from llm_surgeon.inference import decoding_time as decoding
+from llm_surgeon.inference import pack_model
 from llm_surgeon.inference.decoding_time import Decoding, GreedyDecoder
 from llm_surgeon.inference.speed import measure_speed, measure_speeds
 from llm_surgeon.jobs.pack import pack_checkpoint

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from llm_surgeon.formats import packed_linear as linear_module
 from llm_surgeon.inference import FusedLinear, PackedLinear, fuse_linears, pack_model, unpack_model, use_cusparselt
-from llm_surgeon.inference import fuse as fuse_module
-from llm_surgeon.inference import linear as linear_module
+from llm_surgeon.inference import merge_packed_linears as fuse_module
 from llm_surgeon.inference.pack import packed_linears
 from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits, pretend_kernels
 

@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
+from llm_surgeon.formats import packed_linear as linear_module
 from llm_surgeon.inference import PackedLinear, fuse_linears, pack_model, to_torch_sparse, unpack_model, use_cusparselt
-from llm_surgeon.inference import linear as linear_module
 from llm_surgeon.inference.decoding_time import Decoding, GreedyDecoder
 from llm_surgeon.inference.speed import measure_speed, measure_speeds
 from llm_surgeon.models.fused_pointwise import fused

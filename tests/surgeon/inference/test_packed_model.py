@@ -11,8 +11,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon import InputError
+from llm_surgeon.formats import packed_linear as linear_module
 from llm_surgeon.inference import PackedLinear, pack_model, to_torch_sparse, unpack_model
-from llm_surgeon.inference import linear as linear_module
 from surgeon_kernels import nm_select, pack_2_4
 from surgeon_kernels.sparse24.linear_2_4 import prepare_2_4
 from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits, pretend_kernels
