@@ -1,4 +1,4 @@
-// Which kernel computes a 2:4 linear, and how many blocks share its columns.
+// The choice of a kernel for a 2:4 linear, and of the number of blocks that share its columns (split-K).
 #include "linear_2_4.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace surgeon {
 namespace {
 
-constexpr int kSplits[] = {1, 2, 3, 4, 5, 6, 8};  // blocks of a cluster that share the columns
+constexpr int kSplits[] = {1, 2, 3, 4, 5, 6, 8};  // blocks of a cluster
 constexpr int kSplitCount = sizeof(kSplits) / sizeof(kSplits[0]);
 constexpr int kKernelCount = kMmaCount + kWgmmaCount;
 
@@ -24,7 +24,7 @@ struct Device {
   int capability = 0;
   bool wgmma = false;  // the device has it, and this build the kernels for it
   std::once_flag once;
-  std::atomic<int> clusters[2][kKernelCount][kSplitCount] = {};  // that run at the same time, 0 where not yet asked
+  std::atomic<int> resident[2][kKernelCount][kSplitCount] = {};  // clusters, 0 where not yet asked
 };
 
 const Kernel24& kernel_of(int number) {
@@ -36,11 +36,11 @@ void forget(cudaError_t before) {
   if (before == cudaSuccess) cudaGetLastError();
 }
 
-// How many clusters run at once; -1 where the kernel does not run so.
-int ask_clusters(const Kernel24& kernel, bool half, int split) {
+// Clusters that are resident at a time; -1 where the kernel does not run so.
+int ask_resident(const Kernel24& kernel, bool half, int split) {
   const cudaError_t before = cudaPeekAtLastError();
   int clusters = 0;
-  if (kernel.run[half]({}, {0, 0, split, 0}, nullptr, &clusters) == cudaSuccess) return clusters > 0 ? clusters : -1;
+  if (kernel.launch[half]({}, {0, 0, split, 0}, nullptr, &clusters) == cudaSuccess) return clusters > 0 ? clusters : -1;
   forget(before);
   return -1;
 }
@@ -53,7 +53,7 @@ Device& current_device() {
   std::call_once(device.once, [&] {
     device.id = id;
     cudaDeviceGetAttribute(&device.capability, cudaDevAttrComputeCapabilityMajor, id);
-    device.wgmma = device.capability == 9 && ask_clusters(kernel_of(kMmaCount), false, 1) > 0;
+    device.wgmma = device.capability == 9 && ask_resident(kernel_of(kMmaCount), false, 1) > 0;
   });
   return device;
 }
@@ -64,17 +64,17 @@ bool allowed(const Linear24& call, int number, int split, const Device& device) 
   const Kernel24& kernel = kernel_of(number);
   if (kernel.tokens < (device.wgmma ? 128 : 32) && call.tokens > 8 * kernel.tokens)
     return false;  // never the fastest, and long to try
-  return split == 1 || split * kernel.step <= call.units;
+  return split == 1 || split * kernel.k_units <= call.units;
 }
 
 bool allowed(const Linear24& call, int choice, const Device& device) {
   return allowed(call, choice / kSplitCount, kSplits[choice % kSplitCount], device);
 }
 
-int concurrent_clusters(const Linear24& call, int number, int index, Device& device) {
-  std::atomic<int>& known = device.clusters[call.half][number][index];
+int resident_clusters(bool half, int number, int index, Device& device) {
+  std::atomic<int>& known = device.resident[half][number][index];
   if (known.load(std::memory_order_relaxed) == 0) {
-    const int clusters = ask_clusters(kernel_of(number), call.half, kSplits[index]);
+    const int clusters = ask_resident(kernel_of(number), half, kSplits[index]);
     // Large clusters do not always find their places next to others'.
     known.store(kSplits[index] > 3 && clusters > 1 ? clusters * 9 / 10 : clusters, std::memory_order_relaxed);
   }
@@ -85,8 +85,7 @@ int tiles_of(const Linear24& call, const Kernel24& kernel) {
   return ceil_div(call.rows, kernel.rows) * ceil_div(call.tokens, kernel.tokens);
 }
 
-// Few tokens: the smallest tile that holds them, and as many blocks share the columns as still run at the same time,
-// because more would wait for a second wave.
+// Few tokens: the smallest tile that holds them, and the largest split-K that still runs in one wave.
 int choice_for_few(const Linear24& call, Device& device) {
   constexpr int kMostSplit = 4;
   const int number = call.tokens <= 2 && call.rows <= 8192 ? kMma8Narrow
@@ -97,13 +96,14 @@ int choice_for_few(const Linear24& call, Device& device) {
   int best = 0;
   for (int index = 1; index < kSplitCount && kSplits[index] <= kMostSplit; ++index) {
     if (!allowed(call, number, kSplits[index], device)) break;
-    if (tiles <= concurrent_clusters(call, number, index, device)) best = index;
+    if (tiles <= resident_clusters(call.half, number, index, device)) best = index;
   }
   return number * kSplitCount + best;
 }
 
-// Nanoseconds, fitted to measurements on an H200: of a unit of columns of a tile of each of Wgmma24; of adding up the
-// sums of a cluster for it; of the beginning and end of a tile; of a second launch.
+// Nanoseconds on an H200: of a unit of K of a tile of each of Wgmma24; of adding up the sums of a cluster for it; of
+// the prologue and epilogue of a tile; of a second launch. Measured, fitted and judged on shapes left out of the fit by
+//   python -m bench.kernels.linear_2_4 --fit
 constexpr float kUnitTime[kWgmmaCount] = {510, 395, 535, 565, 790, 920};
 constexpr float kClusterTime[kWgmmaCount] = {2500, 3500, 4000, 3500, 4600, 7000};
 constexpr float kTileTime = 1700, kLaunchTime = 2700;
@@ -119,30 +119,31 @@ int choice_without_wgmma(const Linear24& call, bool library, Device& device) {
   return library ? linear_2_4_choices() + kDefaultAlgorithm : linear_2_4_dense();
 }
 
-// Many tokens: the least estimated time. Whole waves of tiles take their columns alone, the blocks of a cluster share
-// those of the tiles that are left.
+// Many tokens: the least estimated time. Whole waves of tiles are data-parallel, a block to a tile; the tiles of the
+// last, partial wave are split-K over clusters.
 int choice_for_many(const Linear24& call, Device& device) {
   int best = -1;
   float least = 0;
   for (int number = kMmaCount; number < kKernelCount; ++number) {
-    const int tiles = tiles_of(call, kernel_of(number)), at_once = concurrent_clusters(call, number, 0, device);
-    if (at_once <= 0) continue;
+    const int tiles = tiles_of(call, kernel_of(number)), resident = resident_clusters(call.half, number, 0, device);
+    if (resident <= 0) continue;
+    const int waves = tiles / resident, rest = tiles % resident;
     const float unit = kUnitTime[number - kMmaCount];
     for (int index = 0; index < kSplitCount && allowed(call, number, kSplits[index], device); ++index) {
-      const int clusters = concurrent_clusters(call, number, index, device), left = tiles % at_once;
-      if (clusters <= 0 || (index > 0 && left == 0)) continue;
+      const int clusters = resident_clusters(call.half, number, index, device);
+      if (clusters <= 0 || (index > 0 && rest == 0)) continue;
       const float wave = call.units * unit + kTileTime;
       const float shared = ceil_div(call.units, kSplits[index]) * unit + kTileTime + kClusterTime[number - kMmaCount];
-      const int whole = tiles / at_once;
-      const float time = index == 0 ? ceil_div(tiles, at_once) * wave
-                                    : whole * wave + (whole > 0) * kLaunchTime + ceil_div(left, clusters) * shared;
+      const float time = index == 0 ? ceil_div(tiles, resident) * wave
+                                    : waves * wave + (waves > 0) * kLaunchTime + ceil_div(rest, clusters) * shared;
       if (best < 0 || time < least) best = number * kSplitCount + index, least = time;
     }
   }
   return best < 0 ? choice_without_wgmma(call, false, device) : best;  // where none is known to run
 }
 
-// Of cuSPARSELt 0.8's algorithms the one that was fastest, or nearly, at all sizes from this number of tokens on.
+// Of cuSPARSELt 0.8's algorithms the one that was fastest, or nearly, at all sizes from this number of tokens on:
+// measured on an H200, as `tune_2_4` does.
 constexpr int kLibraryTokens = 1024, kLibraryAlgorithm = 17;
 
 int choice_for(const Linear24& call, bool library, Device& device) {
@@ -177,25 +178,35 @@ cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream
   const int number = choice / kSplitCount, split = kSplits[choice % kSplitCount];
   if (!allowed(call, number, split, device)) return cudaErrorNotSupported;
   const Kernel24& kernel = kernel_of(number);
-  const auto run = [&](const Linear24& with, const Part24& part) {
+  const auto launch = [&](const Linear24& with, const TileRange24& range) {
     const cudaError_t before = cudaPeekAtLastError();
-    const cudaError_t status = kernel.run[call.half](with, part, stream, nullptr);
+    const cudaError_t status = kernel.launch[call.half](with, range, stream, nullptr);
     if (status == cudaErrorNotSupported) forget(before);
     return status;
   };
   Linear24 with = call;
   with.overlap = device.capability < 9 ? Overlap::kNone : kernel.overlap;
   const int tiles = tiles_of(call, kernel);
-  if (number < kMmaCount) return run(with, {0, tiles, split, tiles});
-  // An activation is applied in the memory of the next tile: no loop then.
-  const int at_once = std::max(1, concurrent_clusters(call, number, 0, device));
-  const int alone = split == 1 ? tiles : tiles / at_once * at_once;
-  if (alone > 0) {
-    const int clusters = call.activation == Activation::kNone ? std::min(alone, at_once) : alone;
-    const cudaError_t status = run(with, {0, alone, 1, clusters});
-    if (status != cudaSuccess || alone == tiles) return status;
+  if (number < kMmaCount) return launch(with, {0, tiles, split, tiles});
+  // Whole waves first. Their blocks are persistent, except where an activation is applied: its sums lie in the memory
+  // of the next tile.
+  const int resident = std::max(1, resident_clusters(call.half, number, 0, device));
+  const int whole = split == 1 ? tiles : tiles / resident * resident;
+  if (whole > 0) {
+    const int clusters = call.activation == Activation::kNone ? std::min(whole, resident) : whole;
+    const cudaError_t status = launch(with, {0, whole, 1, clusters});
+    if (status != cudaSuccess || whole == tiles) return status;
   }
-  return run(with, {alone, tiles, split, tiles - alone});
+  return launch(with, {whole, tiles, split, tiles - whole});
+}
+
+Geometry24 linear_2_4_geometry(int choice, bool half) {
+  if (choice < 0 || choice >= linear_2_4_dense()) return {};
+  Device& device = current_device();
+  const int number = choice / kSplitCount, index = choice % kSplitCount;
+  const bool runs = (number < kMmaCount || device.wgmma) && (index == 0 || device.capability >= 9);
+  const Kernel24& kernel = kernel_of(number);
+  return {kernel.tokens, kernel.rows, kSplits[index], runs ? resident_clusters(half, number, index, device) : 0};
 }
 
 bool linear_2_4_pin(const Linear24& call, bool library, int choice) {

@@ -2,22 +2,38 @@
 
 namespace surgeon {
 
-#define SURGEON_KERNEL(NT, MT, WM, WK, STAGES, BLOCKS, OVERLAP)             \
-  {                                                                         \
-    8 * NT, 16 * MT *WM, WK, OVERLAP, {                                     \
-      launch_linear_2_4_mma<__nv_bfloat16, NT, MT, WM, WK, STAGES, BLOCKS>, \
-          launch_linear_2_4_mma<__half, NT, MT, WM, WK, STAGES, BLOCKS>     \
-    }                                                                       \
-  }
+// Tiles, stages and overlap by measurement on an H200.
+struct Mma8Narrow {
+  static constexpr int kTokenMmas = 1, kRowMmas = 1, kWarpsM = 1, kWarpsK = 16, kStages = 2, kMinBlocks = 2;
+};
+struct Mma8 {
+  static constexpr int kTokenMmas = 1, kRowMmas = 4, kWarpsM = 1, kWarpsK = 4, kStages = 3, kMinBlocks = 3;
+};
+struct Mma16 {
+  static constexpr int kTokenMmas = 2, kRowMmas = 2, kWarpsM = 4, kWarpsK = 2, kStages = 3, kMinBlocks = 2;
+};
+struct Mma32 {
+  static constexpr int kTokenMmas = 4, kRowMmas = 2, kWarpsM = 4, kWarpsK = 2, kStages = 3, kMinBlocks = 2;
+};
 
-// In the order of Mma24; tile sizes, stages and overlap by measurement on an H200.
+namespace {
+
+template <class Config>
+constexpr Kernel24 kernel(Overlap overlap) {
+  using Tile = MmaTile<Config>;
+  return {Tile::kTokens,
+          Tile::kRows,
+          Config::kWarpsK,
+          overlap,
+          {launch_linear_2_4_mma<__nv_bfloat16, Config>, launch_linear_2_4_mma<__half, Config>}};
+}
+
+}  // namespace
+
 const Kernel24& linear_2_4_mma_kernel(int which) {
-  static const Kernel24 kernels[kMmaCount] = {
-      SURGEON_KERNEL(1, 1, 1, 16, 2, 2, Overlap::kEarly),
-      SURGEON_KERNEL(1, 4, 1, 4, 3, 3, Overlap::kEarly),
-      SURGEON_KERNEL(2, 2, 4, 2, 3, 2, Overlap::kLate),
-      SURGEON_KERNEL(4, 2, 4, 2, 3, 2, Overlap::kLate),
-  };
+  // In the order of Mma24.
+  static const Kernel24 kernels[kMmaCount] = {kernel<Mma8Narrow>(Overlap::kEarly), kernel<Mma8>(Overlap::kEarly),
+                                              kernel<Mma16>(Overlap::kLate), kernel<Mma32>(Overlap::kLate)};
   return kernels[which];
 }
 

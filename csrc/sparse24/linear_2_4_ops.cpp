@@ -3,6 +3,7 @@
 #include <cmath>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "linear_2_4.h"
 #include "linear_2_4_cusparselt.h"
@@ -176,8 +177,8 @@ Tensor linear_2_4(const Tensor& x, const Tensor& weight, const std::optional<Ten
   return linear.y;
 }
 
-// The same by the way `choice`; nothing where there is no such choice, or the device, the build or the sizes do not
-// allow it. Where y is `poisoned` before, what is not written is NaN.
+// The same by the kernel of number `choice`; nothing where there is no such choice, or the device, the build or the
+// sizes do not allow it. Where y is `poisoned` before, what is not written is NaN.
 std::optional<Tensor> linear_2_4_run(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice,
                                      const std::optional<Tensor>& compressed, bool poisoned) {
   if (choice < 0 || choice >= (compressed ? int64_t{INT_MAX} : surgeon::linear_2_4_choices())) return std::nullopt;
@@ -199,6 +200,15 @@ bool linear_2_4_pin(const Tensor& x, const Tensor& weight, int64_t rows, int64_t
   const c10::cuda::CUDAGuard guard(x.device());
   const Linear24 linear(x, weight, std::nullopt, rows, 0);
   return surgeon::linear_2_4_pin(linear.call, library, static_cast<int>(choice));
+}
+
+// Tokens and rows of a tile, split and resident clusters of a kernel; empty where it does not run on the current
+// device.
+std::vector<int64_t> linear_2_4_geometry(int64_t choice, bool half) {
+  if (choice < 0 || choice >= surgeon::linear_2_4_dense()) return {};
+  const surgeon::Geometry24 geometry = surgeon::linear_2_4_geometry(static_cast<int>(choice), half);
+  if (geometry.resident <= 0) return {};
+  return {geometry.tile_tokens, geometry.tile_rows, geometry.split, geometry.resident};
 }
 
 // The weight, dense.
@@ -236,6 +246,7 @@ Tensor linear_2_4_compress(const Tensor& dense) {
 // this module.
 TORCH_LIBRARY_FRAGMENT(surgeon_kernels, m) {
   m.def("linear_2_4_choices() -> int", [] { return static_cast<int64_t>(surgeon::linear_2_4_choices()); });
+  m.def("linear_2_4_geometry(int choice, bool half=False) -> int[]", &linear_2_4_geometry);
   m.def("linear_2_4_choice(Tensor x, Tensor weight, int rows, bool library=False) -> int");
   m.def(
       "linear_2_4_run(Tensor x, Tensor weight, int rows, int choice, Tensor? compressed=None, bool poisoned=False)"

@@ -1,4 +1,7 @@
-// The instructions of the 2:4 linears: loads, copies, barriers and mma.sp, by the PTX ISA.
+// PTX instructions of the 2:4 linears that CUDA C++ has no name for. Sections of the PTX ISA, by title: "Data Movement
+// and Conversion Instructions" (ld, cp.async, ldmatrix, stmatrix, st.async, mapa), "mbarrier", "Warp Level Matrix
+// Instructions: mma.sp" with the registers of m16n8k32, "Asynchronous Warpgroup Level Matrix Instructions" (wgmma),
+// "griddepcontrol", "setmaxnreg".
 #pragma once
 
 #include <cuda.h>
@@ -74,7 +77,7 @@ __device__ inline void mma_sp(float (&d)[4], const uint4& a, const uint4& b, uin
 #undef SURGEON_MMA_SP
 }
 
-// Hopper: barriers in shared memory, the copy engine, groups of warps.
+// Hopper: barriers in shared memory (mbarrier), the copy engine (TMA), warpgroups.
 __device__ inline void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
 }
@@ -92,15 +95,15 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-__device__ inline void copy_tile(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+__device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           to),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-// Blocks of a cluster: an address in the shared memory of another, 16 bytes sent there, of which a barrier there
-// learns, and the barrier of them all.
+// Distributed shared memory of a cluster: an address in another block's, 16 bytes sent there, of which a barrier there
+// learns, and the barrier of all blocks.
 __device__ inline uint32_t remote_address(uint32_t address, int rank) {
   uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
@@ -137,7 +140,7 @@ __device__ inline uint2 load_shared2(uint32_t address) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
   return v;
 }
-// Of all threads of four warps: registers handed back, or taken.
+// Of all threads of a warpgroup: registers handed back, or taken.
 template <int kCount>
 __device__ inline void set_fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -161,7 +164,8 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// A K-major operand in shared memory with 128-byte swizzle: rows of 64 elements, 8 rows to 1024 bytes.
+// A K-major operand in shared memory with 128-byte swizzle: rows of 64 elements, 8 rows to 1024 bytes. PTX ISA, "Matrix
+// Descriptor Format": bits 62-63 the swizzle, 32-45 and 16-29 the strides, 0-13 the address, in 16 bytes each.
 __device__ inline uint64_t swizzled_operand(uint32_t address) {
   return (static_cast<uint64_t>(1) << 62) | (static_cast<uint64_t>(1024 >> 4) << 32) |
          (static_cast<uint64_t>(1) << 16) | ((address & 0x3FFFF) >> 4);

@@ -1,10 +1,11 @@
-// The dense weight from its fragments: for the products that the kernels do not compute.
+// The dense weight from its fragments, for the products that the kernels do not compute: a block takes a unit, a thread
+// eight columns of one of its rows.
 #include "linear_2_4.h"
 
 namespace surgeon {
 namespace {
 
-constexpr int kUnitRows = 16, kThreadColumns = 8;
+constexpr int kThreadColumns = 8;
 constexpr int kThreads = kUnitRows * (kUnitColumns / kThreadColumns);
 
 // Four columns: the two values where the nibble says, zero elsewhere.
@@ -14,7 +15,6 @@ __host__ __device__ inline uint2 spread(uint32_t values, uint32_t nibble) {
   return {static_cast<uint32_t>(four), static_cast<uint32_t>(four >> 32)};
 }
 
-// A block takes a unit, a thread eight columns of one of its rows.
 __global__ void __launch_bounds__(kThreads)
     unpack_kernel(const uint8_t* weight, uint16_t* dense, int rows, int columns, int units) {
   const int block = blockIdx.x / units, unit = blockIdx.x % units;

@@ -2,20 +2,44 @@
 
 namespace surgeon {
 
-#define SURGEON_KERNEL(BN, WG, STAGES, HALVES, WSTAGES)                        \
-  {                                                                            \
-    BN, 64 * WG, 1, Overlap::kEarly, {                                         \
-      launch_linear_2_4_wgmma<__nv_bfloat16, BN, WG, STAGES, HALVES, WSTAGES>, \
-          launch_linear_2_4_wgmma<__half, BN, WG, STAGES, HALVES, WSTAGES>     \
-    }                                                                          \
-  }
+// Tiles and stages by measurement on an H200.
+struct Wgmma32 {
+  static constexpr int kTokens = 32, kConsumers = 3, kStages = 6, kBoxes = 2, kWeightStages = 5;
+};
+struct Wgmma64 {
+  static constexpr int kTokens = 64, kConsumers = 2, kStages = 6, kBoxes = 2, kWeightStages = 6;
+};
+struct Wgmma64Wide {
+  static constexpr int kTokens = 64, kConsumers = 3, kStages = 5, kBoxes = 2, kWeightStages = 4;
+};
+struct Wgmma128 {
+  static constexpr int kTokens = 128, kConsumers = 2, kStages = 4, kBoxes = 2, kWeightStages = 4;
+};
+struct Wgmma128Wide {
+  static constexpr int kTokens = 128, kConsumers = 3, kStages = 4, kBoxes = 2, kWeightStages = 3;
+};
+struct Wgmma256 {
+  static constexpr int kTokens = 256, kConsumers = 2, kStages = 5, kBoxes = 1, kWeightStages = 3;
+};
 
-// In the order of Wgmma24; tile sizes and stages by measurement on an H200.
+namespace {
+
+template <class Config>
+constexpr Kernel24 kernel() {
+  using Tile = WgmmaTile<Config>;
+  return {Tile::kTokens,
+          Tile::kRows,
+          1,
+          Overlap::kEarly,
+          {launch_linear_2_4_wgmma<__nv_bfloat16, Config>, launch_linear_2_4_wgmma<__half, Config>}};
+}
+
+}  // namespace
+
 const Kernel24& linear_2_4_wgmma_kernel(int which) {
-  static const Kernel24 kernels[kWgmmaCount] = {
-      SURGEON_KERNEL(32, 3, 6, 2, 5),  SURGEON_KERNEL(64, 2, 6, 2, 6),  SURGEON_KERNEL(64, 3, 5, 2, 4),
-      SURGEON_KERNEL(128, 2, 4, 2, 4), SURGEON_KERNEL(128, 3, 4, 2, 3), SURGEON_KERNEL(256, 2, 5, 1, 3),
-  };
+  // In the order of Wgmma24.
+  static const Kernel24 kernels[kWgmmaCount] = {kernel<Wgmma32>(),  kernel<Wgmma64>(),      kernel<Wgmma64Wide>(),
+                                                kernel<Wgmma128>(), kernel<Wgmma128Wide>(), kernel<Wgmma256>()};
   return kernels[which];
 }
 

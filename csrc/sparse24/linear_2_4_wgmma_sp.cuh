@@ -1,130 +1,63 @@
-// wgmma.sp with A in registers, 64 x 32, for 16 to 256 columns of B: the PTX ISA wants every register by name.
+// wgmma.sp with A in registers, for 16 to 256 columns of B. The PTX ISA ("wgmma.mma_async.sp", matrix shape .m64nNk32)
+// wants every register of the sum by name, so the lists of operands are generated: n / 2 floats, then the four
+// registers of A, the descriptor of B, the metadata, the sparsity selector.
 #pragma once
 
 #include "linear_2_4_ptx.cuh"
 
 namespace surgeon {
 
-// d[64 x n] += A[64 x 32, 2:4] B[32 x n], A in registers as mma.sp takes it.
-template <class T, int kSelector>
-__device__ inline void wgmma_sp(float (&d)[8], const uint4& a, uint64_t b, uint32_t metadata) {
-#define SURGEON_WGMMA_SP(TYPE)                                                                                  \
-  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n16k32.f32." TYPE "." TYPE                                   \
-               " {"                                                                                             \
-               "%0, %1, %2, %3, %4, %5, %6, %7}, "                                                              \
-               "{%8, %9, %10, %11}, %12, %13, %14, 1, 1, 1, 0;"                                                 \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "n"(kSelector))
-  if constexpr (std::is_same_v<T, __half>)
-    SURGEON_WGMMA_SP("f16");
-  else
-    SURGEON_WGMMA_SP("bf16");
-#undef SURGEON_WGMMA_SP
-}
+#define SURGEON_TEN(F, T) F(T##0) F(T##1) F(T##2) F(T##3) F(T##4) F(T##5) F(T##6) F(T##7) F(T##8) F(T##9)
+#define SURGEON_1_TO_7(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7)
+#define SURGEON_1_TO_15(F) SURGEON_1_TO_7(F) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15)
+#define SURGEON_1_TO_31(F) SURGEON_1_TO_15(F) F(16) F(17) F(18) F(19) SURGEON_TEN(F, 2) F(30) F(31)
+#define SURGEON_1_TO_63(F) \
+  SURGEON_1_TO_31(F)       \
+  F(32) F(33) F(34) F(35) F(36) F(37) F(38) F(39) SURGEON_TEN(F, 4) SURGEON_TEN(F, 5) F(60) F(61) F(62) F(63)
+#define SURGEON_1_TO_127(F)                                                                                        \
+  SURGEON_1_TO_63(F)                                                                                               \
+  F(64)                                                                                                            \
+  F(65)                                                                                                            \
+  F(66)                                                                                                            \
+  F(67)                                                                                                            \
+  F(68)                                                                                                            \
+  F(69)                                                                                                            \
+  SURGEON_TEN(F, 7) SURGEON_TEN(F, 8) SURGEON_TEN(F, 9) SURGEON_TEN(F, 10) SURGEON_TEN(F, 11) F(120) F(121) F(122) \
+      F(123) F(124) F(125) F(126) F(127)
 
-template <class T, int kSelector>
-__device__ inline void wgmma_sp(float (&d)[16], const uint4& a, uint64_t b, uint32_t metadata) {
-#define SURGEON_WGMMA_SP(TYPE)                                                                                        \
-  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n32k32.f32." TYPE "." TYPE                                         \
-               " {"                                                                                                   \
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                              \
-               "{%16, %17, %18, %19}, %20, %21, %22, 1, 1, 1, 0;"                                                     \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),      \
-                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
+#define SURGEON_NAME(I) ", %" #I
+#define SURGEON_OPERAND(I) , "+f"(d[I])
+#define SURGEON_WGMMA_SP_OF(TYPE, N, LAST, A_TO_SELECTOR)                                   \
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" #N "k32.f32." TYPE "." TYPE           \
+               " {%0" SURGEON_1_TO_##LAST(SURGEON_NAME) "}, " A_TO_SELECTOR ", 1, 1, 1, 0;" \
+               : "+f"(d[0])SURGEON_1_TO_##LAST(SURGEON_OPERAND)                             \
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "n"(kSelector))
-  if constexpr (std::is_same_v<T, __half>)
-    SURGEON_WGMMA_SP("f16");
-  else
-    SURGEON_WGMMA_SP("bf16");
-#undef SURGEON_WGMMA_SP
-}
 
-template <class T, int kSelector>
-__device__ inline void wgmma_sp(float (&d)[32], const uint4& a, uint64_t b, uint32_t metadata) {
-#define SURGEON_WGMMA_SP(TYPE)                                                                                         \
-  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n64k32.f32." TYPE "." TYPE                                          \
-               " {"                                                                                                    \
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                     \
-               "{%32, %33, %34, %35}, %36, %37, %38, 1, 1, 1, 0;"                                                      \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),       \
-                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
-                 "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
-                 "+f"(d[30]), "+f"(d[31])                                                                              \
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "n"(kSelector))
-  if constexpr (std::is_same_v<T, __half>)
-    SURGEON_WGMMA_SP("f16");
-  else
-    SURGEON_WGMMA_SP("bf16");
-#undef SURGEON_WGMMA_SP
-}
+// d[64 x N] += A[64 x 32, 2:4] B[32 x N], A in registers as mma.sp takes it; a thread holds d[0 .. LAST].
+#define SURGEON_WGMMA_SP(N, LAST, A_TO_SELECTOR)                                                         \
+  template <class T, int kSelector>                                                                      \
+  __device__ inline void wgmma_sp(float (&d)[LAST + 1], const uint4& a, uint64_t b, uint32_t metadata) { \
+    if constexpr (std::is_same_v<T, __half>)                                                             \
+      SURGEON_WGMMA_SP_OF("f16", N, LAST, A_TO_SELECTOR);                                                \
+    else                                                                                                 \
+      SURGEON_WGMMA_SP_OF("bf16", N, LAST, A_TO_SELECTOR);                                               \
+  }
 
-template <class T, int kSelector>
-__device__ inline void wgmma_sp(float (&d)[64], const uint4& a, uint64_t b, uint32_t metadata) {
-#define SURGEON_WGMMA_SP(TYPE)                                                                                         \
-  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n128k32.f32." TYPE "." TYPE                                         \
-               " {"                                                                                                    \
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                      \
-               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                      \
-               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                     \
-               "{%64, %65, %66, %67}, %68, %69, %70, 1, 1, 1, 0;"                                                      \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),       \
-                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
-                 "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
-                 "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),            \
-                 "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),            \
-                 "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]),            \
-                 "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]),            \
-                 "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                          \
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "n"(kSelector))
-  if constexpr (std::is_same_v<T, __half>)
-    SURGEON_WGMMA_SP("f16");
-  else
-    SURGEON_WGMMA_SP("bf16");
-#undef SURGEON_WGMMA_SP
-}
+SURGEON_WGMMA_SP(16, 7, "{%8, %9, %10, %11}, %12, %13, %14")
+SURGEON_WGMMA_SP(32, 15, "{%16, %17, %18, %19}, %20, %21, %22")
+SURGEON_WGMMA_SP(64, 31, "{%32, %33, %34, %35}, %36, %37, %38")
+SURGEON_WGMMA_SP(128, 63, "{%64, %65, %66, %67}, %68, %69, %70")
+SURGEON_WGMMA_SP(256, 127, "{%128, %129, %130, %131}, %132, %133, %134")
 
-template <class T, int kSelector>
-__device__ inline void wgmma_sp(float (&d)[128], const uint4& a, uint64_t b, uint32_t metadata) {
-#define SURGEON_WGMMA_SP(TYPE)                                                                                         \
-  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n256k32.f32." TYPE "." TYPE                                         \
-               " {"                                                                                                    \
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                      \
-               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                      \
-               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                      \
-               "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                      \
-               "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                      \
-               "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "          \
-               "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "     \
-               "{%128, %129, %130, %131}, %132, %133, %134, 1, 1, 1, 0;"                                               \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),       \
-                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
-                 "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
-                 "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),            \
-                 "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),            \
-                 "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]),            \
-                 "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]),            \
-                 "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),            \
-                 "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),            \
-                 "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]),            \
-                 "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]),            \
-                 "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]),            \
-                 "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]),            \
-                 "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]),     \
-                 "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]),     \
-                 "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]),     \
-                 "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])      \
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "n"(kSelector))
-  if constexpr (std::is_same_v<T, __half>)
-    SURGEON_WGMMA_SP("f16");
-  else
-    SURGEON_WGMMA_SP("bf16");
 #undef SURGEON_WGMMA_SP
-}
+#undef SURGEON_WGMMA_SP_OF
+#undef SURGEON_OPERAND
+#undef SURGEON_NAME
+#undef SURGEON_1_TO_127
+#undef SURGEON_1_TO_63
+#undef SURGEON_1_TO_31
+#undef SURGEON_1_TO_15
+#undef SURGEON_1_TO_7
+#undef SURGEON_TEN
 
 }  // namespace surgeon

@@ -22,7 +22,7 @@ cudaError_t last = cudaSuccess;
 int launched = -1;  // the number of the kernel
 
 template <int kNumber>
-cudaError_t run(const Linear24&, const Part24&, cudaStream_t, int* capacity) {
+cudaError_t run(const Linear24&, const TileRange24&, cudaStream_t, int* capacity) {
   if (kNumber >= kMmaCount && !kDevices[current].holds_wgmma) return last = cudaErrorInvalidDeviceFunction;
   if (capacity != nullptr)
     *capacity = 132;
@@ -132,6 +132,18 @@ int main() {
   current = 0, last = cudaErrorMisalignedAddress;
   linear_2_4_choice(call_of(300), false);
   require(last == cudaErrorMisalignedAddress, "another's error is gone");
+
+  // The geometry that the estimates go by is that of the kernels that run; 9/10 of the larger clusters.
+  current = 0;
+  const Geometry24 wide = linear_2_4_geometry((kMmaCount + kWgmma64Wide) * 7, false);
+  require(wide.tile_tokens == 64 && wide.tile_rows == 192 && wide.split == 1, "another tile", wide.tile_rows);
+  require(wide.resident == 132, "other blocks are resident", wide.resident);
+  const Geometry24 split = linear_2_4_geometry(kMma8 * 7 + 6, false);
+  require(split.tile_rows == 64 && split.split == 8 && split.resident == 118, "another split", split.resident);
+  for (current = 1; current <= 4; ++current)
+    require(linear_2_4_geometry(kMmaCount * 7, false).resident <= 0, "a kernel that the build does not hold");
+  current = 2;
+  require(linear_2_4_geometry(kMma8 * 7 + 6, false).resident <= 0, "clusters before 9.0");
 
   for (int device : {-1, kMaxDevices}) {
     current = device;
