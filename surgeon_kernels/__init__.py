@@ -12,6 +12,7 @@ from surgeon_kernels.block_ops.rotary import rotary
 from surgeon_kernels.block_ops.swiglu import swiglu
 from surgeon_kernels.gram.gram import gram_accumulate_
 from surgeon_kernels.gram.symmetric import SymmetricAccumulator
+from surgeon_kernels.installation import build_info
 from surgeon_kernels.linalg.chunked_solve import chunked_solve
 from surgeon_kernels.linalg.quadratic_form import quadratic_form
 from surgeon_kernels.linalg.spd_inverse import (
@@ -25,7 +26,6 @@ from surgeon_kernels.linalg.spd_inverse import (
     spd_inverse,
     unchecked_inverse,
 )
-from surgeon_kernels.runtime.build_info import build_info
 from surgeon_kernels.selection.costs import (
     WeightCosts,
     column_block_cost,

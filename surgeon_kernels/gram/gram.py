@@ -10,7 +10,7 @@ from torch import Tensor
 from surgeon_kernels.gram.plan import GramConfig, choose
 from surgeon_kernels.gram.symmetric import SymmetricAccumulator
 from surgeon_kernels.gram.symmetric_layout import add_gram_reference_
-from surgeon_kernels.runtime.half_products import addmm_half_
+from surgeon_kernels.linalg.half_products import addmm_half_
 from surgeon_kernels.runtime.triton_support import has_kernels
 
 _HALF = (torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from surgeon_kernels.runtime.half_products import addmm_half_
+from surgeon_kernels.linalg.half_products import addmm_half_
 
 # Side of a tile. The kernels' blocks are multiples of it, so that a block never splits a tile.
 TILE = 128

@@ -7,7 +7,7 @@ three products are summed::
 
     A B ≈ 2⁻¹¹ (A₁B₀ + A₀B₁) + A₀B₀
 
-Sums are in float32, whatever PyTorch's switches allow (:mod:`surgeon_kernels.runtime.half_products`); what tensor cores
+Sums are in float32, whatever PyTorch's switches allow (:mod:`surgeon_kernels.linalg.half_products`); what tensor cores
 cut off them is said in :mod:`surgeon_kernels.linalg.split_matmul`.
 """
 
@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surgeon_kernels.linalg.half_products import addmm_half_, float32_sums
 from surgeon_kernels.linalg.split_matmul import SPLIT_FROM
-from surgeon_kernels.runtime.half_products import addmm_half_, float32_sums
 from surgeon_kernels.runtime.triton_support import has_kernels
 
 _LOW = 2.0**11  # what the second part is scaled by

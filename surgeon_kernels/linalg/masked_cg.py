@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from surgeon_kernels.linalg.half_products import float32_sums
 from surgeon_kernels.linalg.kron_product import LARGEST, kron_product, mm_half, scaled, scaled_parts
 from surgeon_kernels.linalg.low_rank import LowRankCorrection
-from surgeon_kernels.runtime.half_products import float32_sums
 from surgeon_kernels.runtime.triton_support import has_kernels
 
 Terms = Sequence[tuple[Tensor, Tensor]]  # symmetric (L_i [R, R], M_i [C, C]) of the operator Σ_i L_i X M_i

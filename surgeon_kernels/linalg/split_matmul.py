@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgeon_kernels.runtime.half_products import addmm_half_, float32_sums
+from surgeon_kernels.linalg.half_products import addmm_half_, float32_sums
 from surgeon_kernels.runtime.triton_support import has_kernels
 
 _ORDER = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))

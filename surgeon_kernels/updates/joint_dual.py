@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from surgeon_kernels.linalg.convergence import FIRST_ESTIMATE, still_to_rise
 from surgeon_kernels.linalg.kron_product import scaled
 from surgeon_kernels.linalg.low_rank import LowRankCorrection, low_rank_correction
 from surgeon_kernels.linalg.masked_cg import MaskedCG, masked_cg, product
+from surgeon_kernels.updates.convergence import FIRST_ESTIMATE, still_to_rise
 
 # Iterations between two looks at the progress, each of which waits for the device.
 _PERIOD = 4

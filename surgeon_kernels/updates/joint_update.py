@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgeon_kernels.linalg.convergence import estimated_gap, still_to_rise
 from surgeon_kernels.linalg.masked_cg import Terms, masked_cg, product
 from surgeon_kernels.linalg.spd_inverse import NotPositiveDefiniteError
 from surgeon_kernels.runtime.checks import check_layer
+from surgeon_kernels.updates.convergence import estimated_gap, still_to_rise
 from surgeon_kernels.updates.joint_dual import REPLACEMENTS, Dual, begin, dot, iterate, solve_dual
 
 # With fewer weights kept than this fraction, the kept weights alone are the smaller problem. It is the better
@@ -58,7 +58,7 @@ def joint_update(
 
     It stops when the objective is within ``tolerance`` of the lower bound. Where few weights are kept that hardly
     depend on each other, and without the inverses, there is the second part only, from ``Δ = 0`` on the kept weights,
-    and the gap is an estimate from the objective's trace (:func:`~surgeon_kernels.linalg.convergence.estimated_gap`).
+    and the gap is an estimate from the objective's trace (:func:`~surgeon_kernels.updates.convergence.estimated_gap`).
     Products within the iterations are of operands rounded to 11 bits on CUDA; after each part value and residual are
     computed anew in full precision, and the part goes on from there if it is not finished.
 

@@ -9,7 +9,7 @@ import torch
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 from surgeon_kernels.gram import symmetric_layout
 from surgeon_kernels.gram.gram import kernel_config
-from surgeon_kernels.runtime.half_products import addmm_half_
+from surgeon_kernels.linalg.half_products import addmm_half_
 
 gram = importlib.import_module("surgeon_kernels.gram.gram")
 

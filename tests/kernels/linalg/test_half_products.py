@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import surgeon_kernels
-from surgeon_kernels.runtime import half_products
-from surgeon_kernels.runtime.half_products import addmm_half_, float32_sums
+from surgeon_kernels.linalg import half_products
+from surgeon_kernels.linalg.half_products import addmm_half_, float32_sums
 
 NAMES = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation")
 matmul = torch.backends.cuda.matmul

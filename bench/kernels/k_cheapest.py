@@ -1,6 +1,6 @@
 """The exact global threshold over every weight of a model, against ``torch.kthvalue`` on stored costs.
 
-    python -m bench.kernels.cost_threshold            # appended to results/cost_threshold.csv
+    python -m bench.kernels.k_cheapest            # appended to results/cost_threshold.csv
 
 The model is of Llama-2-7B's shape: 224 matrices, 6.5 billion weights, of random values and diagonals that differ from
 layer to layer. Rows say what was selected (weights or 2:4 groups), what was asked for (the threshold alone, or the

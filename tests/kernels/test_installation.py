@@ -12,7 +12,7 @@ import torch
 
 from surgeon_kernels import build_info
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 _IMPORT = """
 import json, sys
