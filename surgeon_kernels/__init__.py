@@ -7,6 +7,9 @@ to ``W``. Costs and objectives are increases of the mean loss, in nats per token
 ``A = (1/N) Σ a aᵀ`` and ``G = (1/N) Σ g gᵀ``. Argument order everywhere: weight, pruned, G, A.
 """
 
+import warnings
+from typing import Any
+
 from surgeon_kernels.block_ops.rms_norm import rms_norm
 from surgeon_kernels.block_ops.rotary import rotary
 from surgeon_kernels.block_ops.swiglu import swiglu
@@ -26,17 +29,11 @@ from surgeon_kernels.linalg.spd_inverse import (
     spd_inverse,
     unchecked_inverse,
 )
-from surgeon_kernels.selection.costs import (
-    WeightCosts,
-    column_block_cost,
-    column_cost,
-    element_cost,
-    exchange_cost,
-    row_cost,
-)
+from surgeon_kernels.selection.costs import column_block_cost, column_cost, element_cost, row_cost, swap_cost
 from surgeon_kernels.selection.k_cheapest import k_cheapest
 from surgeon_kernels.selection.k_smallest import k_smallest
 from surgeon_kernels.selection.nm_select import nm_group_cost, nm_prune, nm_select
+from surgeon_kernels.selection.weight_costs import WeightCosts
 from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
 from surgeon_kernels.sparse24.linear_2_4_tune import tune_2_4
 from surgeon_kernels.sparse24.pack_2_4 import Packed24, check_packed_2_4, is_2_4, pack_2_4, unpack_2_4
@@ -62,7 +59,6 @@ __all__ = [
     "column_cost",
     "damp",
     "element_cost",
-    "exchange_cost",
     "gram_accumulate_",
     "independent_update",
     "inverse_and_diagonal",
@@ -86,8 +82,16 @@ __all__ = [
     "row_cost",
     "rows_columns_update",
     "spd_inverse",
+    "swap_cost",
     "swiglu",
     "tune_2_4",
     "unchecked_inverse",
     "unpack_2_4",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "exchange_cost":
+        warnings.warn("surgeon_kernels.exchange_cost is called swap_cost now", DeprecationWarning, stacklevel=2)
+        return swap_cost
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

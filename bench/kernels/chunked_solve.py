@@ -12,7 +12,6 @@ in float64. The roofline is ``K³ / 3`` operations a chunk at a third of the ven
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from torch import Tensor
 from bench.environment import append_row, environment, require_gpu
 from bench.timing import eager_ms
 from surgeon_kernels import chunked_solve, spd_inverse
+from surgeon_kernels.updates import chunked_update as update
 
 DEVICE = "cuda"
 R, C = 4096, 11008
 ROOFLINE = 494.7e12 / 3  # H100 and H200 (SXM), NVIDIA's datasheet
 CASES = [(64, 4096), (128, 4096), (192, 4096), (512, 1024), (1024, 512), (2048, 128)]
 CASES += [(1, 4096), (32, 4096), (256, 4096), (2000, 1), (64, 352256)]
-update = importlib.import_module("surgeon_kernels.updates.chunked_update")
 
 
 def inverse_factor(n: int) -> Tensor:

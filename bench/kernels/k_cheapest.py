@@ -23,7 +23,7 @@ import torch
 from bench.environment import append_row, environment, require_gpu
 from bench.timing import copy_bandwidth
 from surgeon_kernels import WeightCosts, k_cheapest, nm_group_cost
-from surgeon_kernels.selection.cost_threshold import kth_cost, number_of_costs
+from surgeon_kernels.selection.k_cheapest import kth_cost, number_of_costs
 
 BLOCK = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 

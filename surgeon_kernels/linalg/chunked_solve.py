@@ -9,15 +9,10 @@ from torch import Tensor
 
 from surgeon_kernels.linalg.spd_inverse import JITTERS, NotPositiveDefiniteError, cholesky_with_jitter
 from surgeon_kernels.runtime import extension
+from surgeon_kernels.runtime.ops import define
 
 # Systems gathered at once by the reference: bounds its workspace to 64 MiB in float32.
 _BATCH_ELEMENTS = 1 << 24
-
-_library = torch.library.Library("surgeon_kernels", "FRAGMENT")
-_library.define(
-    "chunked_solve(Tensor G_inv, Tensor A_inv, Tensor rows, Tensor columns, Tensor offsets, Tensor target)"
-    " -> (Tensor, Tensor)"
-)
 
 
 def chunked_solve(
@@ -114,7 +109,6 @@ def largest_jitter(level: Tensor, offsets: Tensor) -> float:
     return JITTERS[worst]
 
 
-@torch.library.impl(_library, "chunked_solve", "CPU")
 def chunked_solve_reference(
     G_inv: Tensor, A_inv: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -134,13 +128,6 @@ def chunked_solve_reference(
         solved = torch.cholesky_solve(target[position].masked_fill(~real, 0.0)[..., None], L)[..., 0]
         solution[position[real]] = solved.masked_fill(level[first:last, None] == len(JITTERS), 0.0)[real]
     return solution, level
-
-
-@torch.library.register_fake("surgeon_kernels::chunked_solve", lib=_library)
-def _(
-    G_inv: Tensor, A_inv: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(target), target.new_empty(offsets.shape[0] - 1, dtype=torch.int32)
 
 
 def _batches(sizes: list[int]) -> Iterator[tuple[int, int]]:
@@ -174,3 +161,14 @@ def _cholesky(S: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         except NotPositiveDefiniteError:  # reported, so that the other chunks are solved
             level[i] = len(JITTERS)
     return L, level
+
+
+define(
+    "chunked_solve(Tensor G_inv, Tensor A_inv, Tensor rows, Tensor columns, Tensor offsets, Tensor target)"
+    " -> (Tensor, Tensor)",
+    fake=lambda G_inv, A_inv, rows, columns, offsets, target: (
+        torch.empty_like(target),
+        target.new_empty(offsets.shape[0] - 1, dtype=torch.int32),
+    ),
+    cpu=chunked_solve_reference,
+)

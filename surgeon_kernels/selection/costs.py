@@ -6,51 +6,11 @@ With the curvature ``F ≈ G ⊗ A`` and every weight, row or column treated on 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from surgeon_kernels.linalg.quadratic_form import quadratic_form
 from surgeon_kernels.runtime.checks import check_layer
-
-
-class WeightCosts(NamedTuple):
-    """The costs ``½ W_rc² g_r a_c`` of one layer's weights, computed in float32 where they are needed, never stored.
-
-    Attributes:
-        weight: ``[R, C]``, any floating dtype; without ``g`` and ``a``, the costs themselves, not negative.
-        g: ``[R]``, a: ``[C]``, not negative, see :func:`element_cost`; on the device that computes.
-    """
-
-    weight: Tensor
-    g: Tensor | None = None
-    a: Tensor | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the costs are computed."""
-        return self.weight.device if self.g is None else self.g.device
-
-    def check(self) -> None:
-        """Raise ValueError unless both factors or none are given, as long as the weight's sides."""
-        if (self.g is None) != (self.a is None):
-            raise ValueError("costs need both factors, g and a, or none")
-        if self.g is not None and self.a is not None:
-            _check_factors(self.weight, self.g, self.a)
-
-    def gathered(self) -> WeightCosts:
-        """With the weight, which may lie elsewhere, where its factors are."""
-        return WeightCosts(self.weight.to(self.device, non_blocking=True), self.g, self.a)
-
-    def rows(self, part: slice) -> WeightCosts:
-        return WeightCosts(self.weight[part], None if self.g is None else self.g[part], self.a)
-
-    def dense(self) -> Tensor:
-        """All costs, float32 ``[R, C]``."""
-        if self.g is None or self.a is None:
-            return self.weight.float()
-        return element_cost(self.gathered().weight.float(), self.g.float(), self.a.float())
 
 
 def element_cost(weight: Tensor, g: Tensor, a: Tensor) -> Tensor:
@@ -65,12 +25,13 @@ def element_cost(weight: Tensor, g: Tensor, a: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check_factors(weight, g, a)
+    check_factors(weight, g, a)
     # In the order in which the CUDA kernels multiply: they give the same bits.
     return weight.square() * (0.5 * g)[:, None] * a[None, :]
 
 
-def _check_factors(weight: Tensor, g: Tensor, a: Tensor) -> None:
+def check_factors(weight: Tensor, g: Tensor, a: Tensor) -> None:
+    """Raise ValueError unless ``g`` and ``a`` are as long as the weight's sides."""
     if weight.dim() != 2 or (g.shape, a.shape) != (weight.shape[:1], weight.shape[1:]):
         shapes = f"{list(weight.shape)}, {list(g.shape)} and {list(a.shape)}"
         raise ValueError(f"costs need a weight [R, C], g [R] and a [C], not {shapes}")
@@ -117,16 +78,17 @@ def column_block_cost(weight: Tensor, G: Tensor, A_inv: Tensor, blocks: Tensor) 
     return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
-def exchange_cost(
+def swap_cost(
     weight: Tensor, pruned: Tensor, gradient: Tensor, G: Tensor, A: Tensor, g_inv: Tensor, a_inv: Tensor
 ) -> Tensor:
-    """What keeping or pruning each weight is worth around a joint optimum, ``[R, C]``::
+    """Cost of pruning each kept weight, and of leaving each pruned one pruned, around a joint optimum: ``[R, C]``::
 
         kept weights: ½ Ŵ² κ      pruned weights: ½ (G Δ A)² / κ      κ² = G_rr A_cc / ([G⁻¹]_rr [A⁻¹]_cc)
 
-    The objective rises by the one when a kept weight goes and falls by the other when a pruned weight comes back, the
-    kept weights compensating again, if ``κ`` is its curvature there: which lies between ``1 / ([G⁻¹]_rr [A⁻¹]_cc)``,
-    with all others free, and ``G_rr A_cc``, with none. ``κ`` is taken to be their geometric mean.
+    Swapping a kept and a pruned weight gains the difference of the two. The objective rises by the one when a kept
+    weight goes and falls by the other when a pruned weight comes back, the kept weights compensating again, if ``κ`` is
+    its curvature there: which lies between ``1 / ([G⁻¹]_rr [A⁻¹]_cc)``, with all others free, and ``G_rr A_cc``, with
+    none. ``κ`` is taken to be their geometric mean.
 
     Args:
         weight: ``Ŵ = W + Δ`` ``[R, C]``; pruned: bool ``[R, C]``; gradient: ``G Δ A`` ``[R, C]``; G, A: damped;

@@ -9,20 +9,31 @@ from torch import Tensor
 
 from surgeon_kernels.runtime import extension
 from surgeon_kernels.runtime.checks import check_mask
-from surgeon_kernels.selection.costs import WeightCosts
+from surgeon_kernels.runtime.ops import define
+from surgeon_kernels.selection.weight_costs import (
+    KERNEL_DTYPES,
+    WeightCosts,
+    checked_costs,
+    dense_rows,
+    kernel_operands,
+)
 
 # As csrc/selection/nm_select.h has it: the most columns of a group that a kernel ranks.
 _LARGEST_GROUP = 1024
-# Of weights; costs that are given are float32.
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_library = torch.library.Library("surgeon_kernels", "FRAGMENT")
-_library.define(
+define(
     "nm_select(Tensor weight, Tensor? g, Tensor? a, int n, int m, Tensor? previous, float threshold, bool ties,"
-    " Tensor(a!) invalid) -> Tensor"
+    " Tensor(a!) invalid) -> Tensor",
+    fake=lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.bool),
 )
-_library.define("nm_group_cost(Tensor weight, Tensor? g, Tensor? a, int n, int m, Tensor(a!) invalid) -> Tensor")
-_library.define("nm_prune(Tensor weight, Tensor g, Tensor a, int n, int m, Tensor(a!) invalid) -> Tensor")
+define(
+    "nm_group_cost(Tensor weight, Tensor? g, Tensor? a, int n, int m, Tensor(a!) invalid) -> Tensor",
+    fake=lambda weight, g, a, n, m, _: weight.new_empty((weight.shape[0], weight.shape[1] // m), dtype=torch.float32),
+)
+define(
+    "nm_prune(Tensor weight, Tensor g, Tensor a, int n, int m, Tensor(a!) invalid) -> Tensor",
+    fake=lambda weight, *_: weight.new_empty(weight.shape),
+)
 
 
 def nm_select(
@@ -35,7 +46,7 @@ def nm_select(
     ties: bool = True,
     valid: bool = False,
 ) -> Tensor:
-    """The ``m - n`` cheapest weights of every ``m`` consecutive columns.
+    """Select the ``m - n`` cheapest weights of every ``m`` consecutive columns.
 
     On CUDA devices one kernel reads the weights (or float32 costs) once and writes the mask: costs are not stored.
     Widths that are no multiple of 16 bytes and patterns other than n:4, n:8 and n:16 take a slower kernel.
@@ -46,8 +57,7 @@ def nm_select(
             group, and costs nothing.
         threshold: leave groups alone that cost more (see :func:`nm_group_cost`) and hold no ``previous`` weight.
         ties: whether groups that cost exactly ``threshold`` are pruned.
-        valid: no cost is NaN or has a negative factor, as the caller knows: the kernel is not asked for it, and the
-            host does not wait for the device.
+        valid: no cost is NaN or has a negative factor, as the caller knows: not checked, to avoid a host sync.
 
     Returns:
         bool ``[R, C]``, True where the weight is pruned: exactly ``m - n`` in every group, or none.
@@ -77,7 +87,7 @@ def nm_select(
 
 
 def nm_group_cost(cost: Tensor | WeightCosts, n: int, m: int) -> Tensor:
-    """What pruning a group costs: the sum of its ``m - n`` cheapest costs, ``[R, C / m]``, in the costs' dtype.
+    """Cost of pruning each group: the sum of its ``m - n`` cheapest costs, ``[R, C / m]``, in the costs' dtype.
 
     Arguments and errors are those of :func:`nm_select`.
     """
@@ -104,7 +114,7 @@ def nm_prune(cost: WeightCosts, n: int, m: int) -> Tensor:
 
 
 def _reference(cost: Tensor, n: int, m: int, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weights to prune in every group, bool ``[R, C / m, m]``, and what that costs, ``[R, C / m]``."""
+    """The weights to prune in every group, bool ``[R, C / m, m]``, and the cost of that, ``[R, C / m]``."""
     groups = cost.unflatten(1, (cost.shape[1] // m, m))
     gone = torch.zeros_like(groups, dtype=torch.bool) if previous is None else previous.unflatten(1, groups.shape[1:])
     order = groups.masked_fill(gone, -math.inf).argsort(dim=-1, stable=True)
@@ -113,15 +123,6 @@ def _reference(cost: Tensor, n: int, m: int, previous: Tensor | None) -> tuple[T
     for column in (groups.masked_fill(~pruned | gone, 0.0)).unbind(dim=-1):  # in the order of the kernel's sums
         total += column
     return pruned, total
-
-
-def checked_costs(cost: Tensor | WeightCosts) -> Tensor:
-    """All costs, or a ValueError where one is NaN or has a negative factor."""
-    dense = cost.dense() if isinstance(cost, WeightCosts) else cost
-    signed = [x for x in (cost[1:] if isinstance(cost, WeightCosts) else ()) if x is not None]
-    if dense.isnan().any() or any(bool((x < 0).any()) for x in signed):
-        raise ValueError("a cost is NaN or negative")
-    return dense
 
 
 def _check(cost: Tensor | WeightCosts, n: int, m: int) -> None:
@@ -154,51 +155,11 @@ def _operands(cost: Tensor | WeightCosts) -> tuple[Tensor, Tensor | None, Tensor
     return dense_rows(cost.dense() if isinstance(cost, WeightCosts) else cost), None, None
 
 
-def kernel_operands(cost: WeightCosts) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, ``g`` and ``a`` as the CUDA ops take them; a weight whose columns are not adjacent is copied."""
-    assert cost.g is not None and cost.a is not None
-    return dense_rows(cost.weight), cost.g.float().contiguous(), _aligned(cost.a.float().contiguous())
-
-
-def dense_rows(weight: Tensor) -> Tensor:
-    return weight if weight.stride(1) == 1 else weight.contiguous()
-
-
-def _aligned(a: Tensor) -> Tensor:
-    """At an address of which the kernels read 16 bytes at a time."""
-    return a if a.data_ptr() % 16 == 0 else a.clone()
-
-
 def _flag(weight: Tensor) -> Tensor:
-    """What the ops set where a cost is NaN or has a negative factor, and never clear: many calls may share one."""
+    """A flag that the ops set where a cost is NaN or has a negative factor, and never clear: calls may share one."""
     return torch.zeros((), dtype=torch.bool, device=weight.device)
 
 
 def _require_valid(invalid: Tensor) -> None:
     if invalid:
         raise ValueError("a cost is NaN or negative")
-
-
-@torch.library.register_fake("surgeon_kernels::nm_select", lib=_library)
-def _(
-    weight: Tensor,
-    g: Tensor | None,
-    a: Tensor | None,
-    n: int,
-    m: int,
-    previous: Tensor | None,
-    threshold: float,
-    ties: bool,
-    invalid: Tensor,
-) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=torch.bool)
-
-
-@torch.library.register_fake("surgeon_kernels::nm_group_cost", lib=_library)
-def _(weight: Tensor, g: Tensor | None, a: Tensor | None, n: int, m: int, invalid: Tensor) -> Tensor:
-    return weight.new_empty((weight.shape[0], weight.shape[1] // m), dtype=torch.float32)
-
-
-@torch.library.register_fake("surgeon_kernels::nm_prune", lib=_library)
-def _(weight: Tensor, g: Tensor, a: Tensor, n: int, m: int, invalid: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape)

@@ -20,16 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from surgeon_kernels.runtime import extension
+from surgeon_kernels.runtime.ops import define
 from surgeon_kernels.sparse24.linear_2_4_layout import fragments, from_fragments
 from surgeon_kernels.sparse24.pack_2_4 import Packed24, unpack_2_4
-
-# Here rather than in the extension, so that a graph that holds them loads before it.
-_library = torch.library.Library("surgeon_kernels", "FRAGMENT")
-_library.define(
-    "linear_2_4(Tensor x, Tensor weight, Tensor? bias, int rows, int activation, Tensor? compressed=None,"
-    " Tensor? dense=None) -> Tensor"
-)
-_library.define("linear_2_4_unpack(Tensor weight, int rows, int columns, ScalarType dtype) -> Tensor")
 
 # In the order of surgeon::Activation in csrc/sparse24/linear_2_4.h.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -181,8 +174,7 @@ class _Linear24(torch.autograd.Function):
         return dx, db, *(None for _ in weight)
 
 
-@torch.library.impl(_library, "linear_2_4", "CPU")
-def _(
+def _linear_2_4_cpu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -192,31 +184,25 @@ def _(
     dense: Tensor | None = None,
 ) -> Tensor:
     if dense is None:
-        dense = unpack_2_4(from_fragments(weight, rows, x.shape[-1], x.dtype))
+        dense = _unpack_cpu(weight, rows, x.shape[-1], x.dtype)
     return _APPLY[ACTIVATIONS[activation]](functional.linear(x, dense, bias))
 
 
-@torch.library.impl(_library, "linear_2_4_unpack", "CPU")
-def _(weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _unpack_cpu(weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return unpack_2_4(from_fragments(weight, rows, columns, dtype))
 
 
-@torch.library.register_fake("surgeon_kernels::linear_2_4", lib=_library)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    activation: int,
-    compressed: Tensor | None = None,
-    dense: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-@torch.library.register_fake("surgeon_kernels::linear_2_4_unpack", lib=_library)
-def _(weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return weight.new_empty(rows, columns, dtype=dtype)
+define(
+    "linear_2_4(Tensor x, Tensor weight, Tensor? bias, int rows, int activation, Tensor? compressed=None,"
+    " Tensor? dense=None) -> Tensor",
+    fake=lambda x, weight, bias, rows, *_: x.new_empty(*x.shape[:-1], rows),
+    cpu=_linear_2_4_cpu,
+)
+define(
+    "linear_2_4_unpack(Tensor weight, int rows, int columns, ScalarType dtype) -> Tensor",
+    fake=lambda weight, rows, columns, dtype: weight.new_empty(rows, columns, dtype=dtype),
+    cpu=_unpack_cpu,
+)
 
 
 def _check(x: Tensor, weight: Linear24Weight | Packed24, bias: Tensor | None, activation: str) -> None:

@@ -17,16 +17,19 @@ from surgeon_kernels.linalg.chunked_solve import (
     uses_extension,
 )
 from surgeon_kernels.runtime.checks import check_layer
+from surgeon_kernels.runtime.ops import define
 
 # What the extension's sequential mode factorises at once is bounded by the factors' memory in bytes and by the rows
 # that wait for an update.
 _FACTOR_BYTES = 1 << 30
 _PENDING_ROWS = 256
 
-_library = torch.library.Library("surgeon_kernels", "FRAGMENT")
-_library.define(
+define(
     "chunked_sequence_(Tensor(a!) Y, Tensor(b!) pending, Tensor G_inv, Tensor A_inv, Tensor rows, Tensor columns,"
-    " Tensor row_offsets, Tensor offsets, Tensor row_ranges, int block_begin) -> Tensor"
+    " Tensor row_offsets, Tensor offsets, Tensor row_ranges, int block_begin) -> Tensor",
+    fake=lambda Y, pending, G_inv, A_inv, rows, columns, row_offsets, offsets, row_ranges, block_begin: Y.new_empty(
+        offsets.shape[0] - 1, dtype=torch.int32
+    ),
 )
 
 
@@ -184,22 +187,6 @@ def _solve_in_sequence_by_blocks(
             )
         )
     return Y, torch.cat(levels)
-
-
-@torch.library.register_fake("surgeon_kernels::chunked_sequence_", lib=_library)
-def _(
-    Y: Tensor,
-    pending: Tensor,
-    G_inv: Tensor,
-    A_inv: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    row_offsets: Tensor,
-    offsets: Tensor,
-    row_ranges: Tensor,
-    block_begin: int,
-) -> Tensor:
-    return Y.new_empty(offsets.shape[0] - 1, dtype=torch.int32)
 
 
 def _blocks(sizes: list[int], ranges: list[list[int]]) -> Iterator[tuple[int, int]]:

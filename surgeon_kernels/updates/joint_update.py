@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from surgeon_kernels.linalg.masked_cg import Terms, masked_cg, product
+from surgeon_kernels.linalg.kron_product import scaled
+from surgeon_kernels.linalg.low_rank import LowRankCorrection, low_rank_correction
+from surgeon_kernels.linalg.masked_cg import MaskedCG, Terms, masked_cg, product
 from surgeon_kernels.linalg.spd_inverse import NotPositiveDefiniteError
 from surgeon_kernels.runtime.checks import check_layer
-from surgeon_kernels.updates.convergence import estimated_gap, still_to_rise
-from surgeon_kernels.updates.joint_dual import REPLACEMENTS, Dual, begin, dot, iterate, solve_dual
+from surgeon_kernels.updates.convergence import FIRST_ESTIMATE, estimated_gap, still_to_rise
 
 # With fewer weights kept than this fraction, the kept weights alone are the smaller problem. It is the better
 # conditioned one too if the fraction times both factors' mean variance inflation, ``M_ii [M⁻¹]_ii``, is less than this.
 _DUAL_FROM, _INFLATION = 1 / 3, 5.0
+# Iterations between two looks at the progress, each of which waits for the device.
+_PERIOD = 4
+# The bound is taken for final, and the kept weights' turn comes, when it is estimated to rise by no more than this
+# part of the tolerance. The violation of the constraint decays later than the bound rises, and repairing it is dear.
+_BOUND_TOLERANCE = 0.1
+# The preconditioner is corrected if this adds so much to its energy of the residual.
+_WORTH = 0.1
+# Times that a part is begun anew from the residual in full precision.
+_REPLACEMENTS = 3
 
 
 class JointUpdate(NamedTuple):
@@ -87,29 +97,29 @@ def joint_update(
     if not bool(_positive_diagonal(terms, [M for M in (G_inv, A_inv) if M is not None])):
         raise NotPositiveDefiniteError("the curvature's diagonal is not positive throughout")
     if G_inv is not None and A_inv is not None and not _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
-        delta, bound = solve_dual(weight, pruned, G, A, G_inv, A_inv, start, tolerance, max_iterations)
+        delta, bound = _solve_dual(weight, pruned, G, A, G_inv, A_inv, start, tolerance, max_iterations)
     else:
         delta, bound = torch.where(pruned, -weight, 0.0), [0.0]
     gradient = product(terms, delta)
-    trace = [0.5 * dot(delta, gradient)]
+    trace = [0.5 * _dot(delta, gradient)]
     certified = bound[-1] > 0.0
 
     def gap() -> float:
         return max(trace[-1] / bound[-1] - 1.0, 0.0) if certified else estimated_gap(trace)
 
     last_gap = gap()
-    for _ in range(REPLACEMENTS):
+    for _ in range(_REPLACEMENTS):
         left, begun = max_iterations + 2 - len(trace) - len(bound), trace[-1]
         if left <= 0 or last_gap <= tolerance:
             break
         solver = masked_cg(terms, ~pruned, gradient.neg_().masked_fill_(pruned, 0.0))
         del gradient
-        solved = iterate(solver, trace, -1.0, left, lambda: gap() <= tolerance)
+        solved = _iterate(solver, trace, -1.0, left, lambda: gap() <= tolerance)
         delta += solver.x
         del solver
         gradient = product(terms, delta)
         last_gap, claimed = 0.0 if solved else gap(), trace[-1]
-        trace[-1] = 0.5 * dot(delta, gradient)
+        trace[-1] = 0.5 * _dot(delta, gradient)
         last_gap = gap() if certified else last_gap + max(trace[-1] / claimed - 1.0, 0.0)
         if not trace[-1] < begun:  # nothing more to be had in this precision
             break
@@ -141,14 +151,14 @@ def joint_estimate(
     if _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
         return joint_update(weight, pruned, G, A, G_inv, A_inv, **options)
     wanted, inverses = weight.masked_fill(~pruned, 0.0), (G_inv, A_inv)
-    begun, image, value = begin(start, wanted, pruned, inverses, parts=1)
+    begun, image, value = _scaled_start(start, wanted, pruned, inverses, parts=1)
     residual, bound = (wanted - image).masked_fill_(~pruned, 0.0), [value]
     del wanted, image
 
     def enough() -> bool:
         return still_to_rise(bound) <= tolerance
 
-    gradient = begun.add_(Dual(pruned, G, A, *inverses).solve(residual, bound, max_iterations, enough)).neg_()
+    gradient = begun.add_(_Dual(pruned, G, A, *inverses).solve(residual, bound, max_iterations, enough)).neg_()
     del residual
     rough = product([inverses], gradient, parts=1)
     return JointUpdate(torch.where(pruned, -weight, rough), [], bound, gradient, math.inf)
@@ -161,7 +171,86 @@ def objective(delta: Tensor, G: Tensor, A: Tensor) -> float:
         delta: ``[R, C]``; G: ``[R, R]``; A: ``[C, C]``, of one dtype (ValueError, TypeError otherwise).
     """
     check_layer(delta, G=G, A=A)
-    return 0.5 * dot(delta, G @ delta @ A)
+    return 0.5 * _dot(delta, G @ delta @ A)
+
+
+def _solve_dual(
+    weight: Tensor,
+    pruned: Tensor,
+    G: Tensor,
+    A: Tensor,
+    G_inv: Tensor,
+    A_inv: Tensor,
+    start: Tensor | None,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, list[float]]:
+    """The feasible ``Δ`` of the dual's solution, and the bound after 0, 1, 2, ... iterations."""
+    dual, wanted = _Dual(pruned, G, A, G_inv, A_inv), weight.masked_fill(~pruned, 0.0)
+    multipliers, image, value = _scaled_start(start, wanted, pruned, (G_inv, A_inv), parts=2)
+    full, bound = image.neg_(), [value]
+
+    def enough() -> bool:
+        return still_to_rise(bound) <= _BOUND_TOLERANCE * tolerance
+
+    for _ in range(_REPLACEMENTS):
+        left = max_iterations + 1 - len(bound)
+        multipliers += dual.solve((wanted + full).masked_fill_(~pruned, 0.0), bound, left, enough)
+        full = product([(G_inv, A_inv)], multipliers).neg_()
+        claimed, bound[-1] = bound[-1], _dot(multipliers, wanted) + 0.5 * _dot(multipliers, full)
+        if bound[-1] >= (1.0 - _BOUND_TOLERANCE * tolerance) * claimed or len(bound) > max_iterations:
+            break
+    return torch.where(pruned, -weight, full), bound
+
+
+def _scaled_start(
+    start: Tensor | None, wanted: Tensor, pruned: Tensor, inverses: tuple[Tensor, Tensor], *, parts: int
+) -> tuple[Tensor, Tensor, float]:
+    """The best multiple ``Λ`` of ``start`` on the pruned weights, ``G⁻¹ Λ A⁻¹`` and the dual's value, at least 0."""
+    if start is not None:
+        multipliers = start.masked_fill(~pruned, 0.0)
+        image = product([inverses], multipliers, parts=parts)
+        along, curvature = _dot(multipliers, wanted), _dot(multipliers, image)
+        if along > 0.0 and 0.0 < curvature < math.inf:
+            scale = along / curvature
+            return multipliers.mul_(scale), image.mul_(scale), 0.5 * scale * along
+    return torch.zeros_like(wanted), torch.zeros_like(wanted), 0.0
+
+
+class _Dual:
+    """``P ∘ (G⁻¹ Λ A⁻¹) = B`` by conjugate gradients, whose preconditioner is corrected once the diagonal is slow."""
+
+    def __init__(self, pruned: Tensor, G: Tensor, A: Tensor, G_inv: Tensor, A_inv: Tensor) -> None:
+        self._pruned, self._factors = pruned, (G, A, G_inv, A_inv)
+        self._correction: LowRankCorrection | None = None
+        self._settled = False  # whether there is to be one
+
+    def solve(self, residual: Tensor, bound: list[float], iterations: int, enough: Callable[[], bool]) -> Tensor:
+        """``Λ`` for ``B = residual``, which is taken over; each iteration appends to the ``bound``."""
+        inverse, begun = [self._factors[2:]], len(bound)
+        solver = masked_cg(inverse, self._pruned, residual, self._correction)
+        first = iterations if self._settled else min(FIRST_ESTIMATE, iterations)
+        solved = _iterate(solver, bound, 1.0, first, enough)
+        left = iterations - (len(bound) - begun)
+        if solved or left <= 0 or enough():
+            return solver.x
+        self._settled, residual = True, solver.residual
+        correction = low_rank_correction(*self._factors, self._pruned)
+        if not self._worth(correction, residual):
+            _iterate(solver, bound, 1.0, left, enough)
+            return solver.x
+        self._correction = correction
+        x = solver.x
+        del solver
+        solver = masked_cg(inverse, self._pruned, residual, correction)
+        _iterate(solver, bound, 1.0, left, enough)
+        return x.add_(solver.x)
+
+    def _worth(self, correction: LowRankCorrection, residual: Tensor) -> bool:
+        """Whether much of what is left to solve for lies where the correction changes something."""
+        rows, columns = (inverse.diagonal().rsqrt() for inverse in self._factors[2:])
+        X = scaled(residual, rows, columns)
+        return bool(correction.factors(X)[2] >= _WORTH * torch.linalg.vector_norm(X, dtype=torch.float64) ** 2)
 
 
 def _check(
@@ -192,3 +281,21 @@ def _kept_weights_are_easier(pruned: Tensor, factors: Terms) -> bool:
     kept = 1.0 - pruned.count_nonzero() / pruned.numel()
     inflations = [(M.diagonal() * inverse.diagonal()).double().mean() for M, inverse in factors]
     return bool((kept < _DUAL_FROM) & (kept * math.prod(inflations) < _INFLATION))
+
+
+def _iterate(solver: MaskedCG, values: list[float], sign: float, iterations: int, enough: Callable[[], bool]) -> bool:
+    """Iterate and append the values until ``enough``; whether it ended because nothing changes any more."""
+    while iterations > 0 and not enough():
+        changes = solver.run(min(_PERIOD, iterations))
+        iterations -= len(changes)
+        for change in changes:
+            if change == 0.0:
+                return True
+            values.append(max(values[-1] + sign * change, 0.0))
+        if values[-1] == values[-2]:
+            return True
+    return False
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return float((x * y).sum(dtype=torch.float64))

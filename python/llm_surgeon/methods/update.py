@@ -17,11 +17,11 @@ from surgeon_kernels import (
     JointUpdate,
     NotPositiveDefiniteError,
     chunked_update,
-    exchange_cost,
     independent_update,
     joint_estimate,
     joint_update,
     rows_columns_update,
+    swap_cost,
 )
 
 # How near to the optimum the first round's multipliers come, and the iterations of each further round, which begins at
@@ -126,7 +126,7 @@ def _exchanged(
     weight: Tensor, selection: Selection, estimate: JointUpdate, g: DampedFactor, a: DampedFactor, config: PruneConfig
 ) -> Selection:
     """The selection that is better by the ``estimate`` of the joint update for ``selection``."""
-    cost = exchange_cost(
+    cost = swap_cost(
         weight + estimate.delta,
         with_bias(selection, weight.shape[1]),
         estimate.gradient,

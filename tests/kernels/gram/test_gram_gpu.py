@@ -1,17 +1,14 @@
 """The Gram kernel on a CUDA device, against float64 and PyTorch's own error."""
 
-import importlib
 import threading
 
 import pytest
 import torch
 
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
-from surgeon_kernels.gram import symmetric_layout
+from surgeon_kernels.gram import gram, symmetric_layout
 from surgeon_kernels.gram.gram import kernel_config
 from surgeon_kernels.linalg.half_products import addmm_half_
-
-gram = importlib.import_module("surgeon_kernels.gram.gram")
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,10 +1,9 @@
 """Products with two positive definite matrices by their float16 parts, against float64."""
 
-import sys
-
 import pytest
 import torch
 
+from surgeon_kernels.linalg import kron_product as module
 from surgeon_kernels.linalg.kron_product import kron_product, kron_product_split, mm_half, scaled_parts
 from surgeon_kernels.linalg.masked_cg import product
 from tests.kernels.dense import factor, relative_error, with_condition
@@ -55,7 +54,7 @@ def test_one_part_is_rounded_to_eleven_bits_by_larger_scales(device):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_terms_of_a_sum_may_be_indefinite(parts, device, monkeypatch):
     torch.manual_seed(2)
-    monkeypatch.setattr(sys.modules["surgeon_kernels.linalg.kron_product"], "fits_split", lambda X: True)
+    monkeypatch.setattr(module, "fits_split", lambda X: True)
     sizes = 40, 70
     second = [torch.randn(n, n, device=device) for n in sizes]
     second = [scaled(M + M.T, 3.0) for M in second]

@@ -14,7 +14,6 @@ from surgeon_kernels import (
     column_block_cost,
     damp,
     element_cost,
-    exchange_cost,
     independent_update,
     inverse_and_diagonal,
     inverse_diagonal,
@@ -29,6 +28,7 @@ from surgeon_kernels import (
     rotary,
     rows_columns_update,
     spd_inverse,
+    swap_cost,
     unchecked_inverse,
 )
 from tests.kernels.dense import factor, random_mask, random_weight
@@ -57,11 +57,11 @@ def call(function, parts):
         independent_update: ("weight", "pruned", "G_inv", "A_inv"),
         objective: ("weight", "G", "A"),
         rows_columns_update: ("weight", "G", "A"),
-        exchange_cost: ("weight", "pruned", "weight", "G", "A"),
+        swap_cost: ("weight", "pruned", "weight", "G", "A"),
     }[function]
     more = {
         rows_columns_update: (torch.zeros(R, dtype=torch.bool), torch.zeros(C, dtype=torch.bool)),
-        exchange_cost: (parts["G_inv"].diagonal(), parts["A_inv"].diagonal()),
+        swap_cost: (parts["G_inv"].diagonal(), parts["A_inv"].diagonal()),
     }
     return takes, lambda: function(*(parts[name] for name in takes), *more.get(function, ()))
 
@@ -73,7 +73,7 @@ LAYER_OPS = [
     independent_update,
     objective,
     rows_columns_update,
-    exchange_cost,
+    swap_cost,
 ]
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgeon_kernels import column_block_cost, column_cost, element_cost, exchange_cost, row_cost, spd_inverse
+from surgeon_kernels import column_block_cost, column_cost, element_cost, row_cost, spd_inverse, swap_cost
 from tests.kernels import dense
 from tests.kernels.dense import FACTOR_KINDS, factor, random_weight, relative_error, repeatable, with_condition
 
@@ -138,13 +138,13 @@ def test_float32_agrees_with_float64():
         assert relative_error(single, function(*arguments)) < 1e-4
 
 
-def test_exchange_cost_is_exact_for_uncoupled_weights():
+def test_swap_cost_is_exact_for_uncoupled_weights():
     """With diagonal factors one weight's removal or return changes the objective by just this."""
     W = random_weight(4, 6, 0)
     G, A = torch.diag(torch.arange(1.0, 5)).double(), torch.diag(torch.arange(1.0, 7)).double()
     pruned = torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) < 0.5
     delta = dense.update(W, pruned, G, A)
-    cost = exchange_cost(W + delta, pruned, G @ delta @ A, G, A, 1 / G.diagonal(), 1 / A.diagonal())
+    cost = swap_cost(W + delta, pruned, G @ delta @ A, G, A, 1 / G.diagonal(), 1 / A.diagonal())
     now = dense.optimum(W, pruned, G, A)
     for r in range(4):
         for c in range(6):
@@ -155,13 +155,13 @@ def test_exchange_cost_is_exact_for_uncoupled_weights():
 
 @repeatable
 @given(st.integers(0, 2**31))
-def test_exchange_cost_lies_between_its_bounds(seed):
+def test_swap_cost_lies_between_its_bounds(seed):
     W, G, A = random_weight(4, 5, seed), factor(4, "plain", seed + 1), factor(5, "outlier", seed + 2)
     pruned = torch.rand(4, 5, generator=torch.Generator().manual_seed(seed)) < 0.5
     delta = dense.update(W, pruned, G, A)
     gradient = G @ delta @ A
     g_inv, a_inv = torch.linalg.inv(G).diagonal(), torch.linalg.inv(A).diagonal()
-    cost = exchange_cost(W + delta, pruned, gradient, G, A, g_inv, a_inv)
+    cost = swap_cost(W + delta, pruned, gradient, G, A, g_inv, a_inv)
     low, high = 1 / torch.outer(g_inv, a_inv), torch.outer(G.diagonal(), A.diagonal())
     removal, back = 0.5 * (W + delta) ** 2, 0.5 * gradient**2
     assert (torch.where(pruned, back / high, removal * low) <= cost * (1 + 1e-9)).all()

@@ -1,7 +1,6 @@
 """The k cheapest weights or groups of many layers, against a sort of all costs."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import WeightCosts, k_cheapest, nm_group_cost, nm_select
-from surgeon_kernels.selection import cost_threshold
+from surgeon_kernels.selection import k_cheapest as module
 from tests.kernels.dense import repeatable
 
 NAN = float("nan")
@@ -76,9 +75,9 @@ def problems(draw):
 def test_exactly_k_then_more_of_the_pruned_weights(problem, sampled, ties_at_once):
     layers, pattern, limits, first, second = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost_threshold, "_SAMPLED_FROM", 1 if sampled else 1 << 26)
-        patch.setattr(cost_threshold, "_SAMPLE_STEP", 2)
-        patch.setattr(sys.modules["surgeon_kernels.k_cheapest"], "_TIES_AT_ONCE", ties_at_once)
+        patch.setattr(module, "_SAMPLED_FROM", 1 if sampled else 1 << 26)
+        patch.setattr(module, "_SAMPLE_STEP", 2)
+        patch.setattr(module, "_TIES_AT_ONCE", ties_at_once)
         previous = None
         for k in (first, second):
             threshold, masks = k_cheapest(layers, k, pattern=pattern, previous=previous, at_most=limits)
@@ -109,7 +108,7 @@ def test_costs_that_span_all_of_float32():
 
 
 def test_a_sample_that_misleads_costs_passes_not_exactness(monkeypatch):
-    monkeypatch.setattr(cost_threshold, "_SAMPLED_FROM", 1)
+    monkeypatch.setattr(module, "_SAMPLED_FROM", 1)
     for sign in (1, -1):  # every 64th row is far too expensive, or far too cheap
         weight = torch.rand(640, 8) + 1.0
         weight[::64] *= 10.0 ** (8 * sign)

@@ -7,8 +7,7 @@ import torch
 
 from surgeon_kernels import WeightCosts, k_cheapest, nm_group_cost, nm_prune, nm_select
 from surgeon_kernels.runtime import extension
-from surgeon_kernels.selection import cost_threshold
-from surgeon_kernels.selection.k_cheapest import _count
+from surgeon_kernels.selection import k_cheapest as module
 from surgeon_kernels.selection.nm_select import _reference
 
 pytestmark = [
@@ -105,22 +104,19 @@ def test_histograms_are_the_reference(dtype, pattern, view):
     m = pattern[1] if pattern else 16
     layers = [problem(*shape, dtype, seed=i, view=view) for i, shape in enumerate([(70, 8 * m), (1, m), (300, 33 * m)])]
     layers.insert(1, problem(0, m, dtype))
-    values = [cost_threshold._dense(layer, pattern, 1) for layer in layers]
+    values = [module._dense(layer, pattern, 1) for layer in layers]
     middle = int(values[-1].median().view(torch.int32))
     for (low, shift), step in itertools.product([(0, 20), (middle - 5000, 9), (middle - 7, 0)], (1, 64)):
-        window = cost_threshold._Window(low, shift)
+        window = module._Window(low, shift)
         expected = torch.stack(
-            [
-                cost_threshold._histogram_reference(cost_threshold._dense(layer, pattern, step), window)
-                for layer in layers
-            ]
+            [module._histogram_reference(module._dense(layer, pattern, step), window) for layer in layers]
         )
-        each = torch.cat([cost_threshold._histogram(layer, pattern, window, step) for layer in layers])
+        each = torch.cat([module._histogram(layer, pattern, window, step) for layer in layers])
         assert torch.equal(each, expected)
-        for batch in cost_threshold._batches(layers, pattern):
+        for batch in module._batches(layers, pattern):
             if batch.operands is not None:
                 for _ in range(2):
-                    together = cost_threshold._kernel(batch.operands, pattern, window, step)
+                    together = module._kernel(batch.operands, pattern, window, step)
                     assert torch.equal(together, expected[batch.layers])
 
 
@@ -138,7 +134,7 @@ def test_the_k_cheapest_are_those_of_the_cpu(dtype, pattern, ties, monkeypatch):
     size = [layer.weight.numel() // m for layer in layers]
     limits = [size[0], size[1] // 4, size[2]]
     for sampled_from in (1, 1 << 26):
-        monkeypatch.setattr(cost_threshold, "_SAMPLED_FROM", sampled_from)
+        monkeypatch.setattr(module, "_SAMPLED_FROM", sampled_from)
         previous = None
         for k in (sum(size) // 3, sum(limits) - 5, sum(limits)):
             before = None if previous is None else [mask.cpu() for mask in previous]
@@ -146,7 +142,7 @@ def test_the_k_cheapest_are_those_of_the_cpu(dtype, pattern, ties, monkeypatch):
             expected = k_cheapest(on_cpu(layers), k, pattern=pattern, previous=before, at_most=limits)
             assert threshold == expected[0]
             assert all(map(torch.equal, (mask.cpu() for mask in masks), expected[1]))
-            assert sum(_count(mask, pattern) for mask in masks) == k
+            assert sum(module._count(mask, pattern) for mask in masks) == k
             previous = masks
             layers = [
                 WeightCosts(layer.weight.masked_fill(mask, 0.0), *layer[1:])

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 
+from surgeon_kernels.sparse24 import linear_2_4 as module
 from surgeon_kernels.sparse24.linear_2_4 import ACTIVATIONS, linear_2_4, prepare_2_4
 from surgeon_kernels.sparse24.linear_2_4_layout import UNIT_BYTES, fragments, from_fragments
 from surgeon_kernels.sparse24.pack_2_4 import Packed24, pack_2_4, unpack_2_4
@@ -131,7 +132,6 @@ def test_gradients_where_a_kernel_computes_the_product(leading, keep_dense, kern
 
 def test_gradients_and_their_gradients_by_differences(kernel_weight, monkeypatch):
     """In float64, which the weight can have only dense."""
-    module = sys.modules["surgeon_kernels.linear_2_4"]
     monkeypatch.setattr(module, "_kernel", lambda x, weight, bias: functional.linear(x, weight.dense, bias))
     dense, prepared = kernel_weight
     prepared = prepared._replace(dense=dense.double(), dtype=torch.float64)

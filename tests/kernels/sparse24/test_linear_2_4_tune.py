@@ -1,7 +1,6 @@
 """The tuning of 2:4 linears, with kernels that are only pretended."""
 
 import contextlib
-import sys
 import types
 import warnings
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from surgeon_kernels.sparse24 import linear_2_4_tune as module
 from surgeon_kernels.sparse24.linear_2_4 import prepare_2_4
 from surgeon_kernels.sparse24.linear_2_4_tune import tune_2_4
 from surgeon_kernels.sparse24.pack_2_4 import pack_2_4
@@ -42,7 +42,6 @@ class Kernels:
 
     def __init__(self, monkeypatch, products, seconds):
         self.products, self.pinned, self.timed, self.poisoned = products, {}, set(), True
-        module = sys.modules["surgeon_kernels.sparse24.linear_2_4_tune"]
         ops = torch.ops.surgeon_kernels
         monkeypatch.setattr(ops, "linear_2_4_choices", lambda: len(products), raising=False)
         monkeypatch.setattr(ops, "linear_2_4_choice", lambda x, *_: 0, raising=False)

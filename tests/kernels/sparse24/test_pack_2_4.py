@@ -1,4 +1,3 @@
-import importlib
 import itertools
 
 import pytest
@@ -7,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import Packed24, check_packed_2_4, is_2_4, nm_select, pack_2_4, unpack_2_4
+from surgeon_kernels.sparse24 import pack_2_4 as module
 from tests.kernels.dense import repeatable
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -101,7 +101,7 @@ def test_random_weights(rows, columns, dtype, device):
 def test_slabs_of_rows(monkeypatch, device):
     weight = random_2_4(11, 16).to(device)
     whole = pack_2_4(weight)
-    monkeypatch.setattr(importlib.import_module("surgeon_kernels.sparse24.pack_2_4"), "_SLAB", 33)
+    monkeypatch.setattr(module, "_SLAB", 33)
     packed = pack_2_4(weight)
     assert torch.equal(packed.values, whole.values) and torch.equal(packed.indices, whole.indices)
     weight[9, 4:7] = 1.0

@@ -1,6 +1,5 @@
 """Chunked solves and updates on a CUDA device, against float64 and PyTorch's own error."""
 
-import importlib
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ from surgeon_kernels import NotPositiveDefiniteError, chunked_solve, chunked_upd
 from surgeon_kernels.linalg.chunked_solve import chunked_solve_reference
 from surgeon_kernels.linalg.spd_inverse import JITTERS
 from surgeon_kernels.runtime import extension
+from surgeon_kernels.updates import chunked_update as module
 from tests.kernels.dense import with_condition
 from tests.kernels.linalg.test_chunked_solve import problem
 
@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-module = importlib.import_module("surgeon_kernels.updates.chunked_update")
 OUTSIDE = """
 import torch
 from surgeon_kernels import chunked_solve
@@ -36,6 +35,7 @@ except RuntimeError as error:
 OUTSIDE_PENDING = """
 import torch
 from surgeon_kernels.runtime import extension
+from surgeon_kernels.updates import chunked_update as module
 assert extension.available()
 S, Y = torch.eye(8, device="cuda"), torch.zeros(8, 8, device="cuda")
 rows, columns = torch.tensor([2, {row}], device="cuda"), torch.tensor([0, 1], device="cuda")

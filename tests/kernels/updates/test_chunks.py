@@ -1,6 +1,5 @@
 """How the chunked update divides its work: which weights share a system, which systems share a batch or a block."""
 
-import importlib
 from itertools import pairwise
 
 import pytest
@@ -9,11 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon_kernels import chunked_update
+from surgeon_kernels.linalg import chunked_solve as solve_module
+from surgeon_kernels.updates import chunked_update as update_module
 from tests.kernels.dense import factor, random_mask, random_weight, relative_error, repeatable
-
-# The package exports functions under the modules' names.
-solve_module = importlib.import_module("surgeon_kernels.linalg.chunked_solve")
-update_module = importlib.import_module("surgeon_kernels.updates.chunked_update")
 
 
 @pytest.mark.parametrize(

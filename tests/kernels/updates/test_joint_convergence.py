@@ -1,12 +1,14 @@
 """How the joint update gets there: its start, its trace, its estimate of the gap and when it stops."""
 
-import importlib
 from itertools import pairwise
 
 import pytest
 import torch
 
 from surgeon_kernels import damp, joint_estimate, joint_update
+from surgeon_kernels.linalg import masked_cg
+from surgeon_kernels.updates import joint_update as module
+from surgeon_kernels.updates.convergence import estimated_gap, still_to_rise
 from tests.kernels import dense
 from tests.kernels.dense import (
     assert_exactly_zero,
@@ -16,10 +18,6 @@ from tests.kernels.dense import (
     typical,
     zeroing,
 )
-
-# The package exports a function under the module's name.
-module = importlib.import_module("surgeon_kernels.updates.joint_update")
-dual_module = importlib.import_module("surgeon_kernels.updates.joint_dual")
 
 INF, NAN = float("inf"), float("nan")
 
@@ -140,7 +138,6 @@ def test_a_smaller_tolerance_takes_more_iterations(dual):
 
 def test_lost_precision_is_found_and_made_good(monkeypatch):
     """Products wrong by a part in a thousand, as TF32's are: the iterations alone would end elsewhere."""
-    masked_cg = importlib.import_module("surgeon_kernels.linalg.masked_cg")
     noise = 1e-3 * torch.randn(16, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
     def rough(terms, X):
@@ -167,7 +164,7 @@ def test_lost_precision_is_found_and_made_good(monkeypatch):
     ],
 )
 def test_still_to_rise_is_exact_for_a_geometric_series(bound, expected):
-    assert module.still_to_rise(bound) == pytest.approx(expected)
+    assert still_to_rise(bound) == pytest.approx(expected)
 
 
 def test_estimated_gap_is_exact_for_a_power_law_and_safe_for_a_geometric_series():
@@ -175,11 +172,11 @@ def test_estimated_gap_is_exact_for_a_power_law_and_safe_for_a_geometric_series(
     for power in (0.5, 1.0, 2.0):
         trace = [best + 10.0 * (k + 1e-9) ** -power for k in range(1, 91)]
         trace = [trace[0], *trace]  # index k holds the value at k, so 4n/9, 2n/3 and n are exact for n = 90
-        assert module.estimated_gap(trace) == pytest.approx((trace[-1] - best) / best, rel=1e-6)
+        assert estimated_gap(trace) == pytest.approx((trace[-1] - best) / best, rel=1e-6)
     for ratio in (0.6, 0.8, 0.9):  # reports about the gap of 8n/9 iterations
         trace = [best + 10.0 * ratio**k for k in range(37)]
         gaps = [(value - best) / best for value in trace]
-        assert gaps[36] <= module.estimated_gap(trace) <= 3 * gaps[32]
+        assert gaps[36] <= estimated_gap(trace) <= 3 * gaps[32]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +193,7 @@ def test_estimated_gap_is_exact_for_a_power_law_and_safe_for_a_geometric_series(
     ],
 )
 def test_estimated_gap_of_hand_made_traces(trace, expected):
-    assert module.estimated_gap(trace) == expected
+    assert estimated_gap(trace) == expected
 
 
 def test_an_estimate_knows_the_optimums_gradient_and_value():
@@ -287,17 +284,15 @@ def test_any_start_finds_the_optimum(kind):
 
 def corrections(monkeypatch, *problem, **options):
     """The corrections that the dual's solvers had, one for each solver, and the result."""
-    used, build, modules = [], module.masked_cg, (module, dual_module)
+    used, build = [], module.masked_cg
 
     def watched(terms, free, residual, correction=None):
         used.append(correction is not None)
         return build(terms, free, residual, correction)
 
-    for each in modules:
-        monkeypatch.setattr(each, "masked_cg", watched)
+    monkeypatch.setattr(module, "masked_cg", watched)
     result = joint_update(*problem, **options)
-    for each in modules:
-        monkeypatch.setattr(each, "masked_cg", build)
+    monkeypatch.setattr(module, "masked_cg", build)
     return used, result
 
 
@@ -307,7 +302,7 @@ def test_the_preconditioner_is_corrected_where_the_first_iterations_are_slow(mon
     problem = (W, pruned, G, A, *inverses(G, A))
     used, result = corrections(monkeypatch, *problem, tolerance=1e-4)
     assert used[:2] == [False, True]
-    monkeypatch.setattr(dual_module, "_WORTH", INF)
+    monkeypatch.setattr(module, "_WORTH", INF)
     plain_used, plain = corrections(monkeypatch, *problem, tolerance=1e-4)
     assert not any(plain_used)
     assert len(result.bound) < 0.8 * len(plain.bound)

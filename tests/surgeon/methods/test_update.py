@@ -179,7 +179,7 @@ def test_exchanges_that_harm_are_taken_back(exchanges, monkeypatch):
     )
     assert harmed.objective[-1] <= plain.objective[-1] * (1 + 1e-8)
     # Whatever is kept goes, whatever it costs.
-    monkeypatch.setattr("llm_surgeon.methods.update.exchange_cost", lambda weight, pruned, *_: pruned.to(weight.dtype))
+    monkeypatch.setattr("llm_surgeon.methods.update.swap_cost", lambda weight, pruned, *_: pruned.to(weight.dtype))
     harmed = remove_and_compensate(
         weight, selection, g, a, PruneConfig(tolerance=1e-9, exchanges=exchanges), linear.name
     )
