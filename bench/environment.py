@@ -27,7 +27,7 @@ def environment(device: str) -> dict[str, str]:
 def require_gpu(device: str = "cuda") -> None:
     """End the script, in a sentence and with exit code 2, where ``device`` is a GPU and there is none."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"{Path(sys.argv[0]).name} measures an NVIDIA GPU, and torch finds none", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).stem} measures an NVIDIA GPU, and torch finds none", file=sys.stderr)
         sys.exit(2)
 
 

@@ -18,7 +18,7 @@ def bench(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Mod
     monkeypatch.syspath_prepend(str(BENCH.parent))
     module = importlib.import_module(f"bench.{name}")
     if arguments:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [f"bench/{name.replace('.', '/')}.py", *map(str, arguments)])
         module.main()
     return module
 
