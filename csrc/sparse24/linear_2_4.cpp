@@ -206,7 +206,8 @@ Geometry24 linear_2_4_geometry(int choice, bool half) {
   const int number = choice / kSplitCount, index = choice % kSplitCount;
   const bool runs = (number < kMmaCount || device.wgmma) && (index == 0 || device.capability >= 9);
   const Kernel24& kernel = kernel_of(number);
-  return {kernel.tokens, kernel.rows, kSplits[index], runs ? resident_clusters(half, number, index, device) : 0};
+  const int resident = runs ? resident_clusters(half, number, index, device) : 0;
+  return {number - kMmaCount, kernel.rows, kernel.tokens, kSplits[index], resident};
 }
 
 bool linear_2_4_pin(const Linear24& call, bool library, int choice) {

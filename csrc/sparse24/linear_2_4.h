@@ -83,10 +83,10 @@ bool linear_2_4_pin(const Linear24& call, bool library, int choice);
 // product, which is the caller's, cudaErrorInvalidValue where there is no such choice.
 cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream);
 
-// Launch geometry of a choice below linear_2_4_dense() on the current device, as the estimates of linear_2_4.cpp take
-// it.
+// What the estimated time of a choice below linear_2_4_dense() depends on, on the current device.
 struct Geometry24 {
-  int tile_tokens, tile_rows;
+  int wgmma;  // which of Wgmma24; negative for mma.sp
+  int tile_rows, tile_tokens;
   int split;
   int resident;  // clusters at a time; 0 or less where it does not run
 };

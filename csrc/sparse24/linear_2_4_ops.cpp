@@ -208,7 +208,7 @@ std::vector<int64_t> linear_2_4_geometry(int64_t choice, bool half) {
   if (choice < 0 || choice >= surgeon::linear_2_4_dense()) return {};
   const surgeon::Geometry24 geometry = surgeon::linear_2_4_geometry(static_cast<int>(choice), half);
   if (geometry.resident <= 0) return {};
-  return {geometry.tile_tokens, geometry.tile_rows, geometry.split, geometry.resident};
+  return {geometry.wgmma, geometry.tile_rows, geometry.tile_tokens, geometry.split, geometry.resident};
 }
 
 // The weight, dense.

@@ -68,6 +68,18 @@ void without_wgmma() {
   require(launched == -1, "a kernel was launched that the build does not hold", launched);
 }
 
+// The choices on the first device, a line each: rows, columns, tokens, and the kernel of Wgmma24 and its split.
+void print_choices() {
+  for (int rows : {1024, 4096, 12288, 22016})
+    for (int columns : {1024, 4096, 11008})
+      for (int tokens = 17; tokens <= 4096; tokens = tokens * 5 / 4) {
+        Linear24 call = call_of(tokens);
+        call.rows = rows, call.columns = columns, call.units = (columns + kUnitColumns - 1) / kUnitColumns;
+        const Geometry24 chosen = linear_2_4_geometry(linear_2_4_choice(call, false), false);
+        std::printf("%d %d %d %d %d\n", rows, columns, tokens, chosen.wgmma, chosen.split);
+      }
+}
+
 }  // namespace
 
 namespace surgeon {
@@ -102,7 +114,8 @@ cudaError_t cudaGetLastError() {
 }
 }
 
-int main() {
+int main(int count, char**) {
+  if (count > 1) return print_choices(), 0;
   expect(1, false, kMma), expect(16, true, kMma);
   for (int tokens : {17, 64, 256, 1023}) expect(tokens, false, kWgmma), expect(tokens, true, kWgmma);
   expect(4096, false, kWgmma), expect(1024, true, kLibrary);
@@ -136,10 +149,12 @@ int main() {
   // The geometry that the estimates go by is that of the kernels that run; 9/10 of the larger clusters.
   current = 0;
   const Geometry24 wide = linear_2_4_geometry((kMmaCount + kWgmma64Wide) * 7, false);
-  require(wide.tile_tokens == 64 && wide.tile_rows == 192 && wide.split == 1, "another tile", wide.tile_rows);
+  require(wide.wgmma == kWgmma64Wide && wide.tile_tokens == 64 && wide.tile_rows == 192 && wide.split == 1,
+          "another tile", wide.tile_rows);
   require(wide.resident == 132, "other blocks are resident", wide.resident);
   const Geometry24 split = linear_2_4_geometry(kMma8 * 7 + 6, false);
-  require(split.tile_rows == 64 && split.split == 8 && split.resident == 118, "another split", split.resident);
+  require(split.wgmma < 0 && split.tile_rows == 64 && split.split == 8 && split.resident == 118, "another split",
+          split.resident);
   for (current = 1; current <= 4; ++current)
     require(linear_2_4_geometry(kMmaCount * 7, false).resident <= 0, "a kernel that the build does not hold");
   current = 2;
