@@ -1,9 +1,9 @@
-#include "chunked_solve_tasks.cuh"
+#include "chunked_solve_scheduler.cuh"
 
 // S = L Lᵀ left-looking, a tile by a block of threads at a time:
 //   L_ij = (S_ij - Σ_{k < j} L_ik L_jkᵀ) L_jj⁻ᵀ        L_jj = Cholesky factor of S_jj - Σ_{k < j} L_jk L_jkᵀ
 // S is gathered into the registers that accumulate the tile and exists nowhere else. All chunks' tiles are computed by
-// one launch: a block waits, tile by tile, for what it reads of rows i and j (chunked_solve_tasks.cuh). Every tile is
+// one launch: a block waits, tile by tile, for what it reads of rows i and j (chunked_solve_scheduler.cuh). Every tile is
 // computed by one block in one order, so the same inputs give the same bits.
 namespace surgeon {
 namespace {
