@@ -7,9 +7,9 @@
 
 namespace surgeon {
 
-// The systems S_b = G⁻¹[r,r] ∘ A⁻¹[c,c] of chunks b of pruned positions (r_i, c_i), i = offsets[b] .. offsets[b + 1]
-// - 1. They are symmetric and only their lower triangles are read. All pointers are to device memory. A position
-// outside the inverses ends the kernel with an assertion before anything is read there.
+// The systems S_b = G⁻¹[r,r] ∘ A⁻¹[c,c] of chunks b of pruned positions (r_i, c_i), offsets[b] <= i <
+// offsets[b + 1]. They are symmetric and only their lower triangles are read. All pointers are to device memory. A
+// position outside the inverses ends the kernel with an assertion before anything is read there.
 struct GatheredSystems {
   const float* G_inv;
   const float* A_inv;
@@ -31,7 +31,7 @@ constexpr int kSharedTile = 32;
 constexpr int kSharedLimit = 8 * kSharedTile;
 cudaError_t shared_limit(int* size);
 
-// solution = S⁻¹ target for the chunks listed, of at most `tiles * kSharedTile` weights; target, solution:
+// solution = S⁻¹ target for the chunks listed, of at most `tiles * kSharedTile` weights; both
 // [offsets[B]].
 cudaError_t solve_in_shared(const GatheredSystems& systems, const int* chunks, int count, int tiles,
                             const float* target, float* solution, int* level, cudaStream_t stream);
@@ -49,7 +49,7 @@ constexpr int64_t factor_scratch_ints(int count, int tiles) {
 cudaError_t factor_chunks(const GatheredSystems& systems, const int* chunks, int count, int tiles, float* factors,
                           int* scratch, int* level, cudaStream_t stream);
 
-// Where the right sides are: target[i] of position i, or, with a stride, target[(r_i - first_row) * stride + c_i] of
+// Right-hand sides: target[i] of position i, or, with a stride, target[(r_i - first_row) * stride + c_i] of
 // `rows` rows. A position outside these ends the kernel with an assertion before anything is read there.
 struct Targets {
   const float* values;

@@ -1,6 +1,6 @@
 #include "chunked_solve.h"
 
-// What a solved chunk of the sequential update changes: Y gains scatter(λ) A⁻¹, and the targets of later chunks lose
+// The effect of a solved chunk of the sequential update: Y gains scatter(λ) A⁻¹, and the targets of later chunks lose
 // G⁻¹ times that. A block takes a strip of columns through all of it, so nothing waits between blocks.
 namespace surgeon {
 namespace {

@@ -2,14 +2,22 @@
 
 // S = L Lᵀ left-looking, a tile by a block of threads at a time:
 //   L_ij = (S_ij - Σ_{k < j} L_ik L_jkᵀ) L_jj⁻ᵀ        L_jj = Cholesky factor of S_jj - Σ_{k < j} L_jk L_jkᵀ
-// S is gathered into the registers that accumulate the tile and exists nowhere else. All chunks' tiles are computed by
-// one launch: a block waits, tile by tile, for what it reads of rows i and j (chunked_solve_scheduler.cuh). Every tile is
-// computed by one block in one order, so the same inputs give the same bits.
+// S is gathered into the accumulators of the tile and exists nowhere else. One launch computes the tiles of all chunks
+// (chunked_solve_scheduler.cuh). Every tile is computed by one block in one order, so the same inputs give the same
+// bits.
+//
+//   prologue            mainloop, k < j: a slab of 32 columns a stage     epilogue: a panel of 32 columns at a time
+//   ────────            ─────────────────────────────────────────────     ─────────────────────────────────────────
+//   cp.async slabs      wait for tile k of rows i and j (scheduler)       wait for L_jj, copy it
+//     0 .. kStages-2    cp.async L_ik, L_jk   slab s + kStages - 1        i = j: Cholesky of 32 x 32, its inverse
+//   gather S into acc   acc -= L_ik L_jkᵀ     slab s                      i > j: solve against the panel of L_jj
+//                         (mma, three products of tf32)                   update the panels to its right
+//                                                                         store, release progress[i] = j + 1
 namespace surgeon {
 namespace {
 
-constexpr int kStages = 3;  // pairs of slabs in flight; at the end they hold two tiles
-constexpr int kBlocks = 4;  // on a multiprocessor: what one waits for hides behind the others' products
+constexpr int kStages = 3;  // pairs of slabs in flight; the epilogue's two tiles lie in their place
+constexpr int kBlocks = 4;  // on a multiprocessor: the waits of one hide behind the products of others
 #if __CUDA_ARCH__ >= 1200
 constexpr int kResident = 2;  // shared memory holds no more there, and registers for four would spill
 #else
@@ -28,7 +36,7 @@ struct TileIndices {
 // unconditional, so that many are in flight; what does not count is dropped afterwards.
 __device__ __forceinline__ void gather(Accumulator<Shape>& acc, const GatheredSystems& systems, TileIndices left,
                                        TileIndices right, bool diagonal, float shift) {
-  const int lane = fresh(threadIdx.x & 31);
+  const int lane = opaque(threadIdx.x & 31);
   const int row0 = Shape::first_row() + (lane >> 2), column0 = Shape::first_column() + (lane & 3) * 2;
   int right_row[4][2], right_column[4][2];
 #pragma unroll
@@ -71,7 +79,7 @@ __device__ __forceinline__ void gather(Accumulator<Shape>& acc, const GatheredSy
 }
 
 __device__ __forceinline__ void copy_slab(float* to, const float* from) {
-  const int thread = fresh(threadIdx.x);
+  const int thread = opaque(threadIdx.x);
 #pragma unroll
   for (int p = 0; p < Shape::kSlab / 4 / Shape::kThreads; ++p) {
     const int at = (p * Shape::kThreads + thread) * 4;
@@ -79,8 +87,9 @@ __device__ __forceinline__ void copy_slab(float* to, const float* from) {
   }
 }
 
-// Turns the accumulated tile (i, j) into that of the factor, in `tile` (shared memory), a panel at a time. `above` is
-// the factor's tile (j, j), or for i = j this tile itself. False for warp 0 if a pivot was not positive and finite.
+// Epilogue of the accumulated tile (i, j): makes it that of the factor, in `tile` (shared memory), a panel at a time.
+// `above` is the factor's tile (j, j), or for i = j this tile itself. False for warp 0 if a pivot was not positive and
+// finite.
 __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulated, float* tile, const float* above,
                                             bool diagonal) {
   bool ok = true;
@@ -88,7 +97,7 @@ __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulate
   __syncthreads();
 #pragma unroll 1
   for (int s = 0; s < Shape::kPanels; ++s) {
-    const int thread = fresh(threadIdx.x);
+    const int thread = opaque(threadIdx.x);
     float* slab = tile + s * Shape::kSlab;
     const float* factor = above + s * Shape::kSlab;
     const float* block = factor + s * kPanel * kPanel;
@@ -126,23 +135,25 @@ __device__ __forceinline__ bool finish_tile(const Accumulator<Shape>& accumulate
   return ok;
 }
 
-// One tile of the factor, from S and the tiles to its left. False if the chunk failed here or elsewhere.
-__device__ bool compute_tile(const Factoring& f, const Task& task, float* stages, int* indices, int* message) {
-  const int i = task.i, j = task.j;
-  int ready = task.ready;
+// One tile of the factor: prologue, mainloop, epilogue. False if the chunk failed here or elsewhere.
+__device__ bool compute_tile(const FactorArguments& f, const WorkTile& work, float* stages, int* indices,
+                             int* broadcast) {
+  const int i = work.i, j = work.j;
+  int ready = work.ready;
   const int slabs = j * Shape::kPanels;
   const auto fetch = [&](int s) {
     float* stage = stages + s % kStages * 2 * Shape::kSlab;
-    copy_slab(stage, task.left + s * Shape::kSlab);
-    if (task.left != task.above) copy_slab(stage + Shape::kSlab, task.above + s * Shape::kSlab);
+    copy_slab(stage, work.left + s * Shape::kSlab);
+    if (work.left != work.above) copy_slab(stage + Shape::kSlab, work.above + s * Shape::kSlab);
   };
   const auto wait = [&](const int* row, int need) {
-    return wait_for(row, task.other, need, task.level, f.attempt, message);
+    return wait_for(row, work.other, need, work.level, f.attempt, broadcast);
   };
 
-  load_indices<false>(f.systems, task.begin, i * kTile, task.size, kTile, indices, indices + kTile);
-  load_indices<false>(f.systems, task.begin, j * kTile, task.size, kTile, indices + 2 * kTile, indices + 3 * kTile);
-  const float shift = i == j ? jitter_shift(f.systems, task.begin, task.size, f.attempt, stages) : 0.0f;
+  // Prologue.
+  load_indices<false>(f.systems, work.begin, i * kTile, work.size, kTile, indices, indices + kTile);
+  load_indices<false>(f.systems, work.begin, j * kTile, work.size, kTile, indices + 2 * kTile, indices + 3 * kTile);
+  const float shift = i == j ? jitter_shift(f.systems, work.begin, work.size, f.attempt, stages) : 0.0f;
   static_assert(kStages - 1 <= Shape::kPanels, "the first stages are all of the first tile");
   const bool early = ready > 0;
   for (int s = 0; s < kStages - 1; ++s) {
@@ -151,19 +162,20 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
   }
   __syncthreads();
   Accumulator<Shape> acc;
-  gather(acc, f.systems, {indices, indices + kTile, task.size - i * kTile},
-         {indices + 2 * kTile, indices + 3 * kTile, task.size - j * kTile}, i == j, shift);
+  gather(acc, f.systems, {indices, indices + kTile, work.size - i * kTile},
+         {indices + 2 * kTile, indices + 3 * kTile, work.size - j * kTile}, i == j, shift);
   if (!early) {
-    if (j > 0 && (ready = wait(task.row, 1)) < 0) return false;
+    if (j > 0 && (ready = wait(work.row, 1)) < 0) return false;
     for (int s = 0; s < kStages - 1; ++s) {
       if (s < slabs) fetch(s);
       copy_commit();
     }
   }
+  // Mainloop.
   for (int s = 0; s < slabs; ++s) {
     const int ahead = s + kStages - 1;
     if (ahead < slabs && ahead / Shape::kPanels >= ready) {
-      ready = wait(task.row, ahead / Shape::kPanels + 1);
+      ready = wait(work.row, ahead / Shape::kPanels + 1);
       if (ready < 0) return false;
     }
     copy_wait<kStages - 2>();
@@ -174,26 +186,27 @@ __device__ bool compute_tile(const Factoring& f, const Task& task, float* stages
     subtract_product(acc, stage, i == j ? stage : stage + Shape::kSlab, i == j);
   }
 
-  float* tile = stages;  // from here on i and j are read again, where registers are short
-  float* diagonal = stages + (task.i == task.j ? 0 : Shape::kFloats);
+  // Epilogue. From here on i and j are read again, where registers are short.
+  float* tile = stages;
+  float* diagonal = stages + (work.i == work.j ? 0 : Shape::kFloats);
   __syncthreads();
-  if (task.i != task.j) {
-    if (wait(task.other, task.j + 1) < 0) return false;
+  if (work.i != work.j) {
+    if (wait(work.other, work.j + 1) < 0) return false;
     for (int s = 0; s < Shape::kPanels; ++s) {
-      copy_slab(diagonal + s * Shape::kSlab, task.above + (task.j * Shape::kPanels + s) * Shape::kSlab);
+      copy_slab(diagonal + s * Shape::kSlab, work.above + (work.j * Shape::kPanels + s) * Shape::kSlab);
     }
     copy_commit();
     copy_wait<0>();
   }
-  const bool ok = finish_tile(acc, tile, diagonal, task.i == task.j);
+  const bool ok = finish_tile(acc, tile, diagonal, work.i == work.j);
   if (__syncthreads_or(!ok)) return false;
-  float4* to = reinterpret_cast<float4*>(task.left + task.j * Shape::kFloats);
+  float4* to = reinterpret_cast<float4*>(work.left + work.j * Shape::kFloats);
   for (int p = threadIdx.x; p < Shape::kFloats / 4; p += Shape::kThreads)
     to[p] = reinterpret_cast<const float4*>(tile)[p];
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    store_release(task.row, task.j + 1);
+    store_release(work.row, work.j + 1);
   }
   return true;
 }
@@ -209,22 +222,22 @@ __global__ void check_positions_kernel(GatheredSystems systems, const int* chunk
 }
 
 // Blocks take tiles until none is left.
-__global__ __launch_bounds__(Shape::kThreads, kResident) void factor_kernel(Factoring f) {
+__global__ __launch_bounds__(Shape::kThreads, kResident) void factor_kernel(FactorArguments f) {
   extern __shared__ float4 shared[];
   float* stages = reinterpret_cast<float*>(shared);
   int* indices = reinterpret_cast<int*>(stages + kStages * 2 * Shape::kSlab);
-  int* message = indices + 4 * kTile;
-  __shared__ Task task;
+  int* broadcast = indices + 4 * kTile;
+  __shared__ WorkTile work;
   if (f.attempt > 0 && counters(f, f.attempt - 1)[1] == 0) return;
   for (;;) {
-    if (threadIdx.x == 0) next_task(f, task);
+    if (threadIdx.x == 0) next_tile(f, work);
     __syncthreads();
-    if (task.n < 0) return;
-    if (!compute_tile(f, task, stages, indices, message)) {
+    if (work.n < 0) return;
+    if (!compute_tile(f, work, stages, indices, broadcast)) {
       copy_wait<0>();
       if (threadIdx.x == 0) {
         atomicAdd(counters(f, f.attempt) + 1, 1);
-        atomicMax(task.level, f.attempt + 1);
+        atomicMax(work.level, f.attempt + 1);
       }
       __syncthreads();
     }
@@ -245,17 +258,17 @@ cudaError_t factor_chunks(const GatheredSystems& systems, const int* chunks, int
   if (error == cudaSuccess) {
     error = cudaMemsetAsync(scratch, 0, sizeof(int) * factor_scratch_ints(count, tiles), stream);
   }
-  const int64_t tasks = int64_t{count} * tiles * (tiles + 1) / 2;
+  const int64_t work = int64_t{count} * tiles * (tiles + 1) / 2;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(count));
   config.blockDim = dim3(256);
   config.stream = stream;
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, check_positions_kernel, systems, chunks);
-  config.gridDim = dim3(static_cast<unsigned>(tasks < kBlocks * processors ? tasks : kBlocks * processors));
+  config.gridDim = dim3(static_cast<unsigned>(work < kBlocks * processors ? work : kBlocks * processors));
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = kShared;
   for (int attempt = 0; attempt < kAttempts && error == cudaSuccess; ++attempt) {
-    const Factoring f = {systems, chunks, count, tiles, factors, scratch, level, attempt};
+    const FactorArguments f = {systems, chunks, count, tiles, factors, scratch, level, attempt};
     error = cudaLaunchKernelEx(&config, factor_kernel, f);
   }
   return error;

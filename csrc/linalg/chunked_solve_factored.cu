@@ -1,8 +1,14 @@
 #include "chunked_solve_panel.cuh"
 
-// L y = b, then Lᵀ x = y, for factors in device memory. Memory bound: every tile is read twice. A block takes 128 rows
-// of one chunk: it multiplies what is left of them (or below) by the parts of y (or x) as other blocks finish them,
-// which hides the reads behind the waiting, and solves with the 128 x 128 on the diagonal.
+// L y = b, then Lᵀ x = y, for factors in device memory. Memory bound: every tile is read twice. A block takes a step,
+// 128 rows of one chunk, by a ticket; steps of all chunks run forward, then backward.
+//
+//   step i forward, consumer of the steps before it           (backward: from the last step down, with Lᵀ)
+//   ───────────────────────────────────────────────
+//   prologue   cp.async L_ii into shared memory
+//   mainloop   for k < i: ld L_ik into registers, then wait for y_k: sum += L_ik y_k
+//              The wait for the producer, the block of step k, hides the read.
+//   epilogue   y_i = L_ii⁻¹ (b_i - sum), 32 rows at a time, published to later steps
 namespace surgeon {
 namespace {
 
@@ -13,7 +19,7 @@ constexpr int kTileSlab = kTile * kPanel;
 constexpr int kGroups = 32;  // of rows: a thread reads 16 bytes of every 32nd row
 constexpr int kShared = (Shape::kFloats + kStep + kGroups * kStep) * sizeof(float);
 
-struct Solving {
+struct SolveArguments {
   GatheredSystems systems;
   const int* chunks;
   int count;
@@ -46,8 +52,9 @@ __device__ __forceinline__ float4 await4(const float* p) {
   return v;
 }
 
-// A thread's part of a tile: in each slab four columns of four rows, which read whole lines with its warp's others.
-struct Part {
+// A thread's fragment of a step's tiles: in each slab four columns of four rows, which read whole lines with its warp's
+// others.
+struct Fragment {
   float4 v[Shape::kPanels][4];
 
   static __device__ __forceinline__ int row(int n) { return n * kGroups + (threadIdx.x >> 3); }
@@ -87,7 +94,7 @@ __device__ __forceinline__ void fetch_diagonal(float* to, const float* factors, 
 // Tile rows of step i.
 __device__ __forceinline__ int halves(int size, int i) { return size > (2 * i + 1) * kTile ? 2 : 1; }
 
-__device__ float target_at(const Solving& f, int64_t position) {
+__device__ float target_at(const SolveArguments& f, int64_t position) {
   if (f.targets.stride == 0) return f.targets.values[position];
   const int64_t row = f.systems.rows[position] - f.targets.first_row;
   assert(row >= 0 && row < f.targets.rows && "chunked_solve: a position outside the rows of the targets");
@@ -95,7 +102,7 @@ __device__ float target_at(const Solving& f, int64_t position) {
 }
 
 // y of step i: L_ii y_i = target_i - Σ_{k < i} L_ik y_k.
-__device__ void solve_forward(const Solving& f, const float* factors, int n, int i, int64_t begin, int size,
+__device__ void solve_forward(const SolveArguments& f, const float* factors, int n, int i, int64_t begin, int size,
                               float* diagonal, float* v) {
   const int thread = threadIdx.x;
   float* y = f.forward + static_cast<int64_t>(n) * f.steps * kStep;
@@ -103,14 +110,14 @@ __device__ void solve_forward(const Solving& f, const float* factors, int n, int
   if (thread < kStep) v[thread] = i * kStep + thread < size ? target_at(f, begin + i * kStep + thread) : 0.0f;
   float sum[4] = {};
   for (int k = 0; k < i; ++k) {
-    Part part;
-    part.load(factors, i, k, halves(size, i));
+    Fragment fragment;
+    fragment.load(factors, i, k, halves(size, i));
 #pragma unroll
     for (int s = 0; s < Shape::kPanels; ++s) {
-      const float4 u = await4(y + k * kStep + s * kPanel + part.column());
+      const float4 u = await4(y + k * kStep + s * kPanel + fragment.column());
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const float4 l = part.v[s][r];
+        const float4 l = fragment.v[s][r];
         sum[r] += fmaf(l.x, u.x, l.y * u.y) + fmaf(l.z, u.z, l.w * u.w);
       }
     }
@@ -123,7 +130,7 @@ __device__ void solve_forward(const Solving& f, const float* factors, int n, int
   __syncthreads();
   if ((thread & 7) == 0) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) v[Part::row(r)] -= sum[r];
+    for (int r = 0; r < 4; ++r) v[Fragment::row(r)] -= sum[r];
   }
   __syncthreads();
   for (int s = 0; s < Shape::kPanels; ++s) {
@@ -141,7 +148,7 @@ __device__ void solve_forward(const Solving& f, const float* factors, int n, int
 }
 
 // x of step j: L_jjᵀ x_j = y_j - Σ_{i > j} L_ijᵀ x_i.
-__device__ void solve_backward(const Solving& f, const float* factors, int n, int j, int64_t begin, int size,
+__device__ void solve_backward(const SolveArguments& f, const float* factors, int n, int j, int64_t begin, int size,
                                float* diagonal, float* v, float* partial) {
   const int thread = threadIdx.x;
   const float* y = f.forward + static_cast<int64_t>(n) * f.steps * kStep;
@@ -151,14 +158,14 @@ __device__ void solve_backward(const Solving& f, const float* factors, int n, in
 #pragma unroll
   for (int s = 0; s < Shape::kPanels; ++s) sum[s] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   for (int i = (size - 1) / kStep; i > j; --i) {
-    Part part;
-    part.load(factors, i, j, halves(size, i));
+    Fragment fragment;
+    fragment.load(factors, i, j, halves(size, i));
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const float u = await(x + i * kStep + part.row(r));
+      const float u = await(x + i * kStep + fragment.row(r));
 #pragma unroll
       for (int s = 0; s < Shape::kPanels; ++s) {
-        const float4 l = part.v[s][r];
+        const float4 l = fragment.v[s][r];
         sum[s].x = fmaf(l.x, u, sum[s].x);
         sum[s].y = fmaf(l.y, u, sum[s].y);
         sum[s].z = fmaf(l.z, u, sum[s].z);
@@ -168,7 +175,7 @@ __device__ void solve_backward(const Solving& f, const float* factors, int n, in
   }
 #pragma unroll
   for (int s = 0; s < Shape::kPanels; ++s) {
-    *reinterpret_cast<float4*>(partial + (thread >> 3) * kStep + s * kPanel + Part::column()) = sum[s];
+    *reinterpret_cast<float4*>(partial + (thread >> 3) * kStep + s * kPanel + Fragment::column()) = sum[s];
   }
   copy_wait<0>();
   __syncthreads();
@@ -199,7 +206,7 @@ __device__ void solve_backward(const Solving& f, const float* factors, int n, in
 }
 
 // Tickets go down the tile rows of all chunks and back up: what a block waits for has an earlier one.
-__global__ __launch_bounds__(Shape::kThreads, 2) void solve_kernel(Solving f) {
+__global__ __launch_bounds__(Shape::kThreads, 2) void solve_kernel(SolveArguments f) {
   extern __shared__ float4 shared[];
   float* diagonal = reinterpret_cast<float*>(shared);
   float* v = diagonal + Shape::kFloats;
@@ -248,11 +255,11 @@ cudaError_t solve_factored(const GatheredSystems& systems, const int* chunks, in
   const int steps = (tiles + 1) / 2;
   const int64_t length = int64_t{count} * steps * kStep;
   int* ticket = reinterpret_cast<int*>(scratch + 2 * length);
-  const Solving f = {systems, chunks,           count, tiles, steps, factors, targets, solution, level,
-                     scratch, scratch + length, ticket};
-  const int64_t tasks = int64_t{2} * count * steps;
+  const SolveArguments f = {systems, chunks,           count, tiles, steps, factors, targets, solution, level,
+                            scratch, scratch + length, ticket};
+  const int64_t work = int64_t{2} * count * steps;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(tasks < 2 * processors ? tasks : 2 * processors));
+  config.gridDim = dim3(static_cast<unsigned>(work < 2 * processors ? work : 2 * processors));
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = stream;

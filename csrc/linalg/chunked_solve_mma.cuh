@@ -19,8 +19,9 @@ __device__ __forceinline__ int slab_offset(int row, int k) {
   return row * kPanel + ((((k >> 2) ^ swizzle(row)) << 2) | (k & 3));
 }
 
-// x, which the compiler takes for new: what is computed from it is not kept in registers (or spilled) between uses.
-__device__ __forceinline__ int fresh(int x) {
+// x, whose value is opaque to the compiler: what is computed from it is not kept in registers (or spilled) between
+// uses.
+__device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -59,8 +60,8 @@ template <class Shape>
 struct Accumulator {
   float v[Shape::kSteps][Shape::kGroups][4];
 
-  // A lane holds as v[step][n][e] row 16 step + lane / 4 + 8 (e / 2) and column 8 n + 2 (lane % 4) + e % 2 of the
-  // warp's.
+  // A lane holds as v[step][n][e] row 16 step + lane / 4 + 8 (e / 2) and column 8 n + 2 (lane % 4) + e % 2 of its warp.
+  // PTX ISA, "Matrix Fragments for mma.m16n8k8".
 
   // To and from the slab of the warp's columns.
   __device__ __forceinline__ void store(float* tile) const {
@@ -78,7 +79,7 @@ struct Accumulator {
   }
   template <class F>
   static __device__ __forceinline__ void visit(const F& f) {
-    const int lane = fresh(threadIdx.x & 31), g = lane >> 2, t = lane & 3;
+    const int lane = opaque(threadIdx.x & 31), g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int n = 0; n < Shape::kGroups; ++n) {
       const int group = (Shape::first_column() % kPanel) / 4 + 2 * n + (t >> 1);
@@ -117,7 +118,7 @@ __device__ __forceinline__ void subtract_product(Accumulator<Shape>& acc, const 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float run[kWide][4] = {};
-        const int lane = fresh(threadIdx.x & 31), g = lane >> 2;  // fresh: b is split again, which takes no registers
+        const int lane = opaque(threadIdx.x & 31), g = lane >> 2;  // b is split again, which takes no registers
         const int group = ((half * 4 + (lane & 3)) ^ swizzle(g)) << 2;
         uint32_t b_hi[kWide][4], b_lo[kWide][4];
 #pragma unroll

@@ -65,7 +65,7 @@ PlannedChunks plan_chunks(const Tensor& offsets, at::Device device) {
           reinterpret_cast<const int*>(uploaded + offset_bytes)};
 }
 
-// Factors of the chunks listed and room for their right sides, as surgeon::solve_factored takes them.
+// Factors of the chunks listed and scratch for their right-hand sides, as surgeon::solve_factored takes them.
 std::tuple<Tensor, Tensor> factor_chunks(const surgeon::GatheredSystems& systems, const int* chunks, int count,
                                          int tiles, Tensor& level) {
   const auto floats = level.options().dtype(at::kFloat);

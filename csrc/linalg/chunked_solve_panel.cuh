@@ -6,7 +6,7 @@
 #include "chunked_solve.h"
 #include "chunked_solve_mma.cuh"
 
-// What the factorisations and solves are made of, 32 columns at a time.
+// Building blocks of the factorisations and solves, 32 columns at a time.
 namespace surgeon {
 namespace {
 
@@ -39,11 +39,11 @@ __device__ __forceinline__ void load_indices(const GatheredSystems& systems, int
 }
 
 // One warp factorises the 32 x 32 block, a lane a row, into Lᵀ above the diagonal and 1 / L_kk on it; with kSolve it
-// replaces right[0:32] by the solution of L y = right. Below the diagonal nothing is kept. False if a pivot was not
+// replaces rhs[0:32] by the solution of L y = rhs. Below the diagonal nothing is kept. False if a pivot was not
 // positive, normal and finite: its root is NaN then, and so are all later pivots, of which the last is looked at.
 template <bool kSolve>
-__device__ __forceinline__ bool factor_block(float* block, float* right) {
-  const int lane = fresh(threadIdx.x & 31);
+__device__ __forceinline__ bool factor_block(float* block, float* rhs) {
+  const int lane = opaque(threadIdx.x & 31);
   float a[kPanel];
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ bool factor_block(float* block, float* right) {
     a[4 * c] = v.x, a[4 * c + 1] = v.y, a[4 * c + 2] = v.z, a[4 * c + 3] = v.w;
   }
   __syncwarp();
-  float w = kSolve ? right[lane] : 0.0f;
+  float w = kSolve ? rhs[lane] : 0.0f;
   float pivot = __shfl_sync(~0u, a[0], 0), inverse;
 #pragma unroll
   for (int k = 0; k < kPanel; ++k) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ bool factor_block(float* block, float* right) {
       w = lane == k ? y : lane > k ? fmaf(-l, y, w) : w;
     }
   }
-  if (kSolve) right[lane] = w;
+  if (kSolve) rhs[lane] = w;
   return inverse == inverse;
 }
 
@@ -90,7 +90,7 @@ struct Row {
   float v[kPanel];
 
   __device__ __forceinline__ void load(const float* slab, int row) {
-    row = fresh(row);
+    row = opaque(row);
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       const float4 u = load4(slab + row * kPanel + ((c ^ swizzle(row)) << 2));
@@ -98,7 +98,7 @@ struct Row {
     }
   }
   __device__ __forceinline__ void store(float* slab, int row) const {
-    row = fresh(row);
+    row = opaque(row);
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       *reinterpret_cast<float4*>(slab + row * kPanel + ((c ^ swizzle(row)) << 2)) =
@@ -136,7 +136,7 @@ struct Row {
 
 // One warp replaces v[0:32] by the solution of Lᵀ x = v, by substitution: a lane holds a row of Lᵀ.
 __device__ __forceinline__ void substitute_backward(const float* block, float* v) {
-  const int lane = fresh(threadIdx.x & 31);
+  const int lane = opaque(threadIdx.x & 31);
   Row row;
   row.load(block, lane);
   const float inverse = block[slab_offset(lane, lane)];
@@ -154,7 +154,7 @@ __device__ __forceinline__ void substitute_backward(const float* block, float* v
 // ill-conditioned.
 template <bool kTransposed>
 __device__ __forceinline__ void solve_block(const float* block, float* v) {
-  const int lane = fresh(threadIdx.x & 31);
+  const int lane = opaque(threadIdx.x & 31);
   Row inverse, factor;  // row `lane` of L⁻¹ and L, or column, without the diagonal
   inverse.load(block, lane);
 #pragma unroll
@@ -164,15 +164,15 @@ __device__ __forceinline__ void solve_block(const float* block, float* v) {
     factor.v[k] = inside ? (kTransposed ? inverse.v[k] : mirrored) : 0.0f;
     inverse.v[k] = inside ? (kTransposed ? mirrored : inverse.v[k]) : 0.0f;
   }
-  const float diagonal = block[slab_offset(lane, lane)], right = v[lane];
+  const float diagonal = block[slab_offset(lane, lane)], rhs = v[lane];
   const auto product = [](const Row& row, float x) {
     float sum[4] = {};
 #pragma unroll
     for (int k = 0; k < kPanel; ++k) sum[k % 4] = fmaf(row.v[k], __shfl_sync(~0u, x, k), sum[k % 4]);
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   };
-  const float y = fmaf(diagonal, right, product(inverse, right));
-  const float rest = right - product(factor, y) - y / diagonal;
+  const float y = fmaf(diagonal, rhs, product(inverse, rhs));
+  const float rest = rhs - product(factor, y) - y / diagonal;
   v[lane] = y + fmaf(diagonal, rest, product(inverse, rest));
 }
 

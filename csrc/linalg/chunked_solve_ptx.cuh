@@ -2,7 +2,8 @@
 
 #include <cstdint>
 
-// The instructions that CUDA C++ has no name for.
+// PTX instructions that CUDA C++ has no name for. PTX ISA, by title: "mma.sync.aligned" (m16n8k8, .tf32),
+// "rsqrt.approx", "cp.async", "ld", "st" and "Memory Consistency Model".
 namespace surgeon {
 
 // d += a b for a [16, 8] and b [8, 8] in tf32: the low 13 bits of the operands are ignored.

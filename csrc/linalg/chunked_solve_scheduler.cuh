@@ -2,13 +2,20 @@
 
 #include "chunked_solve_panel.cuh"
 
-// How the blocks of the factorisation share the tiles of many chunks: by tickets, and by counts of finished tiles.
+// Tile scheduler of the factorisation: persistent blocks take tiles of many chunks by tickets (an atomic counter), and
+// wait for each other by counts of the finished tiles of a row, published with release and read with acquire.
+//
+//   tickets, column by column          of one chunk, tiles (i, j)              what tile (2, 1) waits for
+//   ─────────────────────────          ──────────────────────────              ──────────────────────────
+//   (0,0) of every chunk               0                                       progress[2] >= 1: (2, 0)
+//   (1,0) (2,0) ... chunk by chunk     1  3                                    progress[1] >= 1: (1, 0)
+//   (1,1) of every chunk, (2,1) ...    2  4  5                                 then >= 2:        (1, 1)
 namespace surgeon {
 namespace {
 
 using Shape = TileShape<kTile>;
 
-struct Factoring {
+struct FactorArguments {
   GatheredSystems systems;
   const int* chunks;
   int count;
@@ -19,8 +26,8 @@ struct Factoring {
   int attempt;
 };
 
-// In shared memory, which leaves registers to the products. n is -1 when no tile is left.
-struct Task {
+// A tile to compute, in shared memory, which leaves registers to the products. n is -1 when no tile is left.
+struct WorkTile {
   int i, j, n, size, ready;
   int64_t begin;
   float* left;   // tiles (i, 0), (i, 1), ...
@@ -31,7 +38,7 @@ struct Task {
 };
 
 // Of one attempt: the next ticket, failures, and how many tiles of each tile row are finished.
-__device__ __forceinline__ int* counters(const Factoring& f, int attempt) {
+__device__ __forceinline__ int* counters(const FactorArguments& f, int attempt) {
   return f.scratch + static_cast<int64_t>(attempt) * (f.count * f.tiles + 2);
 }
 
@@ -39,14 +46,14 @@ __device__ __forceinline__ int* counters(const Factoring& f, int attempt) {
 // which a running block holds or has finished: blocks may wait for each other without deadlock. In a column the
 // diagonal tiles of all chunks come first, then the others chunk by chunk, which read the same row of tiles from the L2
 // cache.
-__device__ __forceinline__ void next_task(const Factoring& f, Task& task) {
+__device__ __forceinline__ void next_tile(const FactorArguments& f, WorkTile& work) {
   int* ticket = counters(f, f.attempt);
   int* progress = ticket + 2;
   const int total = f.count * (f.tiles * (f.tiles + 1) / 2);
   for (;;) {
     int t = atomicAdd(ticket, 1);
     if (t >= total) {
-      task.n = -1;
+      work.n = -1;
       return;
     }
     int j = 0;
@@ -60,7 +67,7 @@ __device__ __forceinline__ void next_task(const Factoring& f, Task& task) {
     if (i * kTile < size && load_acquire(f.level + chunk) == f.attempt) {
       float* factors = f.factors + n * factor_floats(f.tiles);
       int* rows = progress + n * f.tiles;
-      task = {i,
+      work = {i,
               j,
               n,
               size,
@@ -77,7 +84,7 @@ __device__ __forceinline__ void next_task(const Factoring& f, Task& task) {
 }
 
 // Waits until both tile rows have `need` finished tiles and returns how many they have; -1 if the chunk has failed.
-__device__ int wait_for(const int* row, const int* other, int need, const int* level, int attempt, int* message) {
+__device__ int wait_for(const int* row, const int* other, int need, const int* level, int attempt, int* broadcast) {
   if (threadIdx.x == 0) {
     int ready;
     while ((ready = min(load_acquire(row), load_acquire(other))) < need) {
@@ -86,10 +93,10 @@ __device__ int wait_for(const int* row, const int* other, int need, const int* l
         break;
       }
     }
-    *message = ready;
+    *broadcast = ready;
   }
   __syncthreads();
-  const int ready = *message;
+  const int ready = *broadcast;
   __syncthreads();
   return ready;
 }

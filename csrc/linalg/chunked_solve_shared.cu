@@ -2,9 +2,15 @@
 
 // x = S⁻¹ b for systems in shared memory, one block of threads each: S = L Lᵀ right-looking, 32 columns at a time, with
 // L y = b on the way, then Lᵀ x = y. S is gathered once and never leaves shared memory, where its lower triangle lies
-// in 32 x 32 blocks, block column after block column, each as in a slab. At the start of step p the blocks (i, j), j <
-// p, are final, those from p on lack the products of block column p - 1 only, and b has become y up to block p. A
-// failed attempt starts again from the gather.
+// in 32 x 32 blocks, block column after block column, each as in a slab. A failed attempt starts again from the gather.
+//
+//   step p      warp 0                               other warps                     all warps
+//   ──────      ──────                               ───────────                     ─────────
+//               trailing update of (p, p) by p - 1   of (i, j), i >= j >= p          panel: (i, p) L_pp⁻ᵀ, i > p
+//               Cholesky of (p, p), y_p                by block column p - 1         b_i -= (i, p) y_p
+//
+// At its start the blocks (i, j), j < p, are final, those from p on lack the products of block column p - 1 only, and b
+// has become y up to block p.
 //
 // Small systems wait for latencies, not for arithmetic, and idle warps keep others from the multiprocessor: up to 64
 // weights, one warp does it all.
@@ -21,7 +27,7 @@ struct System {
   int size;
   int blocks;  // block rows
   float* matrix;
-  float* right;
+  float* rhs;
   const int* rows;
   const int* columns;
 
@@ -73,7 +79,7 @@ __device__ __forceinline__ void shift_and_pad(const System& s, float shift) {
 
 // One warp: block (i, q) -= block (i, p) block (q, p)ᵀ, the 16 columns from kColumn on.
 template <int kColumn>
-__device__ __forceinline__ void update_half(const System& s, int i, int q, int p) {
+__device__ __forceinline__ void trailing_update_half(const System& s, int i, int q, int p) {
   Accumulator<WarpShape<kColumn>> acc;
   float* block = s.block(i, q);
   acc.load(block);
@@ -81,29 +87,29 @@ __device__ __forceinline__ void update_half(const System& s, int i, int q, int p
   acc.store(block);
 }
 
-__device__ __forceinline__ void update(const System& s, int i, int q, int p) {
-  update_half<0>(s, i, q, p);
-  update_half<16>(s, i, q, p);
+__device__ __forceinline__ void trailing_update(const System& s, int i, int q, int p) {
+  trailing_update_half<0>(s, i, q, p);
+  trailing_update_half<16>(s, i, q, p);
 }
 
-// The factor in place of S, and the solution of L y = right in place of right. False if it failed, for all threads.
+// The factor in place of S, and the solution of L y = rhs in place of rhs. False if it failed, for all threads.
 // Needs a thread for each row below the first block.
 template <int kWarps>
 __device__ __forceinline__ bool factor(const System& s) {
 #pragma unroll 1
   for (int p = 0; p < s.blocks; ++p) {
-    const int thread = fresh(threadIdx.x), warp = thread >> 5, row = thread % kPanel;
+    const int thread = opaque(threadIdx.x), warp = thread >> 5, row = thread % kPanel;
     // Warp 0 updates the diagonal block by the last block column and factorises it; the others update the rest.
     bool ok = true;
     if (warp == 0) {
-      if (p > 0) update(s, p, p, p - 1);
+      if (p > 0) trailing_update(s, p, p, p - 1);
       __syncwarp();
-      ok = factor_block<true>(s.block(p, p), s.right + p * kPanel);
+      ok = factor_block<true>(s.block(p, p), s.rhs + p * kPanel);
     } else if (p > 0) {
       for (int i = p + warp, j = p;; i += kWarps - 1) {
         while (j < s.blocks && i >= s.blocks) i -= s.blocks - ++j;
         if (j == s.blocks) break;
-        update(s, i, j, p - 1);
+        trailing_update(s, i, j, p - 1);
       }
     }
     if (__syncthreads_or(!ok)) return false;
@@ -113,28 +119,28 @@ __device__ __forceinline__ bool factor(const System& s) {
       x.load(block, row);
       x.solve(s.block(p, p));
       x.store(block, row);
-      s.right[(p + 1) * kPanel + thread] -= x.dot(s.right + p * kPanel);
+      s.rhs[(p + 1) * kPanel + thread] -= x.dot(s.rhs + p * kPanel);
     }
     __syncthreads();
   }
   return true;
 }
 
-// x of Lᵀ x = right, in place.
+// x of Lᵀ x = rhs, in place.
 template <int kWarps>
 __device__ __forceinline__ void solve_backward(const System& s) {
 #pragma unroll 1
   for (int p = s.blocks - 1; p >= 0; --p) {
-    if (threadIdx.x < 32) substitute_backward(s.block(p, p), s.right + p * kPanel);
+    if (threadIdx.x < 32) substitute_backward(s.block(p, p), s.rhs + p * kPanel);
     __syncthreads();
     for (int column = threadIdx.x; column < p * kPanel; column += 32 * kWarps) {
       const float* block = s.block(p, column / kPanel);
       float sum[2] = {};
 #pragma unroll
       for (int m = 0; m < kPanel; ++m) {
-        sum[m % 2] = fmaf(block[slab_offset(m, column % kPanel)], s.right[p * kPanel + m], sum[m % 2]);
+        sum[m % 2] = fmaf(block[slab_offset(m, column % kPanel)], s.rhs[p * kPanel + m], sum[m % 2]);
       }
-      s.right[column] -= sum[0] + sum[1];
+      s.rhs[column] -= sum[0] + sum[1];
     }
     __syncthreads();
   }
@@ -151,15 +157,15 @@ __global__ __launch_bounds__(32 * kWarps, 16 / kWarps) void solve_in_shared_kern
   const int size = static_cast<int>(systems.offsets[chunk + 1] - begin);
   if (size == 0) return;
   float* matrix = reinterpret_cast<float*>(shared);
-  float* right = matrix + capacity * (capacity + 1) / 2 * kBlock;
-  int* rows = reinterpret_cast<int*>(right + capacity * kPanel);
+  float* rhs = matrix + capacity * (capacity + 1) / 2 * kBlock;
+  int* rows = reinterpret_cast<int*>(rhs + capacity * kPanel);
   int* columns = rows + capacity * kPanel;
-  const System s = {size, (size + kPanel - 1) / kPanel, matrix, right, rows, columns};
+  const System s = {size, (size + kPanel - 1) / kPanel, matrix, rhs, rows, columns};
   load_indices<true>(systems, begin, 0, size, s.blocks * kPanel, rows, columns);
   int attempt = 0;
   for (bool done = false; !done && attempt < kAttempts;) {
     const float shift = jitter_shift(systems, begin, size, attempt, matrix);
-    for (int p = threadIdx.x; p < s.blocks * kPanel; p += blockDim.x) right[p] = p < size ? target[begin + p] : 0.0f;
+    for (int p = threadIdx.x; p < s.blocks * kPanel; p += blockDim.x) rhs[p] = p < size ? target[begin + p] : 0.0f;
     __syncthreads();
     gather<kWarps>(systems, s);
     __syncthreads();
@@ -171,7 +177,7 @@ __global__ __launch_bounds__(32 * kWarps, 16 / kWarps) void solve_in_shared_kern
     attempt += !done;
   }
   if (attempt < kAttempts) solve_backward<kWarps>(s);
-  for (int p = threadIdx.x; p < size; p += blockDim.x) solution[begin + p] = attempt < kAttempts ? right[p] : 0.0f;
+  for (int p = threadIdx.x; p < size; p += blockDim.x) solution[begin + p] = attempt < kAttempts ? rhs[p] : 0.0f;
   if (threadIdx.x == 0) level[chunk] = attempt;
 }
 
