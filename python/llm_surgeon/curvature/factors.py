@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,25 +24,107 @@ from surgeon_kernels import (
     spd_inverse,
     unchecked_inverse,
 )
-from surgeon_kernels.linalg.kron_product import fits_split, kron_product_split
+from surgeon_kernels.linalg.kron_product import fits_split, kron_product, kron_product_split
 
 _Key = tuple[str, str, bool]  # "G" or "A", name of the linear or of the input group, with the bias's column
 
 
 class DampedFactor:
-    """``M + shift I`` of a factor ``M`` ``[n, n]``, and its inverse when it is asked for."""
+    """``M + shift I`` of a factor ``M`` ``[n, n]``, and its inverse when it is asked for.
 
-    def __init__(self, M: Tensor, damping: float, jitter: float, inverse: SymmetricAccumulator | None = None) -> None:
+    Attributes:
+        damped: ``M + shift I``, in the memory of ``M``.
+        shift: ``(damping + jitter) mean(diag M)``, a scalar on M's device.
+        jitter: what a factorisation needed beyond the damping.
+    """
+
+    def __init__(
+        self, M: Tensor, damping: float, jitter: float = 0.0, inverse: SymmetricAccumulator | None = None
+    ) -> None:
         """``inverse``, if it is known, is that of the damped factor."""
         self._inverse = inverse
-        self.shift = (damping + jitter) * mean_diagonal(M)  # a scalar on M's device
+        self.shift = (damping + jitter) * mean_diagonal(M)
         self.jitter = jitter
         M.diagonal().add_(self.shift)
         self.damped = M
 
+    @classmethod
+    def checked(cls, M: Tensor, damping: float, name: str) -> DampedFactor:
+        """A factor that is factorised at once, with the jitter that this needs: the host waits for the device.
+
+        Raises:
+            NumericalError: no jitter makes it positive definite; the message names ``name``.
+        """
+        try:
+            solved = spd_inverse(M, damping, name=name)
+        except NotPositiveDefiniteError as error:
+            raise NumericalError(str(error)) from error
+        factor = cls(M, damping, solved.jitter)
+        factor.inverse = solved.inverse
+        return factor
+
     @cached_property
     def inverse(self) -> Tensor:
+        """``(M + shift I)⁻¹``; does not check that there is one, to avoid a host sync."""
         return unchecked_inverse(self.damped) if self._inverse is None else self._inverse.full()
+
+    def undamped(self) -> Tensor:
+        """``M`` as a new matrix."""
+        M = self.damped.clone()
+        M.diagonal().sub_(self.shift)
+        return M
+
+
+class KroneckerFactors(NamedTuple):
+    """Curvature ``F ≈ G ⊗ A`` of one linear ``[R, C']``, both factors damped: ``F vec(X)`` is ``G X A``.
+
+    Attributes:
+        g: ``G`` ``[R, R]``; a: ``A`` ``[C', C']``, C' = C + 1 where the linear has a bias. Linears that share their
+            input share ``a``.
+    """
+
+    g: DampedFactor
+    a: DampedFactor
+
+    @property
+    def damped(self) -> tuple[Tensor, Tensor]:
+        """``G`` and ``A``, damped."""
+        return self.g.damped, self.a.damped
+
+    @property
+    def inverses(self) -> tuple[Tensor, Tensor]:
+        """``G⁻¹`` and ``A⁻¹`` of the damped factors, computed when first asked for."""
+        return self.g.inverse, self.a.inverse
+
+    @property
+    def diagonals(self) -> tuple[Tensor, Tensor]:
+        """``diag(G)`` ``[R]`` and ``diag(A)`` ``[C']`` of the damped factors, views."""
+        return self.g.damped.diagonal(), self.a.damped.diagonal()
+
+    @property
+    def inverse_diagonals(self) -> tuple[Tensor, Tensor]:
+        """``diag(G⁻¹)`` ``[R]`` and ``diag(A⁻¹)`` ``[C']``, views of the inverses."""
+        return self.g.inverse.diagonal(), self.a.inverse.diagonal()
+
+    def product(self, X: Tensor) -> Tensor:
+        """``G X A`` with the damped factors, ``X`` and the result ``[R, C']``."""
+        return kron_product(self.g.damped, X, self.a.damped)
+
+    def inverse_product(self, X: Tensor) -> Tensor:
+        """``G⁻¹ X A⁻¹`` with the damped factors' inverses."""
+        return kron_product(self.g.inverse, X, self.a.inverse)
+
+    def predicted_increase(self, delta: Tensor) -> Tensor:
+        """``½ tr(Δᵀ G Δ A)`` without damping, nats per token: float64, on the device.
+
+        For the report alone: on a GPU the operands of its products are rounded to 11 bits.
+        """
+        G, A = self.g.undamped(), self.a.undamped()
+        if fits_split(delta):
+            product = kron_product_split(G, delta, A, scales=self.diagonals, parts=1)
+        else:
+            product = G @ delta @ A
+        return 0.5 * (delta * product).sum(dtype=torch.float64)
 
 
 class DampedFactors:
@@ -73,8 +156,8 @@ class DampedFactors:
         self._jitter: dict[_Key, float] = {}
         self.jitter: dict[str, float] = {}  # layer -> largest jitter a factorisation needed
 
-    def of(self, linear: PrunableLinear) -> tuple[DampedFactor, DampedFactor]:
-        """Damped ``G`` ``[R, R]`` and ``A`` ``[C', C']`` of ``linear``.
+    def of(self, linear: PrunableLinear) -> KroneckerFactors:
+        """Both factors of ``linear``, where gradients were captured.
 
         Raises:
             NumericalError: a factor is not positive definite; the message names the layer.
@@ -133,16 +216,13 @@ class DampedFactors:
         G, A = self._curvature.factors(linear)
         M, damping = (G, self._config.damp_g) if key[0] == "G" else (A, self._config.damp_a)
         assert M is not None and damping is not None
-        try:
-            solved = spd_inverse(M.to(self.device), damping, name=f"{key[0]} of {linear.name}")
-        except NotPositiveDefiniteError as error:
-            raise NumericalError(str(error)) from error
-        self._jitter[key] = solved.jitter
+        factor = DampedFactor.checked(M.to(self.device), damping, f"{key[0]} of {linear.name}")
+        self._jitter[key] = factor.jitter
         if self._keep_inverses:
-            self._inverses[key] = SymmetricAccumulator.of(solved.inverse)
-        return solved.inverse.diagonal().clone()
+            self._inverses[key] = SymmetricAccumulator.of(factor.inverse)
+        return factor.inverse.diagonal().clone()
 
-    def _load(self, linear: PrunableLinear) -> tuple[DampedFactor, DampedFactor]:
+    def _load(self, linear: PrunableLinear) -> KroneckerFactors:
         key = _key_a(linear)
         held = self._last_a is not None and self._last_a[0] == key
         G, *others = self._fetch(linear, with_a=not held)
@@ -152,7 +232,7 @@ class DampedFactors:
             self._last_a = None  # frees it before the next one is made
             self._last_a = (key, self._damped(others[0].full()[:size, :size], key))
         assert self._last_a is not None
-        return g, self._last_a[1]
+        return KroneckerFactors(g, self._last_a[1])
 
     def _damped(self, total: Tensor, key: _Key) -> DampedFactor:
         damping = self._config.damp_g if key[0] == "G" else self._config.damp_a
@@ -171,25 +251,6 @@ class DampedFactors:
         ahead = self._curvature.sums(following)[::-1][: 1 + with_a]
         self._prefetcher.start((following.name, with_a), [part.storage for part in ahead])
         return [SymmetricAccumulator(part.n, copy) for part, copy in zip(sums, copies, strict=True)]
-
-
-def predicted_increase(delta: Tensor, g: DampedFactor, a: DampedFactor) -> Tensor:
-    """``½ tr(Δᵀ G Δ A)`` with the factors as they were before damping, nats per token: float64, on the device.
-
-    For the report alone: on a GPU the operands of its products are rounded to 11 bits.
-    """
-    G, A = (_undamped(factor) for factor in (g, a))
-    if fits_split(delta):
-        product = kron_product_split(G, delta, A, scales=(g.damped.diagonal(), a.damped.diagonal()), parts=1)
-    else:
-        product = G @ delta @ A
-    return 0.5 * (delta * product).sum(dtype=torch.float64)
-
-
-def _undamped(factor: DampedFactor) -> Tensor:
-    M = factor.damped.clone()
-    M.diagonal().sub_(factor.shift)
-    return M
 
 
 def _key_g(linear: PrunableLinear) -> _Key:

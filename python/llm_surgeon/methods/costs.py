@@ -42,11 +42,9 @@ def surgeon_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tenso
 def surgeon_line_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:
     """``½ (W A Wᵀ)_rr / [G⁻¹]_rr`` of rows and ``½ (Wᵀ G W)_cc / [A⁻¹]_cc`` of columns."""
     weight = linear.matrix(device=factors.device)
-    g, a = factors.of(linear)
+    G, A = factors.of(linear).damped
     g_inv, a_inv = factors.inverse_diagonals(linear)
-    rows = row_cost(weight, a.damped, 1.0 / g_inv)
-    columns = column_cost(weight, g.damped, 1.0 / a_inv)
-    return rows, columns[: linear.columns]
+    return row_cost(weight, A, 1.0 / g_inv), column_cost(weight, G, 1.0 / a_inv)[: linear.columns]
 
 
 def kronecker_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:

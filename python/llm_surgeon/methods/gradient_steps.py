@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.curvature.factors import DampedFactor
+from llm_surgeon.curvature.factors import KroneckerFactors
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
@@ -25,7 +25,6 @@ from llm_surgeon.models.loss import count_tokens, next_token_loss
 from llm_surgeon.models.passes import evaluation_mode, frozen, mean_loss, run_model, to_list
 from llm_surgeon.report.schema import GradientStep
 from surgeon_kernels import joint_update
-from surgeon_kernels.linalg.kron_product import kron_product
 
 # Of the calibration windows, those whose loss decides how far to go; curvature and selection have seen them.
 _HELD_OUT = 1 / 8
@@ -106,15 +105,15 @@ def _summed(parameters: list[nn.Parameter]) -> Iterator[dict[nn.Parameter, Tenso
             p.grad = grad
 
 
-def direction(gradient: Tensor, pruned: Tensor, g: DampedFactor, a: DampedFactor, max_iterations: int) -> Tensor:
+def direction(gradient: Tensor, pruned: Tensor, factors: KroneckerFactors, max_iterations: int) -> Tensor:
     """``D`` that minimises ``½ tr(Dᵀ G D A) - ⟨∇W, D⟩`` with ``D = 0`` on the pruned weights, ``[R, C']``.
 
     Without pruned weights that is ``N = G⁻¹ ∇W A⁻¹``. With them, ``D = N + Δ``, ``Δ`` the joint update that removes
     their part of ``N``.
     """
-    natural = kron_product(g.inverse, gradient, a.inverse)
+    natural = factors.inverse_product(gradient)
     solved = joint_update(
-        natural, pruned, g.damped, a.damped, g.inverse, a.inverse, tolerance=_TOLERANCE, max_iterations=max_iterations
+        natural, pruned, *factors.damped, *factors.inverses, tolerance=_TOLERANCE, max_iterations=max_iterations
     )
     return natural.add_(solved.delta).masked_fill_(pruned, 0.0)
 

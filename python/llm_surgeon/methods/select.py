@@ -28,6 +28,13 @@ class Selection:
         # Masks in pinned memory are copied to a GPU without waiting.
         return Selection(self.pruned.to(device, non_blocking=device.type == "cuda"), rows, columns, self.removed)
 
+    def with_bias(self, width: int) -> Tensor:
+        """Mask ``[R, C']``, C' = ``width``: a bias, column ``C`` where there is one, goes only with its whole row."""
+        if width == self.pruned.shape[1]:
+            return self.pruned
+        bias = torch.zeros_like(self.pruned[:, :1]) if self.rows is None else self.rows[:, None]
+        return torch.cat([self.pruned, bias], dim=1)
+
     @classmethod
     def of_rows_columns(cls, rows: Tensor, columns: Tensor, removed: tuple[int, int] | None = None) -> Selection:
         """With ``removed``, if the caller knows it, the host does not wait for the device."""

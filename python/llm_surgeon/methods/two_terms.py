@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.methods.update import LayerUpdate, with_bias
+from llm_surgeon.methods.update import LayerUpdate
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from surgeon_kernels import damp, joint_update
 from surgeon_kernels.linalg.kronecker_sum import KroneckerSum, orthonormal
@@ -81,7 +81,7 @@ def compensate_by_pairs(
     weight: Tensor, selection: Selection, curvature: KroneckerSum, config: PruneConfig
 ) -> LayerUpdate:
     """Zero what is selected, and move the other weights to the joint optimum under the sum of two products."""
-    pruned = with_bias(selection, weight.shape[1])
+    pruned = selection.with_bias(weight.shape[1])
     first, second = curvature.terms
     solved = joint_update(
         weight, pruned, *first, second=second, tolerance=config.tolerance, max_iterations=config.max_iterations

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from llm_surgeon.config.methods import method
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
-from llm_surgeon.curvature.factors import DampedFactors, predicted_increase
+from llm_surgeon.curvature.factors import DampedFactors
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.costs import element_costs, row_column_costs
 from llm_surgeon.methods.gradient_steps import direction, held_out, mean_gradients, step
 from llm_surgeon.methods.select import Selection, select_elements, select_rows_columns
 from llm_surgeon.methods.two_terms import PairedCurvature, compensate_by_pairs, paired_costs
-from llm_surgeon.methods.update import remove, remove_and_compensate, with_bias
+from llm_surgeon.methods.update import remove, remove_and_compensate
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory, compute_device, offloaded
 from llm_surgeon.models.passes import mean_loss, to_list
@@ -214,12 +214,12 @@ class ShotLoop:
         def update(linear: PrunableLinear) -> None:
             weight, selection = linear.matrix(device=self.device), selection_of[linear.name].to(self.device)
             around = self._around(linear, weight)
-            pair = None if factors is None or not self.method.gradients else factors.of(linear)
-            if factors is None or pair is None or self.config.update == "none":
+            known = None if factors is None or not self.method.gradients else factors.of(linear)
+            if factors is None or known is None or self.config.update == "none":
                 new = remove(weight, selection)
             else:
                 if self._paired is None:
-                    new = remove_and_compensate(around, selection, *pair, self.config, linear.name)
+                    new = remove_and_compensate(around, selection, known, self.config, linear.name)
                 else:
                     new = compensate_by_pairs(around, selection, self._paired.of(linear), self.config)
                 factors.note_jitter(linear, new.jitter)
@@ -232,10 +232,10 @@ class ShotLoop:
             linear.write(new.weight)
             if new.objective:
                 traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
-            if pair is not None:
-                increases[linear.name] = predicted_increase(new.delta, *pair)
+            if known is not None:
+                increases[linear.name] = known.predicted_increase(new.delta)
                 if around is not weight:
-                    increases[linear.name] -= predicted_increase(weight - around, *pair)
+                    increases[linear.name] -= known.predicted_increase(weight - around)
 
         self._each_linear(update)
         self.selections = list(selection_of.values())
@@ -250,12 +250,12 @@ class ShotLoop:
         """Steps along the natural gradient; the weights that later shots start from take them, too."""
         assert self.steps_data is not None
         for_gradients, for_lengths = self.steps_data
-        pruned = {linear.name: with_bias(s, linear.columns + linear.has_bias) for linear, s in self._selected()}
+        pruned = {linear.name: s.with_bias(linear.columns + linear.has_bias) for linear, s in self._selected()}
         directions: dict[str, Tensor] = {}
 
         def towards(linear: PrunableLinear) -> None:
             gradient = gradients.pop(linear.name).to(self.device)
-            found = direction(gradient, pruned[linear.name], *factors.of(linear), self.config.max_iterations)
+            found = direction(gradient, pruned[linear.name], factors.of(linear), self.config.max_iterations)
             directions[linear.name] = found.to(linear.weight)
 
         def follow(linear: PrunableLinear, change: Tensor) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_surgeon import InputError, PruneConfig, prune
-from llm_surgeon.curvature.factors import DampedFactor
+from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.gradient_steps import _least_of_parabola, direction, held_out, mean_gradients, step
 from llm_surgeon.models.decoder import find_decoder
@@ -56,16 +56,14 @@ def test_a_direction_is_the_newton_step_of_the_kept_weights(density: float) -> N
     R, C = 5, 7
     gradient = torch.randn(R, C, dtype=torch.float64, generator=generator)
     pruned = torch.rand(R, C, generator=generator) < density
-    g, a = (
-        DampedFactor(damp(x @ x.T, 0.1), 0.0, 0.0) for x in (torch.randn(n, 9, dtype=torch.float64) for n in (R, C))
-    )
+    g, a = (DampedFactor(damp(x @ x.T, 0.1), 0.0) for x in (torch.randn(n, 9, dtype=torch.float64) for n in (R, C)))
     kept = ~pruned.flatten()
     F = torch.kron(g.damped, a.damped)[kept][:, kept]
     expected = torch.zeros(R * C, dtype=torch.float64)
     expected[kept] = torch.linalg.solve(F, gradient.flatten()[kept])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llm_surgeon.methods.gradient_steps._TOLERANCE", 1e-12)
-        found = direction(gradient, pruned, g, a, max_iterations=500)
+        found = direction(gradient, pruned, KroneckerFactors(g, a), max_iterations=500)
     assert bool((found[pruned] == 0.0).all())
     torch.testing.assert_close(found.flatten(), expected, rtol=1e-5, atol=1e-7)
 

@@ -91,13 +91,13 @@ def test_joint_updates_of_later_shots_make_up_for_the_dense_weights(monkeypatch,
     before = {linear.name: linear.matrix() for linear in find_decoder(model).linears}
     increases = []
 
-    def spy(weight, selection, g, a, config, name):
+    def spy(weight, selection, factors, config, name):
         current = {linear.name: linear.matrix() for linear in find_decoder(model).linears}[name]
         later = len(increases) >= len(before)
         assert torch.equal(weight, before[name] if around_dense else current)
         assert torch.equal(current, before[name]) != later
-        new = remove_and_compensate(weight, selection, g, a, config, name)
-        G, A = (M.damped - M.shift * torch.eye(len(M.damped)) for M in (g, a))
+        new = remove_and_compensate(weight, selection, factors, config, name)
+        G, A = (M.damped - M.shift * torch.eye(len(M.damped)) for M in factors)
         increases.append(objective(new.weight - weight, G, A) - objective(current - weight, G, A))
         return new
 

@@ -1,0 +1,59 @@
+"""Costs of weights, rows and columns of single layers against their formulas in float64."""
+
+import pytest
+import torch
+
+from llm_surgeon.config.methods import method
+from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.curvature.factors import DampedFactors
+from llm_surgeon.methods.costs import element_costs, row_column_costs
+from tests.kernels import dense
+from tests.surgeon.one_layer import CPU, C, R, damped, layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["surgeon", "k-obd", "l-obd", "wanda", "magnitude"])
+def test_element_costs_follow_their_formulas(bias, name):
+    linear, curvature = layer(bias, torch.float32)
+    G, A = curvature.factors(linear)
+    config = PruneConfig()
+    cost = element_costs(linear, method(name), DampedFactors(curvature, config, [linear], CPU)).dense()
+    g_inv = torch.linalg.inv(damped(G, 0.1).double()).diagonal()
+    a_inv = torch.linalg.inv(damped(A, 0.01).double()).diagonal()
+    sensitivity = {
+        "surgeon": torch.outer(1 / g_inv, 1 / a_inv),
+        "k-obd": torch.outer(G.diagonal(), A.diagonal()),
+        "l-obd": A.diagonal().expand(R, -1),
+        "wanda": A.diagonal().expand(R, -1),
+        "magnitude": torch.ones(R, C + bias),
+    }[name]
+    expected = 0.5 * linear.matrix().double() ** 2 * sensitivity
+    torch.testing.assert_close(cost.double(), expected[:, :C], rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_row_and_column_costs_are_dense_eq_7(bias):
+    linear, curvature = layer(bias, torch.float32)
+    config = PruneConfig(structure="rows-columns")
+    factors = DampedFactors(curvature, config, [linear], CPU)
+    g, a = factors.of(linear)
+    rows, columns = row_column_costs(linear, method("surgeon"), factors)
+    weight, G, A = linear.matrix().double(), g.damped.double(), a.damped.double()
+    assert len(rows) == R and len(columns) == C
+    for r in range(R):
+        alone = torch.zeros(R, C + bias, dtype=torch.bool)
+        alone[r] = True
+        assert float(rows[r]) == pytest.approx(float(dense.cost(weight, alone, G, A)), rel=1e-3)
+    for c in range(C):
+        alone = torch.zeros(R, C + bias, dtype=torch.bool)
+        alone[:, c] = True
+        assert float(columns[c]) == pytest.approx(float(dense.cost(weight, alone, G, A)), rel=1e-3)
+
+
+def test_row_and_column_costs_without_correlation_are_sums_of_element_costs():
+    linear, curvature = layer(True, torch.float32)
+    rows, columns = row_column_costs(linear, method("k-obd"), DampedFactors(curvature, PruneConfig(), [linear], CPU))
+    G, A = curvature.factors(linear)
+    cost = 0.5 * linear.matrix() ** 2 * torch.outer(G.diagonal(), A.diagonal())
+    torch.testing.assert_close(rows, cost.sum(dim=1))  # the bias goes with its row
+    torch.testing.assert_close(columns, cost.sum(dim=0)[:C])
