@@ -14,7 +14,15 @@ _BLOCK = 1024
 
 
 @triton.jit
-def rms_norm_kernel(x, weight, y, rstd, columns, eps, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    rstd: tl.tensor,
+    columns: tl.tensor,
+    eps: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """One row: ``y = weight x r``, ``r = 1 / sqrt(mean(x²) + eps)``."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -29,7 +37,15 @@ def rms_norm_kernel(x, weight, y, rstd, columns, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rms_norm_backward_kernel(gradient, x, weight, rstd, dx, columns, BLOCK: tl.constexpr):
+def rms_norm_backward_kernel(
+    gradient: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    rstd: tl.tensor,
+    dx: tl.tensor,
+    columns: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """One row: ``dx = r w g - r³ mean(w g x) x``."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -43,7 +59,15 @@ def rms_norm_backward_kernel(gradient, x, weight, rstd, dx, columns, BLOCK: tl.c
 
 
 @triton.jit
-def swiglu_kernel(gate, up, y, columns, gate_row, up_row, BLOCK: tl.constexpr):
+def swiglu_kernel(
+    gate: tl.tensor,
+    up: tl.tensor,
+    y: tl.tensor,
+    columns: tl.tensor,
+    gate_row: tl.tensor,
+    up_row: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """A part of one row: ``y = silu(gate) up``."""
     parts = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // parts).to(tl.int64)
@@ -56,7 +80,15 @@ def swiglu_kernel(gate, up, y, columns, gate_row, up_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_backward_kernel(gradient, gate, up, d_gate, d_up, elements, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(
+    gradient: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    d_gate: tl.tensor,
+    d_up: tl.tensor,
+    elements: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """``d_up = gradient silu(gate)``, ``d_gate = gradient up silu'(gate)``."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
@@ -70,10 +102,27 @@ def swiglu_backward_kernel(gradient, gate, up, d_gate, d_up, elements, BLOCK: tl
 
 @triton.jit
 def rotary_kernel(
-    x, cos, sin, y, length, heads, half,
-    x_batch, x_head, x_token, y_batch, y_head, y_token, cos_batch, cos_token, sin_batch, sin_token,
-    TRANSPOSED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    x: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    y: tl.tensor,
+    length: tl.tensor,
+    heads: tl.tensor,
+    half: tl.tensor,
+    x_batch: tl.tensor,
+    x_head: tl.tensor,
+    x_token: tl.tensor,
+    y_batch: tl.tensor,
+    y_head: tl.tensor,
+    y_token: tl.tensor,
+    cos_batch: tl.tensor,
+    cos_token: tl.tensor,
+    sin_batch: tl.tensor,
+    sin_token: tl.tensor,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
     """All heads of one token: ``y = R x``, or ``Rᵀ x``, ``R`` rotating the pairs ``(x_d, x_(d + half))``."""
     batch = (tl.program_id(0) // length).to(tl.int64)
     token = (tl.program_id(0) % length).to(tl.int64)

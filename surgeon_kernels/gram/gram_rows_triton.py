@@ -19,9 +19,19 @@ _MAX_SHARES = 64
 
 @triton.jit(do_not_specialize=["tokens", "columns"])
 def gather_rows_kernel(
-    x, mask, target, tokens, columns, row_stride, column_stride, target_stride,
-    MASKED: tl.constexpr, ONES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x: tl.tensor,
+    mask: tl.tensor,
+    target: tl.tensor,
+    tokens: tl.tensor,
+    columns: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    target_stride: tl.tensor,
+    MASKED: tl.constexpr,
+    ONES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
     """``target[t, :] = [x[t, :], 0...]``, with ONES ``[x[t, :], 1, 0...]``; all zeros where the mask is False."""
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
@@ -36,8 +46,15 @@ def gather_rows_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "columns", "tokens_each"])
 def column_sums_kernel(
-    x, partial, tokens, columns, row_stride, tokens_each, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    x: tl.tensor,
+    partial: tl.tensor,
+    tokens: tl.tensor,
+    columns: tl.tensor,
+    row_stride: tl.tensor,
+    tokens_each: tl.tensor,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
     """``partial[p, c] = Σ_t x[t, c]`` over the p-th share of the rows; of column ``columns``, the number of rows."""
     share = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -53,7 +70,15 @@ def column_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["columns", "shares"])
-def add_sums_kernel(partial, out, columns, shares, alpha, SHARES: tl.constexpr, BLOCK_C: tl.constexpr):
+def add_sums_kernel(
+    partial: tl.tensor,
+    out: tl.tensor,
+    columns: tl.tensor,
+    shares: tl.tensor,
+    alpha: tl.tensor,
+    SHARES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
     """Add ``alpha Σ_p partial[p, :]`` to row ``columns`` of a packed ``out``."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, SHARES)

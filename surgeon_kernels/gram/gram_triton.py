@@ -22,9 +22,17 @@ _REDUCED_ROWS = 8
 
 @triton.jit
 def read_block(
-    x, row, column, tokens, columns, stride, STEPS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    x: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    tokens: tl.tensor,
+    columns: tl.tensor,
+    stride: tl.tensor,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     ALIGN: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:
     """``x[row : row + STEPS, column : column + WIDTH]``, zero past the last row and column."""
     if DESCRIPTOR:
         block = x.load([row, column])
@@ -39,7 +47,15 @@ def read_block(
 
 
 @triton.jit
-def add_block(out, r, c, n, stride, product, PACKED: tl.constexpr):
+def add_block(
+    out: tl.tensor,
+    r: tl.tensor,
+    c: tl.tensor,
+    n: tl.tensor,
+    stride: tl.tensor,
+    product: tl.tensor,
+    PACKED: tl.constexpr,
+) -> None:
     """``out[r, c] += product``."""
     at = out + row_offsets(r, stride, PACKED)[:, None] + column_offsets(c, PACKED)[None, :]
     present = exists(r, c, n, PACKED)
@@ -49,17 +65,17 @@ def add_block(out, r, c, n, stride, product, PACKED: tl.constexpr):
 # Sizes are not specialised: a new number of tokens must not compile a new kernel.
 @triton.jit(do_not_specialize=["unit_count", "tokens", "columns", "x_stride", "out_stride"])
 def gram_kernel(
-    left,  # x [tokens, columns] in blocks [BLOCK_K, BLOCK_M]: a tensor descriptor, or a pointer
-    right,  # x in blocks [BLOCK_K, BLOCK_N]
-    out,
-    workspace,  # [slots, BLOCK_M, BLOCK_N]
-    units,  # int32 [unit_count, 5]: row, column, first, last, slot
-    alpha,
-    unit_count,
-    tokens,
-    columns,
-    x_stride,
-    out_stride,
+    left: tl.tensor,  # x [tokens, columns] in blocks [BLOCK_K, BLOCK_M]: a tensor descriptor, or a pointer
+    right: tl.tensor,  # x in blocks [BLOCK_K, BLOCK_N]
+    out: tl.tensor,
+    workspace: tl.tensor,  # [slots, BLOCK_M, BLOCK_N]
+    units: tl.tensor,  # int32 [unit_count, 5]: row, column, first, last, slot
+    alpha: tl.tensor,
+    unit_count: tl.tensor,
+    tokens: tl.tensor,
+    columns: tl.tensor,
+    x_stride: tl.tensor,
+    out_stride: tl.tensor,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -67,7 +83,7 @@ def gram_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     FLOAT32: tl.constexpr,
-):
+) -> None:
     ALIGN: tl.constexpr = 4 if FLOAT32 else 8
     for unit in tl.range(tl.program_id(0), unit_count, tl.num_programs(0)):
         row = tl.load(units + unit * 5) * BLOCK_M
@@ -98,18 +114,18 @@ def gram_kernel(
 
 @triton.jit(do_not_specialize=["splits", "columns", "out_stride"])
 def reduce_kernel(
-    workspace,
-    out,
-    reductions,  # int32 [blocks, 3]: row, column, first slot
-    splits,
-    columns,
-    out_stride,
+    workspace: tl.tensor,
+    out: tl.tensor,
+    reductions: tl.tensor,  # int32 [blocks, 3]: row, column, first slot
+    splits: tl.tensor,
+    columns: tl.tensor,
+    out_stride: tl.tensor,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     MAX_PARTS: tl.constexpr,
     PACKED: tl.constexpr,
-):
+) -> None:
     """``out += Σ_slots workspace[slot]`` for ``ROWS`` rows of one block, always added in the same order."""
     block = tl.program_id(0)
     row = tl.load(reductions + block * 3) * BLOCK_M

@@ -15,7 +15,7 @@ _BLOCK = 64
 
 
 @triton.jit
-def row_offsets(r, stride, PACKED: tl.constexpr):
+def row_offsets(r: tl.tensor, stride: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
     """Where row ``r`` begins; the offset of ``(r, c)`` is ``row_offsets(r) + column_offsets(c)`` (int64)."""
     r = r.to(tl.int64)
     if PACKED:
@@ -25,14 +25,14 @@ def row_offsets(r, stride, PACKED: tl.constexpr):
 
 
 @triton.jit
-def column_offsets(c, PACKED: tl.constexpr):
+def column_offsets(c: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
     if PACKED:
         return (c // _TILE).to(tl.int64) * (_TILE * _TILE) + c % _TILE
     return c.to(tl.int64)
 
 
 @triton.jit
-def exists(r, c, n, PACKED: tl.constexpr):
+def exists(r: tl.tensor, c: tl.tensor, n: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
     """Whether there is room for element ``(r, c)``: bool ``[len(r), len(c)]``."""
     if PACKED:
         side = (n + _TILE - 1) // _TILE
@@ -41,7 +41,15 @@ def exists(r, c, n, PACKED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n"])
-def mirror_kernel(source, target, n, source_stride, target_stride, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+def mirror_kernel(
+    source: tl.tensor,
+    target: tl.tensor,
+    n: tl.tensor,
+    source_stride: tl.tensor,
+    target_stride: tl.tensor,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     """``target[r, c] = target[c, r] = source[r, c]`` for ``r >= c``; a dense source is its own target."""
     i, j = tl.program_id(0), tl.program_id(1)
     if j > i:

@@ -12,8 +12,17 @@ _BLOCK = 1024
 
 @triton.jit
 def scaled_parts_kernel(
-    x, rows, columns, parts, width, stride_row, stride_column, size, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    parts: tl.tensor,
+    width: tl.tensor,
+    stride_row: tl.tensor,
+    stride_column: tl.tensor,
+    size: tl.tensor,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width
@@ -27,7 +36,16 @@ def scaled_parts_kernel(
 
 
 @triton.jit
-def scaled_kernel(x, rows, columns, out, width, stride_row, stride_column, BLOCK: tl.constexpr):
+def scaled_kernel(
+    x: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    stride_row: tl.tensor,
+    stride_column: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width

@@ -23,7 +23,9 @@ _BLOCK, _WARPS, _RESIDENT = 1024, 8, 4
 
 
 @triton.jit
-def block_of(unit, columns, blocks, BLOCK: tl.constexpr):
+def block_of(
+    unit: tl.tensor, columns: tl.tensor, blocks: tl.tensor, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Row, columns and (int64) offset of a unit of work: ``BLOCK`` entries of one row of a contiguous matrix."""
     row = unit // blocks
     c = unit % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -31,19 +33,29 @@ def block_of(unit, columns, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def total(parts, count, PARTS: tl.constexpr):
+def total(parts: tl.tensor, count: tl.tensor, PARTS: tl.constexpr) -> tl.tensor:
     i = tl.arange(0, PARTS)
     return tl.sum(tl.load(parts + i, mask=i < count, other=0.0), 0)
 
 
 @triton.jit
-def length(energy, curvature):
+def length(energy: tl.tensor, curvature: tl.tensor) -> tl.tensor:
     """``l = e / c``, 0 once either has vanished: nothing moves any more."""
     return tl.where((energy > 0.0) & (curvature > 0.0), energy / curvature, 0.0)
 
 
 @triton.jit
-def preconditioned(r, row_scales, column_scales, rows, columns, row, c, inside, TERMS: tl.constexpr):
+def preconditioned(
+    r: tl.tensor,
+    row_scales: tl.tensor,
+    column_scales: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row: tl.tensor,
+    c: tl.tensor,
+    inside: tl.tensor,
+    TERMS: tl.constexpr,
+) -> tl.tensor:
     """``S∘R`` at these entries; ``1 / S = Σ_i diag(L_i)_row diag(M_i)_c``, or 1 for the scaled operator of one term."""
     if TERMS > 1:
         s = tl.load(row_scales + row) * tl.load(column_scales + c, mask=inside, other=1.0)
@@ -54,7 +66,15 @@ def preconditioned(r, row_scales, column_scales, rows, columns, row, c, inside, 
 
 
 @triton.jit
-def curvature_kernel(direction, image, curvatures, columns, blocks, units, BLOCK: tl.constexpr):
+def curvature_kernel(
+    direction: tl.tensor,
+    image: tl.tensor,
+    curvatures: tl.tensor,
+    columns: tl.tensor,
+    blocks: tl.tensor,
+    units: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     sum = tl.zeros([BLOCK], tl.float64)
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         _, _, at, inside = block_of(unit, columns, blocks, BLOCK)
@@ -66,25 +86,25 @@ def curvature_kernel(direction, image, curvatures, columns, blocks, units, BLOCK
 
 @triton.jit
 def residual_kernel(
-    residual,
-    image,
-    free,
-    row_scales,
-    column_scales,
-    curvatures,
-    energies,
-    bounds,
-    new_energies,
-    largest,
-    k,
-    rows,
-    columns,
-    blocks,
-    units,
+    residual: tl.tensor,
+    image: tl.tensor,
+    free: tl.tensor,
+    row_scales: tl.tensor,
+    column_scales: tl.tensor,
+    curvatures: tl.tensor,
+    energies: tl.tensor,
+    bounds: tl.tensor,
+    new_energies: tl.tensor,
+    largest: tl.tensor,
+    k: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    blocks: tl.tensor,
+    units: tl.tensor,
     TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
-):
+) -> None:
     bound = tl.load(bounds + k)
     curvature = total(curvatures, tl.num_programs(0), PARTS) * bound * bound
     step = (length(tl.load(energies + k), curvature) * bound).to(tl.float32)
@@ -106,28 +126,28 @@ def residual_kernel(
 
 @triton.jit
 def direction_kernel(
-    x,
-    source,
-    direction,
-    free,
-    row_scales,
-    column_scales,
-    curvatures,
-    new_energies,
-    largest,
-    energies,
-    bounds,
-    decreases,
-    k,
-    rows,
-    columns,
-    blocks,
-    units,
+    x: tl.tensor,
+    source: tl.tensor,
+    direction: tl.tensor,
+    free: tl.tensor,
+    row_scales: tl.tensor,
+    column_scales: tl.tensor,
+    curvatures: tl.tensor,
+    new_energies: tl.tensor,
+    largest: tl.tensor,
+    energies: tl.tensor,
+    bounds: tl.tensor,
+    decreases: tl.tensor,
+    k: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    blocks: tl.tensor,
+    units: tl.tensor,
     TERMS: tl.constexpr,
     CORRECTED: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
-):
+) -> None:
     # A correction adds one part.
     before, after = tl.load(energies + k), total(new_energies, tl.num_programs(0) + CORRECTED, PARTS)
     bound = tl.load(bounds + k)

@@ -42,18 +42,18 @@ _COPIED_BLOCK = 64
 # Sizes are not specialised: every model would compile its own kernels.
 @triton.jit(do_not_specialize=["rows", "columns"])
 def quadratic_form_kernel(
-    x,  # tensor descriptor of X [rows, columns] in blocks [BLOCK_R, BLOCK_K]
-    x_wide,  # the same in blocks of BLOCK_C columns
-    s,  # tensor descriptor of S [columns, columns] in blocks [BLOCK_C, BLOCK_K]; read from the diagonal blocks on
-    partial,  # [columns / BLOCK_C, partial_stride]: the sums of every block column
-    partial_stride,
-    rows,
-    columns,
+    x: tl.tensor_descriptor,  # X [rows, columns] in blocks [BLOCK_R, BLOCK_K]
+    x_wide: tl.tensor_descriptor,  # the same in blocks of BLOCK_C columns
+    s: tl.tensor_descriptor,  # S [columns, columns] in blocks [BLOCK_C, BLOCK_K]; read from the diagonal blocks on
+    partial: tl.tensor,  # [columns / BLOCK_C, partial_stride]: the sums of every block column
+    partial_stride: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
-):
+) -> None:
     row_blocks = tl.cdiv(rows, BLOCK_R)
     column_blocks = tl.cdiv(columns, BLOCK_C)
     # Bands of row blocks; in each the longest sums first, so that the last programs are short ones.
@@ -82,16 +82,16 @@ def quadratic_form_kernel(
 
 @triton.jit
 def copy_kernel(
-    source,
-    target,
-    rows,
-    columns,
-    row_stride,
-    column_stride,
-    target_stride,
+    source: tl.tensor,
+    target: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    target_stride: tl.tensor,
     BLOCK: tl.constexpr,
     DIAGONAL: tl.constexpr,  # None, or only blocks of so many rows and columns on and above the diagonal, to TF32
-):
+) -> None:
     row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
     first = 0 if DIAGONAL is None else row // DIAGONAL * DIAGONAL
     if column + BLOCK > first:

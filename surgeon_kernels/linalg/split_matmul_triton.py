@@ -11,7 +11,15 @@ _BLOCK = 1024
 
 
 @triton.jit
-def split_kernel(x, parts, columns, stride_row, stride_column, size, BLOCK: tl.constexpr):
+def split_kernel(
+    x: tl.tensor,
+    parts: tl.tensor,
+    columns: tl.tensor,
+    stride_row: tl.tensor,
+    stride_column: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < columns
