@@ -60,16 +60,16 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        from surgeon_kernels.block_ops import pointwise_triton
+        from surgeon_kernels.block_ops import rms_norm_triton
 
         x, weight = x.contiguous(), weight.contiguous()
-        y, rstd = pointwise_triton.rms_norm(x, weight, eps)
+        y, rstd = rms_norm_triton.forward(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        from surgeon_kernels.block_ops import pointwise_triton
+        from surgeon_kernels.block_ops import rms_norm_triton
 
-        return pointwise_triton.rms_norm_backward(gradient.contiguous(), *ctx.saved_tensors), None, None
+        return rms_norm_triton.backward(gradient.contiguous(), *ctx.saved_tensors), None, None

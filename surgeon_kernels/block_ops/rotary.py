@@ -57,18 +57,18 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        from surgeon_kernels.block_ops import pointwise_triton
+        from surgeon_kernels.block_ops import rotary_triton
 
         x, cos, sin = (_readable(t) for t in (x, cos, sin))
         ctx.save_for_backward(cos, sin)
-        return pointwise_triton.rotary(x, cos, sin, transposed=False)
+        return rotary_triton.rotate(x, cos, sin, transposed=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        from surgeon_kernels.block_ops import pointwise_triton
+        from surgeon_kernels.block_ops import rotary_triton
 
-        return pointwise_triton.rotary(_readable(gradient), *ctx.saved_tensors, transposed=True), None, None
+        return rotary_triton.rotate(_readable(gradient), *ctx.saved_tensors, transposed=True), None, None
 
 
 def _readable(x: Tensor) -> Tensor:

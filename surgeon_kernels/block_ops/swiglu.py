@@ -42,18 +42,18 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        from surgeon_kernels.block_ops import pointwise_triton
+        from surgeon_kernels.block_ops import swiglu_triton
 
         ctx.save_for_backward(gate, up)
-        return pointwise_triton.swiglu(_rows(gate), _rows(up)).view(gate.shape)
+        return swiglu_triton.forward(_rows(gate), _rows(up)).view(gate.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        from surgeon_kernels.block_ops import pointwise_triton
+        from surgeon_kernels.block_ops import swiglu_triton
 
         gate, up = ctx.saved_tensors
-        return pointwise_triton.swiglu_backward(gradient.contiguous(), gate.contiguous(), up.contiguous())
+        return swiglu_triton.backward(gradient.contiguous(), gate.contiguous(), up.contiguous())
 
 
 def _rows(x: Tensor) -> Tensor:

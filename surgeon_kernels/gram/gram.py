@@ -6,14 +6,18 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from surgeon_kernels.gram.plan import GramConfig, choose
 from surgeon_kernels.gram.symmetric import SymmetricAccumulator
-from surgeon_kernels.gram.symmetric_layout import add_gram_reference_
+from surgeon_kernels.gram.symmetric_layout import TILE, tiles_per_side
 from surgeon_kernels.linalg.half_products import addmm_half_
 from surgeon_kernels.runtime.triton_support import has_kernels
 
 _HALF = (torch.bfloat16, torch.float16)
+# Rows of tiles that PyTorch multiplies at once on a GPU: a single one is too little for it, and what a panel computes
+# above the diagonal is for nothing.
+_PANEL = 8
 
 
 def gram_accumulate_(
@@ -68,7 +72,7 @@ def gram_accumulate_(
     if rows.requires_grad:
         rows = rows.detach()  # results are written to out, which autograd does not follow
     if packed:
-        add_gram_reference_(target, rows, alpha)
+        packed_gram_reference_(target, rows, alpha)
     elif rows.is_cuda and rows.dtype in _HALF and target.dtype == torch.float32:
         # Half-precision products are exact in float32: the tensor cores read x as it is, no upcast copy.
         addmm_half_(target, rows.T, rows, alpha=alpha)
@@ -81,6 +85,34 @@ def gram_reference_(out: Tensor, rows: Tensor, alpha: float) -> Tensor:
     """``out += alpha * rowsᵀ rows`` computed in ``out``'s dtype; ``rows`` is ``[N, C']``."""
     rows = rows.to(out.dtype)
     return out.addmm_(rows.T, rows, alpha=alpha)
+
+
+def packed_gram_reference_(storage: Tensor, rows: Tensor, alpha: float, *, panel: int | None = None) -> None:
+    """``S += alpha rowsᵀ rows`` in the packed format, ``panel`` rows of tiles at a time; ``rows`` ``[N, n]``.
+
+    In the storage's dtype; on CUDA devices 16-bit rows are multiplied as they are and summed in float32. Panels are of
+    one row on the CPU and of :data:`_PANEL` on a GPU unless said otherwise.
+    """
+    n = rows.shape[1]
+    side = tiles_per_side(n)
+    half = rows.is_cuda and rows.dtype in _HALF and storage.dtype == torch.float32
+    if not half:
+        rows = rows.to(storage.dtype)
+    if n < side * TILE:
+        rows = functional.pad(rows, (0, side * TILE - n))
+    panel = panel or (_PANEL if rows.is_cuda else 1)
+    for start in range(0, side, panel):
+        end = min(start + panel, side)
+        left, right = rows[:, start * TILE : end * TILE].T, rows[:, : end * TILE]
+        product = storage.new_empty(left.shape[0], right.shape[1])  # [(end - start) TILE, end TILE]
+        if half:
+            addmm_half_(product, left, right, beta=0.0)
+        else:
+            torch.mm(left, right, out=product)
+        for i, tiles in enumerate(product.split(TILE), start):
+            first = i * (i + 1) // 2
+            lower = tiles[:, : (i + 1) * TILE].unflatten(1, (i + 1, TILE))
+            storage[first : first + i + 1].add_(lower.transpose(0, 1), alpha=alpha)
 
 
 def kernel_config(target: Tensor, rows: Tensor, packed: bool, ones_column: bool = False) -> GramConfig | None:

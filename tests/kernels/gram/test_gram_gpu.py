@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
-from surgeon_kernels.gram import gram, symmetric_layout
+from surgeon_kernels.gram import gram
 from surgeon_kernels.gram.gram import kernel_config
 from surgeon_kernels.linalg.half_products import addmm_half_
 
@@ -204,7 +204,7 @@ def test_without_a_configuration_panels_are_multiplied_by_tensor_cores(dtype, to
     assert out.packed
     products = []
     monkeypatch.setattr(
-        symmetric_layout,
+        gram,
         "addmm_half_",
         lambda out, A, B, **options: products.append((A.dtype, A.shape[0])) or addmm_half_(out, A, B, **options),
     )

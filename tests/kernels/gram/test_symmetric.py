@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
-from surgeon_kernels.gram.symmetric_layout import PACKED_FROM, TILE, add_gram_reference_
+from surgeon_kernels.gram.gram import packed_gram_reference_
+from surgeon_kernels.gram.symmetric_layout import PACKED_FROM, TILE
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SIZES = [1, 127, 128, 129, 300, 3 * TILE]
@@ -35,7 +36,7 @@ def test_accumulates_what_a_dense_matrix_would(n, packed, dtype):
 def test_panels_of_tiles(n, panel):
     x, out = randn(40, n), SymmetricAccumulator.zeros(n, dtype=torch.float64, packed=True)
     out.storage.fill_(1.0)
-    add_gram_reference_(out.storage, x, 0.5, panel=panel)
+    packed_gram_reference_(out.storage, x, 0.5, panel=panel)
     torch.testing.assert_close(out.full(), 1.0 + 0.5 * x.T @ x)
 
 

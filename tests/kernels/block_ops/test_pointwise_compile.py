@@ -1,0 +1,23 @@
+"""The pointwise kernels compile for Hopper, without a GPU and without spills."""
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU")
+
+from surgeon_kernels.block_ops import rms_norm_triton, rotary_triton, swiglu_triton
+from tests.kernels.compiled import check_resources, compile_kernel
+
+
+def test_pointwise_kernels():
+    x = dict.fromkeys(["x", "weight", "y", "gradient", "dx", "gate", "up", "d_gate", "d_up", "cos", "sin"], "*bf16")
+    types = {**x, "rstd": "*fp32", "eps": "fp32"}
+    for kernel, constants in (
+        (rms_norm_triton.rms_norm_backward_kernel, {"BLOCK": 4096}),
+        (rotary_triton.rotary_kernel, {"TRANSPOSED": True, "BLOCK_H": 32, "BLOCK_D": 64}),
+        (swiglu_triton.swiglu_kernel, {"BLOCK": 1024}),
+    ):
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+        aligned = [name for name in kernel.arg_names if signature[name].startswith("*")]
+        warps = rms_norm_triton._warps(4096) if "rstd" in signature else 4
+        compiled = compile_kernel(kernel, signature, constants, 90, warps=warps, stages=3, divisible_by_16=aligned)
+        check_resources(compiled, 90)
