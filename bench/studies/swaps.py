@@ -20,8 +20,9 @@ from llm_surgeon.checkpoint import load_model
 from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
 from llm_surgeon.data.documents import read_text
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.progress import Progress
-from llm_surgeon.shots.weights import ShotLoop
+from llm_surgeon.planning.plan import make_plan
+from llm_surgeon.shots.runner import Run, run_shots
+from llm_surgeon.shots.weights import WeightShots
 
 _BLOCKS = (1, 4)
 _SEQLEN = 512
@@ -46,9 +47,9 @@ def main() -> None:
         chosen = {"structure": options.structure, "exchanges": rounds, "kron_rank": options.kron_rank}
         config = PruneConfig(**chosen, shots=1, samples=48, seqlen=_SEQLEN)
         dense = perplexity(model, windows)
-        loop = ShotLoop(model, decoder, calibration_windows(tokens, 48, _SEQLEN, 0), config, Progress())
-        loop.run()
-        shot = loop.reports[0]
+        data = calibration_windows(tokens, 48, _SEQLEN, 0)
+        run = Run(model, decoder, data, config, make_plan(model, decoder, config))
+        shot = run_shots(WeightShots(run), run).shots[0]
         row = {
             "model": options.model.name,
             "structure": options.structure,

@@ -25,15 +25,14 @@ from llm_surgeon.models.offload import compute_device
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
+from llm_surgeon.planning.plan import make_plan
+from llm_surgeon.planning.result import Plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import check_rank
 from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, collect_versions
 from llm_surgeon.report.warnings import warnings_of
 from llm_surgeon.resources import peak_memory
-from llm_surgeon.shots.weights import ShotLoop
-from llm_surgeon.structures.groups import GroupLoop
-from llm_surgeon.structures.layers import BlockLoop, count_blocks
-from llm_surgeon.structures.width import WidthLoop
+from llm_surgeon.shots.runner import Run, Shots, run_shots
 
 
 def prune(
@@ -44,6 +43,7 @@ def prune(
     config: PruneConfig | None = None,
     correction_data: Any = None,
     held_out: Any = None,
+    plan: Plan | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneReport:
@@ -64,6 +64,7 @@ def prune(
             learn from where it is left out.
         held_out: sequences that pruning does not see, given like ``calibration``: the report's ``held_out`` has the
             losses on them before and after.
+        plan: the run's layout, where :func:`~llm_surgeon.planning.plan.make_plan` was asked for it already.
         progress: receiver of progress; none by default.
         **options: fields of :class:`PruneConfig`.
 
@@ -83,7 +84,7 @@ def prune(
         raise InputError("give either config or single options, not both")
     state = ModelState(model)
     try:
-        return _prune(model, state, calibration, config, correction_data, held_out, progress)
+        return _prune(model, state, calibration, config, correction_data, held_out, plan, progress)
     except BaseException:
         state.restore()
         raise
@@ -97,6 +98,7 @@ def _prune(
     config: PruneConfig,
     correction_data: Any,
     held_out: Any,
+    plan: Plan | None,
     progress: Progress | None,
 ) -> PruneReport:
     """:func:`prune`, whose caller puts the model's ``state`` back if anything is raised."""
@@ -111,7 +113,7 @@ def _prune(
     config = dataclasses.replace(config, samples=samples, seqlen=seqlen)
     decoder = find_decoder(model)
     check_model(model, decoder, config)
-    config = with_block_shots(config, decoder)
+    config = dataclasses.replace(config, shots=config.pattern.count_shots(decoder, config))
     corrections = None if correction_data is None else Calibration.of(correction_data)
     for use, each in (("calibration", windows), ("held-out", apart), ("correction", corrections)):
         if each is not None:
@@ -122,21 +124,25 @@ def _prune(
         torch.cuda.reset_peak_memory_stats(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {"before": model_size(model, windows.input_ids)} if config.pattern.coupled else {}
-    loops: dict[str, type[ShotLoop]] = {"groups": GroupLoop, "layers": BlockLoop, "width": WidthLoop}
-    kind = loops.get(config.pattern.kind, ShotLoop)
     with _memory_capped(config), evaluation_mode(model):
-        loop = kind(model, decoder, windows, config, progress or Progress())
-        if corrections is not None:
-            loop.correction_data = _own(corrections)
-        loop.held_out = apart
+        run = Run(
+            model,
+            decoder,
+            windows,
+            config,
+            plan or make_plan(model, decoder, config),
+            progress or Progress(),
+            correction_data=None if corrections is None else _own(corrections),
+            held_out=apart,
+        )
+        shots: Shots = config.pattern.shot_class(run)
         saved = state.copy_weights(_written(model, decoder, config), at_once=config.offload == "cpu")
-        loop.run(before_update=saved)
+        outcome = run_shots(shots, run, before_update=saved)
         # It has the dense model's sizes, which are what latency is a matter of.
         dense = copy_in_main_memory(model) if sizes else None
-        loop.finish()
+        shots.finish()
     peak = peak_memory(device)
-    if config.pattern.kind == "layers":  # of several sizes, their number is known now
-        config = dataclasses.replace(config, shots=len(loop.reports))
+    config = dataclasses.replace(config, shots=len(outcome.shots))  # of blocks of several sizes it is known now
     if sizes:
         sizes["after"] = model_size(model, windows.input_ids)
         for when, latency in compare_latencies(dense, model, windows.input_ids).items():
@@ -150,13 +156,13 @@ def _prune(
         started=started,
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak,
-        layers=_layer_reports(decoder, loop.selections),
-        shots=loop.reports,
+        layers=_layer_reports(decoder, shots.selections),
+        shots=outcome.shots,
         sizes=sizes,
         custom_code=hasattr(model, "is_pruned"),
     )
     if apart is not None:
-        report.held_out = HeldOutLoss(*apart.counts(), *loop.held_out_losses)
+        report.held_out = HeldOutLoss(*apart.counts(), *outcome.held_out)
     report.warnings = warnings_of(report, windows.counts()[1])
     return report
 
@@ -193,13 +199,6 @@ def _own(windows: Calibration) -> Calibration:
     return Calibration(windows.input_ids.clone(), None if mask is None else mask.clone())
 
 
-def with_block_shots(config: PruneConfig, decoder: Decoder) -> PruneConfig:
-    """``config`` with as many shots as blocks will go, where blocks go."""
-    return (
-        dataclasses.replace(config, shots=count_blocks(decoder, config)) if config.pattern.kind == "layers" else config
-    )
-
-
 @contextmanager
 def _memory_capped(config: PruneConfig) -> Iterator[None]:
     """PyTorch takes no more of the current GPU's memory than ``config.gpu_memory`` for a while."""
@@ -220,7 +219,7 @@ def _written(model: nn.Module, decoder: Decoder, config: PruneConfig) -> list[nn
 
     Those that are moved from main memory are none of them, see :func:`~llm_surgeon.models.offload.offloaded`.
     """
-    if config.pattern.kind == "width":
+    if config.pattern.whole_model:
         return list(model.parameters())
     parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
     return [p for p in parameters if p.device.type != "cpu"] if config.offload == "cpu" else parameters

@@ -20,7 +20,7 @@ from surgeon_kernels import build_info
 
 def print_plan(console: Console, job: CheckpointJob) -> None:
     """What a run would prune, and the memory, disk and time it would take."""
-    removal, config, linears, plan = job.removal(), job.config, job.decoder.linears, job.plan()
+    removal, config, linears, plan = job.removal(), job.config, job.decoder.linears, job.plan
     assert config.shots is not None
     shots = plural(config.shots, "shot")
     table = Table("layers", "kind", "rows × columns", title=f"{printable(job.source)}: {len(linears)} linear layers")

@@ -20,7 +20,7 @@ from llm_surgeon.checks import (
     shown,
 )
 from llm_surgeon.config.methods import UPDATES, method, methods_where
-from llm_surgeon.config.structure import COUPLED_STRUCTURES, Structure
+from llm_surgeon.config.structure import Structure, structures_with
 from llm_surgeon.errors import InputError
 
 FISHERS = ("empirical", "sampled")
@@ -314,17 +314,10 @@ class PruneConfig:
             raise InputError(f"lora_rank has no meaning for {structure.kind}: recover the pruned model instead")
         if structure.kind == "layers" and self.round_to != 1:
             raise InputError("round_to has no meaning for layers: whole blocks go")
-        options = {
-            "importance": ("kronecker", COUPLED_STRUCTURES),
-            "round_to": (1, ("groups", "width")),
-            "uniform": (False, ("groups",)),
-            "skip_layers": ("", ("groups", "layers")),
-        }
-        for name, (default, structures) in options.items():
-            if structure.kind not in structures and getattr(self, name) != default:
-                raise InputError(
-                    f"{name} has no meaning for structure {self.structure!r}: choose {' or '.join(structures)}"
-                )
+        for name in ("importance", "round_to", "uniform", "skip_layers"):
+            if name not in structure.options and getattr(self, name) != getattr(PruneConfig, name):
+                choices = " or ".join(structures_with(name))
+                raise InputError(f"{name} has no meaning for structure {self.structure!r}: choose {choices}")
 
     def _resolve_shots(self, structure: Structure) -> None:
         if self.shots is None:

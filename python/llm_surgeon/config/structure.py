@@ -1,52 +1,184 @@
-"""The ``structure`` option: which pattern of weights goes."""
+"""Structures as records: which weights go together, what that leaves of a model, and defaults that depend on it."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from llm_surgeon.checks import meant, shown
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import InputError, one_line
 
-# Structures that are removed from the model for good.
-COUPLED_STRUCTURES = ("groups", "width", "layers")
+# Options that have a meaning for some structures only.
+SPECIAL_OPTIONS = (
+    "importance",
+    "round_to",
+    "uniform",
+    "skip_layers",
+    "reconstruct",
+    "lora_rank",
+    "offload",
+    "curvature_layers",
+)
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A parsed ``structure``: ``unstructured``, ``rows-columns``, ``groups``, or N:M (keep ``n`` of every ``m``)."""
+    """A structure: which weights go together.
 
-    kind: str  # "unstructured" | "n:m" | "rows-columns" | one of COUPLED_STRUCTURES
+    Attributes:
+        name: the value of the option ``structure``, such as ``"groups"`` or ``"2:4"``.
+        shots: class of its shot object, see :class:`~llm_surgeon.shots.runner.Shots`: itself, or ``"module:class"``,
+            which is imported when a run needs it.
+        title: what goes, in words.
+        coupled: coupled groups go, for good: the model becomes smaller. Otherwise zeros stay in their places.
+        single_weights: weights are chosen one by one, rather than in whole rows and columns.
+        whole_model: a run writes parameters beyond those of the decoder's linears.
+        updates: how surviving weights may compensate.
+        options: those of :data:`SPECIAL_OPTIONS` that have a meaning for it.
+        sparsity: the fraction of weights that it removes; ``None`` where the user chooses it.
+        default_sparsity: the fraction where the user chooses none.
+        default_shots: the number of shots for a sparsity, of methods that estimate their costs anew in each.
+        shots_in: ``(decoder, config)`` to the number of shots where the model tells it, which raises an
+            :class:`InputError` where ``config`` cannot be met: itself, or ``"module:function"``.
+        damp_g: default of the option.
+        n, m: of N:M, which keeps ``n`` of every ``m`` weights; else 0.
+    """
+
+    name: str
+    shots: str | Callable[..., Any]
+    title: str = ""
+    coupled: bool = False
+    single_weights: bool = False
+    whole_model: bool = False
+    updates: tuple[str, ...] = ("joint", "none")
+    options: frozenset[str] = frozenset()
+    sparsity: float | None = None
+    default_sparsity: float = 0.3
+    default_shots: Callable[[float], int] = lambda sparsity: 5
+    shots_in: str | Callable[..., int] | None = None
+    damp_g: float = 0.01
     n: int = 0
     m: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Structure:
-        named = ("unstructured", "rows-columns", *COUPLED_STRUCTURES)
-        if text in named:
-            return cls(text)
+        """The structure of that name, or N:M.
+
+        Raises:
+            InputError: there is none.
+        """
+        if isinstance(text, str) and text in _structures:
+            return _structures[text]
         match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text) if isinstance(text, str) else None
         if match is None:
             raise InputError(
-                f"unknown structure {shown(text)}{meant(text, named)}: "
-                f"choose {', '.join(map(repr, named))} or N:M, such as '2:4'"
+                f"unknown structure {shown(text)}{meant(text, names())}: "
+                f"choose {', '.join(map(repr, names()))} or N:M, such as '2:4'"
             )
         n, m = int(match[1]), int(match[2])
         if not 0 < n < m:
             raise InputError(f"structure {text!r} keeps {n} of every {m} weights: N:M needs 0 < N < M")
-        return cls("n:m", n, m)
+        title = f"{m - n} of every {m} consecutive weights of a row"
+        return replace(_structures["unstructured"], name=text, title=title, sparsity=(m - n) / m, n=n, m=m)
 
     @property
-    def sparsity(self) -> float | None:
-        """The fraction of weights an N:M pattern removes; ``None`` where the user chooses it."""
-        return (self.m - self.n) / self.m if self.kind == "n:m" else None
+    def shot_class(self) -> Callable[..., Any]:
+        """The class of its shot object, imported."""
+        return _resolved(self.shots)
+
+    def count_shots(self, decoder: Any, config: Any) -> int:
+        """The number of shots that ``config`` takes with the model of ``decoder``.
+
+        Raises:
+            InputError: ``config`` cannot be met, as far as the sizes of the layers tell.
+        """
+        return config.shots if self.shots_in is None else _resolved(self.shots_in)(decoder, config)
 
     @property
-    def coupled(self) -> bool:
-        """Whether coupled groups go that make the model smaller."""
-        return self.kind in COUPLED_STRUCTURES
+    def kind(self) -> str:
+        """The name, ``"n:m"`` of all N:M."""
+        return "n:m" if self.m else self.name
 
-    @property
-    def single_weights(self) -> bool:
-        """Whether weights are chosen one by one, rather than in whole rows and columns."""
-        return self.kind in ("unstructured", "n:m")
+
+def register(structure: Structure) -> None:
+    """Add a structure, which ``structure=`` then takes wherever one is named.
+
+    Raises:
+        InputError: another one has its name, or an option is none of :data:`SPECIAL_OPTIONS`.
+    """
+    for option in sorted(structure.options - set(SPECIAL_OPTIONS)):
+        raise InputError(f"structure {structure.name!r} names an option {option!r}{meant(option, SPECIAL_OPTIONS)}")
+    if _structures.setdefault(structure.name, structure) != structure:
+        raise InputError(f"a structure {structure.name!r} is registered already")
+
+
+def names() -> list[str]:
+    """Names of all structures but N:M."""
+    return list(_structures)
+
+
+def structures_with(option: str) -> list[str]:
+    """Names of the structures that an option of :data:`SPECIAL_OPTIONS` has a meaning for, for messages."""
+    return [structure.name for structure in _structures.values() if option in structure.options]
+
+
+def _resolved(value: str | Callable[..., Any]) -> Callable[..., Any]:
+    if not isinstance(value, str):
+        return value
+    try:
+        return pkgutil.resolve_name(value)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{value!r} cannot be imported: {one_line(error)}") from error
+
+
+_OF_WEIGHTS = frozenset({"lora_rank", "offload", "curvature_layers"})
+_WEIGHTS = "llm_surgeon.shots.weights:WeightShots"
+_structures: dict[str, Structure] = {}
+for _structure in (
+    Structure(
+        "unstructured",
+        _WEIGHTS,
+        "single weights, anywhere in a matrix",
+        single_weights=True,
+        updates=("joint", "chunked", "independent", "none"),
+        options=_OF_WEIGHTS,
+        default_sparsity=0.5,
+        damp_g=0.1,
+    ),
+    Structure(
+        "rows-columns",
+        _WEIGHTS,
+        "whole rows and columns of the weight matrices",
+        updates=("joint", "independent", "none"),
+        options=_OF_WEIGHTS,
+        default_shots=lambda sparsity: max(1, round(80 * sparsity)),
+    ),
+    Structure(
+        "groups",
+        "llm_surgeon.structures.groups:GroupShots",
+        "neurons and attention heads, taken out of the model",
+        coupled=True,
+        options=frozenset({"importance", "round_to", "uniform", "skip_layers", "reconstruct", "lora_rank"}),
+    ),
+    Structure(
+        "width",
+        "llm_surgeon.structures.width:WidthShots",
+        "channels of the residual stream, taken out of the model",
+        coupled=True,
+        whole_model=True,
+        options=frozenset({"importance", "round_to"}),
+    ),
+    Structure(
+        "layers",
+        "llm_surgeon.structures.layers:BlockShots",
+        "whole decoder blocks, taken out of the model",
+        coupled=True,
+        options=frozenset({"importance", "skip_layers", "reconstruct"}),
+        default_shots=lambda sparsity: 1,
+        shots_in="llm_surgeon.structures.layers:count_blocks",
+    ),
+):
+    register(_structure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,10 @@ from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.planning.plan import make_plan
 from llm_surgeon.planning.result import Plan
 from llm_surgeon.progress import Progress
-from llm_surgeon.pruning import check_model, prune, with_block_shots
+from llm_surgeon.pruning import check_model, prune
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import choose_device, human_bytes, process_memory, require_disk, require_memory
-from llm_surgeon.structures.groups import reachable_dimensions
-from llm_surgeon.structures.layers import block_weights, reachable_blocks
-from llm_surgeon.structures.width import reachable_width, weights_removed
+from llm_surgeon.shots.runner import Run
 
 # Options about a GPU's memory alone.
 _GPU_OPTIONS = ("offload", "gpu_memory")
@@ -140,7 +139,8 @@ class CheckpointJob:
         self.config = dataclasses.replace(config, seqlen=choose_seqlen(config.seqlen, self.model))
         self.decoder = find_decoder(self.model)
         check_model(self.model, self.decoder, self.config)
-        self.config = with_block_shots(self.config, self.decoder)
+        shots = self.config.pattern.count_shots(self.decoder, self.config)
+        self.config = dataclasses.replace(self.config, shots=shots)
         assert self.config.seqlen is not None
         shape = self.config.samples, self.config.seqlen, self.config.seed
         require_room(self.config.samples, self.config.seqlen)
@@ -166,29 +166,10 @@ class CheckpointJob:
         Raises:
             InputError: the model cannot become smaller as asked, as :meth:`run` would.
         """
-        model, decoder, config = self.model, self.decoder, self.config
-        total = sum(linear.rows * linear.columns for linear in decoder.linears)
-        assert config.sparsity is not None
-        weights = round(config.sparsity * total)
-        kind = config.pattern.kind
-        if kind == "layers":
-            blocks, count = len(decoder.blocks), reachable_blocks(model, decoder, config)
-            if len(set(block_weights(decoder))) > 1:
-                return f"whole ones of {blocks} blocks of several sizes, about {weights:,} of {total:,} weights"
-            weights = total * count // blocks
-            return f"{count} of {blocks} blocks, {weights:,} of {total:,} weights, {count / blocks:.1%}"
-        if kind == "width":
-            residual, width = reachable_width(model, decoder, config)
-            weights = weights_removed(decoder, residual, width)
-            return (
-                f"{residual.width - width} of {residual.width} channels, {weights:,} of {total:,} weights, "
-                f"{weights / total:.1%}"
-            )
-        if kind == "groups":
-            reachable_dimensions(model, decoder, config)
-        least = "" if config.pattern.single_weights else "at least "
-        return f"{least}{weights:,} of {total:,} weights"
+        run = Run(self.model, self.decoder, self.calibration, self.config, self.plan)
+        return self.config.pattern.shot_class(run).removal()
 
+    @cached_property
     def plan(self) -> Plan:
         """How the run would go: memory, disk and time."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
@@ -202,7 +183,7 @@ class CheckpointJob:
             return self._run(progress)
 
     def _run(self, progress: Progress | None) -> PruneReport:
-        plan = self.plan()
+        plan = self.plan
         held = 0 if self.config.offload == "cpu" else plan.weights_bytes
         if plan.device.type == "cpu":  # the plan is of the whole process
             held = process_memory()
@@ -224,6 +205,7 @@ class CheckpointJob:
                 config=self.config,
                 correction_data=self.correction_data,
                 held_out=self.held_out,
+                plan=plan,
                 progress=progress,
             )
         if self.held_out is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from llm_surgeon.config.methods import method
+from llm_surgeon.config.structure import Structure
 from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError
 from llm_surgeon.report import format as text
@@ -20,13 +20,6 @@ from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import human_bytes
 
 _DATA = {"calibration": "Calibration text", "lora_data": "Text of the low-rank corrections"}
-STRUCTURES = {
-    "unstructured": "single weights, anywhere in a matrix",
-    "rows-columns": "whole rows and columns of the weight matrices",
-    "groups": "neurons and attention heads, taken out of the model",
-    "width": "channels of the residual stream, taken out of the model",
-    "layers": "whole decoder blocks, taken out of the model",
-}
 
 
 def render_html(report: PruneReport) -> str:
@@ -150,10 +143,10 @@ def describe_method(name: str) -> str:
 
 def describe_structure(structure: str) -> str:
     """What a ``structure`` option removes, in words."""
-    if match := re.fullmatch(r"(\d+):(\d+)", structure):
-        n, m = int(match[1]), int(match[2])
-        return f"{m - n} of every {m} consecutive weights of a row"
-    return STRUCTURES.get(structure, structure)
+    try:
+        return Structure.parse(structure).title or structure
+    except InputError:  # a report of a structure that is not registered here
+        return structure
 
 
 def _figures(report: PruneReport) -> list[tuple[Markup, str, str]]:

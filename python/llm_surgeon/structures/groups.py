@@ -1,10 +1,11 @@
-"""The shot loop for coupled groups: weights become zero shot by shot, and go for good at the end."""
+"""Shots that remove coupled groups: weights become zero shot by shot, and go for good at the end."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +14,10 @@ from torch import Tensor, nn
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
-from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
-from llm_surgeon.models.passes import mean_loss
-from llm_surgeon.progress import Progress
-from llm_surgeon.report.schema import ShotReport
-from llm_surgeon.shots.weights import ShotLoop
+from llm_surgeon.shots.runner import Run, Shot
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.find.dimensions import find_dimensions
@@ -32,119 +29,103 @@ from llm_surgeon.structures.select import check_reachable, select_groups
 from surgeon_kernels import NotPositiveDefiniteError, damp, objective, rows_columns_update, spd_inverse
 
 
-class GroupLoop(ShotLoop):
+class GroupShots:
     """Removes neurons and heads: costs and compensation in the linear that reads them, rows of the producers free.
 
     Only the consumers' factors are needed, so only theirs are estimated.
     """
 
-    def __init__(
-        self, model: nn.Module, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
-    ) -> None:
-        self.dimensions = [_alone(dimension) for dimension in reachable_dimensions(model, decoder, config)]
-        self._consumers = Decoder(decoder.blocks, [dimension.consumer for dimension in self.dimensions])
-        super().__init__(model, decoder, calibration, config, progress)
+    def __init__(self, run: Run) -> None:
+        self.run, self.config, self.decoder = run, run.config, run.decoder
+        dimensions = reachable_dimensions(run.model, run.decoder, run.config)
+        self.dimensions = [_with_own_factor(dimension) for dimension in dimensions]
         self.removed = [
             torch.zeros(d.groups, d.parts, dtype=torch.bool, device=d.columns.device) for d in self.dimensions
         ]
+        self.selections: list[Selection] = []
+        self._dense: list[nn.Module] = []  # blocks before pruning, where the rest is fitted to them
+        self._generator = torch.Generator().manual_seed(run.config.seed)
+        # Of the shot that is under way:
+        self._curvature: Curvature | None = None
+        self._gradients: WeightGradients | None = None
+
+    def removal(self) -> str:
+        total = sum(linear.rows * linear.columns for linear in self.decoder.linears)
+        assert self.config.sparsity is not None
+        return f"at least {round(self.config.sparsity * total):,} of {total:,} weights"
+
+    def begin(self, resources: ExitStack) -> None:
+        self.selections = self._as_selections()
         # Targets are computed without dropout, whatever mode the model is in.
-        self._dense = [copy.deepcopy(block).eval() for block in decoder.blocks] if config.reconstruct else []
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._dense = [copy.deepcopy(block).eval() for block in self.decoder.blocks] if self.config.reconstruct else []
 
-    def finish(self) -> None:
-        """Take what is zero out of the model."""
-        narrow(self.model, self.decoder, list(zip(self.dimensions, self.removed, strict=True)))
+    def pruned(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def _shot(self, index: int) -> None:
-        config = self.config
-        assert config.sparsity is not None and config.shots is not None
-        share = config.sparsity * (1.0 - (1.0 - index / config.shots) ** config.schedule)
-        seconds: dict[str, float] = {}
-        jitter: dict[str, float] = {}
-        with self._phase("curvature", seconds):
-            loss, curvature, gradients = self._measure(index)
-        with self._phase("selection", seconds):
-            costs = [
-                self._costs(dimension, removed, curvature, gradients, jitter)
-                for dimension, removed in self._each_dimension()
-            ]
-            weights = sum(selection.pruned.numel() for selection in self.selections)
-            target, final = (math.ceil(part * weights - 1e-6) for part in (share, config.sparsity))
-            self.removed, threshold = select_groups(self.dimensions, costs, self.removed, config, target, final)
-            self.selections = self._as_selections()
-        with self._phase("update", seconds):
-            self._before_update()
-            increases = [
-                self._update_dimension(dimension, removed, curvature) for dimension, removed in self._each_dimension()
-            ]
-        curvature = gradients = None  # what follows needs the memory
-        if config.reconstruct and index == config.shots:
-            with self._phase("reconstruction", seconds):
-                self._reconstruct()
-        self._correct(index, seconds)
-        self.reports.append(
-            ShotReport(
-                index=index,
-                target_sparsity=share,
-                sparsity=self._sparsity(),
-                threshold=threshold,
-                loss_before=loss,
-                predicted_increase=sum(increases) if config.importance == "kronecker" else None,
-                seconds=seconds,
-                jitter=jitter,
-                correction_rank=index * config.lora_rank,
-            )
-        )
-
-    def _reconstruct(self) -> None:
-        reconstruct(
-            self.model,
-            self.decoder,
-            self._dense,
-            {dimension.kind for dimension in self.dimensions},
-            self.calibration,
-            damping=self.config.damp_a,
-            batch_size=self.batch_size,
-            progress=self.progress.step,
-        )
-
-    def _measure(self, index: int) -> tuple[float, Curvature | None, WeightGradients | None]:
-        """The loss, the consumers' factors and the weights' gradients, where they are needed."""
-        config, curvature, gradients = self.config, None, None
+    def measure(self, shot: Shot) -> float:
+        """Estimate the consumers' factors and the weights' gradients, where they are needed; the loss."""
+        run, config = self.run, self.config
         if config.importance == "kronecker" or config.update == "joint":
-            curvature = estimate_curvature(
-                self.model,
-                self._consumers,
-                self.calibration,
-                batch_size=self.batch_size,
+            self._curvature = estimate_curvature(
+                run.model,
+                Decoder(self.decoder.blocks, [dimension.consumer for dimension in self.dimensions]),
+                run.calibration,
+                batch_size=run.plan.batch_size,
                 fisher=config.fisher,
-                seed=config.seed + index,
+                seed=config.seed + shot.index,
                 gradients=config.importance == "kronecker",
-                checkpoint_activations=self.plan.checkpoint_activations,
-                progress=self.progress.step,
+                checkpoint_activations=run.plan.checkpoint_activations,
+                progress=run.progress.step,
             )
         if config.importance in GRADIENT_IMPORTANCES:
             weights = [linear.module.get_parameter("weight") for linear in self.decoder.linears]
-            gradients = weight_gradients(self.model, weights, self.calibration, self.progress.step)
-        if curvature is not None:
-            return curvature.loss, curvature, gradients
-        if gradients is not None:
-            return gradients.loss, None, gradients
-        return mean_loss(self.model, self.calibration, self.batch_size), None, None
+            self._gradients = weight_gradients(run.model, weights, run.calibration, run.progress.step)
+        found = self._curvature or self._gradients
+        return run.loss() if found is None else found.loss
 
-    def _costs(
-        self,
-        dimension: Dimension,
-        removed: Tensor,
-        curvature: Curvature | None,
-        gradients: WeightGradients | None,
-        jitter: dict[str, float],
-    ) -> DimensionCosts:
+    def select(self, shot: Shot) -> None:
+        jitter = shot.report.jitter
+        costs = [self._costs(dimension, removed, jitter) for dimension, removed in self._each_dimension()]
+        weights = sum(selection.pruned.numel() for selection in self.selections)
+        assert self.config.sparsity is not None
+        sparsities = (shot.report.target_sparsity, self.config.sparsity)
+        target, final = (math.ceil(sparsity * weights - 1e-6) for sparsity in sparsities)
+        self.removed, shot.report.threshold = select_groups(
+            self.dimensions, costs, self.removed, self.config, target, final
+        )
+        self.selections = self._as_selections()
+
+    def update(self, shot: Shot) -> None:
+        increases = [self._update_dimension(dimension, removed) for dimension, removed in self._each_dimension()]
+        if self.config.importance == "kronecker":
+            shot.report.predicted_increase = sum(increases)
+        self._curvature = self._gradients = None  # what follows needs the memory
+        if self.config.reconstruct and shot.last:
+            shot.phase("reconstruction")
+            self._reconstruct()
+
+    def finish(self) -> None:
+        """Take what is zero out of the model."""
+        narrow(self.run.model, self.decoder, list(zip(self.dimensions, self.removed, strict=True)))
+
+    def _reconstruct(self) -> None:
+        reconstruct(
+            self.run.model,
+            self.decoder,
+            self._dense,
+            {dimension.kind for dimension in self.dimensions},
+            self.run.calibration,
+            damping=self.config.damp_a,
+            batch_size=self.run.plan.batch_size,
+            progress=self.run.progress.step,
+        )
+
+    def _costs(self, dimension: Dimension, removed: Tensor, jitter: dict[str, float]) -> DimensionCosts:
         config, consumer = self.config, dimension.consumer
         if config.importance != "kronecker":
-            return group_importance(dimension, config.importance, gradients, self._generator)
-        assert curvature is not None and config.damp_g is not None
-        G, A = curvature.factors(consumer)
+            return group_importance(dimension, config.importance, self._gradients, self._generator)
+        assert self._curvature is not None and config.damp_g is not None
+        G, A = self._curvature.factors(consumer)
         assert G is not None
         # What is gone cannot compensate, though its inputs may live on in other heads of its group.
         gone = dimension.removed_columns(removed)
@@ -159,10 +140,10 @@ class GroupLoop(ShotLoop):
             jitter[consumer.name] = a.jitter
         return kronecker_costs(dimension, consumer.matrix(A.dtype), damp(G, config.damp_g), a.inverse, removed)
 
-    def _update_dimension(self, dimension: Dimension, removed: Tensor, curvature: Curvature | None) -> float:
+    def _update_dimension(self, dimension: Dimension, removed: Tensor) -> float:
         """Zero the removed parts, compensate in the consumer; the predicted increase of the loss, where G is known."""
         consumer, config = dimension.consumer, self.config
-        G, A = (None, None) if curvature is None else curvature.factors(consumer)
+        G, A = (None, None) if self._curvature is None else self._curvature.factors(consumer)
         weight = consumer.matrix(torch.float32 if A is None else A.dtype)
         columns = torch.zeros_like(weight[0], dtype=torch.bool)
         columns[: consumer.columns] = dimension.removed_columns(removed)
@@ -198,9 +179,8 @@ class GroupLoop(ShotLoop):
         return [Selection.of_rows_columns(rows[x.name], columns[x.name]) for x in self.decoder.linears]
 
     def _each_dimension(self) -> Iterator[tuple[Dimension, Tensor]]:
-        for done, pair in enumerate(zip(self.dimensions, self.removed, strict=True)):
-            self.progress.step(done, len(self.dimensions), pair[0].consumer.name)
-            yield pair
+        pairs = zip(self.dimensions, self.removed, strict=True)
+        return self.run.each(pairs, lambda pair: pair[0].consumer.name)
 
 
 def reachable_dimensions(model: Any, decoder: Decoder, config: PruneConfig) -> list[Dimension]:
@@ -233,6 +213,6 @@ def _smallest_step(dimensions: list[Dimension], config: PruneConfig) -> list[tup
     return removed
 
 
-def _alone(dimension: Dimension) -> Dimension:
+def _with_own_factor(dimension: Dimension) -> Dimension:
     """With a factor A of the consumer's own, whatever other linear reads the same input."""
     return replace(dimension, consumer=replace(dimension.consumer, input_group=dimension.consumer.name))

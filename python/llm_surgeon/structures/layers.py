@@ -1,10 +1,10 @@
-"""Removal of whole decoder blocks: the cheapest by measured loss, one at a time."""
+"""Shots that remove whole decoder blocks: the cheapest by measured loss, one at a time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,21 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
-from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
-from llm_surgeon.models.passes import mean_loss
-from llm_surgeon.progress import Progress
-from llm_surgeon.report.schema import ShotReport
-from llm_surgeon.shots.weights import ShotLoop
+from llm_surgeon.shots.runner import Run, Shot
 from llm_surgeon.structures.find.residual import find_ends
 from llm_surgeon.structures.importance import line_importance, weight_gradients
 from llm_surgeon.structures.reconstruct import reconstruct
 from llm_surgeon.structures.remove.groups import probe_logits, undone, verified
 
 
-class BlockLoop(ShotLoop):
+class BlockShots:
     """Removes whole blocks, one per shot, as long as each brings the weights that are gone nearer to the sparsity.
 
     With ``importance="kronecker"`` a block's cost is the rise of the calibration loss without it, measured by a
@@ -35,33 +31,63 @@ class BlockLoop(ShotLoop):
     ``reconstruct`` the blocks that stay take over, by least squares, what a linear map can of those that go.
     """
 
-    def __init__(
-        self, model: Any, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
-    ) -> None:
-        self._count = reachable_blocks(model, decoder, config)
-        super().__init__(model, decoder, calibration, config, progress)
-
-    def _run(self) -> None:
-        config = self.config
-        if config.reconstruct:
-            self._writers = {writer.kind for writer in find_ends(self.model, self.decoder)[1]}
+    def __init__(self, run: Run) -> None:
+        self.run, self.config, self.decoder = run, run.config, run.decoder
+        self._count = reachable_blocks(run.model, run.decoder, run.config)
         self.removed: list[int] = []
-        self.progress.shots(self._count)
-        while self._candidates():
-            self.progress.shot(len(self.removed) + 1)
-            self._shot(len(self.removed) + 1)
-        if config.reconstruct:
-            with self._phase("reconstruction", self.reports[-1].seconds):
-                self._reconstruct()
-        with self._as_pruned():
-            self._record_loss_after(self.reports[-1], mean_loss(self.model, self.calibration, self.batch_size))
+        self.selections: list[Selection] = []
+        self._loss = 0.0  # of the shot that is under way
 
-    def _as_pruned(self) -> AbstractContextManager[None]:
+    def removal(self) -> str:
+        weights, blocks = block_weights(self.decoder), len(self.decoder.blocks)
+        assert self.config.sparsity is not None
+        if len(set(weights)) > 1:
+            about = round(self.config.sparsity * sum(weights))
+            return f"whole ones of {blocks} blocks of several sizes, about {about:,} of {sum(weights):,} weights"
+        gone = sum(weights) * self._count // blocks
+        return f"{self._count} of {blocks} blocks, {gone:,} of {sum(weights):,} weights, {self._count / blocks:.1%}"
+
+    def begin(self, resources: ExitStack) -> None:
+        self.selections = self._as_selections()
+
+    def pruned(self) -> AbstractContextManager[None]:
         return skipped(self.decoder.blocks, self.removed)
+
+    def measure(self, shot: Shot) -> float:
+        with self.pruned():
+            self._loss = self.run.loss()
+        return self._loss
+
+    def select(self, shot: Shot) -> None:
+        left, weights = self._candidates(), block_weights(self.decoder)
+        with self.pruned():
+            costs = self._costs(left)
+        chosen = min(left, key=lambda depth: costs[depth] / weights[depth])
+        self.removed.append(chosen)
+        self.selections = self._as_selections()
+        shot.last = not self._candidates()
+        # Whole blocks go: what is asked for after a shot is what it comes to.
+        shot.report.target_sparsity = sum(weights[depth] for depth in self.removed) / sum(weights)
+        if self.config.importance == "kronecker":
+            shot.report.predicted_increase = costs[chosen]
+
+    def update(self, shot: Shot) -> None:
+        if self.config.reconstruct and shot.last:
+            shot.phase("reconstruction")
+            self._reconstruct()
 
     def finish(self) -> None:
         """Take the blocks out of the model."""
-        remove_blocks(self.model, self.decoder, self.removed)
+        remove_blocks(self.run.model, self.decoder, self.removed)
+
+    def _as_selections(self) -> list[Selection]:
+        """What is gone, as rows and columns of every linear."""
+        selections = []
+        for linear in self.decoder.linears:
+            device, gone = linear.module.get_parameter("weight").device, linear.depth in self.removed
+            rows, columns = (torch.full((size,), gone, device=device) for size in (linear.rows, linear.columns))
+            selections.append(Selection.of_rows_columns(rows, columns, (linear.rows * gone, linear.columns * gone)))
+        return selections
 
     def _candidates(self) -> list[int]:
         """Blocks that may go next and leave enough to go on with: at equal distances more goes, in any case a block."""
@@ -77,47 +103,27 @@ class BlockLoop(ShotLoop):
         enough = [d for d in nearer if not _out_of_reach(missing - weights[d], weights, set(left) - {d}, self.config)]
         return enough or nearer
 
-    def _shot(self, index: int) -> None:
-        seconds: dict[str, float] = {}
-        left, weights = self._candidates(), block_weights(self.decoder)
-        with self._phase("selection", seconds):
-            with skipped(self.decoder.blocks, self.removed):
-                loss = mean_loss(self.model, self.calibration, self.batch_size)
-                costs = self._costs(left, loss)
-            chosen = min(left, key=lambda depth: costs[depth] / weights[depth])
-            self.removed.append(chosen)
-            after = costs[chosen] if self.config.importance == "kronecker" else None
-        for position, linear in enumerate(self.decoder.linears):
-            if linear.depth == chosen:
-                everything = torch.ones_like(self.selections[position].pruned)
-                self.selections[position] = Selection.of_rows_columns(everything[:, 0], everything[0])
-        gone = self._sparsity()
-        self.reports.append(ShotReport(index, gone, gone, loss_before=loss, predicted_increase=after, seconds=seconds))
-        if index > 1:
-            self._record_loss_after(self.reports[-2], loss)
-
     def _reconstruct(self) -> None:
-        self._before_update()
+        writers = {writer.kind for writer in find_ends(self.run.model, self.decoder)[1]}
         reconstruct(
-            self.model,
+            self.run.model,
             self.decoder,
             self.decoder.blocks,
-            self._writers,
-            self.calibration,
+            writers,
+            self.run.calibration,
             damping=self.config.damp_a,
-            batch_size=self.batch_size,
+            batch_size=self.run.plan.batch_size,
             skipped=self.removed,
-            progress=self.progress.step,
+            progress=self.run.progress.step,
         )
 
-    def _costs(self, left: list[int], loss: float) -> dict[int, float]:
+    def _costs(self, left: list[int]) -> dict[int, float]:
         importance = self.config.importance
         costs = {}
         if importance == "kronecker":
-            for done, depth in enumerate(left):
-                self.progress.step(done, len(left), f"block {depth}")
-                with skipped(self.decoder.blocks, [*self.removed, depth]):
-                    costs[depth] = mean_loss(self.model, self.calibration, self.batch_size) - loss
+            for depth in self.run.each(left, "block {}".format):
+                with skipped(self.decoder.blocks, [depth]):
+                    costs[depth] = self.run.loss() - self._loss
             return costs
         if importance == "random":
             generator = torch.Generator().manual_seed(self.config.seed + len(self.removed))
@@ -126,7 +132,7 @@ class BlockLoop(ShotLoop):
         linears = [linear for linear in self.decoder.linears if linear.depth in left]
         if importance in GRADIENT_IMPORTANCES:
             weights = [linear.module.get_parameter("weight") for linear in linears]
-            gradients = weight_gradients(self.model, weights, self.calibration, self.progress.step)
+            gradients = weight_gradients(self.run.model, weights, self.run.calibration, self.run.progress.step)
         costs = dict.fromkeys(left, 0.0)
         for linear in linears:
             costs[linear.depth] += float(line_importance(linear, importance, gradients, dim=1).sum())

@@ -1,9 +1,9 @@
-"""The shot loop for the residual width: channels leave embeddings, norms, head, and every reader and writer."""
+"""Shots that narrow the residual stream: channels leave embeddings, norms, head, and every reader and writer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
-from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.loss import count_tokens, differentiable_loss
 from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at
-from llm_surgeon.progress import Progress
-from llm_surgeon.report.schema import ShotReport
-from llm_surgeon.shots.weights import ShotLoop
+from llm_surgeon.shots.runner import Run, Shot
 from llm_surgeon.structures.find.residual import Residual, find_residual, kept_width
 from llm_surgeon.structures.importance import line_importance, weight_gradients
 from llm_surgeon.structures.remove.channels import remove_channels, zero_channels
@@ -28,7 +25,7 @@ from llm_surgeon.structures.remove.groups import undone
 from surgeon_kernels import NotPositiveDefiniteError, damp, gram_accumulate_, rows_columns_update, spd_inverse
 
 
-class WidthLoop(ShotLoop):
+class WidthShots:
     """Removes channels of the residual stream, the same everywhere.
 
     What a channel costs at a norm's output x, all who read it compensating, is ``½ E[(∂L/∂x_c)²] / [A⁻¹]_cc`` with
@@ -36,72 +33,82 @@ class WidthLoop(ShotLoop):
     cost is the sum over all norms. The readers' other columns (not a head's tied to the embedding) compensate.
     """
 
-    def __init__(
-        self, model: nn.Module, decoder: Decoder, calibration: Calibration, config: PruneConfig, progress: Progress
-    ) -> None:
-        self.residual, self._goal = reachable_width(model, decoder, config)
-        super().__init__(model, decoder, calibration, config, progress)
-        self.removed = torch.zeros(self.residual.width, dtype=torch.bool, device=self.device)
-        self._generator = torch.Generator().manual_seed(config.seed)
+    def __init__(self, run: Run) -> None:
+        self.run, self.config, self.decoder = run, run.config, run.decoder
+        self.residual, self._goal = reachable_width(run.model, run.decoder, run.config)
+        self.removed = torch.zeros(self.residual.width, dtype=torch.bool, device=run.plan.device)
+        self.selections: list[Selection] = []
+        self._generator = torch.Generator().manual_seed(run.config.seed)
+        self._moments: _Moments | None = None  # of the shot that is under way
+
+    def removal(self) -> str:
+        residual, total = self.residual, sum(linear.rows * linear.columns for linear in self.decoder.linears)
+        weights = weights_removed(self.decoder, residual, self._goal)
+        return (
+            f"{residual.width - self._goal} of {residual.width} channels, {weights:,} of {total:,} weights, "
+            f"{weights / total:.1%}"
+        )
+
+    def begin(self, resources: ExitStack) -> None:
+        self.selections = self._as_selections()
+
+    def pruned(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def measure(self, shot: Shot) -> float:
+        self._moments = self._measure()
+        return self._moments.loss
+
+    def select(self, shot: Shot) -> None:
+        assert self._moments is not None
+        goal = round(shot.fraction * (self.residual.width - self._goal))
+        costs = self._costs(self._moments).masked_fill(self.removed, -torch.inf)
+        chosen = costs.argsort(stable=True)[:goal]
+        if self.config.importance == "kronecker":
+            shot.report.predicted_increase = float(costs[chosen].clamp_min(0.0).sum())
+        self.removed[chosen] = True
+        self.selections = self._as_selections()
+
+    def update(self, shot: Shot) -> None:
+        assert self._moments is not None
+        self._update_readers(self._moments)
+        zero_channels(self.residual, self.removed)
+        self._moments = None  # what follows needs the memory
 
     def finish(self) -> None:
         """Take the channels out of the model."""
-        remove_channels(self.model, self.decoder, self.residual, self.removed)
+        remove_channels(self.run.model, self.decoder, self.residual, self.removed)
 
-    def _shot(self, index: int) -> None:
-        config = self.config
-        assert config.sparsity is not None and config.shots is not None
-        share = 1.0 - (1.0 - index / config.shots) ** config.schedule
-        goal = round(share * (self.residual.width - self._goal))
-        seconds: dict[str, float] = {}
-        with self._phase("curvature", seconds):
-            moments = self._measure()
-        with self._phase("selection", seconds):
-            costs = self._costs(moments).masked_fill(self.removed, -torch.inf)
-            chosen = costs.argsort(stable=True)[:goal]
-            predicted = float(costs[chosen].clamp_min(0.0).sum())
-            self.removed[chosen] = True
-            self.selections = [
-                Selection.of_rows_columns(
-                    self._mask(linear.rows, linear in self.residual.writers),
-                    self._mask(linear.columns, linear in self.residual.readers),
-                )
-                for linear in self.decoder.linears
-            ]
-        with self._phase("update", seconds):
-            self._before_update()
-            self._update_readers(moments)
-            zero_channels(self.residual, self.removed)
-        self.reports.append(
-            ShotReport(
-                index=index,
-                target_sparsity=config.sparsity * share,
-                sparsity=self._sparsity(),
-                loss_before=moments.loss,
-                predicted_increase=predicted if config.importance == "kronecker" else None,
-                seconds=seconds,
+    def _as_selections(self) -> list[Selection]:
+        """What is gone, as rows and columns of every linear."""
+        return [
+            Selection.of_rows_columns(
+                self._mask(linear.rows, linear in self.residual.writers),
+                self._mask(linear.columns, linear in self.residual.readers),
             )
-        )
+            for linear in self.decoder.linears
+        ]
 
     def _mask(self, size: int, whole: bool) -> Tensor:
         return self.removed if whole else torch.zeros(size, dtype=torch.bool, device=self.removed.device)
 
     def _measure(self) -> _Moments:
         """Second moments of every norm's output, with a constant 1 appended, and of the loss's gradient there."""
+        run = self.run
         found = _Moments(self.residual.width, self.residual.norms, self.removed.device)
-        _, targets = count_tokens(self.model, self.calibration)
-        batches, total = -(-len(self.calibration.input_ids) // self.batch_size), 0.0
+        _, targets = count_tokens(run.model, run.calibration)
+        batches, total = -(-len(run.calibration.input_ids) // run.plan.batch_size), 0.0
         with (
-            frozen(self.model),
-            evaluation_mode(self.model),
-            found.hooked(self.model, self.residual.readers),
+            frozen(run.model),
+            evaluation_mode(run.model),
+            found.hooked(run.model, self.residual.readers),
             torch.enable_grad(),
         ):
-            for done, (ids, mask) in enumerate(self.calibration.batches(self.batch_size, self.device), 1):
-                loss = differentiable_loss(run_model(self.model, ids, mask).logits, ids, mask, "sum")
+            for done, (ids, mask) in enumerate(run.calibration.batches(run.plan.batch_size, run.plan.device), 1):
+                loss = differentiable_loss(run_model(run.model, ids, mask).logits, ids, mask, "sum")
                 loss.backward()
                 total += float(loss.detach())
-                self.progress.step(done, batches)
+                run.progress.step(done, batches)
         found.loss, found.tokens = total / targets, targets
         return found
 
@@ -118,7 +125,7 @@ class WidthLoop(ShotLoop):
         gradients = None
         if importance in GRADIENT_IMPORTANCES:
             weights = [linear.module.get_parameter("weight") for linear in self.decoder.linears]
-            gradients = weight_gradients(self.model, weights, self.calibration, self.progress.step)
+            gradients = weight_gradients(self.run.model, weights, self.run.calibration, self.run.progress.step)
         parts = [line_importance(linear, importance, gradients, dim=0) for linear in residual.readers]
         parts += [line_importance(linear, importance, gradients, dim=1) for linear in residual.writers]
         return torch.stack(parts).sum(dim=0)

@@ -455,7 +455,7 @@ def test_too_little_memory_or_disk_is_found_before_the_work_starts(tmp_path, sen
     def started(*_, **__):
         raise AssertionError("the work has started")
 
-    monkeypatch.setattr("llm_surgeon.pruning.ShotLoop", started)
+    monkeypatch.setattr("llm_surgeon.pruning.run_shots", started)
     if resource == "memory":
         real = psutil.virtual_memory()
         monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=20_000_000))

@@ -14,16 +14,17 @@ from llm_surgeon.errors import InputError
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("unstructured", Structure("unstructured")),
-        ("rows-columns", Structure("rows-columns")),
-        ("2:4", Structure("n:m", 2, 4)),
-        ("1:2", Structure("n:m", 1, 2)),
-        ("16:32", Structure("n:m", 16, 32)),
+        ("unstructured", ("unstructured", None, 0, 0, True)),
+        ("rows-columns", ("rows-columns", None, 0, 0, False)),
+        ("2:4", ("2:4", 0.5, 2, 4, True)),
+        ("1:2", ("1:2", 0.5, 1, 2, True)),
+        ("8:32", ("8:32", 0.75, 8, 32, True)),
     ],
 )
 def test_structure_is_parsed(text, expected):
-    assert Structure.parse(text) == expected
-    assert PruneConfig(structure=text).pattern == expected
+    found = Structure.parse(text)
+    assert (found.name, found.sparsity, found.n, found.m, found.single_weights) == expected
+    assert PruneConfig(structure=text).pattern == found
 
 
 @pytest.mark.parametrize("text", ["", "2-4", "2:4:8", " 2:4", "2:4\n", "-2:4", "2.0:4", "rows", "Unstructured"])

@@ -7,10 +7,11 @@ from llm_surgeon import InputError, PruneConfig
 from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder, find_decoder
-from llm_surgeon.progress import Progress
+from llm_surgeon.planning.plan import make_plan
+from llm_surgeon.shots.runner import Run
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.find.dimensions import find_dimensions
-from llm_surgeon.structures.groups import GroupLoop
+from llm_surgeon.structures.groups import GroupShots
 from llm_surgeon.structures.narrowing import State
 from llm_surgeon.structures.select import check_reachable, select_groups
 from surgeon_kernels import damp, objective, rows_columns_update, spd_inverse
@@ -168,11 +169,12 @@ def test_what_is_gone_does_not_compensate_in_later_costs():
     decoder = find_decoder(model)
     calibration = Calibration(TOKENS)
     config = PruneConfig(structure="groups", samples=len(TOKENS), seqlen=TOKENS.shape[1])
-    loop = GroupLoop(model, decoder, calibration, config, Progress())
-    heads = loop.dimensions[0]
-    curvature = estimate_curvature(model, Decoder(decoder.blocks, [heads.consumer]), calibration, batch_size=4)
+    shots = GroupShots(Run(model, decoder, calibration, config, make_plan(model, decoder, config)))
+    heads = shots.dimensions[0]
+    consumer = Decoder(decoder.blocks, [heads.consumer])
+    shots._curvature = curvature = estimate_curvature(model, consumer, calibration, batch_size=4)
     removed = torch.tensor([[True, False], [False, True]])
-    found = loop._costs(heads, removed, curvature, None, {})
+    found = shots._costs(heads, removed, {})
 
     G, A = curvature.factors(heads.consumer)
     alive = ~heads.removed_columns(removed)

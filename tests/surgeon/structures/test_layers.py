@@ -13,7 +13,7 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder, find_decoder
 from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.progress import Progress
-from llm_surgeon.structures.layers import BlockLoop, block_weights, count_blocks, remove_blocks, skipped
+from llm_surgeon.structures.layers import BlockShots, block_weights, count_blocks, remove_blocks, skipped
 from llm_surgeon.structures.remove.groups import probe_logits
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
@@ -163,16 +163,16 @@ def test_the_nearest_number_of_blocks_goes(sparsity, blocks, count):
 )
 def test_of_blocks_of_several_sizes_go_as_many_weights_as_were_asked_for(weights, sparsity, gone):
     linears = [SimpleNamespace(rows=1, columns=count, depth=depth) for depth, count in enumerate(weights)]
-    loop, draw = BlockLoop.__new__(BlockLoop), random.Random(0)
-    loop.decoder = Decoder([torch.nn.Identity()] * len(weights), linears)
-    loop.config = PruneConfig(structure="layers", sparsity=sparsity, min_kept=0.0)
+    shots, draw = BlockShots.__new__(BlockShots), random.Random(0)
+    shots.decoder = Decoder([torch.nn.Identity()] * len(weights), linears)
+    shots.config = PruneConfig(structure="layers", sparsity=sparsity, min_kept=0.0)
     for _ in range(20):  # whatever is the cheapest
-        loop.removed = []
-        while candidates := loop._candidates():
-            loop.removed.append(draw.choice(candidates))
-        removed = sum(weights[depth] for depth in loop.removed)
-        left = [weights[depth] for depth in range(len(weights)) if depth not in loop.removed]
-        assert loop.removed and left and (gone is None or gone >= set(loop.removed))
+        shots.removed = []
+        while candidates := shots._candidates():
+            shots.removed.append(draw.choice(candidates))
+        removed = sum(weights[depth] for depth in shots.removed)
+        left = [weights[depth] for depth in range(len(weights)) if depth not in shots.removed]
+        assert shots.removed and left and (gone is None or gone >= set(shots.removed))
         missed = abs(removed - sparsity * sum(weights))
         assert missed < 0.15 * sum(weights)
         assert len(left) == 1 or all(missed <= abs(removed + more - sparsity * sum(weights)) for more in left)

@@ -1,0 +1,218 @@
+"""A pruning run, shot by shot (Algorithm 1 of LLM Surgeon): schedule, phases, losses, corrections and reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.methods.select import Selection
+from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.models.offload import offloaded
+from llm_surgeon.models.passes import mean_loss, to_list
+from llm_surgeon.planning.result import Plan
+from llm_surgeon.progress import Progress
+from llm_surgeon.report.schema import ShotReport
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all shots of a run share.
+
+    Attributes:
+        model: the causal LM that ``decoder`` is part of, pruned in place.
+        calibration: windows that curvature and losses are measured on.
+        config: what to prune and how.
+        plan: the layout: device, windows per batch, blocks per pass, what is kept.
+        correction_data: what low-rank corrections learn from; the calibration windows where left out.
+        held_out: windows that the loss is measured on before the first and after the last shot.
+    """
+
+    model: Any
+    decoder: Decoder
+    calibration: Calibration
+    config: PruneConfig
+    plan: Plan
+    progress: Progress = field(default_factory=Progress)
+    correction_data: Calibration | None = None
+    held_out: Calibration | None = None
+
+    def loss(self) -> float:
+        """Mean token loss of the calibration windows, nats per token."""
+        return mean_loss(self.model, self.calibration, self.plan.batch_size)
+
+    def each(self, items: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
+        """Yield ``items``, and tell which is under way."""
+        every = list(items)
+        for done, item in enumerate(every):
+            self.progress.step(done, len(every), name(item))
+            yield item
+
+
+class Shot:
+    """One round of measure, select, update.
+
+    Attributes:
+        fraction: of what the whole run removes, what is to be gone after this shot.
+        last: no shot follows. A structure that cannot tell beforehand says so while it updates.
+        report: the shot's own; ``measure``, ``select`` and ``update`` fill in what they find.
+    """
+
+    def __init__(self, index: int, fraction: float, last: bool, report: ShotReport, progress: Progress) -> None:
+        self.index, self.fraction, self.last, self.report = index, fraction, last, report
+        self._progress, self._begun = progress, 0.0
+        self._phase: str | None = None
+
+    def phase(self, name: str) -> None:
+        """Begin a phase, which ends the one before: its seconds go into the report."""
+        self.end_phase()
+        self._progress.phase(name)
+        self._phase, self._begun = name, time.perf_counter()
+
+    def end_phase(self) -> None:
+        """End the phase under way, if there is one, once the device has done its work."""
+        if self._phase is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.report.seconds[self._phase] = time.perf_counter() - self._begun
+            self._phase = None
+
+
+class Shots(Protocol):
+    """The shot object of a structure: what differs between structures in a run, which :func:`run_shots` carries out.
+
+    It is made of a :class:`Run`, once the model has been checked. The constructor finds what can be removed, takes no
+    memory to speak of, changes nothing, and raises an :class:`InputError` or an :class:`UnsupportedModelError` where
+    the sparsity cannot be met or the model cannot do without. Then come ``begin``, for every shot ``measure``,
+    ``select`` and ``update``, and ``finish``. What one call leaves to the next the object keeps, and lets go of as soon
+    as it can: factors and gradients are as large as the model.
+
+    Attributes:
+        selections: of every linear of the decoder what is pruned so far, ``[R, C]``; read after every update.
+    """
+
+    selections: list[Selection]
+
+    def removal(self) -> str:
+        """Say what goes, with the numbers of this run: the end of the sentence "would remove ..."."""
+
+    def begin(self, resources: ExitStack) -> None:
+        """Make what the shots share, ``selections`` of nothing included; ``resources`` are closed after the last
+        one."""
+
+    def pruned(self) -> AbstractContextManager[object]:
+        """Context manager in which the model computes what it will once it is finished."""
+
+    def measure(self, shot: Shot) -> float:
+        """Measure what the costs of this shot need, on the model as the last shot left it.
+
+        Returns:
+            The mean loss of the calibration windows, nats per token: mostly a by-product, else ``run.loss()``.
+        """
+
+    def select(self, shot: Shot) -> None:
+        """Choose what is to be gone after this shot, ``shot.fraction`` of all, what went earlier included.
+
+        Sets ``selections``, and ``shot.report.threshold`` where one cost bounds what goes. No weight changes.
+        """
+
+    def update(self, shot: Shot) -> None:
+        """Make what was selected zero, and let the rest compensate for it.
+
+        Sets ``shot.report.predicted_increase``, ``solver`` and ``jitter`` where they are known, ``selections`` again
+        where they became others, and ``shot.last`` where only this tells. Further work has phases of its own.
+        """
+
+    def finish(self) -> None:
+        """Take what is zero out of the model for good, where the structure makes it smaller; last call of a run."""
+
+
+@dataclass
+class Outcome:
+    """What :func:`run_shots` found: a report for every shot, and the losses on held-out windows before and after."""
+
+    shots: list[ShotReport]
+    held_out: list[float]
+
+
+def run_shots(shots: Shots, run: Run, before_update: Callable[[], object] = lambda: None) -> Outcome:
+    """Carry out every shot, all but ``shots.finish()``; ``before_update`` is called whenever weights will change.
+
+    Raises:
+        NumericalError: NaN or infinity, or a factor that is not positive definite; the layer is named.
+    """
+    outcome, losses = Outcome([], []), []
+    with ExitStack() as resources, ExitStack() as home:
+        if run.config.offload == "cpu":
+            home.enter_context(offloaded(run.model, run.decoder, run.plan.device))
+        shots.begin(resources)
+        _measure_held_out(run, outcome)
+        for shot in _schedule(run):
+            losses.append(_carry_out(shots, run, shot, before_update))
+            outcome.shots.append(shot.report)
+        with shots.pruned():
+            shot.phase("measure loss")
+            losses.append(run.loss())
+            shot.end_phase()
+            _measure_held_out(run, outcome)
+    for report, (before, after) in zip(outcome.shots, pairwise(losses), strict=True):
+        report.measured_increase = after - before
+    return outcome
+
+
+def _schedule(run: Run) -> Iterator[Shot]:
+    """The shots: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of what the run removes is gone."""
+    config = run.config
+    assert config.sparsity is not None and config.shots is not None
+    run.progress.shots(config.shots)
+    index, last = 0, False
+    while not last:
+        index += 1
+        run.progress.shot(index)
+        # Where the number of shots turned out larger than it seemed, everything may be gone.
+        left = max(0.0, 1.0 - index / config.shots)
+        fraction = 1.0 - left**config.schedule
+        report = ShotReport(index, config.sparsity * fraction, 0.0)
+        shot = Shot(index, fraction, index == config.shots, report, run.progress)
+        yield shot
+        last = shot.last
+
+
+def _carry_out(shots: Shots, run: Run, shot: Shot, before_update: Callable[[], object]) -> float:
+    """One shot; the loss before it."""
+    config, report = run.config, shot.report
+    shot.phase("curvature")
+    loss = shots.measure(shot)
+    shot.phase("selection")
+    shots.select(shot)
+    shot.phase("update")
+    before_update()
+    shots.update(shot)
+    if config.lora_rank:
+        shot.phase("correction")
+        from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
+
+        data = run.calibration if run.correction_data is None else run.correction_data
+        correct(run.model, run.decoder, data, config, shot.index, run.progress)
+    shot.end_phase()
+    removed = sum(to_list([selection.pruned.count_nonzero() for selection in shots.selections]))
+    report.sparsity = removed / sum(selection.pruned.numel() for selection in shots.selections)
+    report.loss_before, report.correction_rank = loss, shot.index * config.lora_rank
+    return loss
+
+
+def _measure_held_out(run: Run, outcome: Outcome) -> None:
+    if run.held_out is not None:
+        run.progress.phase("held-out loss")
+        tokens = run.plan.batch_size * run.calibration.input_ids.shape[1]
+        batch_size = max(1, tokens // run.held_out.input_ids.shape[1])
+        outcome.held_out.append(mean_loss(run.model, run.held_out, batch_size))
