@@ -14,7 +14,7 @@ as they are for a dense model; prompts gain the most.
 
 from llm_surgeon.formats.packed_2_4 import Surgeon24Config
 from llm_surgeon.formats.packed_linear import PackedLinear
-from llm_surgeon.inference.merge_packed_linears import FusedLinear, fuse_linears
+from llm_surgeon.inference.merged_linears import FusedLinear, fuse_linears
 from llm_surgeon.inference.pack import pack_model, to_torch_sparse, unpack_model, use_cusparselt
 from llm_surgeon.inference.quantizer import Surgeon24Quantizer
 
