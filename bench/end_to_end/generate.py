@@ -3,7 +3,7 @@
     python -m bench.end_to_end.generate
 
 The decoder's linears are made 2:4 by magnitude and measured dense, packed, packed with the layers fused that read the
-same input (llm_surgeon.inference.fuse_linears), and so with cuSPARSELt for the prompts besides (use_cusparselt).
+same input (merge_packed_linears), and so with cuSPARSELt for the prompts besides (use_cusparselt).
 Decoding is greedy, with a static cache: a CUDA graph of the plain forward pass, one of the pass compiled by
 torch.compile, and transformers' generate, which compiles and captures by itself. Prefill is one forward pass, plain or
 compiled, or generate's own. ``--parts fused``: norms, rotary embeddings and SwiGLU are one kernel each
@@ -33,11 +33,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from bench.environment import append_row, environment, require_gpu
 from bench.timing import copy_bandwidth
 from llm_surgeon.cli.generate import speed_record
-from llm_surgeon.inference import fuse_linears, pack_model, unpack_model, use_cusparselt
-from llm_surgeon.inference.decoding_time import Decoding
+from llm_surgeon.config.decoding import Decoding
+from llm_surgeon.inference import merge_packed_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.inference.speed import Speed, measure_speed
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 from surgeon_kernels import nm_select
 
 WEIGHTS = ["dense", "packed", "fused", "cusparselt"]
@@ -114,7 +114,7 @@ def measure(
     model: PreTrainedModel, setting: Setting, repeats: int, turn: AbstractContextManager[object] | None = None
 ) -> Measured:
     batch_size, prompt, new_tokens = CASES[setting.case]
-    with fused(model) if setting.parts == "fused" else contextlib.nullcontext():
+    with fused_pointwise(model) if setting.parts == "fused" else contextlib.nullcontext():
         speed = measure_speed(
             model,
             batch_size=batch_size,
@@ -192,7 +192,7 @@ def convert(model: PreTrainedModel, weights: str) -> None:
     if weights == "cusparselt":
         use_cusparselt(model)
     if weights in ("fused", "cusparselt"):
-        fuse_linears(model)
+        merge_packed_linears(model)
     free_memory()
 
 

@@ -28,12 +28,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bench.environment import append_row, environment, require_gpu
 from llm_surgeon import PruneConfig, prune
+from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.formats.modeling_pruned import CompactLinear
-from llm_surgeon.inference.decoding_time import Decoding, GreedyDecoder, wait
-from llm_surgeon.inference.merge_linears import joined
+from llm_surgeon.inference import merge_linears
+from llm_surgeon.inference.decoding import GreedyDecoder, wait
 from llm_surgeon.inference.speed import measure_speed
 from llm_surgeon.jobs.compact import compact
-from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 
 MODES = ("plain", "fused", "joined", "compiled")
 RUN_FIELDS = (
@@ -65,9 +66,9 @@ def measure(model: PreTrainedModel, row: dict[str, Any], options: argparse.Names
     for mode in options.modes:
         with ExitStack() as stack:
             if mode != "plain":
-                stack.enter_context(fused(model))
+                stack.enter_context(fused_pointwise(model))
             if mode in ("joined", "compiled"):
-                stack.enter_context(joined(model))
+                stack.enter_context(merge_linears(model))
             found = speed(model, options, compiled=mode == "compiled")
         append_row(options.out, {**row, "mode": mode, **found})
         print(row["state"], mode, found, flush=True)

@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.formats import packed_linear as linear_module
-from llm_surgeon.inference import merge_packed_linears as fuse_module
+from llm_surgeon.formats import packed_linear
+from llm_surgeon.inference import merged_linears
 from llm_surgeon.models.decoder import find_decoder
 from surgeon_kernels import nm_select, unpack_2_4
 from tests.surgeon.tiny_models import build
@@ -49,10 +49,10 @@ def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(weight.rows)
         return functional.linear(x, unpack_2_4(weight.packed()), bias)
 
-    prepare = linear_module.prepare_2_4
+    prepare = packed_linear.prepare_2_4
     monkeypatch.setenv("SURGEON_TUNE", "0")
-    monkeypatch.setattr(linear_module, "_may_have_kernel", lambda packed: packed.values.element_size() == 2)
-    for module in (linear_module, fuse_module):
+    monkeypatch.setattr(packed_linear, "_may_have_kernel", lambda packed: packed.values.element_size() == 2)
+    for module in (packed_linear, merged_linears):
         monkeypatch.setattr(module, "prepare_2_4", lambda packed, **_: prepare(packed)._replace(kernel=True))
         monkeypatch.setattr(module, "linear_2_4", linear_2_4)
     return rows

@@ -1,5 +1,6 @@
 """What importing the package and asking the command for help bring along, and that packed models load all the same."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,19 @@ def test_every_public_name_is_there_and_listed():
     assert set(llm_surgeon._PLACES) == set(llm_surgeon.__all__)
     with pytest.raises(AttributeError, match="module 'llm_surgeon' has no attribute 'prone'"):
         llm_surgeon.prone  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "former, name, now",
+    [
+        ("llm_surgeon.packed", "fuse_linears", "llm_surgeon.inference.merge_packed_linears"),
+        ("llm_surgeon.packed", "pack_model", "llm_surgeon.inference.pack_model"),
+        ("llm_surgeon.fused", "fused", "llm_surgeon.models.fused_pointwise.fused_pointwise"),
+    ],
+)
+def test_former_names_lead_to_the_new_ones_and_say_so(former, name, now):
+    package, _, new = now.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"{former} is llm_surgeon"):
+        sys.modules.pop(former, None)
+        module = importlib.import_module(former)
+    assert getattr(module, name) is getattr(importlib.import_module(package), new)

@@ -38,7 +38,8 @@ def generate(
         ),
     ] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="Packed layers that read the same input run as one (see fuse_linears).")
+        bool,
+        typer.Option("--fuse", help="Packed layers that read the same input run as one (merge_packed_linears)."),
     ] = False,
     cusparselt: Annotated[
         bool, typer.Option("--cusparselt", help="Long prompts of the packed model through NVIDIA's library.")

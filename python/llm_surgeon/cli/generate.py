@@ -19,10 +19,10 @@ from llm_surgeon.cli.options import console, parse_dtype, quiet_libraries
 from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.errors import InputError, printable
 from llm_surgeon.formats.packed_linear import PackedLinear
-from llm_surgeon.inference import fuse_linears, pack_model, unpack_model, use_cusparselt
+from llm_surgeon.inference import merge_packed_linears, pack_model, unpack_model, use_cusparselt
 from llm_surgeon.inference.speed import Speed, measure_speeds
 from llm_surgeon.jobs.pack import model_bytes
-from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.report.format import MISSING
 from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.resources import available_memory, choose_device, human_bytes
@@ -85,13 +85,13 @@ def measure(
             needs = "it needs an NVIDIA GPU, and layers without a bias whose sides are divisible by 16"
             print(f"surgeon: --cusparselt has no effect on this model on {place}: {needs}", file=sys.stderr)
         if "packed" in names and fuse:
-            fuse_linears(held["packed"])
+            merge_packed_linears(held["packed"])
         for way, size in itertools.product(ways, batch_sizes):
             if not quiet:
                 console.print(f"{' and '.join(names)}, {way.value}, batch size {size} …")
             with contextlib.ExitStack() as stack:
                 for name in names if fused_parts else ():
-                    stack.enter_context(fused(held[name]))
+                    stack.enter_context(fused_pointwise(held[name]))
                 speeds = measure_speeds(
                     [held[name] for name in names],
                     batch_size=size,

@@ -17,7 +17,7 @@ from llm_surgeon.config.prune import FISHERS
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import count_tokens, next_token_loss
 from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at, to_list
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
@@ -105,7 +105,7 @@ def estimate_curvature(
     gradient_sums: dict[str, SymmetricAccumulator] = {}
     total = 0.0
     again = _checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
-    with frozen(model), evaluation_mode(model), fused(model), again, torch.set_grad_enabled(gradients):
+    with frozen(model), evaluation_mode(model), fused_pointwise(model), again, torch.set_grad_enabled(gradients):
         for first in passes:
             linears = [linear for linear in decoder.linears if first <= linear.depth < first + per_pass]
             sums = _Accumulators(linears, gradients, device)

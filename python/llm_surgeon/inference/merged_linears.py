@@ -1,4 +1,4 @@
-"""Packed layers that read the same input, such as q, k and v, or gate and up, computed by one launch.
+"""Linears that read the same input, such as q, k and v, or gate and up, computed by one launch.
 
 One large product fills a GPU better than several small ones, and decoding is a long chain of small ones. The modules
 stay as they are: the first of a group to be called computes the outputs of all, and the others, called next with the
@@ -8,21 +8,26 @@ prompt, which fills a GPU anyway. Nothing changes on disk.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from llm_surgeon.formats.packed_linear import PackedLinear, frozen, tune_once
 from llm_surgeon.inference.pack import packed_linears
-from llm_surgeon.models.shared_inputs import shared_inputs
 from surgeon_kernels import Packed24
 from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
 from surgeon_kernels.sparse24.linear_2_4_layout import UNIT_ROWS
 
 if TYPE_CHECKING:  # it would bring transformers' models, which bring this: see _registration.py
     from transformers import PreTrainedModel
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Tokens from which a layer alone is as fast as its share of the group, and leaves its outputs contiguous.
 _ALONE_FROM = 1024
@@ -38,7 +43,7 @@ class _Waiting:
 _waiting = _Waiting()
 
 
-class FusedLinear(PackedLinear):
+class MergedPackedLinear(PackedLinear):
     """A layer of a group; the first one's ``fragments`` hold the weights of all, the others' are views of them.
 
     Once it is moved, cast or loaded anew it is an ordinary :class:`PackedLinear` again.
@@ -84,7 +89,7 @@ class FusedLinear(PackedLinear):
         self.group = 0
 
 
-def fuse_linears(model: PreTrainedModel) -> list[list[str]]:
+def merge_packed_linears(model: PreTrainedModel) -> list[list[str]]:
     """Let one launch compute the packed layers without biases that are called one after the other with one input.
 
     Which ones these are, a forward pass over two tokens shows. Outputs may differ in rounding from those of the
@@ -95,28 +100,110 @@ def fuse_linears(model: PreTrainedModel) -> list[list[str]]:
         The names of the layers of each group.
     """
     names = {layer: name for name, layer in packed_linears(model)}
-    fused = []
-    for group in filter(_can_be_fused, shared_inputs(model, names)):
+    merged = []
+    for group in filter(_mergeable_packed, shared_inputs(model, names)):
         together = Packed24(*map(torch.cat, zip(*(layer.packed for layer in group), strict=True)))
         prepared = prepare_2_4(together)
         tune_once(prepared)
         number, row = next(_numbers), 0
         for layer in group:
             rows = prepared.fragments[row // UNIT_ROWS : -(-(row + layer.out_features) // UNIT_ROWS)]
-            layer.__class__ = FusedLinear
-            assert isinstance(layer, FusedLinear)
+            layer.__class__ = MergedPackedLinear
+            assert isinstance(layer, MergedPackedLinear)
             layer.fragments = frozen(rows if row else prepared.fragments)
             layer.group, layer.group_rows, layer.first_row = number, prepared.rows, row
             layer.last = layer is group[-1]
             row += layer.out_features
-        fused.append([names[layer] for layer in group])
-    return fused
+        merged.append([names[layer] for layer in group])
+    return merged
 
 
-def _can_be_fused(layers: list[PackedLinear]) -> bool:
+def _mergeable_packed(layers: list[PackedLinear]) -> bool:
     if len(set(layers)) < max(2, len(layers)):  # one alone, or one called twice
         return False
     if any(layer.fragments is None or layer.bias is not None or getattr(layer, "group", 0) for layer in layers):
         return False
     kinds = {(layer.in_features, layer.packed.values.dtype, layer.packed.values.device) for layer in layers}
     return len(kinds) == 1 and not any(layer.out_features % UNIT_ROWS for layer in layers)
+
+
+@contextlib.contextmanager
+def merge_linears(model: PreTrainedModel) -> Iterator[None]:
+    """Context manager: linears called one after the other with one tensor share a launch where that is a single token.
+
+    Which ones these are, a forward pass over two tokens shows. Their weights are views of one tensor until the exit, so
+    that they take no more memory; outputs are the same up to rounding. With more tokens, and wherever a linear is
+    called with something else, every linear computes its own: its output is then contiguous, as what follows may want
+    it.
+    """
+    with contextlib.ExitStack() as stack:
+        plain = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+        for linears in filter(_mergeable, shared_inputs(model, plain)):
+            group = _Merged(linears)
+            for position, linear in enumerate(linears):
+                linear.forward = functools.partial(group.output, position)  # type: ignore[method-assign]
+                stack.callback(_separate, linear)
+        yield
+
+
+class _Merged:
+    """Linears that are called in this order with one input."""
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self._linears, self._sizes = linears, [linear.out_features for linear in linears]
+        self._weight = torch.cat([linear.weight.detach() for linear in linears])
+        self._bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+        for linear, rows in zip(linears, self._weight.split(self._sizes), strict=True):
+            linear.weight.data = rows
+        self._waiting: tuple[Tensor, int | None, tuple[Tensor, ...]] | None = None  # input, its version, outputs
+
+    def output(self, position: int, x: Tensor) -> Tensor:
+        """What the linear at ``position`` returns for ``x``."""
+        linear = self._linears[position]
+        if x.numel() != x.shape[-1] or torch.is_grad_enabled():
+            return functional.linear(x, linear.weight, linear.bias)
+        # A tensor written to in between is another input. torch.compile traces no versions.
+        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        if position == 0:
+            outputs = functional.linear(x, self._weight, self._bias).split(self._sizes, dim=-1)
+            self._waiting = x, version, outputs
+        if self._waiting is None or self._waiting[0] is not x or self._waiting[1] != version:
+            return functional.linear(x, linear.weight, linear.bias)
+        output = self._waiting[2][position]
+        if position == len(self._sizes) - 1:
+            self._waiting = None  # what is no longer needed is freed
+        return output
+
+
+def _separate(linear: nn.Linear) -> None:
+    del linear.forward
+    linear.weight.data = linear.weight.data.clone()
+
+
+def _mergeable(group: list[nn.Linear]) -> bool:
+    kinds = {(linear.weight.dtype, linear.weight.device, linear.bias is None) for linear in group}
+    return len(set(group)) == len(group) > 1 and len(kinds) == 1
+
+
+def shared_inputs(model: PreTrainedModel, modules: Iterable[Module]) -> list[list[Module]]:
+    """``modules`` in the order of a forward pass over two tokens, those together that one tensor goes to in turn.
+
+    A module that is called twice stands there twice; one that is not called, nowhere.
+    """
+    groups: list[list[Module]] = []
+    inputs: list[Tensor] = []  # kept alive, so that no two have one address
+
+    def note(module: Module, arguments: tuple[Tensor, ...]) -> None:
+        if not inputs or arguments[0] is not inputs[-1]:
+            groups.append([])
+        inputs.append(arguments[0])
+        groups[-1].append(module)
+
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return groups

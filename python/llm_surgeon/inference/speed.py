@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.errors import InputError
 from llm_surgeon.formats.packed_linear import PackedLinear
-from llm_surgeon.inference.decoding_time import Decoding, GreedyDecoder, generate_seconds, wait
+from llm_surgeon.inference.decoding import GreedyDecoder, generate_seconds, wait
 from llm_surgeon.models.limits import positions, text_config
 
 

@@ -118,6 +118,7 @@ model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="aut
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```
 
-On a GPU `llm_surgeon.inference.fuse_linears(model)` and then `model.generate(..., cache_implementation="static")`
-generate fastest. `model.dequantize()` gives the dense model back, zeros included.
+On a GPU `llm_surgeon.inference.merge_packed_linears(model)` and then
+`model.generate(..., cache_implementation="static")` generate fastest.
+`model.dequantize()` gives the dense model back, zeros included.
 """

@@ -20,7 +20,7 @@ from llm_surgeon.curvature.factors import KroneckerFactors
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import count_tokens, next_token_loss
 from llm_surgeon.models.passes import evaluation_mode, frozen, mean_loss, run_model, to_list
 from llm_surgeon.report.schema import GradientStep
@@ -61,7 +61,13 @@ def mean_gradients(
     _, targets = count_tokens(model, calibration)
     device = model.get_input_embeddings().weight.device
     parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
-    with frozen(model), evaluation_mode(model), fused(model), _summed(parameters) as sums, torch.enable_grad():
+    with (
+        frozen(model),
+        evaluation_mode(model),
+        fused_pointwise(model),
+        _summed(parameters) as sums,
+        torch.enable_grad(),
+    ):
         for input_ids, mask in calibration.batches(batch_size, device):
             logits = run_model(model, input_ids, mask).logits
             logits.backward(next_token_loss(logits, input_ids, mask, with_gradient=True)[1])

@@ -1,4 +1,4 @@
-"""Fused forms of what a decoder computes between its linears, put into a model for a while."""
+"""Fused forms of what a decoder computes between its linears."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _verdicts: dict[Any, bool] = {}
 
 
 @contextlib.contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
-    """RMS norms, SwiGLU feed-forward layers and rotary embeddings run as one kernel each, forward and backward.
+def fused_pointwise(model: nn.Module) -> Iterator[None]:
+    """Context manager: RMS norms, SwiGLU layers and rotary embeddings run as one kernel each, forward and backward.
 
     A part is replaced where it is built like one of these three and computes the same, which is tried on a few
     numbers. Every other part, and any module whose ``forward`` somebody has replaced already, runs as it is. Linear
     layers are called as before: hooks on them see what they saw. A rotary embedding is a function of the module that
-    defines the model's class, and so replaced for all models of that class. Afterwards everything is as it was.
+    defines the model's class, and so replaced for all models of that class. Everything is restored on exit.
     """
     with contextlib.ExitStack() as stack:
         for module in model.modules():

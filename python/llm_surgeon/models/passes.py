@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.interrupts import uninterrupted
-from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import count_tokens, next_token_loss
 
 
@@ -89,7 +89,7 @@ def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int)
     _, targets = count_tokens(model, calibration)
     device = model.get_input_embeddings().weight.device
     losses = []
-    with evaluation_mode(model), fused(model):
+    with evaluation_mode(model), fused_pointwise(model):
         for input_ids, mask in calibration.batches(batch_size, device):
             losses.append(next_token_loss(run_model(model, input_ids, mask).logits, input_ids, mask)[0])
     for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses]), 1):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from llm_surgeon.models.decoder import Decoder
-from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at
 
 _LENGTHS = (16, 32)
@@ -63,7 +63,7 @@ class _Kept:
         with (
             frozen(model),
             evaluation_mode(model),
-            fused(model),
+            fused_pointwise(model),
             self._counting(decoder),
             starting_at(embedding),
             torch.enable_grad(),

@@ -15,7 +15,7 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.sparsegpt import BlockBatch, record_batch
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.structures.find.probe import agree
 from surgeon_kernels import NotPositiveDefiniteError, SymmetricAccumulator, gram_accumulate_, spd_inverse
@@ -53,7 +53,7 @@ def reconstruct(
     device, blocks = model.get_input_embeddings().weight.device, decoder.blocks
     kept = [depth for depth in range(len(blocks)) if depth not in skipped]
     everything = nn.ModuleList([model, *dense])
-    with evaluation_mode(everything), fused(everything):
+    with evaluation_mode(everything), fused_pointwise(everything):
         batches = [record_batch(model, decoder, *batch) for batch in calibration.batches(batch_size, device)]
         streams = [batch.hidden for batch in batches]  # the dense model's
 

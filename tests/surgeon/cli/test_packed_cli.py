@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from llm_surgeon import InputError
 from llm_surgeon.cli import generate
-from llm_surgeon.inference import decoding_time as decoding
-from llm_surgeon.inference import pack_model
-from llm_surgeon.inference.decoding_time import Decoding, GreedyDecoder
+from llm_surgeon.config.decoding import Decoding
+from llm_surgeon.inference import decoding, pack_model
+from llm_surgeon.inference.decoding import GreedyDecoder
 from llm_surgeon.inference.speed import measure_speed, measure_speeds
 from llm_surgeon.jobs.pack import pack_checkpoint
 from llm_surgeon.report.schema import PruneReport
@@ -284,7 +284,7 @@ def test_models_take_turns_at_being_timed(way, monkeypatch):
 
     for name, model in models.items():
         model.register_forward_hook(lambda *_, name=name: run(name))
-    monkeypatch.setattr("llm_surgeon.inference.decoding_time.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("llm_surgeon.inference.decoding.time.perf_counter", lambda: now[0])
 
     @contextlib.contextmanager
     def turn():

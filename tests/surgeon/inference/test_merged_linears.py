@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from llm_surgeon.inference.merge_linears import joined
+from llm_surgeon.inference.merged_linears import merge_linears
 from llm_surgeon.models.decoder import find_decoder
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
@@ -29,7 +29,7 @@ def test_outputs_are_those_of_the_linears_alone(name):
     model = build(name, torch.float64)
     state, forwards = copy.deepcopy(model.state_dict()), [vars(m).get("forward") for m in model.modules()]
     expected, prompt = steps(model, TOKENS), model(TOKENS).logits
-    with joined(model):
+    with merge_linears(model):
         torch.testing.assert_close(steps(model, TOKENS), expected, rtol=0.0, atol=1e-10)
         torch.testing.assert_close(steps(model, TOKENS.expand(2, -1)), expected.expand(2, -1, -1), rtol=0, atol=1e-10)
         torch.testing.assert_close(model(TOKENS).logits, prompt, rtol=0.0, atol=1e-10)
@@ -44,7 +44,7 @@ def test_a_step_makes_one_product_of_those_that_share_an_input(monkeypatch):
     own = functional.linear
     monkeypatch.setattr(functional, "linear", lambda x, w, b=None: (shapes.append(tuple(w.shape)), own(x, w, b))[1])
     block = find_decoder(model).blocks[0]
-    with joined(model):
+    with merge_linears(model):
         shapes.clear()
         with torch.no_grad():
             model(TOKENS[:, :1])

@@ -7,9 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from llm_surgeon.formats import packed_linear as linear_module
-from llm_surgeon.inference import FusedLinear, PackedLinear, fuse_linears, pack_model, unpack_model, use_cusparselt
-from llm_surgeon.inference import merge_packed_linears as fuse_module
+from llm_surgeon.formats import packed_linear
+from llm_surgeon.inference import (
+    MergedPackedLinear,
+    PackedLinear,
+    merge_packed_linears,
+    merged_linears,
+    pack_model,
+    unpack_model,
+    use_cusparselt,
+)
 from llm_surgeon.inference.pack import packed_linears
 from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits, pretend_kernels
 
@@ -31,20 +38,20 @@ def packed_model(name, dtype=torch.bfloat16):
 def test_one_launch_for_each_input(launches):
     dense, model = packed_model("llama")
     expected = [[f"model.layers.{i}.{name}" for name in group] for i in range(2) for group in BLOCK]
-    assert fuse_linears(model) == expected
+    assert merge_packed_linears(model) == expected
     launches.clear()
     assert torch.equal(logits(model), logits(dense))
     assert launches == 2 * [32 + 16 + 16, 32, 96, 32]  # q and k and v, o, gate and up, down
     assert continuation(model) == continuation(dense)
-    assert fuse_module._waiting.entry is None
-    assert fuse_linears(model) == []  # they are already
+    assert merged_linears._waiting.entry is None
+    assert merge_packed_linears(model) == []  # they are already
 
 
 def test_weights_are_held_once_and_saved_as_before(launches, tmp_path):
     dense, model = packed_model("llama")
     model.save_pretrained(tmp_path / "before")
     before = sum(p.nbytes for p in model.parameters())
-    fuse_linears(model)
+    merge_packed_linears(model)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(storages.values()) == before
     model.save_pretrained(tmp_path / "after")
@@ -57,21 +64,21 @@ def test_weights_are_held_once_and_saved_as_before(launches, tmp_path):
 
 def test_a_model_that_is_moved_falls_apart(launches):
     dense, model = packed_model("llama")
-    fuse_linears(model)
+    merge_packed_linears(model)
     model.to(torch.float32)
     assert torch.equal(logits(model), logits(copy.deepcopy(dense).float()))
     model.to(torch.bfloat16)
     launches.clear()
     assert torch.equal(logits(model), logits(dense)) and len(launches) == 14
-    assert len(fuse_linears(model)) == 4
+    assert len(merge_packed_linears(model)) == 4
     model.load_state_dict(model.state_dict())
     assert torch.equal(logits(model), logits(dense))
-    assert not any(m.group for m in model.modules() if isinstance(m, FusedLinear))
+    assert not any(m.group for m in model.modules() if isinstance(m, MergedPackedLinear))
 
 
 def test_layers_called_out_of_turn_compute_their_own(launches):
     _, model = packed_model("llama")
-    fuse_linears(model)
+    merge_packed_linears(model)
     q, k, v = (model.get_submodule(f"model.layers.0.{name}") for name in BLOCK[0])
     x, other = torch.randn(2, 1, 3, 32, dtype=torch.bfloat16).unbind()
     for order, inputs, rows in (
@@ -94,14 +101,14 @@ def test_layers_called_out_of_turn_compute_their_own(launches):
 
 def test_long_prompts_fill_the_device_layer_by_layer(launches, monkeypatch):
     dense, model = packed_model("llama")
-    fuse_linears(model)
-    monkeypatch.setattr(fuse_module, "_ALONE_FROM", IDS.numel())
+    merge_packed_linears(model)
+    monkeypatch.setattr(merged_linears, "_ALONE_FROM", IDS.numel())
     q = model.model.layers[0].self_attn.q_proj
     for tokens, rows in ((IDS.numel() - 1, [64]), (IDS.numel(), [32])):
         x = torch.randn(tokens, 32, dtype=torch.bfloat16)
         launches.clear()
         assert torch.equal(q(x), nn.functional.linear(x, q.weight)) and launches == rows
-    fuse_module._waiting.entry = None
+    merged_linears._waiting.entry = None
     launches.clear()
     assert torch.equal(logits(model), logits(dense))
     assert launches == 2 * [32, 16, 16, 32, 48, 48, 32]
@@ -111,38 +118,40 @@ def test_long_prompts_fill_the_device_layer_by_layer(launches, monkeypatch):
 def test_cusparselt_has_no_part_in_a_groups_launch(launches, monkeypatch, compress_first):
     dense, model = packed_model("llama")
     taken = []
-    linear, prepare = fuse_module.linear_2_4, linear_module.prepare_2_4
+    linear, prepare = merged_linears.linear_2_4, packed_linear.prepare_2_4
     marker = torch.zeros(1)
     monkeypatch.setattr(
-        linear_module, "prepare_2_4", lambda packed, cusparselt=False: prepare(packed)._replace(compressed=marker)
+        packed_linear, "prepare_2_4", lambda packed, cusparselt=False: prepare(packed)._replace(compressed=marker)
     )
-    monkeypatch.setattr(fuse_module, "linear_2_4", lambda x, w: taken.append(w.compressed is not None) or linear(x, w))
-    for step in (use_cusparselt, fuse_linears)[:: 1 if compress_first else -1]:
+    monkeypatch.setattr(
+        merged_linears, "linear_2_4", lambda x, w: taken.append(w.compressed is not None) or linear(x, w)
+    )
+    for step in (use_cusparselt, merge_packed_linears)[:: 1 if compress_first else -1]:
         assert len(step(model)) == (14 if step is use_cusparselt else 4)
     assert torch.equal(logits(model), logits(dense))
     assert taken == 4 * [False] and all(m.compressed is not None for _, m in packed_linears(model))
-    monkeypatch.setattr(fuse_module, "_ALONE_FROM", 1)
+    monkeypatch.setattr(merged_linears, "_ALONE_FROM", 1)
     logits(model)
     assert taken == 4 * [False] + 10 * [True]
 
 
 def test_compiled_into_one_graph_with_one_launch(launches):
     dense, model = packed_model("llama")
-    fuse_linears(model)
+    merge_packed_linears(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         launches.clear()
         assert torch.equal(compiled(IDS).logits, logits(dense))
-    assert launches == 2 * [64, 32, 96, 32] and fuse_module._waiting.entry is None
+    assert launches == 2 * [64, 32, 96, 32] and merged_linears._waiting.entry is None
 
 
 def test_what_stays_alone(launches):
     _, model = packed_model("opt")  # its layers have biases
-    assert fuse_linears(model) == []
+    assert merge_packed_linears(model) == []
     _, model = packed_model("llama", torch.float32)  # no kernel
-    assert fuse_linears(model) == [] and not any(isinstance(m, FusedLinear) for m in model.modules())
+    assert merge_packed_linears(model) == [] and not any(isinstance(m, MergedPackedLinear) for m in model.modules())
     _, model = packed_model("qwen2")  # biases in q, k and v
-    assert fuse_linears(model) == [[f"model.layers.{i}.{name}" for name in BLOCK[1]] for i in range(2)]
+    assert merge_packed_linears(model) == [[f"model.layers.{i}.{name}" for name in BLOCK[1]] for i in range(2)]
     assert all(type(m) is PackedLinear for n, m in model.named_modules() if n.endswith("q_proj"))
 
 

@@ -9,11 +9,19 @@ from torch._dynamo.utils import counters
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
-from llm_surgeon.formats import packed_linear as linear_module
-from llm_surgeon.inference import PackedLinear, fuse_linears, pack_model, to_torch_sparse, unpack_model, use_cusparselt
-from llm_surgeon.inference.decoding_time import Decoding, GreedyDecoder
+from llm_surgeon.config.decoding import Decoding
+from llm_surgeon.formats import packed_linear
+from llm_surgeon.inference import (
+    PackedLinear,
+    merge_packed_linears,
+    pack_model,
+    to_torch_sparse,
+    unpack_model,
+    use_cusparselt,
+)
+from llm_surgeon.inference.decoding import GreedyDecoder
 from llm_surgeon.inference.speed import measure_speed, measure_speeds
-from llm_surgeon.models.fused_pointwise import fused
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 from surgeon_kernels.runtime import extension
 from surgeon_kernels.sparse24.linear_2_4_tune import tune_2_4
 from tests.surgeon.packed_models import IDS, build_2_4, continuation, logits
@@ -90,7 +98,7 @@ def test_devices_and_dtypes_change(tmp_path):
 def test_a_size_is_tuned_once(monkeypatch):
     monkeypatch.delenv("SURGEON_TUNE")
     tuned = []
-    monkeypatch.setattr(linear_module, "tune_2_4", lambda weight, tokens: tuned.append(tune_2_4(weight, tokens)))
+    monkeypatch.setattr(packed_linear, "tune_2_4", lambda weight, tokens: tuned.append(tune_2_4(weight, tokens)))
     weight = torch.randn(272, 640, device="cuda", dtype=torch.float16)
     weight.view(-1, 4)[:, 1::2] = 0
     layers = [PackedLinear.from_dense(weight) for _ in range(2)]
@@ -151,8 +159,8 @@ def test_generation_with_everything_fused(tmp_path):
     dense = save_packed(tmp_path, "llama", torch.float16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
     expected = continuation(model)
-    assert len(fuse_linears(model)) == 4
-    with fused(model):
+    assert len(merge_packed_linears(model)) == 4
+    with fused_pointwise(model):
         assert_as_good_as_dense(logits(model), dense)
         compiled = torch.compile(model, fullgraph=True, dynamic=False)
         with torch.no_grad():
@@ -163,7 +171,7 @@ def test_generation_with_everything_fused(tmp_path):
 def test_fused_layers(tmp_path):
     dense = save_packed(tmp_path, "llama", torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
-    assert len(fuse_linears(model)) == 4
+    assert len(merge_packed_linears(model)) == 4
     assert_as_good_as_dense(logits(model), dense)
     decoder = GreedyDecoder(model, IDS.cuda(), 7, Decoding.GRAPH)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon import InputError
-from llm_surgeon.formats import packed_linear as linear_module
+from llm_surgeon.formats import packed_linear
 from llm_surgeon.inference import PackedLinear, pack_model, to_torch_sparse, unpack_model
 from surgeon_kernels import nm_select, pack_2_4
 from surgeon_kernels.sparse24.linear_2_4 import prepare_2_4
@@ -87,7 +87,7 @@ def test_dtypes(dtype, packed_folder):
 
 
 def test_unpacking_is_said_once(packed_folder, caplog, monkeypatch):
-    linear_module._say_unpacked.cache_clear()
+    packed_linear._say_unpacked.cache_clear()
     _, folder = packed_folder("llama")
     model = AutoModelForCausalLM.from_pretrained(folder)
     logits(model)
@@ -183,12 +183,12 @@ def test_kernels_keep_the_weight_in_their_own_order(packed_folder, tmp_path, mon
 def test_every_size_is_tuned_once_and_never_with_cusparselt(monkeypatch):
     monkeypatch.delenv("SURGEON_TUNE", raising=False)
     tuned = []
-    monkeypatch.setattr(linear_module, "_tuned", set())
-    monkeypatch.setattr(linear_module, "tune_2_4", lambda weight, tokens: tuned.append(weight.rows))
+    monkeypatch.setattr(packed_linear, "_tuned", set())
+    monkeypatch.setattr(packed_linear, "tune_2_4", lambda weight, tokens: tuned.append(weight.rows))
     weights = [prepare_2_4(pack_2_4(torch.zeros(rows, 16).half())) for rows in (16, 32, 16)]
-    linear_module.tune_once(weights[0]._replace(compressed=torch.zeros(1)))
+    packed_linear.tune_once(weights[0]._replace(compressed=torch.zeros(1)))
     for weight in weights:
-        linear_module.tune_once(weight)
+        packed_linear.tune_once(weight)
     assert tuned == [16, 32]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from llm_surgeon.inference import pack_model
-from llm_surgeon.models.fused_pointwise import fused, is_rms_norm, is_rotary, is_swiglu
+from llm_surgeon.models.fused_pointwise import fused_pointwise, is_rms_norm, is_rotary, is_swiglu
 from tests.surgeon.curvature.test_estimate import tokens
 from tests.surgeon.packed_models import IDS, build_2_4, logits
 from tests.surgeon.tiny_models import NAMES, build
@@ -37,7 +37,7 @@ def test_the_model_computes_the_same(name: str, dtype: torch.dtype) -> None:
         return [logits, *torch.autograd.grad(logits.float().square().sum(), embeddings)]
 
     expected = results()
-    with fused(model):
+    with fused_pointwise(model):
         actual = results()
         swapped = replaced(model)
     # On a CPU these are the very operations of transformers.
@@ -52,7 +52,7 @@ def test_the_model_computes_the_same(name: str, dtype: torch.dtype) -> None:
 def test_every_part_of_a_llama_is_replaced_and_put_back() -> None:
     model = build("llama")
     rotary = modeling_llama.apply_rotary_pos_emb
-    with pytest.raises(RuntimeError, match="in between"), fused(model):
+    with pytest.raises(RuntimeError, match="in between"), fused_pointwise(model):
         assert len(replaced(model)) == 2 * 3 + 1
         assert modeling_llama.apply_rotary_pos_emb is not rotary
         raise RuntimeError("in between")
@@ -63,10 +63,10 @@ def test_every_part_of_a_llama_is_replaced_and_put_back() -> None:
 def test_a_packed_model_has_the_same_parts() -> None:
     model = build_2_4("llama", torch.bfloat16)
     expected = logits(model)
-    with fused(model):
+    with fused_pointwise(model):
         dense = replaced(model)
     pack_model(model)
-    with fused(model):
+    with fused_pointwise(model):
         assert replaced(model) == dense
         assert torch.equal(logits(model), expected)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -82,7 +82,7 @@ def test_hooks_fire_as_before_and_not_for_the_trial() -> None:
             module.register_forward_hook(lambda *_, name=name: seen.append(name))
     model(input_ids=tokens(2, 5), use_cache=False)
     expected, seen[:] = list(seen), []
-    with fused(model):
+    with fused_pointwise(model):
         assert not seen
         assert "model.layers.0.mlp" in replaced(model)
         assert "model.layers.1.mlp" not in replaced(model)  # its activation has a hook
@@ -94,7 +94,7 @@ def test_a_forward_of_somebody_else_is_left_alone() -> None:
     model = build("llama")
     norm = model.model.norm
     norm.forward = own = lambda x: 2.0 * x
-    with fused(model):
+    with fused_pointwise(model):
         assert norm.forward is own
     assert norm.forward is own
 
@@ -102,7 +102,7 @@ def test_a_forward_of_somebody_else_is_left_alone() -> None:
 def test_random_numbers_are_not_drawn() -> None:
     model = build("llama")
     state = torch.get_rng_state()
-    with fused(model):
+    with fused_pointwise(model):
         assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -163,7 +163,7 @@ def test_other_calls_of_a_rotary_embedding_go_to_the_original() -> None:
     q, k, angles = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 8), torch.randn(2, 5, 8)
     source = sys.modules[modeling_llama.__name__]
     expected = source.apply_rotary_pos_emb(q, k, angles, angles, unsqueeze_dim=2)
-    with fused(build("llama")):
+    with fused_pointwise(build("llama")):
         actual = source.apply_rotary_pos_emb(q, k, angles, angles, unsqueeze_dim=2)
     for theirs, ours in zip(expected, actual, strict=True):
         assert torch.equal(ours, theirs)

@@ -62,7 +62,7 @@ def test_factors_are_as_good_as_with_stock_parts(build, monkeypatch):
     model, draws = build()
     single = copy.deepcopy(model).float()
     fused = [factors(model, draw) for draw in draws]
-    monkeypatch.setattr(capture, "fused", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(capture, "fused_pointwise", lambda _: contextlib.nullcontext())
     stock = [factors(model, draw) for draw in draws]
     exact = [factors(single, draw) for draw in draws]
     fused_errors = torch.stack([errors(*pair) for pair in zip(fused, exact, strict=True)])

@@ -1,4 +1,4 @@
-"""Greedy decoding, one token of every sequence a step, in the ways whose speed :mod:`speed` measures."""
+"""Greedy decoding, one token of every sequence a step, in the modes that :mod:`~llm_surgeon.inference.speed` times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
-from llm_surgeon.config.decoding import Decoding as Decoding
+from llm_surgeon.config.decoding import Decoding
 
 
 class GreedyDecoder:
