@@ -26,6 +26,7 @@ class Method:
     Attributes:
         name: the value of the option ``method``.
         title: a few words for reports; the name where left out.
+        paper: where it is described, for model cards.
         needs: what calibration data are for: ``"nothing"``, ``"activations"`` (A) or ``"gradients"`` (G and A).
         comparison: within what costs are compared: in the ``"network"`` they estimate the loss itself and share one
             global threshold; else each ``"layer"``, or each ``"row"`` of single weights, has the same sparsity.
@@ -47,6 +48,7 @@ class Method:
 
     name: str
     title: str = ""
+    paper: str = ""
     needs: Literal["nothing", "activations", "gradients"] = "nothing"
     comparison: Literal["network", "layer", "row"] = "layer"
     rows_columns: bool = False
@@ -112,6 +114,7 @@ _methods = {
         Method(
             "surgeon",
             "LLM Surgeon: Kronecker-factored curvature of the loss",
+            "The LLM Surgeon (van der Ouderaa et al., ICLR 2024)",
             needs="gradients",
             comparison="network",
             rows_columns=True,
@@ -123,12 +126,14 @@ _methods = {
         Method(
             "sparsegpt",
             "SparseGPT: layer-wise reconstruction, layer after layer",
+            "SparseGPT (Frantar and Alistarh, ICML 2023)",
             needs="activations",
             sweep="llm_surgeon.methods.sparsegpt:prune_sparsegpt",
         ),
         Method(
             "wanda",
             "Wanda: magnitude times input norm",
+            "Wanda (Sun et al., ICLR 2024)",
             needs="activations",
             comparison="row",
             costs=f"{_COSTS}:input_costs",

@@ -97,6 +97,7 @@ def _environment() -> Environment:
 def _context(report: PruneReport) -> dict[str, Any]:
     measured = [shot for shot in report.shots if shot.measured_increase is not None]
     name = report.model if is_hub_id(report.model) else text.base_name(report.model)
+    title, paper = describe_method(str(report.config.get("method")))
     predicted = [shot.predicted_increase for shot in measured if shot.predicted_increase is not None]
     return {
         "report": report,
@@ -104,7 +105,8 @@ def _context(report: PruneReport) -> dict[str, Any]:
         "command": text.command_line(report.command),
         "speed": speed_sentence(report.sizes),
         "data": [(_DATA.get(use, use), _describe_data(record)) for use, record in report.data.items()],
-        "method": describe_method(str(report.config.get("method"))),
+        "method": title,
+        "paper": paper,
         "structure": describe_structure(str(report.config.get("structure"))),
         "kinds": report.sparsity_by("kind"),
         "dense": report.perplexity.get("dense"),
@@ -133,12 +135,13 @@ def _describe_data(record: DataRecord) -> str:
     )
 
 
-def describe_method(name: str) -> str:
-    """Title of a ``method``; its name, where a report tells of one that is not installed here."""
+def describe_method(name: str) -> tuple[str, str]:
+    """Title and paper of a ``method``; its name alone, where a report tells of one that is not installed here."""
     try:
-        return method(name).title or name
+        record = method(name)
     except InputError:
-        return name
+        return name, ""
+    return record.title or name, record.paper
 
 
 def describe_structure(structure: str) -> str:

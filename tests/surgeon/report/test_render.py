@@ -325,6 +325,6 @@ def test_structures_in_words(structure, words):
 
 
 def test_methods_in_words():
-    assert all(render.describe_method(name) == method(name).title for name in names())
-    assert render.describe_method("wanda") == "Wanda: magnitude times input norm"
-    assert render.describe_method("something new") == "something new"
+    assert all(render.describe_method(name) == (method(name).title, method(name).paper) for name in names())
+    assert render.describe_method("wanda") == ("Wanda: magnitude times input norm", "Wanda (Sun et al., ICLR 2024)")
+    assert render.describe_method("something new") == ("something new", "")
