@@ -1,9 +1,9 @@
 #pragma once
 
-// For the <op>_ops.cpp files, the only ones that know torch: each registers one op's CUDA implementations. Schemas and
-// fake kernels stand in surgeon_kernels/<op>.py, so that a graph that holds an op loads before the extension does.
-// Arguments are checked in Python (surgeon_kernels/<op>.py), where the same checks guard the reference; in C++ only
-// what would corrupt memory is checked again.
+// Headers of torch, for the <op>_ops.cpp files, the only ones that know it: each registers one op's CUDA
+// implementations. Schemas and fake kernels stand in surgeon_kernels/<family>/<op>.py, so that a graph that holds an op
+// loads before the extension does. Arguments are checked in Python (surgeon_kernels/<family>/<op>.py), where the same
+// checks guard the reference; in C++ only what would corrupt memory is checked again.
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
@@ -13,39 +13,3 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-
-#include <utility>
-
-#include "selection/cost_threshold.h"
-
-namespace surgeon {
-
-// Calls `function` with a null pointer of the kernels' type for the weight's dtype.
-template <typename F>
-auto with_type(const at::Tensor& weight, F function) {
-  switch (weight.scalar_type()) {
-    case at::kFloat:
-      return function(static_cast<float*>(nullptr));
-    case at::kHalf:
-      return function(static_cast<__half*>(nullptr));
-    case at::kBFloat16:
-      return function(static_cast<__nv_bfloat16*>(nullptr));
-    default:
-      TORCH_CHECK(false, "weights must be float32, float16 or bfloat16, not ", weight.scalar_type());
-  }
-}
-
-// A layer's weights and the factors of their costs, as the kernels take them.
-inline CostMatrix cost_matrix(const at::Tensor& weight, const at::Tensor& g, const at::Tensor& a) {
-  TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.numel() == 0),
-              "weights must be [R, C], rows dense");
-  for (const auto& [factor, size] : {std::pair(g, weight.size(0)), std::pair(a, weight.size(1))}) {
-    TORCH_CHECK(factor.scalar_type() == at::kFloat && factor.is_contiguous() && factor.numel() == size &&
-                    factor.device() == weight.device(),
-                "factors of costs must be contiguous float32 vectors on the weight's device, as long as its sides");
-  }
-  return {weight.const_data_ptr(), g.const_data_ptr<float>(), a.const_data_ptr<float>(), weight.size(0),
-          weight.size(1),          weight.stride(0)};
-}
-
-}  // namespace surgeon

@@ -3,25 +3,33 @@
 #include <algorithm>
 
 #include "element_cost.cuh"
+#include "mark_cheapest.cuh"
 
+// Costs of many matrices are counted by one launch of persistent blocks:
+//
+//   tiles of all matrices, in their order   | matrix 0 ........ | matrix 1 ... | matrix 2 ............. |
+//   blocks, a run of equal length each      |   0    |    1   |    2    |    3   |    4    |    5      |
+//
+//   for each tile of the run, a warp's tile to a warp:
+//     ld kUnroll rows of weights, all in flight ─> cost, or a group's cost in registers ─> red.shared bin += 1
+//   at the end of a matrix or of the run:
+//     __syncthreads ─> atomicAdd of the bins that counted to the matrix's counts in device memory
 namespace surgeon {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kUnitRows = 32;  // of a histogram
+constexpr int kTileRows = 32;  // of a warp, in a histogram
 
-template <typename T, int M>
-constexpr int kLane = std::max<int>(M, 16 / sizeof(T));  // weights of a lane, where rows are aligned
-
-// A persistent block takes a run of tiles, kWarps units each, and adds its counts to the output when it comes to
-// another matrix. Counting in shared memory costs as much as reading, unless few costs fall into the bins.
+// A persistent block takes a run of tiles, a warp's tile for each of its warps, and adds its counts to the output when
+// it comes to another matrix. Counting in shared memory costs as much as reading, unless few costs fall into the bins.
 template <typename T, int E, int M, bool kHalf>
 __global__ void __launch_bounds__(kThreads, M == 1   ? 4
                                             : M == 4 ? 3
                                                      : 1)
     histogram_kernel(const CostMatrix* __restrict__ matrices, int count, int64_t tiles, CostHistogram h,
                      int64_t* counts) {
+  static_assert(E % M == 0, "a lane has whole groups");
   constexpr int kRows = kUnroll<T, E>;
   extern __shared__ unsigned histogram[];  // below, bins, invalid
   const unsigned width = static_cast<unsigned>(h.bins) << h.shift;
@@ -46,18 +54,18 @@ __global__ void __launch_bounds__(kThreads, M == 1   ? 4
     };
     for (; tile < stop; ++tile) {
       const unsigned index = static_cast<unsigned>(tile - matrix.first_tile) * kWarps + threadIdx.x / 32;
-      const Unit unit(index, matrix.rows, matrix.columns, E, kUnitRows);
-      if (unit.rows <= 0) continue;
-      const T* from = static_cast<const T*>(matrix.weight) + unit.row * matrix.row_stride + unit.column;
-      const float* g = matrix.g + unit.row * h.row_step;
+      const WarpTile part(index, matrix.rows, matrix.columns, E, kTileRows);
+      if (part.rows <= 0) continue;
+      const T* from = static_cast<const T*>(matrix.weight) + part.row * matrix.row_stride + part.column;
+      const float* g = matrix.g + part.row * h.row_step;
       float a[E];
-      cost_factors(matrix.a + unit.column, a);
-      for (int row = 0; row < unit.rows; row += kRows) {
+      cost_factors(matrix.a + part.column, a);
+      for (int row = 0; row < part.rows; row += kRows) {
         Packet<T, E> weights[kRows];
         float half_g[kRows];
 #pragma unroll
         for (int u = 0; u < kRows; ++u) {
-          if (row + u < unit.rows) {
+          if (row + u < part.rows) {
             weights[u].load(from + u * matrix.row_stride);
             half_g[u] = 0.5f * cost_factor(g + u * h.row_step);
           }
@@ -66,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, M == 1   ? 4
         g += kRows * h.row_step;
 #pragma unroll
         for (int u = 0; u < kRows; ++u) {
-          if (row + u >= unit.rows) break;
+          if (row + u >= part.rows) break;
 #pragma unroll
           for (int group = 0; group < E; group += M) {
             float cost[M];
@@ -105,12 +113,12 @@ template <typename T, int E>
 __global__ void __launch_bounds__(kThreads)
     mask_kernel(CostMatrix matrix, float threshold, bool ties, bool* __restrict__ selected) {
   using Loaded = Rows<T, E>;
-  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, matrix.rows, matrix.columns, E, Loaded::kCount);
-  if (unit.rows <= 0) return;
+  const WarpTile tile(blockIdx.x * kWarps + threadIdx.x / 32, matrix.rows, matrix.columns, E, Loaded::kCount);
+  if (tile.rows <= 0) return;
   Loaded rows;
-  rows.load_weights(unit, 0, static_cast<const T*>(matrix.weight), matrix.row_stride);
+  rows.load_weights(tile, 0, static_cast<const T*>(matrix.weight), matrix.row_stride);
   float a[E];
-  cost_factors(matrix.a + unit.column, a);
+  cost_factors(matrix.a + tile.column, a);
   rows.load_g(matrix.g);
 #pragma unroll
   for (int u = 0; u < Loaded::kCount; ++u) {
@@ -120,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
       const float cost = element_cost(rows.weights[u].at(e), rows.half_g[u], a[e]);
       result[e] = cost < threshold || (ties && cost == threshold);
     }
-    store<E>(selected + rows.row[u] * matrix.columns + unit.column, result);
+    store<E>(selected + rows.row[u] * matrix.columns + tile.column, result);
   }
 }
 
@@ -150,7 +158,7 @@ bool aligned_costs(const CostMatrix& matrix, int m) {
 }
 
 template <typename T>
-int64_t lay_out(CostMatrix* matrices, int count, const CostHistogram& h) {
+int64_t assign_tiles(CostMatrix* matrices, int count, const CostHistogram& h) {
   const int64_t lane = h.aligned ? std::max<int64_t>(h.m, 16 / sizeof(T)) : 1;
   int64_t tiles = 0;
   for (int i = 0; i < count; ++i) {
@@ -158,7 +166,7 @@ int64_t lay_out(CostMatrix* matrices, int count, const CostHistogram& h) {
     matrix.rows = ceil_div(matrix.rows, h.row_step);
     matrix.row_stride *= h.row_step;
     matrix.first_tile = tiles;
-    tiles += ceil_div(ceil_div(matrix.columns, 32 * lane) * ceil_div(matrix.rows, kUnitRows), kWarps);
+    tiles += ceil_div(ceil_div(matrix.columns, 32 * lane) * ceil_div(matrix.rows, kTileRows), kWarps);
   }
   return tiles;
 }
@@ -170,31 +178,31 @@ cudaError_t cost_histogram(const CostMatrix* matrices, int count, int64_t tiles,
   if (!h.aligned) return launch_histogram<T, 1, 1>(matrices, count, tiles, h, counts, stream);
   switch (h.m) {
     case 4:
-      if (h.n == 2) return launch_histogram<T, kLane<T, 4>, 4, true>(matrices, count, tiles, h, counts, stream);
-      return launch_histogram<T, kLane<T, 4>, 4>(matrices, count, tiles, h, counts, stream);
+      if (h.n == 2) return launch_histogram<T, kLaneColumns<T, 4>, 4, true>(matrices, count, tiles, h, counts, stream);
+      return launch_histogram<T, kLaneColumns<T, 4>, 4>(matrices, count, tiles, h, counts, stream);
     case 8:
-      return launch_histogram<T, kLane<T, 8>, 8>(matrices, count, tiles, h, counts, stream);
+      return launch_histogram<T, kLaneColumns<T, 8>, 8>(matrices, count, tiles, h, counts, stream);
     case 16:
-      return launch_histogram<T, kLane<T, 16>, 16>(matrices, count, tiles, h, counts, stream);
+      return launch_histogram<T, kLaneColumns<T, 16>, 16>(matrices, count, tiles, h, counts, stream);
     default:
-      return launch_histogram<T, kLane<T, 1>, 1>(matrices, count, tiles, h, counts, stream);
+      return launch_histogram<T, kLaneColumns<T, 1>, 1>(matrices, count, tiles, h, counts, stream);
   }
 }
 
 template <typename T>
 cudaError_t cost_mask(const CostMatrix& matrix, float threshold, bool ties, bool* selected, cudaStream_t stream) {
   const bool aligned = aligned_costs<T>(matrix, 1);
-  const int64_t lane = aligned ? kLane<T, 1> : 1;
-  const int rows = aligned ? Rows<T, kLane<T, 1>>::kCount : Rows<T, 1>::kCount;
-  const int64_t units = ceil_div(matrix.columns, 32 * lane) * ceil_div(matrix.rows, rows);
-  if (units == 0) return cudaSuccess;
-  const auto kernel = aligned ? mask_kernel<T, kLane<T, 1>> : mask_kernel<T, 1>;
-  return launch_kernel(kernel, ceil_div(units, kWarps), kThreads, 0, stream, matrix, threshold, ties, selected);
+  const int64_t lane = aligned ? kLaneColumns<T, 1> : 1;
+  const int rows = aligned ? Rows<T, kLaneColumns<T, 1>>::kCount : Rows<T, 1>::kCount;
+  const int64_t tiles = ceil_div(matrix.columns, 32 * lane) * ceil_div(matrix.rows, rows);
+  if (tiles == 0) return cudaSuccess;
+  const auto kernel = aligned ? mask_kernel<T, kLaneColumns<T, 1>> : mask_kernel<T, 1>;
+  return launch_kernel(kernel, ceil_div(tiles, kWarps), kThreads, 0, stream, matrix, threshold, ties, selected);
 }
 
 #define INSTANTIATE(T)                                                                                    \
   template bool aligned_costs<T>(const CostMatrix&, int);                                                 \
-  template int64_t lay_out<T>(CostMatrix*, int, const CostHistogram&);                                    \
+  template int64_t assign_tiles<T>(CostMatrix*, int, const CostHistogram&);                               \
   template cudaError_t cost_histogram<T>(const CostMatrix*, int, int64_t, const CostHistogram&, int64_t*, \
                                          cudaStream_t);                                                   \
   template cudaError_t cost_mask<T>(const CostMatrix&, float, bool, bool*, cudaStream_t);

@@ -12,7 +12,7 @@ struct CostMatrix {
   const float* g;  // [rows]
   const float* a;  // [columns]
   int64_t rows, columns, row_stride;
-  int64_t first_tile;  // see lay_out
+  int64_t first_tile;  // see assign_tiles
 };
 
 // Sorts the costs of many matrices of T (float, __half or __nv_bfloat16) into bins by their bits, which order them as
@@ -27,9 +27,9 @@ struct CostHistogram {
 // Prepares descriptions of whole matrices for the kernel: leaves the rows that count, and fills first_tile. Returns the
 // number of tiles.
 template <typename T>
-int64_t lay_out(CostMatrix* matrices, int count, const CostHistogram& histogram);
+int64_t assign_tiles(CostMatrix* matrices, int count, const CostHistogram& histogram);
 
-// Whether a matrix can be read as CostHistogram::aligned says.
+// True where a matrix can be read as CostHistogram::aligned says.
 template <typename T>
 bool aligned_costs(const CostMatrix& matrix, int m);
 

@@ -2,7 +2,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "ops.h"
+#include "selection_ops.h"
 
 namespace {
 
@@ -36,7 +36,7 @@ Tensor cost_histogram(const std::vector<Tensor>& weights, const std::vector<Tens
       histogram.aligned = histogram.aligned && surgeon::aligned_costs<T>(matrices.back(), histogram.m);
     }
     TORCH_CHECK(histogram.aligned || m == 1, "groups of costs must be aligned");
-    const int64_t tiles = surgeon::lay_out<T>(matrices.data(), count, histogram);
+    const int64_t tiles = surgeon::assign_tiles<T>(matrices.data(), count, histogram);
     const auto bytes = static_cast<int64_t>(matrices.size() * sizeof(surgeon::CostMatrix));
     const Tensor table = at::from_blob(matrices.data(), {bytes}, at::kByte).to(first.device());
     Tensor counts = at::zeros({count, bins + 2}, first.options().dtype(at::kLong));

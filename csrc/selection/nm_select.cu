@@ -1,7 +1,16 @@
 #include "nm_select.h"
 
 #include "element_cost.cuh"
+#include "mark_cheapest.cuh"
 
+// N:M selection is memory bound: weights are read once, past the caches.
+//
+//   aligned rows, a warp to a tile, no shared memory                     any M, any alignment: a block to a segment
+//   ────────────────────────────────────────────────                     ──────────────────────────────────────────
+//   prologue   ld the factors a of the lane's columns                    costs of its groups ─> shared memory
+//   mainloop   ld kUnroll rows of weights, 16 bytes each, all in flight  __syncthreads
+//              cost ─> mark the M - N cheapest in registers              rank by counting, a thread to a weight
+//   epilogue   st the mask, the group's cost or the pruned weights       __syncthreads ─> st
 namespace surgeon {
 namespace {
 
@@ -20,26 +29,23 @@ struct OutputType<T, Output::kGroupCost> {
   using type = float;
 };
 
-template <typename T, int M>
-constexpr int kLaneColumns = M * sizeof(T) > 16 ? M : 16 / sizeof(T);
-
-// Small blocks, for 2:4 of few rows each, so that all multiprocessors end together. Units of larger groups have more
+// Small blocks, for 2:4 of few rows each, so that all multiprocessors end together. Tiles of larger groups have more
 // rows, which share the loads of their factors.
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 template <int M>
-constexpr int kSteps = M == 4 ? 1 : 8;  // times that a unit's lanes load
+constexpr int kRowSteps = M == 4 ? 1 : 8;  // of the mainloop, kUnroll rows each
 
 constexpr int kGeneralThreads = 256;
 
 template <typename T>
-__device__ bool chosen(const NmProblem<T>& p, float total, bool before) {
+__device__ bool within_threshold(const NmProblem<T>& p, float total, bool before) {
   return before || !(p.ties ? total > p.threshold : total >= p.threshold);  // true for inf - inf
 }
 
-// Costs of weights that are pruned already become -1, to come before all others. Whether there are any.
+// Costs of weights that are pruned already become -1, to come before all others. True where there are any.
 template <int M>
-__device__ bool put_first(const bool* previous, float (&cost)[M]) {
+__device__ bool rank_previous_first(const bool* previous, float (&cost)[M]) {
   bool any = false;
 #pragma unroll
   for (int word = 0; word < M / 4; ++word) {
@@ -55,7 +61,7 @@ __device__ bool put_first(const bool* previous, float (&cost)[M]) {
 
 // Word `i` of a group of T, zero in the weights that are marked.
 template <typename T>
-__device__ unsigned without_marked(unsigned word, const unsigned* marks, int i) {
+__device__ unsigned zero_marked(unsigned word, const unsigned* marks, int i) {
   if constexpr (sizeof(T) == 4) {
     return marked(marks, i) ? 0 : word;
   } else {  // two weights: each one's mark, spread over its 16 bits
@@ -69,20 +75,21 @@ __device__ unsigned without_marked(unsigned word, const unsigned* marks, int i) 
 template <typename T, int M, Output kOutput, bool kHalf, bool kLimited>
 __global__ void __launch_bounds__(kThreads, M == 4 ? 8 : 4)
     aligned_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
+  static_assert(M == 4 || M == 8 || M == 16, "marks are bytes of whole words, and the sort is unrolled");
   constexpr int E = kLaneColumns<T, M>, kGroups = E / M, kRows = Rows<T, E>::kCount;
   constexpr int kBytes = kOutput == Output::kMask ? E : kOutput == Output::kWeight ? E * sizeof(T) : 4 * kGroups;
-  const Unit unit(blockIdx.x * kWarps + threadIdx.x / 32, p.rows, p.columns, E, kSteps<M> * kRows);
-  if (unit.rows <= 0) return;
+  const WarpTile tile(blockIdx.x * kWarps + threadIdx.x / 32, p.rows, p.columns, E, kRowSteps<M> * kRows);
+  if (tile.rows <= 0) return;
   float a[E];
   float check = 0.0f;  // NaN if any cost is
-  for (int first = 0; first < unit.rows; first += kRows) {
+  for (int first = 0; first < tile.rows; first += kRows) {
     Rows<T, E> rows;
-    rows.load_weights(unit, first, p.weight, p.row_stride);
-    if (first == 0) cost_factors(p.a + unit.column, a);
+    rows.load_weights(tile, first, p.weight, p.row_stride);
+    if (first == 0) cost_factors(p.a + tile.column, a);
     rows.load_g(p.g);
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      const int64_t at = rows.row[u] * p.columns + unit.column;
+      const int64_t at = rows.row[u] * p.columns + tile.column;
       alignas(16) unsigned result[kBytes / 4];
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -94,10 +101,10 @@ __global__ void __launch_bounds__(kThreads, M == 4 ? 8 : 4)
           cost[i] = element_cost(rows.weights[u].at(group * M + i), rows.half_g[u], a[group * M + i]);
           check += cost[i];
         }
-        if (kLimited && p.previous != nullptr) before = put_first(p.previous + at + group * M, cost);
+        if (kLimited && p.previous != nullptr) before = rank_previous_first(p.previous + at + group * M, cost);
         const float total = mark_cheapest<kHalf>(cost, p.m - p.n, marks);
         if constexpr (kLimited) {
-          const bool taken = chosen(p, total, before);
+          const bool taken = within_threshold(p, total, before);
 #pragma unroll
           for (int word = 0; word < M / 4; ++word) marks[word] = taken ? marks[word] : 0;
         }
@@ -110,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, M == 4 ? 8 : 4)
           constexpr int kWords = M * sizeof(T) / 4;
 #pragma unroll
           for (int i = 0; i < kWords; ++i) {
-            result[group * kWords + i] = without_marked<T>(rows.weights[u].word(group * kWords + i), marks, i);
+            result[group * kWords + i] = zero_marked<T>(rows.weights[u].word(group * kWords + i), marks, i);
           }
         }
       }
@@ -126,10 +133,10 @@ __global__ void __launch_bounds__(kGeneralThreads, kOutput == Output::kGroupCost
     general_kernel(NmProblem<T> p, typename OutputType<T, kOutput>::type* out) {
   __shared__ float costs[kLargestGroup];
   __shared__ bool pruned[kLargestGroup], taken[kLargestGroup];
-  const int groups_at_once = kLargestGroup / p.m, width = groups_at_once * p.m, drop = p.m - p.n;
-  const int64_t pieces = ceil_div(p.columns, width);
-  for (int64_t piece = blockIdx.x; piece < p.rows * pieces; piece += gridDim.x) {
-    const int64_t row = piece / pieces, start = piece % pieces * width;
+  const int segment_groups = kLargestGroup / p.m, width = segment_groups * p.m, drop = p.m - p.n;
+  const int64_t segments = ceil_div(p.columns, width);
+  for (int64_t segment = blockIdx.x; segment < p.rows * segments; segment += gridDim.x) {
+    const int64_t row = segment / segments, start = segment % segments * width;
     const int size = static_cast<int>(p.columns - start < width ? p.columns - start : width);
     const T* weight = p.weight + row * p.row_stride + start;
     const bool* previous = p.previous == nullptr ? nullptr : p.previous + row * p.columns + start;
@@ -161,7 +168,7 @@ __global__ void __launch_bounds__(kGeneralThreads, kOutput == Output::kGroupCost
       if constexpr (kOutput == Output::kGroupCost) {
         out[row * (p.columns / p.m) + start / p.m + group] = total;
       } else {
-        taken[group] = chosen(p, total, before);
+        taken[group] = within_threshold(p, total, before);
       }
     }
     __syncthreads();
@@ -182,8 +189,8 @@ __global__ void __launch_bounds__(kGeneralThreads, kOutput == Output::kGroupCost
 template <typename T, int M, Output kOutput>
 cudaError_t launch_aligned(const NmProblem<T>& p, typename OutputType<T, kOutput>::type* out, cudaStream_t stream) {
   constexpr int E = kLaneColumns<T, M>;
-  const int64_t units = ceil_div(p.columns, 32 * E) * ceil_div(p.rows, kSteps<M> * Rows<T, E>::kCount);
-  const int64_t blocks = ceil_div(units, kWarps);
+  const int64_t tiles = ceil_div(p.columns, 32 * E) * ceil_div(p.rows, kRowSteps<M> * Rows<T, E>::kCount);
+  const int64_t blocks = ceil_div(tiles, kWarps);
   const auto run = [&](auto half) {
     constexpr bool kHalf = decltype(half)::value;
     if constexpr (kOutput == Output::kMask) {
@@ -213,8 +220,8 @@ cudaError_t launch(const NmProblem<T>& p, typename OutputType<T, kOutput>::type*
     case 16:
       return launch_aligned<T, 16, kOutput>(p, out, stream);
     default: {
-      const int64_t pieces = p.rows * ceil_div(p.columns, kLargestGroup / p.m * p.m);
-      const int64_t blocks = pieces < (1 << 20) ? pieces : 1 << 20;
+      const int64_t segments = p.rows * ceil_div(p.columns, kLargestGroup / p.m * p.m);
+      const int64_t blocks = segments < (1 << 20) ? segments : 1 << 20;
       return launch_kernel(general_kernel<T, kOutput>, blocks, kGeneralThreads, 0, stream, p, out);
     }
   }

@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "nm_select.h"
-#include "ops.h"
+#include "selection_ops.h"
 
 namespace {
 

@@ -14,17 +14,17 @@ namespace surgeon {
 #define SURGEON_1_TO_63(F) \
   SURGEON_1_TO_31(F)       \
   F(32) F(33) F(34) F(35) F(36) F(37) F(38) F(39) SURGEON_TEN(F, 4) SURGEON_TEN(F, 5) F(60) F(61) F(62) F(63)
-#define SURGEON_1_TO_127(F)                                                                                           \
-  SURGEON_1_TO_63(F)                                                                                                  \
-  F(64)                                                                                                               \
-  F(65)                                                                                                               \
-  F(66)                                                                                                               \
-  F(67)                                                                                                               \
-  F(68)                                                                                                               \
-  F(69)                                                                                                               \
-  SURGEON_TEN(F, 7)                                                                                                   \
-  SURGEON_TEN(F, 8) SURGEON_TEN(F, 9) SURGEON_TEN(F, 10) SURGEON_TEN(F, 11) F(120) F(121) F(122) F(123) F(124) F(125) \
-      F(126) F(127)
+#define SURGEON_1_TO_127(F) \
+  SURGEON_1_TO_63(F)        \
+  F(64)                     \
+  F(65)                     \
+  F(66)                     \
+  F(67)                     \
+  F(68)                     \
+  F(69)                     \
+  SURGEON_TEN(F, 7)         \
+  SURGEON_TEN(F, 8)         \
+  SURGEON_TEN(F, 9) SURGEON_TEN(F, 10) SURGEON_TEN(F, 11) F(120) F(121) F(122) F(123) F(124) F(125) F(126) F(127)
 
 #define SURGEON_NAME(I) ", %" #I
 #define SURGEON_OPERAND(I) , "+f"(d[I])

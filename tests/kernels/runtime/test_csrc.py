@@ -100,5 +100,5 @@ def test_registration_agrees_with_torch_and_the_kernels_headers(tmp_path):
 
 def test_kernels_know_nothing_of_torch():
     for path in CSRC.rglob("*.*"):
-        if path not in REGISTRATION and path.name != "ops.h":
+        if path not in REGISTRATION and not path.name.endswith("ops.h"):
             assert not re.search(r"#include\s*<(torch|ATen|c10|pybind11)/", path.read_text()), path.name

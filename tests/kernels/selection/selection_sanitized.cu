@@ -94,7 +94,7 @@ void run(int rows, int columns, int stride, int n, int m) {
         group == 1 ? 0 : n, group, 0, 20, 2048, 1, surgeon::aligned_costs<T>(matrix, group)};
     if (group != 1 && !histogram.aligned) continue;
     std::vector<surgeon::CostMatrix> matrices{matrix, matrix};
-    const int64_t tiles = surgeon::lay_out<T>(matrices.data(), 2, histogram);
+    const int64_t tiles = surgeon::assign_tiles<T>(matrices.data(), 2, histogram);
     const DeviceArray<surgeon::CostMatrix> d_matrices(matrices);
     const DeviceArray<int64_t> d_counts(2 * 2050);
     check(surgeon::cost_histogram<T>(d_matrices.get(), 2, tiles, histogram, d_counts.get(), nullptr));
