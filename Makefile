@@ -14,6 +14,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/kernels -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 
 # The markers are written last, so an interrupted install is taken up again.
