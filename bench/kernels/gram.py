@@ -2,6 +2,9 @@
 
     python -m bench.kernels.gram            # every shape, appended to results/gram.csv
     python -m bench.kernels.gram --tune     # launch configurations on a few shapes, beside estimates; no rows
+    python -m bench.kernels.gram --fit      # the configurations of surgeon_kernels/gram/plan.py, rows appended to
+                                            # results/gram_kernels.csv; prints the figures that choose, fitted to these
+    python -m bench.kernels.gram --fit FILE # the figures from such rows, without a GPU
 
 Times are medians of CUDA graph replays (device time) and of plain calls (with the launches' host time), the inputs
 rotated so that they come from memory, not from L2. Errors are Frobenius norms against a float64 product. The roofline
@@ -20,11 +23,13 @@ import triton
 from torch import Tensor
 
 from bench.environment import append_row, environment, require_gpu
+from bench.kernels.gram_fit import Timing, read_timings, report
 from bench.timing import eager_ms, graph_ms
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 from surgeon_kernels.gram import gram_triton
 from surgeon_kernels.gram.gram import kernel_config
-from surgeon_kernels.gram.plan import GramConfig, schedule
+from surgeon_kernels.gram.plan import CONFIGS as CHOICES
+from surgeon_kernels.gram.plan import GramConfig, blocks_in_order, schedule
 
 DEVICE = "cuda"
 _ROTATED_BYTES = 256 << 20
@@ -63,6 +68,10 @@ CASES = [
 TUNED = [
     *(Case(t, c) for t, c in ((16384, 4096), (16384, 11008), (16384, 2048), (2048, 2048), (2048, 2560), (2048, 3072))),
     *(Case(t, c, torch.float32) for t, c in ((8192, 4096), (4096, 1024))),
+]
+FITTED = [
+    *(Case(t, c) for t in (1024, 2048, 4096, 16384) for c in (1536, 2048, 2560, 3072, 4096, 5120, 8192, 11008)),
+    *(Case(t, c, torch.float32) for t in (1024, 4096) for c in (1024, 2048, 4096, 5120)),
 ]
 _WIDE = GramConfig(128, 256, 64, 8, 3, 1, True, step=0.63)
 _SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
@@ -161,13 +170,63 @@ def tune(case: Case) -> None:
         print(f"    {tuple(config)}: {ms:.4f} ms (estimated {estimate:.4f}), {base / ms:.2f}x", flush=True)
 
 
+def work(columns: int, tokens: int, config: GramConfig, programs: int) -> tuple[int, int, int]:
+    """Steps and units of the program with the most, and bytes of partial sums: what times are estimated from."""
+    steps = -(-tokens // config.block_k)
+    split = schedule(columns, steps, config, programs)
+    whole = -(-(len(blocks_in_order(columns, config)) - len(split.reductions)) // programs)
+    parts = len(split.reductions) * split.splits
+    shared = -(-parts // programs)
+    return (
+        whole * steps + shared * -(-steps // split.splits),
+        whole * -(-steps // config.run) + shared,
+        4 * parts * config.block_m * config.block_n,
+    )
+
+
+def fit_from_device(out: Path) -> list[Timing]:
+    """Rows of every configuration of this device on every shape, appended to ``out``."""
+    properties, about = torch.cuda.get_device_properties(DEVICE), {**environment(DEVICE), "triton": triton.__version__}
+    timings = []
+    for case in FITTED:
+        xs, _ = inputs(case)
+        packed = SymmetricAccumulator.zeros(case.columns, device=DEVICE, packed=True).storage
+        for config in CHOICES.get((properties.major, case.dtype), []):
+            plan = gram_triton.plan(case.columns, case.tokens, case.dtype, True, config, xs[0].device)
+            us = 1000 * graph_ms([partial(gram_triton.accumulate_, packed, x, 1.0, plan) for x in xs])
+            programs = config.programs_per_sm * properties.multi_processor_count
+            timings.append(
+                Timing(
+                    case.tokens,
+                    case.columns,
+                    str(case.dtype).removeprefix("torch."),
+                    "x".join(map(str, (*config[:6], config.run))),
+                    *work(case.columns, case.tokens, config, programs),
+                    us,
+                )
+            )
+            append_row(out, {**timings[-1]._asdict(), "us": f"{us:.2f}", **about})
+        print(*case[:3], len(timings), flush=True)
+    return timings
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tune", action="store_true", help="time launch configurations instead")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "gram.csv")
+    parser.add_argument(
+        "--fit", nargs="?", type=Path, const=Path(), metavar="FILE", help="fit the times that choose a configuration"
+    )
+    parser.add_argument("--out", type=Path, help="where rows are appended, instead of results/")
     options = parser.parse_args()
+    if options.fit is not None and options.fit != Path():
+        print(report(read_timings(options.fit)))
+        return
     require_gpu()
     torch.manual_seed(0)
+    results = Path(__file__).parents[1] / "results"
+    if options.fit is not None:
+        print(report(fit_from_device(options.out or results / "gram_kernels.csv")))
+        return
     if options.tune:
         for case in TUNED:
             tune(case)
@@ -176,7 +235,7 @@ def main() -> None:
     for case in CASES:
         row = {**measure(case), **about}
         print(*list(row.values())[:17], flush=True)
-        append_row(options.out, row)
+        append_row(options.out or results / "gram.csv", row)
 
 
 if __name__ == "__main__":

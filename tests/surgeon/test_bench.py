@@ -75,4 +75,4 @@ def test_scripts_for_a_gpu_say_so_in_a_line_where_there_is_none(
         with pytest.raises(SystemExit) as exit:
             bench(name, monkeypatch, "--out", "nowhere.csv")
         assert exit.value.code == 2
-        assert capsys.readouterr().err == f"{name} measures an NVIDIA GPU, and torch finds none\n"
+        assert capsys.readouterr().err == f"{name.split('.')[1]} measures an NVIDIA GPU, and torch finds none\n"

@@ -1,0 +1,54 @@
+"""The fit of the times by which Gram configurations are chosen, on timings of known constants."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench.kernels.gram import work
+from bench.kernels.gram_fit import Constants, Timing, estimate, fit, read_timings, report
+from surgeon_kernels.gram import plan
+from surgeon_kernels.gram.plan import CONFIGS, schedule
+
+KNOWN = Constants({"bfloat16 wide": 0.63, "bfloat16 square": 0.36}, 10.0, 15.0, 4e6)
+
+
+def timed(noise=0.0):
+    wide, square = CONFIGS[9, torch.bfloat16]
+    found = []
+    for tokens in (1024, 2048, 5000, 16384):
+        for columns in (2048, 2560, 3072, 4096, 5120, 11008):
+            for name, config in (("wide", wide), ("square", square)):
+                found.append(Timing(tokens, columns, "bfloat16", name, *work(columns, tokens, config, 132), 0.0))
+    factors = np.exp(noise * np.random.default_rng(0).standard_normal(len(found)))
+    return [timing._replace(us=estimate(KNOWN, timing) * factor) for timing, factor in zip(found, factors, strict=True)]
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(4096, 16384), (2048, 2048), (2500, 999), (11008, 4096)])
+def test_the_estimate_is_the_plan_s(columns, tokens):
+    for config in CONFIGS[9, torch.bfloat16]:
+        timing = Timing(tokens, columns, "bfloat16", "this", *work(columns, tokens, config, 132), 0.0)
+        known = Constants({"bfloat16 this": config.step}, plan._UNIT_COST, plan._REDUCTION_COST, plan._REDUCTION_BYTES)
+        expected = schedule(columns, -(-tokens // config.block_k), config, 132).time
+        assert estimate(known, timing) == pytest.approx(expected)
+
+
+def test_known_constants_are_found():
+    found = fit(timed())
+    assert found.step == pytest.approx(KNOWN.step) and found.unit == KNOWN.unit
+    assert found.launch == pytest.approx(KNOWN.launch) and found.bandwidth == pytest.approx(KNOWN.bandwidth)
+
+
+def test_known_constants_are_found_in_noise():
+    found = fit(timed(noise=0.02))
+    assert found.step == pytest.approx(KNOWN.step, rel=0.03) and found.unit == pytest.approx(KNOWN.unit, abs=2)
+
+
+def test_rows_are_read_and_reported(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = [",".join(["commit", *Timing._fields]), *(",".join(map(str, ("abc", *timing))) for timing in timed())]
+    path.write_text("\n".join(rows))
+    text = report(read_timings(path))
+    assert "step of bfloat16 wide: 0.63\n" in text and "_UNIT_COST = 10\n_REDUCTION_COST = 15.0\n" in text
+    assert "slower than the fastest by 0.0% (mean), 0.0% (worst)" in text
