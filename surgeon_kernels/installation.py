@@ -1,4 +1,4 @@
-"""What this installation can use: accelerators, compiled parts, versions, and why something is missing."""
+"""Accelerators, compiled parts and versions that this installation has, and reasons for what it lacks."""
 
 from __future__ import annotations
 

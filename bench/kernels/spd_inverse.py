@@ -1,6 +1,7 @@
 """Time and error of damped inverses against ``cholesky_ex`` and ``cholesky_inverse``.
 
     python -m bench.kernels.spd_inverse --sizes 4096 11008 28672
+    python -m bench.kernels.spd_inverse --tune --sizes 1024 2048 4096   # sides of blocks; nothing is recorded
 
 Errors are ``‖X - M⁻¹‖ / ‖M⁻¹‖`` (Frobenius) against a float64 inverse, for a matrix whose eigenvalues are spread evenly
 in logarithm from 1 down to 1 / condition. Rows are appended to results/spd_inverse.csv.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from bench.environment import append_row, environment, require_gpu
 from surgeon_kernels import inverse_diagonal, spd_inverse, unchecked_inverse
+from surgeon_kernels.linalg.triangular import cholesky_inverse_
 
 
 def with_condition(n: int, condition: float) -> Tensor:
@@ -71,8 +73,22 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
     return float((out.double() - exact).norm() / exact.norm())
 
 
+def tune(n: int, repeats: int) -> None:
+    """Print the time of the library and of every side of the blocks of surgeon_kernels/linalg/triangular.py."""
+    M = with_condition(n, 1e3).float()
+    print(f"{n}: library {milliseconds(library, M, repeats):.3f} ms", flush=True)
+    for base in (32, 64, 128):
+        for panel in (1024, 2048, 4096):
+
+            def blocked(M: Tensor, base: int = base, panel: int = panel) -> Tensor:
+                return cholesky_inverse_(torch.linalg.cholesky_ex(M).L, base=base, panel=panel)
+
+            print(f"    base {base}, panel {panel}: {milliseconds(blocked, M, repeats):.3f} ms", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tune", action="store_true", help="time sides of blocks instead")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 5120, 11008, 13824])
     parser.add_argument("--conditions", type=float, nargs="+", default=[1e3, 1e6])
     parser.add_argument("--repeats", type=int, default=10)
@@ -81,6 +97,10 @@ def main() -> None:
     options = parser.parse_args()
     require_gpu()
     torch.manual_seed(0)
+    if options.tune:
+        for n in options.sizes:
+            tune(n, options.repeats)
+        return
     about = environment("cuda")
     for n in options.sizes:
         for condition in options.conditions:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surgeon_kernels.runtime.triton_support import HALF_OR_SINGLE, has_kernels
 
-# A row is held in registers.
+# A row is held in registers (an estimate: 1024 values a warp).
 _MAX_COLUMNS = 16384
 
 
@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = weight ∘ x / sqrt(mean(x²) + eps)
 
     On CUDA devices a Triton kernel computes it, and another the gradient with respect to ``x``, where ``x`` and
-    ``weight`` have one dtype of at most 32 bits, ``C <= 16384`` and the weight's gradient is not asked for. Everything
+    ``weight`` have one dtype of at most 32 bits, ``C <= 16384`` and the weight needs no gradient. Everything
     else is the PyTorch reference, under torch.compile too: it fuses by itself.
 
     Args:

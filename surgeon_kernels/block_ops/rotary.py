@@ -16,7 +16,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y = x ∘ cos + [-x₂, x₁] ∘ sin,    x = [x₁, x₂] in halves of the last dimension
 
     On CUDA devices a Triton kernel computes it and its gradient with respect to ``x``, where all have one dtype of at
-    most 32 bits and no gradient is asked of the angles. Everything else is the PyTorch reference, under torch.compile
+    most 32 bits and the angles need no gradient. Everything else is the PyTorch reference, under torch.compile
     too: it fuses by itself.
 
     Args:

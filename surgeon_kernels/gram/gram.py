@@ -15,8 +15,8 @@ from surgeon_kernels.linalg.half_products import addmm_half_
 from surgeon_kernels.runtime.triton_support import has_kernels
 
 _HALF = (torch.bfloat16, torch.float16)
-# Rows of tiles that PyTorch multiplies at once on a GPU: a single one is too little for it, and what a panel computes
-# above the diagonal is for nothing.
+# Rows of tiles that PyTorch multiplies at once on a GPU (an estimate): a single one is too little for it, and what a
+# panel computes above the diagonal is wasted.
 _PANEL = 8
 
 
@@ -133,7 +133,7 @@ def _properties(device: torch.device) -> tuple[int, int]:
 def _accumulate_with_kernel(
     target: Tensor, rows: Tensor, mask: Tensor | None, alpha: float, ones_column: bool, config: GramConfig, packed: bool
 ) -> None:
-    """Adds to the lower triangle of ``target``."""
+    """Add to the lower triangle of ``target``."""
     from surgeon_kernels.gram import gram_rows_triton, gram_triton
 
     tokens, columns = rows.shape
@@ -152,7 +152,7 @@ def _accumulate_with_kernel(
 def _prepare(rows: Tensor, mask: Tensor | None, ones_column: bool) -> Tensor:
     """Masked rows with their ones for PyTorch's product: ``[N, C']``."""
     if mask is not None:
-        # Filled, not indexed: indexing by a mask would wait for the device.
+        # Filled, not indexed: indexing by a mask is a host sync.
         rows = rows.masked_fill(~mask[:, None], 0.0)
     if ones_column:
         ones = rows.new_ones(len(rows), 1) if mask is None else mask[:, None].to(rows.dtype)
@@ -182,7 +182,7 @@ def _check(out: Tensor | SymmetricAccumulator, x: Tensor, mask: Tensor | None, o
             f"out must be float32 or float64 [{size}, {size}] for x {list(x.shape)}, not {out.dtype} {list(shape)}"
         )
     if x.device != out.device or (mask is not None and mask.device != x.device):
-        places = ", ".join(str(t.device) for t in (out, x, mask) if t is not None)
-        raise ValueError(f"out, x and mask must be on one device, not {places}")
+        devices = ", ".join(str(t.device) for t in (out, x, mask) if t is not None)
+        raise ValueError(f"out, x and mask must be on one device, not {devices}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
         raise ValueError(f"mask must be bool {list(x.shape[:-1])}, not {mask.dtype} {list(mask.shape)}")

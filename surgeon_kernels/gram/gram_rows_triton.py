@@ -1,4 +1,4 @@
-"""What goes with a Gram product: rows copied to where it can read them, and the products with a column of ones."""
+"""Operands of the Gram kernel that it cannot read as they lie: gathered rows, and products with a column of ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from surgeon_kernels.gram.symmetric_triton import column_offsets, row_offsets
 from surgeon_kernels.runtime.launch import kind, launch, on_device
 
-# Blocks that are copied and summed, and programs that share the rows of a sum: enough to keep a GPU's memory busy.
+# Tiles that are copied and summed, and programs that share the rows of a sum: enough to keep a GPU's memory busy (an
+# estimate).
 _COPIED_ROWS, _COPIED_COLUMNS = 16, 256
 _SUMMED_ROWS, _SUMMED_COLUMNS = 32, 128
 _SUM_PROGRAMS = 1024

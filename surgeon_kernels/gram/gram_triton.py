@@ -16,7 +16,7 @@ from surgeon_kernels.gram.plan import MAX_SPLITS, GramConfig, schedule
 from surgeon_kernels.gram.symmetric_triton import column_offsets, exists, row_offsets
 from surgeon_kernels.runtime.launch import launch, on_device
 
-# Rows of a block that one program of the reduction adds up: more of them and more programs take turns than work.
+# Rows of a block that one program of the reduction adds up (an estimate): with more of them fewer programs share it.
 _REDUCED_ROWS = 8
 
 
@@ -94,7 +94,7 @@ def gram_kernel(
         r = row + tl.arange(0, BLOCK_M)
         c = column + tl.arange(0, BLOCK_N)
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in tl.range(first, last):
+        for step in tl.range(first, last):  # the mainloop, pipelined
             t = step * BLOCK_K
             x_left = read_block(left, t, row, tokens, columns, x_stride, BLOCK_K, BLOCK_M, DESCRIPTORS, ALIGN)
             x_right = read_block(right, t, column, tokens, columns, x_stride, BLOCK_K, BLOCK_N, DESCRIPTORS, ALIGN)
@@ -159,8 +159,8 @@ class Plan(NamedTuple):
 def plan(columns: int, tokens: int, dtype: torch.dtype, packed: bool, config: GramConfig, device: torch.device) -> Plan:
     """The plan of a product: one for all numbers of tokens of as many steps.
 
-    Making it takes the host a while, and waits for the device. Plans are kept, those long unused are not, except for
-    what a CUDA graph was captured with: it reads their schedules as long as it is replayed.
+    Making it takes host time and copies its schedule to the device. Plans are kept, the least recently used dropped,
+    except for those that a CUDA graph was captured with: it reads their schedules as long as it is replayed.
     """
     made = _plan(columns, -(-tokens // config.block_k), dtype, packed, config, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -190,7 +190,7 @@ def _plan(columns: int, steps: int, dtype: torch.dtype, packed: bool, config: Gr
 
 
 def readable(rows: Tensor) -> bool:
-    """Whether the kernel can read ``rows`` as they lie: unit last stride and rows aligned to 16 bytes."""
+    """True if the kernel can read ``rows`` as they lie: unit last stride and rows aligned to 16 bytes."""
     stride, one = rows.stride()
     return one == 1 and 0 < stride < 1 << 31 and stride * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
 
@@ -228,7 +228,7 @@ def accumulate_(out: Tensor, rows: Tensor, alpha: float, plan: Plan) -> None:
 
 
 def _is_plain(descriptor: Any) -> bool:
-    """Whether a descriptor is a dataclass of base, shape, strides and block shape, and of others that have defaults."""
+    """True if a descriptor is a dataclass of base, shape, strides and block shape, and of others that have defaults."""
     if not dataclasses.is_dataclass(descriptor) or hasattr(descriptor, "__slots__"):
         return False
     names, rest = [field.name for field in dataclasses.fields(descriptor)], dataclasses.fields(descriptor)[4:]

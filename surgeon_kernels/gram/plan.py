@@ -1,4 +1,8 @@
-"""Which Gram kernel runs, with which blocks, and in which order its programs take the lower triangle's tiles."""
+"""The plan of a Gram product: its launch configuration, and the schedule of its tiles over persistent programs.
+
+Tiles of the lower triangle are computed whole in as many waves of programs as pays; the tiles of the last, partial wave
+are split along the tokens (split-K), and a second kernel adds their partial sums up.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,14 @@ from typing import NamedTuple
 
 import torch
 
-# Cost of one more unit of work (prologue, read and write of the block), in steps of block_k tokens.
+# These three and `step` below: chosen by hand so that estimates come close to what `python -m bench.kernels.gram
+# --tune` prints beside them, measured on an H200; `--fit` fits them anew, and says how well a choice by them does.
+# Prologue and epilogue of a unit of work (the tile's read and write among them), in steps of block_k tokens.
 _UNIT_COST = 10
-# Microseconds of the second launch that adds up parts, the host's share included, and the bytes it reads in one.
+# Microseconds of the second launch that adds up partial sums, the host's share included, and the bytes it reads in one.
 _REDUCTION_COST = 15.0
 _REDUCTION_BYTES = 4e6
-# The most partial sums of one tile: bounds the workspace and the time of adding them up.
+# The most partial sums of one tile (an estimate): bounds the workspace and the time of adding them up.
 MAX_SPLITS = 16
 # The sums of tf32x3 are rounded after every step.
 _UNLIMITED = 1 << 30
@@ -31,8 +37,8 @@ class GramConfig(NamedTuple):
     programs_per_sm: int
     descriptors: bool  # loads through TMA tensor descriptors (from sm_90 on), else through pointers
     precision: str = "tf32"  # of float32 operands; 16-bit ones are exact
-    # Steps that the tensor cores sum by themselves. They truncate, so that the error grows with the number of steps;
-    # what is added to the output afterwards is rounded.
+    # Steps that the tensor cores sum by themselves (the promotion interval). They truncate, so that the error grows
+    # with the number of steps; what is added to the output afterwards is rounded.
     run: int = 128
     step: float = 0.5  # microseconds of one such product, with every program at work
 
@@ -42,10 +48,10 @@ _SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
 _AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=256, step=0.5)
 _AMPERE_TF32 = GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED, 2.0)
 # By major compute capability and type of x; where there are several, the one whose schedule takes the least time by the
-# figures above, which `bench/kernels/gram.py --tune` prints beside measured times (those of sm_90 alone are measured).
-# 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product, but a small matrix has too few of
-# them. tf32x3 splits its operands in registers, which leaves room for less. Major 12 has Ampere's instructions and a
-# block of at most 99 KiB.
+# figures above. Those of sm_90 are the fastest of `python -m bench.kernels.gram --tune` on an H200, the others
+# estimates. 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product, but a small matrix has too
+# few of them. tf32x3 splits its operands in registers, which leaves room for less. Major 12 has Ampere's instructions
+# and a block of at most 99 KiB.
 CONFIGS: dict[tuple[int, torch.dtype], list[GramConfig]] = {
     (9, torch.bfloat16): [_WIDE, _SQUARE],
     (9, torch.float16): [_WIDE, _SQUARE],
@@ -60,9 +66,9 @@ CONFIGS: dict[tuple[int, torch.dtype], list[GramConfig]] = {
     (12, torch.float16): [_AMPERE],
     (12, torch.float32): [_AMPERE_TF32],
 }
-# Fewer rows are not worth a kernel, and the last digit of tf32x3 would show.
+# Fewer rows are not worth a kernel (an estimate), and the last digit of tf32x3 would show.
 _LEAST_TOKENS = 64
-# Multiplications, tokens x columns², that are worth the launches for a matrix that is not packed. Of 16-bit operands
+# Multiplications, tokens x columns², that are worth the launches for a dense matrix (an estimate). Of 16-bit operands
 # they are more: cuBLAS, too, adds such a product to the output in one call.
 _LEAST_WORK = 1 << 32
 _LEAST_HALF_WORK = 1 << 34
@@ -108,7 +114,7 @@ def choose(
 
 
 class Unit(NamedTuple):
-    """Steps ``first..last`` of one block; ``slot`` is a place in the workspace, or one of the two below."""
+    """Steps ``first..last`` of one block; ``slot`` is its partial sum's in the workspace, or one of the two below."""
 
     row: int
     column: int
@@ -189,7 +195,7 @@ class _Split(NamedTuple):
 
 
 def _split(blocks: int, steps: int, config: GramConfig, programs: int) -> _Split:
-    """The fastest way to share ``blocks`` among programs."""
+    """The fastest split of ``blocks`` among programs, by the estimated time."""
     rounds = -(-blocks // programs)
     whole_time = (steps + -(-steps // config.run) * _UNIT_COST) * config.step
     best = _Split(blocks, 1, rounds * whole_time)

@@ -1,5 +1,4 @@
-"""How :class:`surgeon_kernels.gram.symmetric.SymmetricAccumulator` lies in memory: the lower tiles, one after the
-other.
+"""Memory layout of :class:`surgeon_kernels.gram.symmetric.SymmetricAccumulator`: its lower tiles, one after the other.
 
 Tile ``(i, j)``, ``j <= i``, is the ``TILE x TILE`` block of ``S`` at ``(i TILE, j TILE)``; it is stored whole and
 row-major at position ``i (i + 1) / 2 + j`` of the storage ``[tiles, TILE, TILE]``. A smaller ``S`` is stored as
@@ -13,7 +12,7 @@ from torch import Tensor
 
 # Side of a tile. The kernels' blocks are multiples of it, so that a block never splits a tile.
 TILE = 128
-# Smaller matrices are stored whole: half of a few megabytes is not worth a slower update.
+# Smaller matrices are stored whole (an estimate): half of a few megabytes is not worth a slower update.
 PACKED_FROM = 2048
 
 

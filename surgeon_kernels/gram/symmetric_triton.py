@@ -10,13 +10,13 @@ from surgeon_kernels.gram.symmetric_layout import TILE
 from surgeon_kernels.runtime.launch import kind, launch, on_device
 
 _TILE = tl.constexpr(TILE)
-# Side of the block that one program transposes.
+# Side of the tile that one program transposes (an estimate).
 _BLOCK = 64
 
 
 @triton.jit
 def row_offsets(r: tl.tensor, stride: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
-    """Where row ``r`` begins; the offset of ``(r, c)`` is ``row_offsets(r) + column_offsets(c)`` (int64)."""
+    """Offset of row ``r``; the offset of ``(r, c)`` is ``row_offsets(r) + column_offsets(c)`` (int64)."""
     r = r.to(tl.int64)
     if PACKED:
         tile = r // _TILE
@@ -33,7 +33,7 @@ def column_offsets(c: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def exists(r: tl.tensor, c: tl.tensor, n: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
-    """Whether there is room for element ``(r, c)``: bool ``[len(r), len(c)]``."""
+    """Mask of the elements ``(r, c)`` that the storage holds: bool ``[len(r), len(c)]``."""
     if PACKED:
         side = (n + _TILE - 1) // _TILE
         return (r // _TILE < side)[:, None] & (c // _TILE <= (r // _TILE)[:, None])

@@ -11,7 +11,7 @@ from surgeon_kernels.linalg.spd_inverse import JITTERS, NotPositiveDefiniteError
 from surgeon_kernels.runtime import extension
 from surgeon_kernels.runtime.ops import define
 
-# Systems gathered at once by the reference: bounds its workspace to 64 MiB in float32.
+# Systems gathered at once by the reference: bounds its workspace to 64 MiB in float32 (an estimate).
 _BATCH_ELEMENTS = 1 << 24
 
 
@@ -41,9 +41,9 @@ def chunked_solve(
     Raises:
         TypeError: dtypes that differ, or indices that are not int64.
         ValueError: shapes, devices, offsets or lengths that do not agree (RuntimeError for decreasing offsets on CUDA
-            devices), or on the CPU a position outside the factors. On CUDA devices, where the host does not wait for a
-            look at them, such a position is an assertion that fails on the device, as with indices in PyTorch: nothing
-            is read there, and the next call that waits for the device raises.
+            devices), or on the CPU a position outside the factors. On CUDA devices, where the host does not check them,
+            to avoid a sync, such a position is an assertion that fails on the device, as with indices in PyTorch:
+            nothing is read there, and the next call that waits for the device raises.
     """
     _check(G_inv, A_inv, rows, columns, offsets, target)
     if uses_extension(target):
@@ -112,7 +112,7 @@ def largest_jitter(level: Tensor, offsets: Tensor) -> float:
 def chunked_solve_reference(
     G_inv: Tensor, A_inv: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch, on any device and in any dtype."""
+    """Reference of :func:`chunked_solve`, on any device and in any dtype."""
     solution = torch.zeros_like(target)
     sizes = offsets.diff()
     level = torch.zeros(sizes.numel(), dtype=torch.int32, device=target.device)

@@ -102,7 +102,7 @@ def scaled_parts(x: Tensor, rows: Tensor, columns: Tensor, parts: int) -> Tensor
 
 
 def scaled_parts_reference(x: Tensor, rows: Tensor, columns: Tensor, parts: int) -> Tensor:
-    """What :func:`scaled_parts` computes."""
+    """Reference of :func:`scaled_parts`."""
     x = x * rows[:, None] * columns
     first = x.half()
     return torch.stack([first, ((x - first) * _LOW).half()][:parts])

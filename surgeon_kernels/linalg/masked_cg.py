@@ -60,7 +60,7 @@ class MaskedCG:
         return self._residual
 
     def run(self, iterations: int) -> list[float]:
-        """Iterate; what each iteration lowered the quadratic function by (0 once the residual has vanished)."""
+        """Iterate; decreases of the quadratic function, one an iteration (0 once the residual has vanished)."""
         decreases = [self._step() for _ in range(iterations)]
         return torch.stack(decreases).tolist() if decreases else []
 

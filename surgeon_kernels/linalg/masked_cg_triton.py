@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Entries of a row that a program takes at once, its warps, and programs a multiprocessor holds at a time: best or
-# within 2 % of it at 4096 x 4096 and 11008 x 4096 on an H200 (`bench/kernels/joint_update.py --tune`).
+# within 2 % of it at 4096 x 4096 and 11008 x 4096 on an H200, by `python -m bench.kernels.joint_update --tune`.
 _BLOCK, _WARPS, _RESIDENT = 1024, 8, 4
 
 
@@ -176,7 +176,7 @@ def direction_kernel(
 
 
 class Passes:
-    """The three passes over matrices ``[rows, columns]`` and what they hand to each other.
+    """The three passes over matrices ``[rows, columns]`` and the partial sums that they hand to each other.
 
     Attributes:
         curvatures, new_energies, largest: the programs' parts of ``c / b²``, ``e'`` and ``max |Z|``; of the two latter

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from surgeon_kernels.runtime.triton_support import has_kernels
 
-# Smaller products take less time than the kernel's launch and reduction.
+# Smaller products take less time than the kernel's launch and reduction. By rows of `python -m
+# bench.kernels.quadratic_form` the kernel is faster than TF32 from 2048 on, than float32 from 1024 on.
 _LEAST_SIDE = 1024
 
 

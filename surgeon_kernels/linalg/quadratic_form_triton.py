@@ -30,11 +30,12 @@ class Config(NamedTuple):
     stages: int
 
 
-# Chosen by `bench/kernels/quadratic_form.py --tune` on an H200.
+# The fastest of `python -m bench.kernels.quadratic_form --tune` on an H200.
 CONFIG = Config(128, 256, 32, 8, 4)
-# Row blocks of programs that run at the same time: they share the blocks of S, which is read from L2.
+# Row blocks of programs that run at the same time (an estimate): they share the blocks of S, which is read from L2.
 _BAND = 8
-# X that TMA cannot address is copied in strips of so many bytes, or of one band of rows: some waves of programs each.
+# X that TMA cannot address is copied in strips of so many bytes, or of one band of rows: some waves of programs each
+# (estimates, as is the side of the tile that one program copies).
 _STRIP_BYTES = 64 << 20
 _COPIED_BLOCK = 64
 

@@ -13,7 +13,8 @@ from surgeon_kernels.runtime.checks import check_square
 
 # Jitter escalation, relative to the mean diagonal: tried in this order when a factorisation meets a pivot <= 0.
 JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-# Float32 matrices on a GPU from this size on are inverted in blocks; the library is as fast for smaller ones.
+# Float32 matrices on a GPU from this size on are inverted in blocks; the library is as fast for smaller ones, by
+# `python -m bench.kernels.spd_inverse --tune`.
 _BLOCKED_FROM = 2048
 
 
@@ -22,7 +23,7 @@ class NotPositiveDefiniteError(ArithmeticError):
 
 
 class DampedInverse(NamedTuple):
-    """What :func:`spd_inverse` returns."""
+    """Result of :func:`spd_inverse`."""
 
     damped: Tensor  # M + (damping + jitter) mean(diag M) I  [n, n]
     inverse: Tensor  # its inverse  [n, n]
@@ -43,7 +44,7 @@ def damp(M: Tensor, damping: float) -> Tensor:
 
 
 def mean_diagonal(M: Tensor) -> Tensor:
-    """What dampings of ``M`` are relative to, a scalar; see :func:`damp` for a zero diagonal."""
+    """Mean diagonal of ``M``, a scalar, which dampings are relative to; see :func:`damp` for a zero diagonal."""
     if M.shape[-1] == 0:
         return M.new_zeros(())
     return M.diagonal().mean().clamp_min(torch.finfo(M.dtype).tiny ** 0.375)
@@ -57,8 +58,8 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
     ``M`` gives the same bits.
 
     Args:
-        jitter: what an earlier factorisation of the same matrix needed, if known: nothing is checked then, and the
-            host does not wait for the device.
+        jitter: what an earlier factorisation of the same matrix needed, if known: not checked then, to avoid a host
+            sync.
 
     Raises:
         NotPositiveDefiniteError: no jitter was enough; the message names ``name``.
@@ -71,7 +72,7 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
         damped = damp(M, damping)
         L, good = _cholesky(damped)
         inverse = _inverse_(L)
-        if bool(good):  # asked once the device has its work; nearly every matrix needs no jitter
+        if bool(good):  # the host sync once the device has its work; nearly every matrix needs no jitter
             return DampedInverse(damped, inverse, 0.0)
         del damped, L, inverse
     L, jitter = cholesky_with_jitter(M, damping, name=name)
@@ -79,7 +80,7 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
 
 
 def unchecked_inverse(M: Tensor) -> Tensor:
-    """``M⁻¹`` of a matrix ``[n, n]`` known to be positive definite: not checked, so that the host need not wait."""
+    """``M⁻¹`` of a matrix ``[n, n]`` known to be positive definite: not checked, to avoid a host sync."""
     check_square(M)
     return _inverse_(torch.linalg.cholesky_ex(M).L)
 
@@ -88,7 +89,7 @@ def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
     """Diagonal ``[n]`` of the inverse of a symmetric ``M`` ``[n, n]``, and whether ``M`` is positive definite: bool.
 
     The diagonal of ``(L Lᵀ)⁻¹`` is that of ``L⁻ᵀ L⁻¹``, the columns' squared norms of ``L⁻¹``: a third less work than
-    the inverse. The host does not wait for the device. Where the factorisation fails the diagonal means nothing.
+    the inverse. There is no host sync. Where the factorisation fails the diagonal means nothing.
     """
     L, good = _cholesky(M)
     return torch.linalg.vector_norm(triangular_inverse_(L), dim=0).square_(), good
@@ -121,7 +122,7 @@ def cholesky_with_jitter(M: Tensor, damping: float = 0.0, *, name: str = "matrix
 
 
 def _cholesky(M: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower factor of ``M`` and whether there is one, which the host need not wait for."""
+    """The lower factor of ``M``, and whether there is one as a bool on the device: no host sync."""
     check_square(M)
     L, info = torch.linalg.cholesky_ex(M)
     # A positive pivot that rounding made tiny can still overflow the factor: finite is part of success.

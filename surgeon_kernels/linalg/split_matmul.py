@@ -20,10 +20,10 @@ from surgeon_kernels.linalg.half_products import addmm_half_, float32_sums
 from surgeon_kernels.runtime.triton_support import has_kernels
 
 _ORDER = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
-# Sides from which on a product is split: the six products of a smaller one are mostly launches.
+# Sides from which on a product is split (an estimate): the six products of a smaller one are mostly launches.
 SPLIT_FROM = 1024
 # Terms of a sum that tensor cores add before float32 units take over. Each further run reads and writes `out` once: at
-# 2048 terms, about a twentieth of the time of their six products on an H200.
+# 2048 terms (an estimate), about a twentieth of the time of their six products on an H200.
 RUN = 2048
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from surgeon_kernels.linalg.split_matmul import SPLIT_FROM, mm
 
-# Diagonal blocks that the library inverts.
+# Diagonal blocks that the library inverts, and below the side of the blocks that products are taken in, which bounds
+# the workspace and fills a GPU: estimates; `python -m bench.kernels.spd_inverse --tune` times others.
 _BASE = 64
-# Side of the blocks that products are taken in: bounds the workspace and fills a GPU.
 _PANEL = 2048
 
 

@@ -1,1 +1,1 @@
-"""What ops are built, checked, loaded and launched with."""
+"""Building, defining, checking and launching of ops."""

@@ -1,4 +1,4 @@
-"""Whether tensors that describe one layer belong together. Values are not looked at, so nothing waits for a device."""
+"""Checks of the tensors that describe one layer, by shape, dtype and device. Values are not read: no host sync."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_square(M: Tensor, name: str = "matrix") -> None:
-    """Refuse what is no floating-point matrix ``[n, n]``.
+    """Raise unless ``M`` is a floating-point matrix ``[n, n]``.
 
     Raises:
         ValueError: another shape; TypeError: another dtype.
@@ -19,7 +19,7 @@ def check_square(M: Tensor, name: str = "matrix") -> None:
 
 
 def check_layer(weight: Tensor, pruned: Tensor | None = None, *others: Tensor, **factors: Tensor | None) -> None:
-    """Refuse a layer whose parts do not fit together.
+    """Raise unless the parts of a layer fit together.
 
     Args:
         weight: ``[R, C]``, floating point; pruned: bool ``[R, C]``; others: ``[R, C]``.
@@ -35,11 +35,11 @@ def check_layer(weight: Tensor, pruned: Tensor | None = None, *others: Tensor, *
     R, C = weight.shape
     if pruned is not None:
         check_mask(pruned, weight.shape, "pruned")
-        _check_place("pruned", pruned, weight)
+        _check_device("pruned", pruned, weight)
     for other in others:
         if other.shape != weight.shape or other.dtype != weight.dtype:
             raise ValueError(f"{other.dtype} {list(other.shape)} is not of the weight's {weight.dtype} {[R, C]}")
-        _check_place("a matrix of the weight's shape", other, weight)
+        _check_device("a matrix of the weight's shape", other, weight)
     for name, factor in factors.items():
         if factor is None:
             continue
@@ -48,17 +48,17 @@ def check_layer(weight: Tensor, pruned: Tensor | None = None, *others: Tensor, *
             raise ValueError(f"{name} must be {[n, n]} for a weight {[R, C]}, not {list(factor.shape)}")
         if factor.dtype != weight.dtype:
             raise TypeError(f"{name} is {factor.dtype}, the weight {weight.dtype}: they must be of one dtype")
-        _check_place(name, factor, weight)
+        _check_device(name, factor, weight)
 
 
 def check_mask(mask: Tensor, shape: torch.Size, name: str) -> None:
-    """Refuse what is not bool of this shape."""
+    """Raise unless ``mask`` is bool of this shape (ValueError, TypeError)."""
     if mask.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, not {list(mask.shape)}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool, not {mask.dtype}")
 
 
-def _check_place(name: str, tensor: Tensor, weight: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor, weight: Tensor) -> None:
     if tensor.device != weight.device:
         raise ValueError(f"{name} is on {tensor.device}, the weight on {weight.device}")

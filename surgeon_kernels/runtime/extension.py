@@ -63,10 +63,10 @@ _lock = threading.Lock()
 
 
 def available(device: torch.device | None = None) -> bool:
-    """Whether the CUDA ops are registered, and hold machine code for ``device`` where one is given.
+    """True if the CUDA ops are registered, and hold machine code for ``device`` where one is given.
 
-    The first call may build them (a minute). What rules them out is said once, as a warning; what rules out one of
-    several devices, once for each kind of device.
+    The first call may build them (a minute). A warning names the reason against them once, and the reason against one
+    of several devices once for each kind of device.
     """
     built = built_architectures()
     if not built or device is None:
@@ -75,7 +75,7 @@ def available(device: torch.device | None = None) -> bool:
 
 
 def built_architectures() -> tuple[str, ...]:
-    """Names what the extension holds machine code for, such as ``("8.0", "9.0a")``; empty where there is none.
+    """Architectures that the extension holds machine code for, such as ``("8.0", "9.0a")``; empty where there is none.
 
     Loads the extension and, as :func:`available`, may build it.
     """
@@ -84,7 +84,7 @@ def built_architectures() -> tuple[str, ...]:
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether a device of ``capability`` runs machine code for ``architecture``, as CUDA's binary compatibility has it.
+    """True if a device of ``capability`` runs machine code for ``architecture``, by CUDA's binary compatibility.
 
     The same major, and a minor of the device that is at least the code's; code for an architecture-specific target
     (9.0a) and code on or for 8.7, an integrated GPU, need the very same.
@@ -96,12 +96,12 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def ahead_of_time() -> bool:
-    """Whether this installation was built with ``SURGEON_CUDA=1``."""
+    """True if this installation was built with ``SURGEON_CUDA=1``."""
     return importlib.util.find_spec("surgeon_kernels._C") is not None
 
 
 def obstacle() -> str | None:
-    """What rules the extension out before any attempt, in words, or None; builds nothing."""
+    """Reason against the extension that is known before any attempt, in words, or None; builds nothing."""
     if os.environ.get("SURGEON_CUDA") == "0":
         return "switched off by SURGEON_CUDA=0"
     if not torch.cuda.is_available():
@@ -135,7 +135,7 @@ def csrc() -> Path:
 
 
 def parse_architectures(listed: str) -> tuple[list[str], list[str]]:
-    """What to build of a list in the syntax of ``TORCH_CUDA_ARCH_LIST``, given the nvcc of this machine.
+    """Architectures to build, of a list in the syntax of ``TORCH_CUDA_ARCH_LIST``, given the nvcc of this machine.
 
     Entries are separated by ``;``, ``,`` or spaces: ``8.0``, ``9.0a``, ``9.0+PTX``, or a generation (``Hopper``).
 
@@ -160,7 +160,7 @@ def parse_architectures(listed: str) -> tuple[list[str], list[str]]:
 
 
 def architectures(devices: Iterable[tuple[int, int]] | None = None) -> list[str]:
-    """What to build for: ``TORCH_CUDA_ARCH_LIST`` where it is set, otherwise ``devices`` or `ARCHITECTURES`.
+    """Architectures to build for: ``TORCH_CUDA_ARCH_LIST`` where it is set, otherwise ``devices`` or `ARCHITECTURES`.
 
     Entries that cannot be built are left out, and a warning names them; of `ARCHITECTURES`, in silence.
 
@@ -228,7 +228,7 @@ def _text(number: tuple[int, int]) -> str:
 
 @functools.cache
 def _holds(built: tuple[str, ...], capability: tuple[int, int]) -> bool:
-    """Whether a device of ``capability`` is served; warns if not."""
+    """True if a device of ``capability`` is served; warns if not."""
     if any(runs_on(architecture, capability) for architecture in built):
         return True
     warnings.warn(
@@ -286,7 +286,7 @@ def _build() -> ModuleType:
     library = folder / f"{name}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / "building.lock"):
+        with _locked(folder / "building.lock"):
             if not library.exists():
                 for abandoned in folder.glob("building-*"):
                     shutil.rmtree(abandoned, ignore_errors=True)
@@ -311,7 +311,7 @@ def _build() -> ModuleType:
 
 
 def _compilers() -> list[str]:
-    """What else determines a build: versions of the compilers and of Python, and variables that the compilers read."""
+    """All else that determines a build: versions of compilers and Python, and variables that the compilers read."""
     found = [sysconfig.get_config_var("EXT_SUFFIX")]
     for command in ([nvcc() or "nvcc"], shlex.split(os.environ.get("CXX", "c++"))):
         found.append(subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout)
@@ -320,8 +320,8 @@ def _compilers() -> list[str]:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Holds a lock that the kernel releases when this process dies, however it does; says when it has to wait."""
+def _locked(path: Path) -> Iterator[None]:
+    """Context manager of a lock that the operating system releases when this process dies; says when it waits."""
     import fcntl  # not on Windows
 
     with path.open("w") as file:

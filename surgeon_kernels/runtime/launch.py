@@ -20,7 +20,7 @@ _KNOWN = (3, 6), (3, 10)
 
 
 def known(version: str) -> bool:
-    """Whether compiled kernels of this version of Triton can be launched directly."""
+    """True if compiled kernels of this version of Triton can be launched directly."""
     major, minor = (int(part) for part in version.split(".")[:2])
     return _KNOWN[0] <= (major, minor) < _KNOWN[1]
 
@@ -63,14 +63,14 @@ def launch(kernel: Any, key: tuple[Any, ...], grid: tuple[int, int, int], *args:
 
 
 def kind(argument: Tensor | int) -> tuple[bool, ...]:
-    """What Triton compiles anew for: a pointer's alignment; an integer's too, its being 1, and its width."""
+    """Properties that Triton compiles anew for: alignment; of an integer also its being 1, and its width."""
     if isinstance(argument, int):
         return argument % 16 == 0, argument == 1, argument < 1 << 31
     return (argument.data_ptr() % 16 == 0,)
 
 
 def on_device(index: int) -> contextlib.AbstractContextManager[object]:
-    """Makes a CUDA device the current one for a while; free of charge if it is already, or for the CPU (-1)."""
+    """Context manager that makes a CUDA device current, restored on exit; free where it is, and for the CPU (-1)."""
     if index < 0 or index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(index)

@@ -1,4 +1,4 @@
-"""Whether Triton kernels can be launched here."""
+"""Conditions for Triton kernels."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
 @functools.cache
 def has_kernels() -> bool:
-    """Triton is installed. (Kernels for a device's architecture are chosen in :mod:`surgeon_kernels.gram.plan`.)"""
+    """True if Triton is installed."""
     return importlib.util.find_spec("triton") is not None

@@ -25,10 +25,10 @@ Pattern = tuple[int, int]  # (n, m)
 
 _BIN_BITS = 11
 _BINS = 1 << _BIN_BITS
-# Where the costs are many, a pass over some of the rows narrows the first bins: one pass over all of them less.
+# Estimates. Where the costs are many, a pass over some of the rows narrows the first bins: one pass over all less.
 _SAMPLED_FROM = 1 << 26
 _SAMPLE_STEP = 64
-_SAMPLE_SLACK = 0.01  # of all costs, in rank: what the sample may be wrong by
+_SAMPLE_SLACK = 0.01  # of all costs, in rank: the error that the sample may have
 # Weights among which ties are counted out at one time.
 _TIES_AT_ONCE = 1 << 24
 
@@ -130,7 +130,7 @@ def _select(
     ties: int,
     others: int,
 ) -> Tensor:
-    """What costs less than ``threshold``, what is pruned already, and the first ``ties`` of all that cost as much.
+    """Mask of what costs less than ``threshold`` or is pruned already, and of the first ``ties`` that cost as much.
 
     Args:
         others: how many cost as much and are not to be selected.
@@ -161,7 +161,7 @@ def _select(
 def _up_to(
     cost: WeightCosts, threshold: float, pattern: Pattern | None, previous: Tensor | None, *, ties: bool
 ) -> Tensor:
-    """What costs less than ``threshold``, or as much where ``ties``, or is pruned already."""
+    """Mask of what costs less than ``threshold``, or as much where ``ties``, or is pruned already."""
     if pattern is not None:
         valid = threshold > -math.inf  # the search for the threshold has read all costs
         return nm_select(cost, *pattern, previous=previous, threshold=threshold, ties=ties, valid=valid)
@@ -170,7 +170,7 @@ def _up_to(
     else:
         dense = checked_costs(cost)
         mask = dense <= threshold if ties else dense < threshold
-    # What is pruned already costs nothing, so that it is in the mask unless the threshold is zero.
+    # Pruned weights cost nothing, so that they are in the mask unless the threshold is zero.
     return mask | previous if previous is not None and threshold <= 0.0 else mask
 
 
@@ -246,7 +246,7 @@ def _pass(
     window: _Window,
     step: int = 1,
 ) -> tuple[list[Tensor], Tensor]:
-    """How many costs there are below the first bin, up to the end of the first bin, of the second, and so on.
+    """Count costs below the first bin, up to the end of the first bin, of the second, and so on.
 
     Returns:
         The counts of every batch's layers, int64 ``[layers, 1 + bins]`` on its device, and their sum over all layers,

@@ -1,4 +1,4 @@
-"""How the kernels of :mod:`surgeon_kernels.linear_2_4` keep a packed 2:4 weight: in the order of their registers.
+"""Layout of packed 2:4 weights for the kernels of :mod:`surgeon_kernels.sparse24.linear_2_4`: their registers' order.
 
 The sparse tensor-core instructions ``mma.sp.m16n8k32`` and ``wgmma.sp.m64nNk32`` (16 bits, PTX ISA) take a tile of
 16 rows by 32 columns of W from the 32 lanes of a warp. Lane ``4 g + t`` holds, two values to a register,

@@ -15,7 +15,7 @@ from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MOST_COPIES = 15
 _ROUNDS = 2  # through all copies, in what is timed
-_GAIN = 0.95  # of the present choice's time: a smaller gain may be noise
+_GAIN = 0.95  # of the present choice's time: a smaller gain may be noise (an estimate)
 _LIBRARY_ALGORITHMS = 32  # of cuSPARSELt, at most; those that do not exist do not run
 _wrong: set[tuple[int, str]] = set()  # kernels that a warning has named, and their devices
 
@@ -101,7 +101,7 @@ def _run(x: Tensor, weight: Linear24Weight, choice: int, *, poisoned: bool = Fal
 
 
 def _agrees(y: Tensor, right: Tensor) -> bool:
-    """Whether two products differ by no more than the order of their fp32 sums and a rounding each."""
+    """True if two products differ by no more than the order of their fp32 sums and a rounding each."""
     eps, right = torch.finfo(y.dtype).eps, right.float()
     bound = 2 * eps * (right.abs() + right.square().mean().sqrt())
     return bool(((y.float() - right).abs() <= bound).all())  # false for NaN

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 _INVALID = 0xFF  # the nibble of a group with more than two nonzeros
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Weights handled at once: the int64 indices that torch needs are four times as large as a bf16 weight.
+# Weights handled at once (an estimate): the int64 indices that torch needs are four times as large as a bf16 weight.
 _SLAB = 1 << 24
 
 
@@ -103,7 +103,7 @@ def unpack_2_4(packed: Packed24) -> Tensor:
 
 
 def is_2_4(weight: Tensor) -> bool:
-    """Whether ``weight`` can be packed: a matrix with at most two nonzeros in every four consecutive columns."""
+    """True if ``weight`` can be packed: a matrix with at most two nonzeros in every four consecutive columns."""
     if weight.dim() != 2 or weight.shape[1] % 4 or weight.dtype not in _DTYPES:
         return False
     valid = _tables(weight.device)[0] != _INVALID
@@ -113,7 +113,7 @@ def is_2_4(weight: Tensor) -> bool:
 
 
 def check_packed_2_4(packed: Packed24) -> None:
-    """Refuse what :func:`pack_2_4` cannot have written: for tensors that come from a file.
+    """Raise unless :func:`pack_2_4` can have written ``packed``: for tensors that come from a file.
 
     Raises:
         ValueError: the shapes do not belong together, two positions of a group are not ascending (the message names

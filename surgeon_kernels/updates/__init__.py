@@ -1,1 +1,1 @@
-"""How surviving weights make up for those that are removed."""
+"""Updates by which the kept weights compensate for the pruned ones."""

@@ -19,8 +19,8 @@ from surgeon_kernels.linalg.chunked_solve import (
 from surgeon_kernels.runtime.checks import check_layer
 from surgeon_kernels.runtime.ops import define
 
-# What the extension's sequential mode factorises at once is bounded by the factors' memory in bytes and by the rows
-# that wait for an update.
+# The extension's sequential mode factorises as much at once as the factors' memory in bytes and the rows that wait for
+# an update allow (estimates).
 _FACTOR_BYTES = 1 << 30
 _PENDING_ROWS = 256
 
@@ -34,7 +34,7 @@ define(
 
 
 class ChunkedUpdate(NamedTuple):
-    """What :func:`chunked_update` returns."""
+    """Result of :func:`chunked_update`."""
 
     delta: Tensor  # [R, C], -W on every pruned weight
     jitter: float  # largest relative jitter a chunk's Cholesky factorisation needed, normally 0.0
@@ -61,7 +61,7 @@ def chunked_update(
     The sequential mode never forms the dense ``Δ`` of a chunk: with ``Y = scatter(λ) A⁻¹`` kept row by row, a chunk
     reads ``-G⁻¹[its rows, :] Y`` and one product at the end applies them all. On CUDA devices, in float32, the
     extension factorises the systems of many chunks at once, which do not depend on ``Δ``; only the triangular solves
-    and ``Y`` go chunk by chunk, without waiting for the host.
+    and ``Y`` go chunk by chunk, without a host sync.
 
     Args:
         weight: ``[R, C]``; pruned: bool ``[R, C]``; G_inv: ``[R, R]``; A_inv: ``[C, C]``, inverses of the damped
@@ -104,7 +104,7 @@ def independent_update(weight: Tensor, pruned: Tensor, G_inv: Tensor, A_inv: Ten
 
 
 def _chunk_offsets(pruned_per_row: list[int], limit: int) -> Tensor:
-    """Where chunks start in row order, int64 ``[B + 1]``: runs of whole rows up to ``limit``; longer rows are split."""
+    """Starts of the chunks in row order, int64 ``[B + 1]``: runs of whole rows up to ``limit``; long rows are split."""
     starts: list[int] = []
     position = unfinished = 0  # weights so far, and of the last chunk
     for count in pruned_per_row:

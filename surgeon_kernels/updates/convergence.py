@@ -1,15 +1,15 @@
-"""How far conjugate gradients still have to go, extrapolated from what the iterations have changed so far."""
+"""Convergence of conjugate gradients, extrapolated from the changes that the iterations have made so far."""
 
 from __future__ import annotations
 
 import math
 
-# Iterations before an estimate is made: enough to smooth the irregular single steps.
+# Iterations before an extrapolation is made (an estimate): enough to smooth the irregular single steps.
 FIRST_ESTIMATE = 8
 
 
 def still_to_rise(bound: list[float]) -> float:
-    """By what part of itself the dual's lower bound will still rise, extrapolated from its rises so far.
+    """Relative rise still to come of the dual's lower bound, extrapolated from its rises so far.
 
     With ``s₀`` and ``s₁`` the rises over the last third of the iterations and the third before, these are taken to go
     on as a geometric series: ``s₁ q / (1 - q)``, ``q = s₁ / s₀``. The dual is well-conditioned, its error falls so.

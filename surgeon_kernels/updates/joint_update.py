@@ -16,22 +16,23 @@ from surgeon_kernels.linalg.spd_inverse import NotPositiveDefiniteError
 from surgeon_kernels.runtime.checks import check_layer
 from surgeon_kernels.updates.convergence import FIRST_ESTIMATE, estimated_gap, still_to_rise
 
+# Estimates, tried with `python -m bench.studies.solver`, whose variants solve on the kept or on the pruned weights.
 # With fewer weights kept than this fraction, the kept weights alone are the smaller problem. It is the better
 # conditioned one too if the fraction times both factors' mean variance inflation, ``M_ii [M⁻¹]_ii``, is less than this.
 _DUAL_FROM, _INFLATION = 1 / 3, 5.0
-# Iterations between two looks at the progress, each of which waits for the device.
+# Estimates. Iterations between two looks at the progress, each of which is a host sync.
 _PERIOD = 4
 # The bound is taken for final, and the kept weights' turn comes, when it is estimated to rise by no more than this
 # part of the tolerance. The violation of the constraint decays later than the bound rises, and repairing it is dear.
 _BOUND_TOLERANCE = 0.1
 # The preconditioner is corrected if this adds so much to its energy of the residual.
 _WORTH = 0.1
-# Times that a part is begun anew from the residual in full precision.
+# Most restarts of a part from the residual in full precision.
 _REPLACEMENTS = 3
 
 
 class JointUpdate(NamedTuple):
-    """What :func:`joint_update` returns."""
+    """Result of :func:`joint_update`."""
 
     delta: Tensor  # [R, C], -W on every pruned weight
     objective: list[float]  # ½ tr(Δᵀ G Δ A) of the first feasible Δ and after each iteration on the kept weights
@@ -109,7 +110,7 @@ def joint_update(
 
     last_gap = gap()
     for _ in range(_REPLACEMENTS):
-        left, begun = max_iterations + 2 - len(trace) - len(bound), trace[-1]
+        left, before = max_iterations + 2 - len(trace) - len(bound), trace[-1]
         if left <= 0 or last_gap <= tolerance:
             break
         solver = masked_cg(terms, ~pruned, gradient.neg_().masked_fill_(pruned, 0.0))
@@ -121,7 +122,7 @@ def joint_update(
         last_gap, claimed = 0.0 if solved else gap(), trace[-1]
         trace[-1] = 0.5 * _dot(delta, gradient)
         last_gap = gap() if certified else last_gap + max(trace[-1] / claimed - 1.0, 0.0)
-        if not trace[-1] < begun:  # nothing more to be had in this precision
+        if not trace[-1] < before:  # no progress in this precision
             break
     return JointUpdate(delta, trace, bound, gradient, last_gap)
 
@@ -138,7 +139,7 @@ def joint_estimate(
     tolerance: float = 0.01,
     max_iterations: int = 200,
 ) -> JointUpdate:
-    """What :func:`joint_update` is about to find, for choosing other weights: the dual alone, and no certificate.
+    """Estimate the optimum that :func:`joint_update` finds, for choosing other weights: the dual alone, no certificate.
 
     The optimum's gradient is ``-Λ``, to which the multipliers of the dual converge long before ``G Δ A`` does: there
     what is left of the violation of the constraint stands multiplied by the large eigenvalues of ``G`` and ``A``.
@@ -151,14 +152,14 @@ def joint_estimate(
     if _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
         return joint_update(weight, pruned, G, A, G_inv, A_inv, **options)
     wanted, inverses = weight.masked_fill(~pruned, 0.0), (G_inv, A_inv)
-    begun, image, value = _scaled_start(start, wanted, pruned, inverses, parts=1)
+    multipliers, image, value = _scaled_start(start, wanted, pruned, inverses, parts=1)
     residual, bound = (wanted - image).masked_fill_(~pruned, 0.0), [value]
     del wanted, image
 
     def enough() -> bool:
         return still_to_rise(bound) <= tolerance
 
-    gradient = begun.add_(_Dual(pruned, G, A, *inverses).solve(residual, bound, max_iterations, enough)).neg_()
+    gradient = multipliers.add_(_Dual(pruned, G, A, *inverses).solve(residual, bound, max_iterations, enough)).neg_()
     del residual
     rough = product([inverses], gradient, parts=1)
     return JointUpdate(torch.where(pruned, -weight, rough), [], bound, gradient, math.inf)
@@ -227,11 +228,11 @@ class _Dual:
 
     def solve(self, residual: Tensor, bound: list[float], iterations: int, enough: Callable[[], bool]) -> Tensor:
         """``Λ`` for ``B = residual``, which is taken over; each iteration appends to the ``bound``."""
-        inverse, begun = [self._factors[2:]], len(bound)
+        inverse, before = [self._factors[2:]], len(bound)
         solver = masked_cg(inverse, self._pruned, residual, self._correction)
         first = iterations if self._settled else min(FIRST_ESTIMATE, iterations)
         solved = _iterate(solver, bound, 1.0, first, enough)
-        left = iterations - (len(bound) - begun)
+        left = iterations - (len(bound) - before)
         if solved or left <= 0 or enough():
             return solver.x
         self._settled, residual = True, solver.residual
@@ -247,7 +248,7 @@ class _Dual:
         return x.add_(solver.x)
 
     def _worth(self, correction: LowRankCorrection, residual: Tensor) -> bool:
-        """Whether much of what is left to solve for lies where the correction changes something."""
+        """True if much of what is left to solve for lies where the correction changes something."""
         rows, columns = (inverse.diagonal().rsqrt() for inverse in self._factors[2:])
         X = scaled(residual, rows, columns)
         return bool(correction.factors(X)[2] >= _WORTH * torch.linalg.vector_norm(X, dtype=torch.float64) ** 2)
@@ -284,7 +285,7 @@ def _kept_weights_are_easier(pruned: Tensor, factors: Terms) -> bool:
 
 
 def _iterate(solver: MaskedCG, values: list[float], sign: float, iterations: int, enough: Callable[[], bool]) -> bool:
-    """Iterate and append the values until ``enough``; whether it ended because nothing changes any more."""
+    """Iterate and append the values until ``enough``; True if it ended because nothing changes any more."""
     while iterations > 0 and not enough():
         changes = solver.run(min(_PERIOD, iterations))
         iterations -= len(changes)

@@ -32,8 +32,8 @@ def rows_columns_update(
         weight: ``[R, C]``; G: damped ``[R, R]``, or None where no row is removed; A: damped ``[C, C]``, or None where
             no column is.
         rows: bool ``[R]``, True where removed; columns: bool ``[C]`` likewise.
-        removed: how many rows and columns that is, if known: the host does not wait for the device then, and a
-            kept block that is not positive definite is not reported but gives NaN.
+        removed: the numbers of those rows and columns, if known: there is no host sync then, and a kept block that is
+            not positive definite is not reported but gives NaN.
 
     Returns:
         ``Δ`` ``[R, C]``.

@@ -327,7 +327,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     message = f"{tmp_path}/lock cannot be locked, No locks available; TORCH_EXTENSIONS_DIR may name"
-    with pytest.raises(OSError, match=re.escape(message)), extension._alone(tmp_path / "lock"):
+    with pytest.raises(OSError, match=re.escape(message)), extension._locked(tmp_path / "lock"):
         raise AssertionError
 
 
