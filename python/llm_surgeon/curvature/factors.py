@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
@@ -27,6 +29,15 @@ from surgeon_kernels import (
 from surgeon_kernels.linalg.kron_product import fits_split, kron_product, kron_product_split
 
 _Key = tuple[str, str, bool]  # "G" or "A", name of the linear or of the input group, with the bias's column
+
+
+@contextmanager
+def numerical_errors(of: str = "") -> Iterator[None]:
+    """Context manager in which a matrix without a Cholesky factor is a :class:`NumericalError`, told with ``of``."""
+    try:
+        yield
+    except NotPositiveDefiniteError as error:
+        raise NumericalError(f"{of}: {error}" if of else str(error)) from error
 
 
 class DampedFactor:
@@ -55,10 +66,8 @@ class DampedFactor:
         Raises:
             NumericalError: no jitter makes it positive definite; the message names ``name``.
         """
-        try:
+        with numerical_errors():
             solved = spd_inverse(M, damping, name=name)
-        except NotPositiveDefiniteError as error:
-            raise NumericalError(str(error)) from error
         factor = cls(M, damping, solved.jitter)
         factor.inverse = solved.inverse
         return factor

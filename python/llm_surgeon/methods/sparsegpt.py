@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.curvature.factors import numerical_errors
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.models.block_batches import BlockBatch, record_batch
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from llm_surgeon.models.passes import evaluation_mode, run_model
+from llm_surgeon.models.passes import evaluation_mode
 from surgeon_kernels import (
-    NotPositiveDefiniteError,
     SymmetricAccumulator,
     cholesky_with_jitter,
     gram_accumulate_,
@@ -158,47 +157,6 @@ def prune_sparsegpt(
     return masks
 
 
-@dataclass
-class BlockBatch:
-    """A calibration batch on its way through the blocks."""
-
-    hidden: Tensor  # the next block's input  [batch, seqlen, hidden size]
-    mask: Tensor | None  # bool [batch, seqlen], False = padding
-    arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]  # what each block gets besides
-
-    @property
-    def tokens(self) -> int:
-        return self.hidden.shape[:-1].numel() if self.mask is None else int(self.mask.sum())
-
-    def run(self, block: nn.Module, like: nn.Module | None = None) -> Tensor:
-        """Output of ``block``, or of another block with the arguments of ``like``."""
-        args, kwargs = self.arguments[like or block]
-        output = block(self.hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
-def record_batch(model: PreTrainedModel, decoder: Decoder, input_ids: Tensor, mask: Tensor | None) -> BlockBatch:
-    """Run the model once and note each block's arguments: masks and rotary embeddings may differ."""
-    inputs: list[Tensor] = []  # of the first block only
-    arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        others = {key: _without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
-        if not inputs:
-            inputs.append(args[0] if args else kwargs["hidden_states"])
-        arguments[block] = (tuple(map(_without_cache, args[1:])), others)
-
-    with ExitStack() as hooks:
-        for block in decoder.blocks:
-            hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
-        run_model(model.base_model, input_ids, mask)  # not the model: its logits are large and not needed
-    return BlockBatch(inputs[0], mask, arguments)
-
-
-def _without_cache(value: Any) -> Any:
-    return None if isinstance(value, Cache) else value
-
-
 def _hessians(
     block: nn.Module, linears: list[PrunableLinear], batches: list[BlockBatch]
 ) -> dict[str, SymmetricAccumulator]:
@@ -246,9 +204,7 @@ def _inverse_factor(H: Tensor, damp: float, name: str) -> Tensor:
     dead = diagonal == 0
     # Dead inputs have no correlations, so any positive value does; the mean leaves the damping as it is.
     diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
-    try:
+    with numerical_errors():
         L, _ = cholesky_with_jitter(H.flip(0, 1), damp, name=f"{name}: the Hessian of the inputs")
-    except NotPositiveDefiniteError as error:
-        raise NumericalError(str(error)) from error
     identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
     return torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature
+from llm_surgeon.curvature.factors import numerical_errors
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.update import LayerUpdate
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
@@ -59,13 +60,13 @@ class PairedCurvature:
         """The damped sum of ``linear``.
 
         Raises:
-            NotPositiveDefiniteError: the first pair is not positive definite even when it is damped.
+            NumericalError: the first pair is not positive definite even when it is damped.
         """
         assert self._config.damp_g is not None
         G, A = self._pairs[linear.name]
-        return KroneckerSum(
-            (damp(G[0], self._config.damp_g), G[1]), (damp(A[0], self._config.damp_a), A[1]), name=linear.name
-        )
+        first = damp(G[0], self._config.damp_g), damp(A[0], self._config.damp_a)
+        with numerical_errors():
+            return KroneckerSum((first[0], G[1]), (first[1], A[1]), name=linear.name)
 
 
 def _orthonormal(pairs: dict[str, Tensor]) -> dict[str, Tensor]:

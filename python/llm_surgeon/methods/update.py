@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.curvature.factors import KroneckerFactors
-from llm_surgeon.errors import NumericalError
+from llm_surgeon.curvature.factors import KroneckerFactors, numerical_errors
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.swaps import solve_with_swaps
-from surgeon_kernels import NotPositiveDefiniteError, chunked_update, independent_update, rows_columns_update
+from surgeon_kernels import chunked_update, independent_update, rows_columns_update
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def remove_and_compensate(
     trace: list[float] = []
     bound: list[float] = []
     gap, jitter = None, 0.0
-    try:
+    with numerical_errors(f"update of {name}"):
         if selection.rows is not None and selection.columns is not None:
             delta = _rows_columns_delta(weight, selection, factors, config, name)
         elif config.update == "independent":
@@ -66,8 +65,6 @@ def remove_and_compensate(
             pruned = selection.with_bias(weight.shape[1])
             delta, trace, bound = solved.delta, solved.objective, solved.bound
             gap = solved.gap if math.isfinite(solved.gap) else None
-    except NotPositiveDefiniteError as error:
-        raise NumericalError(f"update of {name}: {error}") from error
     return LayerUpdate((weight + delta).masked_fill(pruned, 0.0), delta, selection, trace, bound, gap, jitter)
 
 

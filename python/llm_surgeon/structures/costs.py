@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llm_surgeon.curvature.factors import KroneckerFactors
 from llm_surgeon.structures.find.dimension import Dimension
 from surgeon_kernels import column_block_cost, column_cost
 
@@ -18,17 +19,17 @@ class DimensionCosts:
     parts: Tensor
 
 
-def kronecker_costs(dimension: Dimension, weight: Tensor, G: Tensor, A_inv: Tensor, removed: Tensor) -> DimensionCosts:
+def kronecker_costs(dimension: Dimension, weight: Tensor, factors: KroneckerFactors, removed: Tensor) -> DimensionCosts:
     """Predicted increases of the loss, nats per token, when the consumer's other columns compensate.
 
     ``½ tr((A⁻¹[B,B])⁻¹ W_Bᵀ G W_B)`` over the columns B of a group or part that are still there: the producers' rows
     reach nothing else, so they go for free.
 
     Args:
-        weight: the consumer's ``[R, C]`` or, with its bias, ``[R, C + 1]``; G: damped ``[R, R]``; A_inv: the damped
-            inverse, as wide as ``weight``.
+        weight: the consumer's ``[R, C]`` or, with its bias, ``[R, C + 1]``; factors: as wide as ``weight``.
         removed: bool ``[groups, parts]``, gone already.
     """
+    G, A_inv = factors.g.damped, factors.a.inverse
     if not dimension.is_heads:
         cost = column_cost(weight, G, 1.0 / A_inv.diagonal())[dimension.columns[:, 0]]
         return DimensionCosts(cost, cost[:, None])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
+from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors, numerical_errors
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
@@ -26,7 +27,7 @@ from llm_surgeon.structures.narrowing import allowed
 from llm_surgeon.structures.reconstruct import reconstruct
 from llm_surgeon.structures.remove.groups import narrow, undone
 from llm_surgeon.structures.select import check_reachable, select_groups
-from surgeon_kernels import NotPositiveDefiniteError, damp, objective, rows_columns_update, spd_inverse
+from surgeon_kernels import damp, objective, rows_columns_update
 
 
 class GroupShots:
@@ -132,13 +133,11 @@ class GroupShots:
         A[: len(gone), : len(gone)].masked_fill_(gone[:, None] | gone, 0.0)
         A[len(gone) :, : len(gone)].masked_fill_(gone, 0.0)
         A[: len(gone), len(gone) :].masked_fill_(gone[:, None], 0.0)
-        try:
-            a = spd_inverse(A, config.damp_a, name=f"A of {consumer.name}")
-        except NotPositiveDefiniteError as error:
-            raise NumericalError(str(error)) from error
+        a = DampedFactor.checked(A, config.damp_a, f"A of {consumer.name}")
         if a.jitter:
             jitter[consumer.name] = a.jitter
-        return kronecker_costs(dimension, consumer.matrix(A.dtype), damp(G, config.damp_g), a.inverse, removed)
+        factors = KroneckerFactors(DampedFactor(G, config.damp_g), a)
+        return kronecker_costs(dimension, consumer.matrix(A.dtype), factors, removed)
 
     def _update_dimension(self, dimension: Dimension, removed: Tensor) -> float:
         """Zero the removed parts, compensate in the consumer; the predicted increase of the loss, where G is known."""
@@ -152,11 +151,9 @@ class GroupShots:
         else:
             assert A is not None
             no_rows = torch.zeros_like(weight[:, 0], dtype=torch.bool)
-            try:
+            with numerical_errors(f"update of {consumer.name}"):
                 damped = damp(A, config.damp_a)
                 delta = rows_columns_update(weight, None, damped, no_rows, columns, name=consumer.name)
-            except NotPositiveDefiniteError as error:
-                raise NumericalError(f"update of {consumer.name}: {error}") from error
         if not bool(torch.isfinite(delta).all()):
             raise NumericalError(f"update of {consumer.name} holds NaN or infinity: raise damp_a")
         consumer.write((weight + delta).masked_fill(columns, 0.0))

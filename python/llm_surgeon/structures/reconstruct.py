@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_surgeon.curvature.factors import DampedFactor
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.errors import NumericalError
-from llm_surgeon.methods.sparsegpt import BlockBatch, record_batch
+from llm_surgeon.models.block_batches import BlockBatch, record_batch
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.structures.find.probe import agree
-from surgeon_kernels import NotPositiveDefiniteError, SymmetricAccumulator, gram_accumulate_, spd_inverse
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 
 @torch.no_grad()
@@ -169,10 +169,7 @@ class _BlockFit:
             writes = linear in self._writers
             gone = (weight == 0.0).all(dim=0) if writes else torch.zeros_like(weight[0], dtype=torch.bool)
             own = moment[:size, :size].masked_fill(gone[:, None] | gone, 0.0)
-            try:
-                inverse = spd_inverse(own, damping, name=f"inputs of {linear.name}").inverse
-            except NotPositiveDefiniteError as error:
-                raise NumericalError(str(error)) from error
+            inverse = DampedFactor.checked(own, damping, f"inputs of {linear.name}").inverse
             delta = cross[linear.name][:, :size].div(tokens).masked_fill(gone, 0.0) @ inverse
             linear.write(weight + delta.masked_fill(zero_rows | gone, 0.0))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
-from llm_surgeon.errors import NumericalError
+from llm_surgeon.curvature.factors import DampedFactor, numerical_errors
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.loss import count_tokens, differentiable_loss
@@ -22,7 +22,7 @@ from llm_surgeon.structures.find.residual import Residual, find_residual, kept_w
 from llm_surgeon.structures.importance import line_importance, weight_gradients
 from llm_surgeon.structures.remove.channels import remove_channels, zero_channels
 from llm_surgeon.structures.remove.groups import undone
-from surgeon_kernels import NotPositiveDefiniteError, damp, gram_accumulate_, rows_columns_update, spd_inverse
+from surgeon_kernels import damp, gram_accumulate_, rows_columns_update
 
 
 class WidthShots:
@@ -117,7 +117,7 @@ class WidthShots:
         if importance == "kronecker":
             costs = torch.zeros(residual.width, device=self.removed.device)
             for norm in residual.norms:
-                inverse = self._factor(moments, norm)[1].diagonal()[: residual.width]
+                inverse = self._factor(moments, norm).inverse.diagonal()[: residual.width]
                 costs += 0.5 * moments.gradients[norm] / moments.tokens / inverse
             return costs
         if importance == "random":
@@ -130,15 +130,11 @@ class WidthShots:
         parts += [line_importance(linear, importance, gradients, dim=1) for linear in residual.writers]
         return torch.stack(parts).sum(dim=0)
 
-    def _factor(self, moments: _Moments, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """Damped ``A`` of a norm's output, channels that are gone left out, and its inverse."""
+    def _factor(self, moments: _Moments, norm: nn.Module) -> DampedFactor:
+        """``A`` of a norm's output, channels that are gone left out."""
         A = moments.outputs[norm] / moments.tokens
         gone = functional.pad(self.removed, (0, 1))
-        try:
-            found = spd_inverse(A.masked_fill(gone[:, None] | gone, 0.0), self.config.damp_a, name="A of a norm")
-        except NotPositiveDefiniteError as error:
-            raise NumericalError(str(error)) from error
-        return found.damped, found.inverse
+        return DampedFactor.checked(A.masked_fill_(gone[:, None] | gone, 0.0), self.config.damp_a, "A of a norm")
 
     def _update_readers(self, moments: _Moments) -> None:
         """Remove the channels' columns from every reader; the others compensate."""
@@ -164,10 +160,8 @@ class WidthShots:
         size = weight.shape[1]
         columns = functional.pad(self.removed, (0, size - self.residual.width))
         no_rows = torch.zeros_like(weight[:, 0], dtype=torch.bool)
-        try:
+        with numerical_errors(f"update of {name}"):
             return rows_columns_update(weight, None, A[:size, :size], no_rows, columns, name=name)
-        except NotPositiveDefiniteError as error:
-            raise NumericalError(f"update of {name}: {error}") from error
 
 
 def reachable_width(model: Any, decoder: Decoder, config: PruneConfig) -> tuple[Residual, int]:

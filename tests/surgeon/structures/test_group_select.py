@@ -5,6 +5,7 @@ import torch
 
 from llm_surgeon import InputError, PruneConfig
 from llm_surgeon.curvature.estimate import estimate_curvature
+from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder, find_decoder
 from llm_surgeon.planning.plan import make_plan
@@ -14,7 +15,7 @@ from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.groups import GroupShots
 from llm_surgeon.structures.narrowing import State
 from llm_surgeon.structures.select import check_reachable, select_groups
-from surgeon_kernels import damp, objective, rows_columns_update, spd_inverse
+from surgeon_kernels import damp, objective, rows_columns_update
 from tests.surgeon.tiny_models import VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -30,21 +31,21 @@ def measured():
     factors = []
     for dimension in dimensions:
         G, A = curvature.factors(dimension.consumer)
-        factors.append((damp(G, 0.01), spd_inverse(A, 0.01)))
+        factors.append(KroneckerFactors(DampedFactor(G, 0.01), DampedFactor(A, 0.01)))
     return model, dimensions, factors
 
 
 def test_a_groups_cost_is_what_the_best_compensation_leaves(measured):
     _, dimensions, factors = measured
-    for dimension, (G, a) in zip(dimensions, factors, strict=True):
+    for dimension, known in zip(dimensions, factors, strict=True):
         weight = dimension.consumer.matrix(torch.float64)
         nothing = torch.zeros(dimension.groups, dimension.parts, dtype=torch.bool)
-        costs = kronecker_costs(dimension, weight, G, a.inverse, nothing)
+        costs = kronecker_costs(dimension, weight, known, nothing)
         whole = [(choose(dimension, group), costs.groups[group]) for group in range(2)]
         parts = [(choose(dimension, 1, part), costs.parts[1, part]) for part in range(dimension.parts)]
         for removed, cost in whole + parts:
             columns, rows = dimension.removed_columns(removed), torch.zeros(len(weight), dtype=torch.bool)
-            best = objective(rows_columns_update(weight, G, a.damped, rows, columns), G, a.damped)
+            best = objective(rows_columns_update(weight, *known.damped, rows, columns), *known.damped)
             assert best == pytest.approx(float(cost), rel=1e-8)
 
 
