@@ -1,4 +1,4 @@
-"""Device times of calls: medians over CUDA events."""
+"""Device times of calls, medians over CUDA events, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -33,6 +33,21 @@ def eager_ms(calls: Sequence[Callable[[], object]], repetitions: int = 9) -> flo
         events.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events) / len(calls)
+
+
+def warm_ms(call: Callable[[], object], repetitions: int = 9) -> float:
+    """Milliseconds of a call, after one that warms up."""
+    call()
+    return eager_ms([call], repetitions)
+
+
+def extra_bytes(call: Callable[[], object]) -> int:
+    """Peak of the device memory that a call allocates."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def copy_bandwidth() -> float:

@@ -14,7 +14,6 @@ Factors have spectra that fall as k^-1 (A) and k^-0.5 (G), damped as by default,
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.environment import append_row, environment, require_gpu
+from bench.timing import extra_bytes, warm_ms
 from surgeon_kernels import joint_update, nm_select, spd_inverse
 from surgeon_kernels.linalg.kron_product import kron_product
 from surgeon_kernels.linalg.low_rank import low_rank_correction
@@ -52,19 +52,6 @@ def _power_law(n: int, power: float) -> Tensor:
     return x @ x.T
 
 
-def milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
-    times = []
-    run()
-    for _ in range(repetitions):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def iteration_times(inputs: tuple[Tensor, ...], iterations: int = _ITERATIONS) -> dict[str, float]:
     """Milliseconds of one iteration: with the kernels, in PyTorch calls, and of its product alone."""
     weight, pruned, G, A, G_inv, A_inv = inputs
@@ -78,13 +65,13 @@ def iteration_times(inputs: tuple[Tensor, ...], iterations: int = _ITERATIONS) -
             fused._multiply()
 
     times = {
-        "fused_ms": milliseconds(lambda: fused.run(iterations)) / iterations,
-        "corrected_ms": milliseconds(lambda: corrected.run(iterations)) / iterations,
-        "correction_ms": milliseconds(lambda: low_rank_correction(G, A, G_inv, A_inv, pruned)),
-        "torch_ms": milliseconds(lambda: _in_tf32(lambda: plain.run(iterations))) / iterations,
-        "product_ms": milliseconds(products) / iterations,
+        "fused_ms": warm_ms(lambda: fused.run(iterations)) / iterations,
+        "corrected_ms": warm_ms(lambda: corrected.run(iterations)) / iterations,
+        "correction_ms": warm_ms(lambda: low_rank_correction(G, A, G_inv, A_inv, pruned)),
+        "torch_ms": warm_ms(lambda: _in_tf32(lambda: plain.run(iterations))) / iterations,
+        "product_ms": warm_ms(products) / iterations,
         "passes_ms": _passes_ms(fused, iterations),
-        "exact_product_ms": milliseconds(lambda: kron_product(G_inv, weight, A_inv)),
+        "exact_product_ms": warm_ms(lambda: kron_product(G_inv, weight, A_inv)),
     }
     return times
 
@@ -99,25 +86,22 @@ def _in_tf32(run: Callable[[], object]) -> None:
 
 def _passes_ms(fused: FusedCG, iterations: int) -> float:
     fused._multiply = lambda: None  # type: ignore[method-assign]
-    return milliseconds(lambda: fused.run(iterations)) / iterations
+    return warm_ms(lambda: fused.run(iterations)) / iterations
 
 
 def measure(rows: int, columns: int) -> dict[str, object]:
     inputs = problem(rows, columns)
     times = iteration_times(inputs)
     floor = 2 * rows * columns * (rows + columns) / HALF + _BYTES * rows * columns / BANDWIDTH
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     solved = joint_update(*inputs)
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = extra_bytes(lambda: joint_update(*inputs))
     return {
         "rows": rows,
         "columns": columns,
         **{key: f"{value:.3f}" for key, value in times.items()},
         "floor_ms": f"{1e3 * floor:.3f}",
         "passes_tb_s": f"{_BYTES * rows * columns / times['passes_ms'] / 1e9:.2f}",
-        "solve_ms": f"{milliseconds(lambda: joint_update(*inputs)):.1f}",
+        "solve_ms": f"{warm_ms(lambda: joint_update(*inputs)):.1f}",
         "iterations_dual": len(solved.bound) - 1,
         "iterations_kept": len(solved.objective) - 1,
         "certified_gap": f"{solved.gap:.5f}",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.environment import append_row, environment, require_gpu
-from bench.timing import copy_bandwidth
+from bench.timing import copy_bandwidth, extra_bytes
 from surgeon_kernels import WeightCosts, k_cheapest, nm_group_cost
 from surgeon_kernels.selection.k_cheapest import kth_cost, number_of_costs
 
@@ -48,13 +48,6 @@ def wall_ms(call: Callable[[], object], repetitions: int = 5) -> float:
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begun))
     return sorted(times[1:])[repetitions // 2]
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def kthvalue(layers: list[WeightCosts], pattern: tuple[int, int] | None, seconds: float) -> dict[str, Any]:

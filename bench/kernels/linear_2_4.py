@@ -95,9 +95,9 @@ def measure_calls(contenders: list[list[Callable[[], object]]]) -> list[Times]:
     for _ in range(10):
         for calls, times in zip(contenders, issued, strict=True):
             torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begun = time.perf_counter()
             run(calls)
-            times.append((time.perf_counter() - begin) * 1e6 / count)
+            times.append((time.perf_counter() - begun) * 1e6 / count)
     torch.cuda.synchronize()
     return [Times(*each) for each in zip(replayed, eager, map(statistics.median, issued), strict=True)]
 

@@ -11,7 +11,6 @@ is allocated beyond the operands.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.environment import append_row, environment, require_gpu
-from bench.timing import graph_ms
+from bench.timing import extra_bytes, graph_ms
 from surgeon_kernels import quadratic_form
 from surgeon_kernels.linalg import quadratic_form_triton
 from surgeon_kernels.linalg.quadratic_form_triton import Config
@@ -70,13 +69,6 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 def mean_error(actual: Tensor, expected: Tensor) -> float:
     return float(((actual.double() - expected) / expected).mean())
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def measure(R: int, C: int, row_major: bool) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench.environment import append_row, environment, require_gpu
+from bench.timing import extra_bytes, warm_ms
 from surgeon_kernels import inverse_diagonal, spd_inverse, unchecked_inverse
 from surgeon_kernels.linalg.triangular import cholesky_inverse_
 
@@ -47,27 +48,6 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def milliseconds(op: Callable[[Tensor], Tensor], M: Tensor, repeats: int) -> float:
-    """Median of ``repeats`` runs, by events, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        op(M)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[1:])
-
-
-def workspace(op: Callable[[Tensor], Tensor], M: Tensor) -> float:
-    """Peak memory of the op in matrices of ``M``'s size, what it returns included."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    op(M)
-    return (torch.cuda.max_memory_allocated() - before) / M.nbytes
-
-
 def relative_error(out: Tensor, exact: Tensor) -> float:
     exact = exact.diagonal() if out.dim() == 1 else exact
     return float((out.double() - exact).norm() / exact.norm())
@@ -76,14 +56,14 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
 def tune(n: int, repeats: int) -> None:
     """Print the time of the library and of every side of the blocks of surgeon_kernels/linalg/triangular.py."""
     M = with_condition(n, 1e3).float()
-    print(f"{n}: library {milliseconds(library, M, repeats):.3f} ms", flush=True)
+    print(f"{n}: library {warm_ms(partial(library, M), repeats):.3f} ms", flush=True)
     for base in (32, 64, 128):
         for panel in (1024, 2048, 4096):
 
             def blocked(M: Tensor, base: int = base, panel: int = panel) -> Tensor:
                 return cholesky_inverse_(torch.linalg.cholesky_ex(M).L, base=base, panel=panel)
 
-            print(f"    base {base}, panel {panel}: {milliseconds(blocked, M, repeats):.3f} ms", flush=True)
+            print(f"    base {base}, panel {panel}: {warm_ms(partial(blocked, M), repeats):.3f} ms", flush=True)
 
 
 def main() -> None:
@@ -113,8 +93,8 @@ def main() -> None:
                     "op": name,
                     "n": n,
                     "condition": f"{condition:g}",
-                    "ms": f"{milliseconds(op, M, options.repeats):.3f}",
-                    "matrices": f"{workspace(op, M):.2f}",
+                    "ms": f"{warm_ms(partial(op, M), options.repeats):.3f}",
+                    "matrices": f"{extra_bytes(partial(op, M)) / M.nbytes:.2f}",
                     "error": f"{relative_error(op(M), exact):.2e}" if checked else "",
                     **about,
                 }

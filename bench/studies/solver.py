@@ -1,13 +1,13 @@
-"""Ways of solving for the joint update, by the matrix products they take to come within 5 % and 1 % of the optimum.
+"""Variants of the joint update's solver, by the products that they take to come within 5 % and 1 % of the optimum.
 
     python -m bench.studies.solver --models MODEL [MODEL ...] --data wikitext-2.zip
 
 Layers of two decoder blocks, 2:4 and unstructured 50 % (one threshold over these layers), curvature of 16 x 512 tokens
 by default; ``--factors FILE`` reads ``[(layer, W, G, A), ...]`` from ``torch.save`` instead. A product is
 ``L X M``: the operator or a preconditioner that is a product once each; products with thin matrices are not counted.
-What is feasible is compared: an iterate of the dual with ``-W`` put on the pruned weights. The ways are in
-``solver_ways.py``. Rows are appended to ``results/solver_trials.csv``: one for each layer and,
-as layer ``all``, one for the sum of their objectives over the sum of their optima.
+Feasible iterates are compared: those of the dual with ``-W`` put on the pruned weights. The variants are in
+``solver_variants.py``. Rows are appended to ``results/solver_trials.csv``, the variant in column ``way``: one for each
+layer and, as layer ``all``, one for the sum of their objectives over the sum of their optima.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.environment import append_row, environment
-from bench.studies.solver_variants import WAYS, Problem, Trace
+from bench.studies.solver_variants import VARIANTS, Problem, Trace
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.data.calibration import calibration_windows, tokenize
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--blocks", type=int, nargs="+", help="left out: the second and the last but one")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--structures", nargs="+", default=["2:4", "unstructured"])
     parser.add_argument("--largest", type=int, help="leave out layers with more rows or columns")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "solver_trials.csv")
@@ -116,20 +116,20 @@ def main() -> None:
                     "columns": p.weight.shape[1],
                     "kept": f"{p.density:.3f}",
                 }
-                for way in options.ways:
-                    found = values(WAYS[way](p), 1.002 * optimum)
-                    record(options.out, about, way, found, optimum)
-                    sums[way] = sums.get(way, 0.0) + found
+                for variant in options.variants:
+                    found = values(VARIANTS[variant](p), 1.002 * optimum)
+                    record(options.out, about, variant, found, optimum)
+                    sums[variant] = sums.get(variant, 0.0) + found
                 optima += optimum
                 pruned, size = pruned + int(p.pruned.sum()), size + p.pruned.numel()
             about |= {"layer": "all", "rows": 0, "columns": 0, "kept": f"{1.0 - pruned / size:.3f}"}
-            for way, found in sums.items():
-                record(options.out, about, way, found, optima)
+            for variant, found in sums.items():
+                record(options.out, about, variant, found, optima)
 
 
-def record(path: Path, about: dict[str, object], way: str, found: Tensor, optimum: float) -> None:
+def record(path: Path, about: dict[str, object], variant: str, found: Tensor, optimum: float) -> None:
     products = {f"products_{gap}": products_until(found, (1.0 + gap / 100) * optimum) for gap in (5, 1)}
-    row = {**about, "way": way, **products, **environment("cuda" if torch.cuda.is_available() else "cpu")}
+    row = {**about, "way": variant, **products, **environment("cuda" if torch.cuda.is_available() else "cpu")}
     append_row(path, row)
     print(*list(row.values())[:9], sep=" | ", flush=True)
 

@@ -1,4 +1,4 @@
-"""The ways of solving for the joint update that ``solver.py`` compares: traces of products and feasible objectives."""
+"""Variants of the joint update's solver, compared by ``solver.py``: traces of products and feasible objectives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Problem(NamedTuple):
         return 1.0 - float(self.pruned.double().mean())
 
 
-# A way of solving: (products so far, objective of the feasible iterate) after each iteration.
+# (Products so far, objective of the feasible iterate) after each iteration.
 Trace = Iterator[tuple[float, float]]
 
 
@@ -158,7 +158,7 @@ def _root(p: Problem) -> tuple[float, float]:
     return p.density**0.5, (1.0 - p.density) ** 0.5
 
 
-WAYS: dict[str, Callable[[Problem], Trace]] = {
+VARIANTS: dict[str, Callable[[Problem], Trace]] = {
     "kept, shrunk inverses": lambda p: kept(p, by(shrunk(p.G, _root(p)[0]), shrunk(p.A, _root(p)[0])), 1.0),
     "kept, shrunk inverses, chunks of 64": lambda p: kept(
         p, by(shrunk(p.G, _root(p)[0]), shrunk(p.A, _root(p)[0])), 1.0, _start(p, 64)

@@ -1,4 +1,4 @@
-"""What exchanging kept and pruned weights within the joint update is worth, small enough for a CPU.
+"""Perplexity with and without swaps of kept and pruned weights in the joint update, small enough for a CPU.
 
     python -m bench.studies.swaps --model MODEL --data wikitext-2.zip --rounds 0 2
     python -m bench.studies.swaps --model MODEL --data wikitext-2.zip --rounds 0 --kron-rank 2

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import surgeon_kernels
 from surgeon_kernels import column_block_cost, column_cost, element_cost, row_cost, spd_inverse, swap_cost
 from tests.kernels import dense
 from tests.kernels.dense import FACTOR_KINDS, factor, random_weight, relative_error, repeatable, with_condition
@@ -167,3 +168,10 @@ def test_swap_cost_lies_between_its_bounds(seed):
     assert (torch.where(pruned, back / high, removal * low) <= cost * (1 + 1e-9)).all()
     assert (cost <= torch.where(pruned, back / low, removal * high) * (1 + 1e-9)).all()
     assert (low <= high * (1 + 1e-9)).all()
+
+
+def test_the_former_name_of_swap_cost_says_the_new_one():
+    with pytest.warns(DeprecationWarning, match=r"^surgeon_kernels.exchange_cost is called swap_cost now$"):
+        assert surgeon_kernels.exchange_cost is swap_cost
+    with pytest.raises(AttributeError, match="has no attribute 'exchange_costs'"):
+        surgeon_kernels.exchange_costs  # noqa: B018
