@@ -12,8 +12,8 @@ import re
 import secrets
 import shutil
 import sys
-import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -57,7 +57,20 @@ _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 # How kernels and filesystems say that they cannot: exchange names, lock files, flush folders.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
 
-_claims: dict[Path, int] = {}  # by output: the thread of this process that writes it
+
+@dataclass(frozen=True)
+class Output:
+    """A folder that is claimed for a checkpoint, see :func:`claimed_output`.
+
+    Attributes:
+        given: as the user names it, for messages.
+        path: absolute, links followed.
+        overwrite: a model that lies there may be replaced.
+    """
+
+    given: str | Path
+    path: Path
+    overwrite: bool
 
 
 def output_path(out: str | Path) -> Path:
@@ -94,32 +107,27 @@ def check_output(out: str | Path, overwrite: bool, **inputs: str | Path | None) 
 
 
 @contextlib.contextmanager
-def claimed_output(out: str | Path, overwrite: bool, **inputs: str | Path | None) -> Iterator[Path]:
-    """``out`` checked as by :func:`check_output` and nobody else's while the block runs; yields its absolute path.
+def claimed_output(out: str | Path, overwrite: bool, **inputs: str | Path | None) -> Iterator[Output]:
+    """Context manager: ``out``, checked as by :func:`check_output`, is nobody else's until the exit.
 
     The claim is a lock on the file ``.OUT.lock``, which the kernel gives up with the process: whatever another run left
     beside ``out`` is then nobody's. ``.OUT.partial-*`` is deleted; ``.OUT.previous-*``, the model that an interrupted
     run was replacing, becomes ``out`` again where that is missing or empty, and is deleted where it is not; both are
     logged. On a filesystem without locks they are left alone and named; where locks hold for one machine only (some
-    mounts of NFS), several machines must not write one ``out`` at once. Within a claim of the same thread this does
-    nothing.
+    mounts of NFS), several machines must not write one ``out`` at once.
 
     Raises:
-        InputError: also where another process or thread is writing ``out``.
+        InputError: also where another run is writing ``out``.
     """
     require_bool("overwrite", overwrite)
     target = output_path(out)
     _check_place(out, target, inputs)
-    if _claims.get(target) == threading.get_ident():
-        yield target
-        return
     made = [parent for parent in target.parents if not os.path.exists(parent)]
     path, lock = target.with_name(f".{target.name}.lock"), None
 
     def release() -> None:
         nonlocal lock
         if lock is not None:
-            _claims.pop(target, None)
             if os.fstat(lock).st_size == 0:  # else a file of somebody's that has the name
                 path.unlink(missing_ok=True)  # somebody may have removed the whole folder
             held, lock = lock, None
@@ -132,12 +140,11 @@ def claimed_output(out: str | Path, overwrite: bool, **inputs: str | Path | None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             lock, locked = _lock(out, path)
-            _claims[target] = threading.get_ident()
             _clean(target, locked)
         except OSError as error:
             raise InputError(f"output {str(out)!r} cannot be written: {error}") from error
         _check_replaceable(out, target, overwrite)
-        yield target
+        yield Output(out, target, overwrite)
     finally:
         uninterrupted(release)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_surgeon.checkpoint.folder import read_json
-from llm_surgeon.checkpoint.output import claimed_output, move_into_place, partial_folder
+from llm_surgeon.checkpoint.output import Output, claimed_output, move_into_place, partial_folder
 from llm_surgeon.checkpoint.stored_form import StoredForm
 from llm_surgeon.errors import InputError, first_line
 from llm_surgeon.formats.packed_2_4 import Surgeon24Config
@@ -28,7 +29,7 @@ _TOKEN_BYTES, _OTHER_BYTES = 192, 2**20
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    out: str | Path,
+    out: str | Path | Output,
     *,
     dtype: torch.dtype | StoredForm,
     extra_files: Mapping[str, str | bytes],
@@ -43,15 +44,16 @@ def save_checkpoint(
     +0.0. Tied weights are stored once. With a :class:`StoredForm` go the files of its processor.
 
     Args:
+        out: a folder, claimed here, or a claim of the caller's.
         extra_files: texts, or bytes as they are, by file name, such as ``README.md``.
-        overwrite: replace the model that ``out`` holds.
+        overwrite: replace the model that the folder ``out`` holds; a claim says so itself.
 
     Raises:
         InputError: see :func:`~llm_surgeon.checkpoint.output.claimed_output`; also where writing fails (a full disk,
             say). ``out`` is as before then.
     """
-    with claimed_output(out, overwrite) as target:
-        partial = partial_folder(target)
+    with nullcontext(out) if isinstance(out, Output) else claimed_output(out, overwrite) as output:
+        partial = partial_folder(output.path)
         try:
             partial.mkdir(parents=True)
             form = dtype if isinstance(dtype, StoredForm) else StoredForm(dtype)
@@ -60,9 +62,9 @@ def save_checkpoint(
                 (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
             for path in partial.iterdir():
                 shutil.copymode(partial / "config.json", path)  # safetensors makes files that only their owner can read
-            move_into_place(partial, target, out, overwrite)
+            move_into_place(partial, output.path, output.given, output.overwrite)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"output {str(out)!r} cannot be written: {first_line(error)}") from error
+            raise InputError(f"output {str(output.given)!r} cannot be written: {first_line(error)}") from error
         finally:
             uninterrupted(lambda: shutil.rmtree(partial, ignore_errors=True))  # not there any more after success
 

@@ -10,7 +10,6 @@ import importlib.metadata
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -232,25 +231,24 @@ def prune(
     if job_options.setdefault("calibration", "wikitext2") is None:
         raise InputError(f"calibration must be text, not nothing, in config file {str(config)!r}")
     settings = PruneConfig.from_mapping(options)
-    inputs = {name: job_options.get(name) for name in ("calibration", "lora_data")} | {"config_file": config}
     with progress_bars(quiet) as progress:
         progress.phase("loading")
         quiet_libraries()
-        from llm_surgeon.checkpoint import claimed_output
+        from llm_surgeon.checkpoint import check_output
         from llm_surgeon.cli.views import print_plan
-        from llm_surgeon.jobs.prune import CheckpointJob
+        from llm_surgeon.jobs.prune import PruneJob, prune_checkpoint
 
-        claim = claimed_output(out, job_options.get("overwrite", False), model=model, **inputs)
-        with nullcontext() if dry_run else claim:
-            job = CheckpointJob(model, out, settings, config_file=config, **job_options)
-            for name in job.unused:
-                words = f"has no effect: this runs on {job.device}, no GPU"
-                print(f"surgeon: --{name.replace('_', '-')} {words}", file=sys.stderr)
-            job.command = ["surgeon", *context.obj]
-            if not dry_run:
-                report = job.run(progress)
+        if dry_run:
+            inputs = {name: job_options.get(name) for name in ("calibration", "lora_data")} | {"config_file": config}
+            check_output(out, job_options.pop("overwrite", False), model=model, **inputs)
+            job = PruneJob(model, settings, **job_options)
+        else:
+            command = ["surgeon", *context.obj]
+            report = prune_checkpoint(
+                model, out, settings, config_file=config, command=command, progress=progress, **job_options
+            )
     if dry_run:
-        print_plan(console, job)
+        print_plan(console, job, out)
         return
     if not quiet:
         show(report.summary())

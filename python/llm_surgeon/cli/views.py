@@ -12,13 +12,13 @@ from rich.table import Table
 from llm_surgeon.demo import DemoResult
 from llm_surgeon.errors import printable
 from llm_surgeon.evaluation.zero_shot import TaskScore
-from llm_surgeon.jobs.prune import CheckpointJob
+from llm_surgeon.jobs.prune import PruneJob
 from llm_surgeon.report.format import duration, plural
 from llm_surgeon.resources import human_bytes
 from surgeon_kernels import build_info
 
 
-def print_plan(console: Console, job: CheckpointJob) -> None:
+def print_plan(console: Console, job: PruneJob, out: Path) -> None:
     """What a run would prune, and the memory, disk and time it would take."""
     removal, config, linears, plan = job.removal(), job.config, job.decoder.linears, job.plan
     assert config.shots is not None
@@ -39,7 +39,7 @@ def print_plan(console: Console, job: CheckpointJob) -> None:
         f"memory {human_bytes(plan.memory_bytes)}{host}, disk {human_bytes(plan.disk_bytes)}, "
         f"about {duration(plan.seconds)} on {plan.device}\n"
         f"  {parts}\n"
-        f"nothing was written to {printable(str(job.out))}",
+        f"nothing was written to {printable(str(out))}",
         soft_wrap=True,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model
+from llm_surgeon.checkpoint import Output, checkpoint_bytes, claimed_output, load_model
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
 from llm_surgeon.data.documents import read_text
@@ -39,18 +39,18 @@ def run_demo(out: str | Path, progress: Progress | None = None, *, overwrite: bo
     Returns:
         Dense first, then the methods; the same figures on each run of one machine.
     """
-    progress, out = progress or Progress(), Path(out)
+    progress = progress or Progress()
     with as_file(files("llm_surgeon.demo") / "assets") as assets:
         source = assets / "model"
-        with claimed_output(out, overwrite, model=source):
-            return _prune_and_compare(source, assets, out, progress, overwrite)
+        with claimed_output(out, overwrite, model=source) as output:
+            return _prune_and_compare(source, assets, output, progress)
 
 
-def _prune_and_compare(source: Path, assets: Path, out: Path, progress: Progress, overwrite: bool) -> list[DemoResult]:
+def _prune_and_compare(source: Path, assets: Path, output: Output, progress: Progress) -> list[DemoResult]:
     train = read_text(str(assets / "wikitext2-train-slice.txt"), "calibration")
     test = read_text(str(assets / "wikitext2-test-slice.txt"), "evaluation")
     model, tokenizer, form = load_model(str(source), device=torch.device("cpu"))
-    require_disk(out, checkpoint_bytes(model, tokenizer, form))
+    require_disk(output.path, checkpoint_bytes(model, tokenizer, form))
     calibration = calibration_windows(tokenize(train, tokenizer), _CALIBRATION_WINDOWS, _SEQLEN, seed=0)
     windows = evaluation_windows(tokenize(test, tokenizer), _SEQLEN)[:_TEST_WINDOWS]
     dense = perplexity(model, windows)
@@ -63,5 +63,5 @@ def _prune_and_compare(source: Path, assets: Path, out: Path, progress: Progress
         results.append(DemoResult(name, perplexity(model, windows), seconds))
     report.model = _NAME
     report.perplexity = {"dense": dense, "pruned": results[-1].perplexity}
-    write_pruned(model, tokenizer, out, form, report, _NAME, overwrite)
+    write_pruned(model, tokenizer, output, form, report, _NAME)
     return results

@@ -54,7 +54,7 @@ def compact_checkpoint(
     Raises:
         InputError: nothing in the model is zero by whole rows or columns, or ``source`` or ``out`` is at fault.
     """
-    with claimed_output(out, overwrite, model=source):
+    with claimed_output(out, overwrite, model=source) as output:
         records = Records.read(source)
         model, tokenizer, form = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
         ids = torch.arange(min(_PROMPT, choose_seqlen(None, model)))[None] % model.get_input_embeddings().num_embeddings
@@ -70,7 +70,7 @@ def compact_checkpoint(
         files = records.followed_by(
             "compacted", _text(found), name=str(source), loading=_loading(model._auto_class is not None)
         )
-        save_checkpoint(model, tokenizer, out, dtype=form, extra_files=files, overwrite=overwrite)
+        save_checkpoint(model, tokenizer, output, dtype=form, extra_files=files)
     return found
 
 

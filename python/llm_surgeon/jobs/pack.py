@@ -1,4 +1,4 @@
-"""``surgeon pack``: a dense 2:4 checkpoint into a packed one."""
+"""Pack a 2:4 checkpoint into a new checkpoint."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, save_checkpoint
+from llm_surgeon.checkpoint import claimed_output
 from llm_surgeon.formats.packed_2_4 import QUANT_METHOD
 from llm_surgeon.inference.pack import pack_model
+from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.report.card import Records
 from llm_surgeon.report.format import plural
 from llm_surgeon.resources import human_bytes, require_disk
@@ -59,31 +60,16 @@ def pack_checkpoint(
             ``source``, ``out``, memory or disk.
         NumericalError: a tensor holds NaN or infinity.
     """
-    with claimed_output(out, overwrite, model=source):
-        records = Records.read(source)
-        model, tokenizer, form = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
-        dense_bytes = model_bytes(model)
-        require_disk(out, dense_bytes // 2)  # no packed weight takes less
+    with claimed_output(out, overwrite, model=source) as output:
+        made = Derived.load(source, output, dtype=None, trust_remote_code=trust_remote_code)
+        dense_bytes = model_bytes(made.model)
+        require_disk(output.path, dense_bytes // 2)  # no packed weight takes less
         # A matrix stored in a dtype of its own was rounded as it was loaded; dense it is saved as it was stored.
-        config = pack_model(model, progress, [name.removesuffix(".weight") for name in form.others])
-        report = PackReport(config.modules, config.ignored, dense_bytes, model_bytes(model))
-        require_disk(out, checkpoint_bytes(model, tokenizer, None))
-        custom_code = model._auto_class is not None  # transformers writes such a class beside the weights
-        files = records.followed_by(
-            "packed",
-            _text(report, records),
-            name=str(source),
-            tags=["2:4", QUANT_METHOD],
-            loading=_loading(custom_code),
-        )
-        save_checkpoint(
-            model,
-            tokenizer,
-            out,
-            dtype=form,
-            extra_files=files,
-            overwrite=overwrite,
-        )
+        config = pack_model(made.model, progress, [name.removesuffix(".weight") for name in made.form.others])
+        made.require_disk()
+        report = PackReport(config.modules, config.ignored, dense_bytes, model_bytes(made.model))
+        tags, loading = ["2:4", QUANT_METHOD], _loading(made.custom_code)
+        made.save("packed", _text(report, made.records), tags=tags, loading=loading)
     return report
 
 

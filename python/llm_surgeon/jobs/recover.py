@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, require_model, save_checkpoint
+from llm_surgeon.checkpoint import claimed_output, load_model, require_model
 from llm_surgeon.checkpoint.output import output_path
 from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, require_room, token_stream
 from llm_surgeon.data.documents import read_documents
 from llm_surgeon.data.record import data_record
 from llm_surgeon.errors import InputError
+from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.limits import choose_seqlen
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import RecoverConfig
 from llm_surgeon.recovery.recover import RecoveryReport, recover
 from llm_surgeon.recovery.state import claim, contents, finished, note_report
-from llm_surgeon.report.card import Records
 from llm_surgeon.report.format import perplexity_of, plural, published_name, two_decimals
-from llm_surgeon.resources import choose_device, require_disk
+from llm_surgeon.resources import choose_device
 
 _logger = logging.getLogger(__name__)
 
@@ -75,30 +75,30 @@ def recover_checkpoint(
         with suppress(InputError), claimed_output(out, True):  # that process may hold the claim
             pass  # what else lies beside OUT is cleared up
         return RecoveryReport.from_json(done)
-    with claimed_output(out, overwrite, model=source, teacher=teacher, data=data):
+    with claimed_output(out, overwrite, model=source, teacher=teacher, data=data) as output:
         if state.exists() and not resume:
             raise InputError(
                 f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it"
             )
         require_model(str(source))
-        records = Records.read(source)
         documents = read_documents(data, "calibration", text_field)
         place = choose_device(device)
-        model, tokenizer, form = load_model(source, device=place, trust_remote_code=trust_remote_code)
-        dense = None if teacher is None else _load_teacher(teacher, tokenizer, place, trust_remote_code)
-        config = replace(config, seqlen=choose_seqlen(config.seqlen or min(512, choose_seqlen(None, model)), model))
+        made = Derived.load(source, output, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
+        dense = None if teacher is None else _load_teacher(teacher, made.tokenizer, place, trust_remote_code)
+        limit = choose_seqlen(None, made.model)
+        config = replace(config, seqlen=choose_seqlen(config.seqlen or min(512, limit), made.model))
         assert config.seqlen is not None
         require_room(config.steps * config.batch_size, config.seqlen)
-        ids, digest = token_stream(documents, tokenizer)
+        ids, digest = token_stream(documents, made.tokenizer)
         windows, held_out = _split(ids, config)
         # Epochs are usual where a model is trained.
-        record = data_record(documents, tokenizer, digest, ids, windows, passes=_USUAL_EPOCHS)
-        require_disk(out, checkpoint_bytes(model, tokenizer, form) + _state_bytes(model, config, state))
+        record = data_record(documents, made.tokenizer, digest, ids, windows, passes=_USUAL_EPOCHS)
+        made.require_disk(_state_bytes(made.model, config, state))
         run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **asdict(config)}
-        claim(state, run, contents(model=model, teacher=dense, data=ids))
+        claim(state, run, contents(model=made.model, teacher=dense, data=ids))
         try:
             report = recover(
-                model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume,
+                made.model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume,
                 progress=progress,
             )  # fmt: skip
         except BaseException:
@@ -107,11 +107,10 @@ def recover_checkpoint(
             raise
         report = replace(report, data={"training": record})
         note_report(state, report.to_json())
-        text = _text(report, data, run["teacher"])
-        files = {"surgeon_recovery.json": report.to_json(), **records.followed_by("recovered", text, name=str(source))}
         if progress is not None:
             progress.phase("writing")
-        save_checkpoint(model, tokenizer, out, dtype=form, extra_files=files, overwrite=overwrite)
+        text = _text(report, data, run["teacher"])
+        made.save("recovered", text, files={"surgeon_recovery.json": report.to_json()})
         shutil.rmtree(state)
     return report
 

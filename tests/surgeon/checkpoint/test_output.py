@@ -386,7 +386,11 @@ def test_a_claim_is_for_one_run_at_a_time(tmp_path: Path) -> None:
             assert [path.name for path in (tmp_path / "a").iterdir()] == [".out.lock"]
         finally:
             process.kill()
-    with claimed_output(tmp_path / "a" / "out", False), claimed_output(tmp_path / "a" / "out", False):
+    with (
+        claimed_output(tmp_path / "a" / "out", False),
+        pytest.raises(InputError, match="is being written by another run"),
+        claimed_output(tmp_path / "a" / "out", False),
+    ):
         pass
     assert list((tmp_path / "a").iterdir()) == []
 
@@ -500,9 +504,12 @@ def test_the_kernel_says_whether_it_exchanges(tmp_path: Path, monkeypatch: pytes
 
 def test_what_came_into_out_meanwhile_is_kept_and_so_is_the_result(tmp_path: Path) -> None:
     out = model_folder(tmp_path / "out", "old")
-    with claimed_output(out, True), pytest.raises(InputError, match=r"'thesis\.tex'.*written there is in ") as caught:
+    with (
+        claimed_output(out, True) as claim,
+        pytest.raises(InputError, match=r"'thesis\.tex'.*written there is in ") as caught,
+    ):
         (out / "thesis.tex").write_text("mine")
-        save_checkpoint(build("llama"), tokenizer_of_words(), out, dtype=torch.float32, extra_files={}, overwrite=True)
+        save_checkpoint(build("llama"), tokenizer_of_words(), claim, dtype=torch.float32, extra_files={})
     (kept,) = (path for path in tmp_path.iterdir() if path != out)
     assert repr(str(kept)) in str(caught.value) and kept.name.startswith("out-")
     assert (out / "thesis.tex").read_text() == "mine" and (out / "model.safetensors").read_text() == "old"

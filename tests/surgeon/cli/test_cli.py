@@ -246,7 +246,7 @@ def test_what_may_not_be_read_and_what_is_not_utf8_is_one_sentence(tmp_path, sen
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied", "/secret/model")
 
-    monkeypatch.setattr("llm_surgeon.jobs.prune.check_output", refused)
+    monkeypatch.setattr("llm_surgeon.jobs.prune.require_model", refused)
     assert surgeon("prune", MODEL, tmp_path / "out", *SMALL) == 2
     assert sentence() == "surgeon: '/secret/model' cannot be read or written: Permission denied"
 

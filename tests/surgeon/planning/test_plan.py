@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llm_surgeon.planning.plan
 import llm_surgeon.planning.time
 from llm_surgeon import InputError, PruneConfig, prune
-from llm_surgeon.jobs.prune import CheckpointJob
+from llm_surgeon.checkpoint import claimed_output
+from llm_surgeon.jobs.prune import PruneJob
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.planning.plan import factor_sizes, make_plan
 from tests.surgeon.checkpoints import save_folder
@@ -157,10 +158,13 @@ def test_seconds_are_operations_over_rates(monkeypatch):
 def test_a_cap_that_the_run_would_exceed_is_refused_before_the_work(tmp_path):
     source, text = save_folder(tmp_path / "model", build("llama")), tmp_path / "text.txt"
     text.write_text("w2 w3 w4 w5 " * 40)
-    job = CheckpointJob(source, tmp_path / "out", PruneConfig(samples=2, seqlen=8), calibration=str(text))
+    job = PruneJob(source, PruneConfig(samples=2, seqlen=8), calibration=str(text))
     job.config = dataclasses.replace(job.config, gpu_memory="1kB")  # without a GPU the option itself is dropped
-    with pytest.raises(InputError, match="memory are needed on cpu and gpu_memory allows 1 kB"):
-        job.run()
+    with (
+        claimed_output(tmp_path / "out", False) as output,
+        pytest.raises(InputError, match="memory are needed on cpu and gpu_memory allows 1 kB"),
+    ):
+        job.run(output)
     assert not (tmp_path / "out").exists()
 
 
@@ -168,8 +172,8 @@ def test_the_plan_of_a_checkpoint_counts_what_is_held_out(tmp_path, monkeypatch)
     source, text = save_folder(tmp_path / "model", build("llama")), tmp_path / "text.txt"
     text.write_text("w2 w3 w4 w5 " * 400)
     monkeypatch.setattr(llm_surgeon.planning.plan, "matmul_rate", lambda *_: 2.0)
-    job = CheckpointJob(source, tmp_path / "out", PruneConfig(samples=2, seqlen=8, shots=1), calibration=str(text))
-    assert len(job.held_out.input_ids) == 16
+    job = PruneJob(source, PruneConfig(samples=2, seqlen=8, shots=1), calibration=str(text))
+    assert len(job.windows.held_out.input_ids) == 16
     without = make_plan(job.model, job.decoder, job.config).seconds
     forward = 2 * (WEIGHTS + 64 * 32) * 16 / (2.0 * llm_surgeon.planning.time._PASS_EFFICIENCY)
     assert job.plan.seconds == pytest.approx(without + 2 * 16 / 2 * forward)

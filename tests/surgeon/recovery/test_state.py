@@ -194,7 +194,7 @@ def test_a_kill_after_the_model_was_written_is_seen_to_be_complete(folders, monk
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm_surgeon.jobs.recover.save_checkpoint", killed)
+        patch.setattr("llm_surgeon.jobs.derived.save_checkpoint", killed)
         with pytest.raises(SystemExit):
             recover_checkpoint(source, out, **options)
     before = tree(out)
@@ -212,7 +212,7 @@ def test_a_kill_before_the_model_was_written_whole_trains_no_more(folders, monke
     source, out, data = folders
     options = COMMON | {"data": data}
     with monkeypatch.context() as patch:
-        patch.setattr("llm_surgeon.jobs.recover.save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
+        patch.setattr("llm_surgeon.jobs.derived.save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
             recover_checkpoint(source, out, **options)
     state = out.with_name(".out.training")
@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_state_before_stays(folders
 def test_what_is_on_the_disk_already_is_not_asked_for_again(folders, monkeypatch):
     source, out, data = folders
     asked = []
-    monkeypatch.setattr("llm_surgeon.jobs.recover.require_disk", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr("llm_surgeon.jobs.derived.require_disk", lambda _, needed: asked.append(needed))
     state = interrupt(source, out, data, 10)
     there = sum(len(content) for content in tree(state).values())
     recover_checkpoint(source, out, data=data, **COMMON, resume=True)
