@@ -27,7 +27,7 @@ from bench.environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
-from llm_surgeon.config.structure import COUPLED_STRUCTURES
+from llm_surgeon.config.structure import Structure
 from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
 from llm_surgeon.data.documents import read_text
 
@@ -126,7 +126,7 @@ def plan(models: list[str], structures: list[str], methods: list[str], seeds: li
                 name = method.split(", ")[0]
                 if structure.startswith("rows") and name in ELEMENTS_ONLY:
                     continue
-                coupled = STRUCTURES[structure]["structure"] in COUPLED_STRUCTURES
+                coupled = Structure.parse(STRUCTURES[structure]["structure"]).coupled
                 if (name not in COUPLED_METHODS) if coupled else (name in IMPORTANCE_METHODS):
                     continue
                 chosen = seeds[:1] if method == "magnitude" else seeds
