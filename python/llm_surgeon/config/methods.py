@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import pkgutil
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from llm_surgeon.checks import require_choice
+from llm_surgeon.config.reference import resolve
 from llm_surgeon.errors import InputError, one_line
 
 UPDATES = ("joint", "chunked", "independent", "none")
@@ -72,22 +74,22 @@ class Method:
 
     @property
     def gradients(self) -> bool:
-        """Whether both factors are estimated, by backward passes, rather than ``A`` or nothing."""
+        """True where both factors are estimated, by backward passes, rather than ``A`` or nothing."""
         return self.needs == "gradients"
 
     @property
     def curvature(self) -> bool:
-        """Whether factors are estimated before selection."""
+        """True where factors are estimated before selection."""
         return self.needs != "nothing" and self.sweep is None
 
     @property
     def comparable(self) -> bool:
-        """Whether costs of layers compare with each other."""
+        """True where costs of layers compare with each other."""
         return self.comparison == "network"
 
     @property
     def compensates(self) -> bool:
-        """Whether surviving weights can be updated, which takes the inverses of the damped factors."""
+        """True where surviving weights can be updated, which takes the inverses of the damped factors."""
         return any(update != "none" for update in self.updates)
 
     def function(self, field: Literal["costs", "line_costs", "sweep"]) -> Callable[..., Any]:
@@ -96,15 +98,7 @@ class Method:
         Raises:
             InputError: it cannot be imported.
         """
-        value = getattr(self, field)
-        if not isinstance(value, str):
-            return value
-        try:
-            return pkgutil.resolve_name(value)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(
-                f"{field} {value!r} of method {self.name!r} cannot be imported: {one_line(error)}"
-            ) from error
+        return resolve(getattr(self, field), f"method {self.name!r}")
 
 
 _COSTS = "llm_surgeon.methods.costs"
@@ -170,7 +164,7 @@ def register(record: Method) -> None:
 
 def names() -> list[str]:
     """Names of all methods, those of entry points included, which are not imported for it."""
-    return list(dict.fromkeys([*_methods, *_entry_points().names]))
+    return list(dict.fromkeys([*_methods, *_entry_points(tuple(sys.path)).names]))
 
 
 def method(name: object) -> Method:
@@ -182,7 +176,7 @@ def method(name: object) -> Method:
     if isinstance(name, str) and name in _methods:
         return _methods[name]
     require_choice("method", name, names())
-    for point in _entry_points().select(name=name):
+    for point in _entry_points(tuple(sys.path)).select(name=name):
         try:
             record = point.load()
         except Exception as error:  # whatever a module may raise when it is imported
@@ -198,7 +192,9 @@ def methods_where(is_so: Callable[[Method], bool]) -> list[str]:
     return [record.name for record in _methods.values() if is_so(record)]
 
 
-def _entry_points() -> Any:
+@functools.cache
+def _entry_points(path: tuple[str, ...]) -> Any:
+    """Entry points of all distributions on ``path``, which is ``sys.path``."""
     import importlib.metadata  # takes longer than this module, and is needed for names that are not built in
 
     return importlib.metadata.entry_points(group=ENTRY_POINTS)

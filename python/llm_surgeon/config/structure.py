@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_surgeon.checks import meant, shown
-from llm_surgeon.errors import InputError, one_line
+from llm_surgeon.config.reference import resolve
+from llm_surgeon.errors import InputError
 
 # Options that have a meaning for some structures only.
 SPECIAL_OPTIONS = (
@@ -87,7 +87,7 @@ class Structure:
     @property
     def shot_class(self) -> Callable[..., Any]:
         """The class of its shot object, imported."""
-        return _resolved(self.shots)
+        return resolve(self.shots, f"structure {self.name!r}")
 
     def count_shots(self, decoder: Any, config: Any) -> int:
         """The number of shots that ``config`` takes with the model of ``decoder``.
@@ -95,7 +95,9 @@ class Structure:
         Raises:
             InputError: ``config`` cannot be met, as far as the sizes of the layers tell.
         """
-        return config.shots if self.shots_in is None else _resolved(self.shots_in)(decoder, config)
+        if self.shots_in is None:
+            return config.shots
+        return resolve(self.shots_in, f"structure {self.name!r}")(decoder, config)
 
     @property
     def kind(self) -> str:
@@ -123,15 +125,6 @@ def names() -> list[str]:
 def structures_with(option: str) -> list[str]:
     """Names of the structures that an option of :data:`SPECIAL_OPTIONS` has a meaning for, for messages."""
     return [structure.name for structure in _structures.values() if option in structure.options]
-
-
-def _resolved(value: str | Callable[..., Any]) -> Callable[..., Any]:
-    if not isinstance(value, str):
-        return value
-    try:
-        return pkgutil.resolve_name(value)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{value!r} cannot be imported: {one_line(error)}") from error
 
 
 _OF_WEIGHTS = frozenset({"lora_rank", "offload", "curvature_layers"})

@@ -157,7 +157,7 @@ class _Accumulators:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
-        """Hooks on the linears for a while."""
+        """Context manager with hooks on the linears; removed on exit."""
         handles = [
             linear.module.register_forward_hook(lambda _, args, y, linear=linear: self._record(linear, args[0], y))
             for linear in self._linears
@@ -188,32 +188,32 @@ class _Accumulators:
     def check(self, loss: Tensor, batch: str) -> float:
         """The loss, after making sure that everything is finite, with one host synchronization.
 
-        Places are gone through in the order of computation (inputs forward, the loss, gradients backward), so
+        Locations are gone through in the order of computation (inputs forward, the loss, gradients backward), so
         that the one named is where the trouble began.
         """
         for name in self.gradients:
             if name not in self._reached:
                 raise UnsupportedModelError(f"the loss has no gradient with respect to the output of {name}")
         self._reached.clear()
-        places = {f"the inputs of {name}": A.diagonal().sum() for name, A in self.inputs.items()}
-        places["the loss"] = loss
+        locations = {f"the inputs of {name}": A.diagonal().sum() for name, A in self.inputs.items()}
+        locations["the loss"] = loss
         for name, G in reversed(self.gradients.items()):
-            places[f"the gradients of {name}"] = G.diagonal().sum()
-        values = dict(zip(places, to_list(list(places.values())), strict=True))
-        for place, value in values.items():
+            locations[f"the gradients of {name}"] = G.diagonal().sum()
+        values = dict(zip(locations, to_list(list(locations.values())), strict=True))
+        for location, value in values.items():
             if not math.isfinite(value):
-                raise NumericalError(f"NaN or infinity in {place} ({batch})")
+                raise NumericalError(f"NaN or infinity in {location} ({batch})")
         return values["the loss"]
 
 
 def _first_on_device(gradient: Tensor) -> None:
-    """Something small on autograd's thread: cuBLAS warns where it is the first there, without a CUDA context."""
+    """Allocate something small on autograd's thread: cuBLAS warns where it is the first there, without a context."""
     gradient.new_zeros(1)
 
 
 @contextlib.contextmanager
 def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
-    """Blocks keep no activations but their inputs for a while; the backward pass computes the others again."""
+    """Context manager in which blocks keep their inputs alone; the backward pass computes other activations again."""
     own = [block.__dict__.get("forward") for block in blocks]  # normally none: the class's
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -34,13 +34,13 @@ def row_column_costs(linear: PrunableLinear, method: Method, factors: DampedFact
 
 
 def surgeon_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:
-    """``½ W² / ([G⁻¹]_rr [A⁻¹]_cc)``: the other weights make up for each, under the damped factors."""
+    """Costs ``½ W² / ([G⁻¹]_rr [A⁻¹]_cc)``: the other weights make up for each, under the damped factors."""
     g_inv, a_inv = factors.inverse_diagonals(linear)
     return 1.0 / g_inv, 1.0 / a_inv
 
 
 def surgeon_line_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:
-    """``½ (W A Wᵀ)_rr / [G⁻¹]_rr`` of rows and ``½ (Wᵀ G W)_cc / [A⁻¹]_cc`` of columns."""
+    """Costs ``½ (W A Wᵀ)_rr / [G⁻¹]_rr`` of rows and ``½ (Wᵀ G W)_cc / [A⁻¹]_cc`` of columns."""
     weight = linear.matrix(device=factors.device)
     G, A = factors.of(linear).damped
     g_inv, a_inv = factors.inverse_diagonals(linear)
@@ -48,19 +48,19 @@ def surgeon_line_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[
 
 
 def kronecker_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:
-    """``½ W² G_rr A_cc``: the others stay as they are (optimal brain damage)."""
+    """Costs ``½ W² G_rr A_cc``: the others stay as they are (optimal brain damage)."""
     g, a = factors.diagonals(linear)
     assert g is not None
     return g, a
 
 
 def input_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:
-    """``½ W² A_cc``: the error of the linear's output (layer-wise optimal brain damage; Wanda's score, squared)."""
+    """Costs ``½ W² A_cc``: the output's error (layer-wise optimal brain damage; Wanda's score, squared)."""
     _, a = factors.diagonals(linear)
     return torch.ones(linear.rows, device=a.device), a
 
 
 def magnitude_costs(linear: PrunableLinear, factors: DampedFactors | None) -> tuple[Tensor, Tensor]:
-    """``½ W²``."""
+    """Costs ``½ W²``."""
     ones = torch.ones(max(linear.rows, linear.columns + 1), device=linear.weight.device)
     return ones[: linear.rows], ones[: linear.columns + linear.has_bias]

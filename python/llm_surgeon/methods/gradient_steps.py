@@ -36,7 +36,7 @@ _TOLERANCE = 0.05
 
 
 def held_out(calibration: Calibration) -> tuple[Calibration, Calibration]:
-    """The calibration windows for gradients, and those, the last eighth, for lengths.
+    """Split calibration windows into those for gradients and those, the last eighth, for lengths.
 
     Raises:
         InputError: there is only one window.
@@ -80,7 +80,7 @@ def mean_gradients(
 
 
 def _matrix(linear: PrunableLinear, of: dict[nn.Parameter, Tensor]) -> Tensor:
-    """What belongs to a linear's parameters, as :meth:`PrunableLinear.matrix` has these."""
+    """Take from ``of`` what belongs to a linear's parameters, laid out as :meth:`PrunableLinear.matrix`."""
     weight = of.pop(linear.module.get_parameter("weight"))
     weight = weight.T if isinstance(linear.module, Conv1D) else weight
     return torch.cat([weight, of.pop(linear.module.get_parameter("bias"))[:, None]], 1) if linear.has_bias else weight
@@ -88,7 +88,10 @@ def _matrix(linear: PrunableLinear, of: dict[nn.Parameter, Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def _summed(parameters: list[nn.Parameter]) -> Iterator[dict[nn.Parameter, Tensor]]:
-    """The sums of the parameters' gradients over all backward passes, in float32 at least; their ``.grad`` stays."""
+    """Context manager with the sums of the parameters' gradients over all backward passes, in float32 at least.
+
+    Their ``.grad`` is restored on exit.
+    """
     sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters}
     held = {p: p.grad for p in parameters}
 
@@ -172,7 +175,7 @@ def step(
 
 
 def _least_of_parabola(tried: dict[float, float]) -> float | None:
-    """Where the parabola through the best point and its neighbours has its minimum; None without two of these."""
+    """Minimum of the parabola through the best point and its neighbours; None without two of these."""
     points = sorted(tried.items())
     best = min(range(len(points)), key=lambda i: points[i][1])
     if not 0 < best < len(points) - 1:

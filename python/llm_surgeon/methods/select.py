@@ -1,4 +1,4 @@
-"""Which weights go: exact counts from costs, over the whole network or layer by layer."""
+"""Selection of what is pruned: exact counts from costs, over the whole network or layer by layer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Selection:
 
     @classmethod
     def of_rows_columns(cls, rows: Tensor, columns: Tensor, removed: tuple[int, int] | None = None) -> Selection:
-        """With ``removed``, if the caller knows it, the host does not wait for the device."""
+        """Selection of whole ``rows`` and ``columns``; ``removed``, their counts where known, avoids a host sync."""
         counts = (int(rows.sum()), int(columns.sum())) if removed is None else removed
         return cls(rows[:, None] | columns[None, :], rows, columns, counts)
 
@@ -68,7 +68,7 @@ def select_elements(
 
 
 def reselect(pruned: Tensor, cost: Tensor, config: PruneConfig) -> Tensor:
-    """As many weights of one layer as ``pruned`` marks, chosen anew by ``cost``: bool ``[R, C]``.
+    """Select as many weights of one layer as ``pruned`` marks anew by ``cost``: bool ``[R, C]``.
 
     N:M stays within the groups that are pruned already.
     """
@@ -200,7 +200,7 @@ class _Lines:
         self.scores = torch.cat([rows, columns])
 
     def with_removed(self, taken: Tensor, removed: tuple[int, int]) -> Selection:
-        """What was removed before and is ``taken`` now, so many rows and columns in all."""
+        """Selection of what was removed before and is ``taken`` now, so many rows and columns in all."""
         taken = taken.to(self.before.pruned.device)
         rows, columns = self.before.rows, self.before.columns
         assert rows is not None and columns is not None

@@ -96,7 +96,7 @@ def compensate_by_pairs(
 def _weighted_sums(
     linears: list[PrunableLinear], known: dict[str, Tensor], *, of_inputs: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """While it is on, passes add up ``Σ (gᵀ M_k g) a aᵀ`` ``[2, C', C']``, or ``Σ (aᵀ M_k a) g gᵀ`` ``[2, R, R]``.
+    """Context manager; passes add up ``Σ (gᵀ M_k g) a aᵀ`` ``[2, C', C']`` or ``Σ (aᵀ M_k a) g gᵀ`` ``[2, R, R]``.
 
     Padded positions have no gradient and add nothing.
     """

@@ -155,7 +155,7 @@ def test_records_that_cannot_be_are_refused():
     register(Method("toy", costs=costs))
     with pytest.raises(InputError, match="a method 'toy' is registered already"):
         register(Method("toy", costs=costs, rows_columns=True))
-    with pytest.raises(InputError, match=r"costs 'llm_surgeon\.nowhere:costs' of method 'toy' cannot be imported"):
+    with pytest.raises(InputError, match=r"'llm_surgeon\.nowhere:costs' of method 'toy' cannot be imported"):
         Method("toy", costs="llm_surgeon.nowhere:costs").function("costs")
 
 
