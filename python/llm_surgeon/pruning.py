@@ -25,8 +25,7 @@ from llm_surgeon.models.offload import compute_device
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
-from llm_surgeon.planning.plan import make_plan
-from llm_surgeon.planning.result import Plan
+from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.config import check_rank
 from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, collect_versions

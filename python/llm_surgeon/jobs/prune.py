@@ -32,8 +32,7 @@ from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.errors import InputError
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.limits import choose_seqlen, require_fit
-from llm_surgeon.planning.plan import make_plan
-from llm_surgeon.planning.result import Plan
+from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import check_model, prune
 from llm_surgeon.report.schema import PruneReport

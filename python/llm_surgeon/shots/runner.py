@@ -17,7 +17,7 @@ from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.offload import offloaded
 from llm_surgeon.models.passes import mean_loss, to_list
-from llm_surgeon.planning.result import Plan
+from llm_surgeon.planning.plan import Plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
 

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.offload import PinnedMemory, copies_in_main_memory
-from llm_surgeon.planning.plan import _Planner, make_plan
+from llm_surgeon.planning.memory import Memory
+from llm_surgeon.planning.plan import make_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -75,7 +76,7 @@ def test_the_plan_leaves_room_for_what_the_process_holds_besides():
     for held in (0, 10**9):
         ballast = torch.zeros(held, dtype=torch.uint8, device="cuda")
         config = PruneConfig(structure="rows-columns", shots=1, samples=8, seqlen=512, gpu_memory="3GB")
-        room[held] = _Planner(model, find_decoder(model), config)._limit()
+        room[held] = Memory(model, find_decoder(model), config).limit()
         del ballast
     assert room[0] - room[10**9] == pytest.approx(10**9, abs=2**21)
 

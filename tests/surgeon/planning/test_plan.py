@@ -7,13 +7,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import llm_surgeon.planning.memory
 import llm_surgeon.planning.plan
 import llm_surgeon.planning.time
 from llm_surgeon import InputError, PruneConfig, prune
 from llm_surgeon.checkpoint import claimed_output
 from llm_surgeon.jobs.prune import PruneJob
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.planning.plan import factor_sizes, make_plan
+from llm_surgeon.planning.memory import factor_sizes
+from llm_surgeon.planning.plan import make_plan
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import build
 
@@ -32,8 +34,8 @@ def plan_of(name="llama", device="cpu", memory=10**12, link=1e300, monkeypatch=N
     if monkeypatch is not None:
         monkeypatch.setattr(llm_surgeon.planning.plan, "matmul_rate", lambda device, dtype: 2.0)
         monkeypatch.setattr(llm_surgeon.planning.plan, "copy_rate", lambda device: link)
-        monkeypatch.setattr(llm_surgeon.planning.plan, "compute_device", lambda model, config: torch.device(device))
-        monkeypatch.setattr(llm_surgeon.planning.plan, "available_memory", lambda device: memory)
+        monkeypatch.setattr(llm_surgeon.planning.memory, "compute_device", lambda model, config: torch.device(device))
+        monkeypatch.setattr(llm_surgeon.planning.memory, "available_memory", lambda device: memory)
     return model, make_plan(model, decoder, config)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm_surgeon.planning import plan
+from llm_surgeon.planning.memory import SOLVER_MATRICES
 from surgeon_kernels import joint_update, nm_select, spd_inverse
 
 pytestmark = [
@@ -28,5 +28,5 @@ def test_the_solver_takes_what_is_planned():
     torch.cuda.reset_peak_memory_stats()
     joint_update(*inputs, tolerance=1e-4, max_iterations=60)
     taken = torch.cuda.max_memory_allocated() - before
-    planned = (plan._SOLVER_MATRICES - 1.25) * weight.nbytes  # without the weight and the mask
+    planned = (SOLVER_MATRICES - 1.25) * weight.nbytes  # without the weight and the mask
     assert 0.75 * planned <= taken <= planned
