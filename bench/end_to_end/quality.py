@@ -24,10 +24,10 @@ import torch
 import yaml
 
 from bench.environment import append_row, environment
-from llm_surgeon import PruneConfig, perplexity, prune
+from llm_surgeon import InputError, PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
+from llm_surgeon.config.methods import method as record
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
-from llm_surgeon.config.structure import Structure
 from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
 from llm_surgeon.data.documents import read_text
 
@@ -59,11 +59,6 @@ METHODS: dict[str, dict[str, Any]] = {
         for suffix, allocation in ((" local", "local"), (" global", "global"))
     },
 }
-IMPORTANCE_METHODS = tuple(name for name, options in METHODS.items() if "importance" in options)
-# What is defined for structures that leave a smaller model.
-COUPLED_METHODS = ("surgeon none", "surgeon joint", *IMPORTANCE_METHODS)
-# No definition for whole rows and columns.
-ELEMENTS_ONLY = ("wanda", "sparsegpt", "surgeon chunked")
 _TOKENS: dict[tuple[str, str, str], torch.Tensor] = {}
 TRIAL_FIELDS = ("model", "structure", "method", "seed")
 
@@ -118,18 +113,16 @@ def _tokens(model_path: str, data: str, part: Any, tokenizer: Any) -> torch.Tens
 
 
 def plan(models: list[str], structures: list[str], methods: list[str], seeds: list[int]) -> list[dict[str, Any]]:
-    """Every combination that is defined, the longest first; dense and magnitude do not depend on the seed."""
+    """Every combination that is defined, the longest first; what needs no data does not depend on the seed."""
     trials: list[tuple[str, str, str, int]] = [(model, "none", "dense", 0) for model in models]
     for model in models:
         for structure in structures:
             for method in methods:
-                name = method.split(", ")[0]
-                if structure.startswith("rows") and name in ELEMENTS_ONLY:
+                try:
+                    config = PruneConfig(**STRUCTURES[structure], **METHODS[method.split(", ")[0]])
+                except InputError:
                     continue
-                coupled = Structure.parse(STRUCTURES[structure]["structure"]).coupled
-                if (name not in COUPLED_METHODS) if coupled else (name in IMPORTANCE_METHODS):
-                    continue
-                chosen = seeds[:1] if method == "magnitude" else seeds
+                chosen = seeds if record(config.method).needs != "nothing" else seeds[:1]
                 trials += [(model, structure, method, seed) for seed in chosen]
     weight = {"surgeon chunked": 4, "surgeon joint": 2, "k-obd": 2}
     trials.sort(key=lambda t: -weight.get(t[2], 1) - 3 * (t[1].startswith("rows") and t[2] in weight))

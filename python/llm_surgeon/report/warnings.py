@@ -1,7 +1,8 @@
-"""What makes the result of a pruning run doubtful, in sentences."""
+"""Sentences on what makes the result of a pruning run doubtful."""
 
 from __future__ import annotations
 
+from llm_surgeon.config.methods import method
 from llm_surgeon.report.schema import PruneReport
 
 # Measured is called far above predicted from so many times the prediction on, and so many nats beyond it.
@@ -9,8 +10,6 @@ _RATIO, _NATS = 3.0, 0.05
 # Tokens for every input of the widest layer: its second moments A [C, C] are of full rank from one on, and well
 # determined only from several on.
 _TOKENS_PER_INPUT = 8
-# Methods that solve with A; the others read at most its diagonal.
-_SECOND_MOMENTS = ("surgeon", "sparsegpt", "l-obd", "k-obd")
 
 
 def warnings_of(report: PruneReport, tokens: int) -> list[str]:
@@ -23,7 +22,9 @@ def warnings_of(report: PruneReport, tokens: int) -> list[str]:
     """
     found = []
     widest = max((layer.columns for layer in report.layers), default=0)
-    if report.config.get("method") in _SECOND_MOMENTS and tokens < _TOKENS_PER_INPUT * widest:
+    used = method(report.config.get("method"))
+    solves = used.compensates or used.sweep is not None  # with A; the others read at most its diagonal
+    if solves and tokens < _TOKENS_PER_INPUT * widest:
         found.append(
             f"{tokens:,} calibration tokens are few for layers of {widest:,} inputs: take "
             f"{_TOKENS_PER_INPUT * widest:,} at least (samples × seqlen)."
