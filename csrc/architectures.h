@@ -2,8 +2,8 @@
 
 #include <string_view>
 
-// What the build holds machine code for, such as 8.0:9.0a, from surgeon_kernels/runtime/extension.py, beside nvcc's
-// flags.
+// Architectures that the build holds machine code for, such as 8.0:9.0a: surgeon_kernels/runtime/extension.py defines
+// them beside nvcc's flags.
 #ifndef SURGEON_ARCHITECTURES
 #error "define SURGEON_ARCHITECTURES, the list of architectures, between colons, that nvcc compiles for"
 #endif

@@ -8,7 +8,7 @@ namespace {
 constexpr int kStrip = 64;  // columns of a block
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = 8;  // of the chunk, taken up together
+constexpr int kRows = 8;  // of the chunk, applied together
 
 // Memory bound: λ's rows of A⁻¹ are read once, a strip of columns by each block, a row's strip by one warp.
 __global__ __launch_bounds__(kThreads, 2) void apply_kernel(GatheredSystems systems, const int64_t* row_offsets,
@@ -50,10 +50,10 @@ __global__ __launch_bounds__(kThreads, 2) void apply_kernel(GatheredSystems syst
     if (column < C) {
       for (int64_t row = chunk.last_row - 1 + threadIdx.x / kStrip; row < chunk.block_end; row += kThreads / kStrip) {
         const float* G = systems.G_inv + row * systems.G_stride + base;
-        float* place = pending + (row - chunk.block_begin) * C + column;
-        float value = *place;
+        float* target = pending + (row - chunk.block_begin) * C + column;
+        float value = *target;
         for (int q = 0; q < rows; ++q) value = fmaf(-G[q], gained[q][threadIdx.x % kStrip], value);
-        *place = value;
+        *target = value;
       }
     }
     __syncthreads();

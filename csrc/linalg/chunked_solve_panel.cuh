@@ -13,7 +13,7 @@ namespace {
 __constant__ float kJitters[kAttempts] = {0.0f, 1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f};  // spd_inverse.JITTERS
 constexpr float kLeastMeanDiagonal = 5.9749284e-15f;  // FLT_MIN^(3/8), as in spd_inverse.damp
 
-// Where tile (i, j), j <= i, stands among those of a factor.
+// Number of tile (i, j), j <= i, among those of a factor.
 __device__ __forceinline__ int tile_index(int i, int j) { return i * (i + 1) / 2 + j; }
 
 // A row of a matrix: one instruction, where 64-bit products take six.
@@ -176,7 +176,7 @@ __device__ __forceinline__ void solve_block(const float* block, float* v) {
   v[lane] = y + fmaf(diagonal, rest, product(inverse, rest));
 }
 
-// What attempt n adds to the diagonal of a system; `partial`: blockDim.x floats of shared memory. Ends synchronised.
+// Shift of the diagonal of a system in attempt n; `partial`: blockDim.x floats of shared memory. Ends synchronised.
 __device__ __forceinline__ float jitter_shift(const GatheredSystems& systems, int64_t begin, int size, int attempt,
                                               float* partial) {
   if (attempt == 0) return 0.0f;

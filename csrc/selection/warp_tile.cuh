@@ -43,7 +43,7 @@ struct Packet {
   }
   __device__ unsigned word(int i) const { return reinterpret_cast<const unsigned*>(raw)[i]; }
   __device__ float at(int i) const {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one instruction each, where the compiler's way takes two
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one instruction each, where the compiler takes two
       return __uint_as_float(i % 2 ? word(i / 2) & 0xffff0000u : word(i / 2) << 16);
     } else {
       return as_float(reinterpret_cast<const T*>(raw)[i]);

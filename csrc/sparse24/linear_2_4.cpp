@@ -211,7 +211,7 @@ Geometry24 linear_2_4_geometry(int choice, bool half) {
 }
 
 bool linear_2_4_pin(const Linear24& call, bool library, int choice) {
-  // How many algorithms there are only the library knows.
+  // Only the library knows the number of its algorithms.
   if (choice < 0 || choice >= (library ? INT_MAX : linear_2_4_choices())) return false;
   const Key key = key_of(call, library, current_device());
   const std::unique_lock lock(pins_mutex);

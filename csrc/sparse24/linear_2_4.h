@@ -83,7 +83,7 @@ bool linear_2_4_pin(const Linear24& call, bool library, int choice);
 // product, which is the caller's, cudaErrorInvalidValue where there is no such choice.
 cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream);
 
-// What the estimated time of a choice below linear_2_4_dense() depends on, on the current device.
+// Tile and occupancy of a choice below linear_2_4_dense() on the current device: its estimated time depends on them.
 struct Geometry24 {
   int wgmma;  // which of Wgmma24; negative for mma.sp
   int tile_rows, tile_tokens;

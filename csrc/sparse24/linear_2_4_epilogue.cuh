@@ -1,4 +1,4 @@
-// What the epilogues of the 2:4 linears share: sums of a cluster, bias, activation, rounding.
+// Shared by the epilogues of the 2:4 linears: sums of a cluster, bias, activation, rounding.
 #pragma once
 
 #include <cooperative_groups.h>

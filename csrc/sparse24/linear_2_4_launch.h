@@ -35,7 +35,7 @@ struct Launch {
   Launch(const Launch&) = delete;
 };
 
-// Once a device, before a kernel runs. Whether this build holds it there: one that was compiled without its
+// Once a device, before a kernel runs. Checks that this build holds it there: one that was compiled without its
 // instructions takes fewer threads than it needs (linear_2_4_wgmma.cuh). And its shared memory: more than 48 KB has to
 // be asked for.
 inline cudaError_t prepare_kernel(const void* kernel, int threads, int shared_bytes, std::atomic<bool>* ready) {
@@ -53,7 +53,7 @@ inline cudaError_t prepare_kernel(const void* kernel, int threads, int shared_by
   return status;
 }
 
-// How many clusters of `split` blocks are resident on the device at a time.
+// Number of clusters of `split` blocks that are resident on the device at a time.
 template <class... Arguments>
 cudaError_t count_clusters(void (*kernel)(Arguments...), int split, int threads, int shared_bytes, int* clusters) {
   if (split > 1) {

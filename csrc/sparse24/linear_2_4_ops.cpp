@@ -30,8 +30,8 @@ Tensor unpack(const Tensor& weight, int64_t rows, int64_t columns, at::ScalarTyp
   return dense;
 }
 
-// What a weight is kept as beside its fragments, where it is.
-struct Other {
+// Forms of the weight that are kept beside its fragments.
+struct OtherForms {
   std::optional<Tensor> compressed, dense;
 };
 
@@ -136,8 +136,8 @@ int run_library(const Linear24& linear, int algorithm, const Tensor& compressed)
   return tokens;
 }
 
-// Whether the sizes, the device and the build allow this choice; if so, it is under way.
-bool run(const Linear24& linear, int64_t choice, const Other& other) {
+// Launches a choice; false where the sizes, the device or the build do not allow it.
+bool run(const Linear24& linear, int64_t choice, const OtherForms& other) {
   int token = 0;
   if (choice >= surgeon::linear_2_4_choices()) {
     if (!other.compressed) return false;
@@ -194,7 +194,7 @@ int64_t linear_2_4_choice(const Tensor& x, const Tensor& weight, int64_t rows, b
   return surgeon::linear_2_4_choice(Linear24(x, weight, std::nullopt, rows, 0).call, library);
 }
 
-// Whether there is such a choice: nothing is pinned otherwise.
+// False where there is no such choice: nothing is pinned then.
 bool linear_2_4_pin(const Tensor& x, const Tensor& weight, int64_t rows, int64_t choice, bool library) {
   if (choice < 0 || choice > INT_MAX) return false;
   const c10::cuda::CUDAGuard guard(x.device());

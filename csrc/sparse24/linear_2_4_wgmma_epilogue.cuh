@@ -8,8 +8,8 @@ namespace surgeon {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Where a thread holds its sums: sums[i] belongs to token i / 4 * 8 + lane % 4 * 2 + i % 2 and to row
-// lane / 4 + i / 2 % 2 * 8 of the 16 rows of its warp.
+// Accumulators of a thread (PTX ISA, "wgmma", fragment D of m64nNk32): sums[i] belongs to token i / 4 * 8 + lane % 4 *
+// 2 + i % 2 and to row lane / 4 + i / 2 % 2 * 8 of the 16 rows of its warp.
 
 // The block has all of K, and y no activation: every consumer transposes 32 tokens at a time in shared memory, so that
 // the rows of a token lie together.

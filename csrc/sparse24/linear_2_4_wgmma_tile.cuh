@@ -39,7 +39,7 @@ struct WgmmaTile {
   static constexpr int kReceivedAt = kWeightBarriersAt + 32 * Config::kConsumers * Config::kWeightStages;
   static constexpr int kSharedBytes = 1024 + kReceivedAt + 16;  // the stages begin at a multiple of 1024
 
-  // What split-K blocks send each other leaves the last stage of x alone, which is read until the end.
+  // The exchange of sums between split-K blocks leaves the last stage of x alone, which is read until the end.
   static constexpr bool has_room_for_exchange() {
     for (int split = 2; split <= 8; ++split) {
       const int each = (kTokens / 8 + split - 1) / split, received = (split - 1) * each * kOctetBytes;

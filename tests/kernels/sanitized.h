@@ -1,4 +1,4 @@
-// What the programs for compute-sanitizer share: they exit with 1 at the first error or wrong value.
+// Shared by the programs for compute-sanitizer, which exit with 1 at the first error or wrong value.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// Which kernel a 2:4 linear takes, on devices that are only pretended: csrc/sparse24/linear_2_4.cpp with a CUDA runtime
-// and kernels that note what they are asked. Exits with 1 at the first wrong answer.
+// The kernel that a 2:4 linear takes, on devices that are only pretended: csrc/sparse24/linear_2_4.cpp with a CUDA
+// runtime and kernels that note what they are asked. Exits with 1 at the first wrong answer.
 
 #include <cstdio>
 #include <cstdlib>
@@ -121,7 +121,7 @@ int main(int count, char**) {
   expect(4096, false, kWgmma), expect(1024, true, kLibrary);
   for (current = 1; current <= 4; ++current) without_wgmma();
 
-  // What the build does not hold is not followed where it was pinned, and what does not exist is not pinned.
+  // A pin of a kernel that the build does not hold is not followed, and one that does not exist is refused.
   current = 1;
   require(linear_2_4_pin(call_of(64), false, linear_2_4_mma_choices()), "not pinned");
   expect(64, false, kMma);

@@ -1,4 +1,4 @@
-// Which plans csrc/sparse24/linear_2_4_cusparselt.cpp makes and keeps, with a CUDA runtime and a library that are only
+// Plans that csrc/sparse24/linear_2_4_cusparselt.cpp makes and keeps, with a CUDA runtime and a library that are only
 // pretended (linear_2_4_plans_library.cpp). Exits with 1 at the first wrong answer.
 
 #include <algorithm>
