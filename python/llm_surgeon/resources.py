@@ -1,4 +1,4 @@
-"""What a run will need of memory, disk and time, and whether it is there: asked before work starts."""
+"""Memory, disk, devices and rates: asked for before work starts."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def human_bytes(count: int) -> str:
 
 
 def hub_reachable(timeout: float = 5.0) -> bool:
-    """Whether the Hugging Face hub answers; asked once, for the hub's own retries take half a minute to give up."""
+    """True where the Hugging Face hub answers; asked once, for the hub's own retries take half a minute to give up."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")

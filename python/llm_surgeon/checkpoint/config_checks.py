@@ -1,4 +1,4 @@
-"""What a configuration must not say of the weights beside it."""
+"""Checks of a configuration against the weights beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WEIGHTS_NAMED = ("transformers_weights",)  # another file than those that are c
 
 
 def is_packed(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is that of a packed model; :class:`UnsupportedModelError` where it is quantized."""
+    """True for the configuration of a packed model; :class:`UnsupportedModelError` where it is quantized."""
     entries = [value for _, key, value in json_values(config) if key == "quantization_config" and value is not None]
     if not entries:
         return False

@@ -1,4 +1,4 @@
-"""What lies in a model folder, looked at before anything in it is loaded."""
+"""Files of a model folder, looked at before anything in it is loaded."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def read_weights(name: str, folder: Path) -> tuple[list[Path], dict[str, StoredT
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without model.safetensors holds in its place."""
+    """Say what a folder without model.safetensors holds in its place."""
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if any(re.search(r"-\d+-of-\d+\.safetensors$", other) for other in others):
         return f" and no model.safetensors.index.json that would say how {others[0]!r} and the others belong together"

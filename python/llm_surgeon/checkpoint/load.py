@@ -151,7 +151,7 @@ def _check_loaded(name: str, model: PreTrainedModel, info: dict[str, Any], store
 
 
 def _is_mask(key: str, stored: Mapping[str, StoredTensor]) -> bool:
-    """Whether ``key`` is a causal mask, which old checkpoints store as a ``bias`` of their attention."""
+    """True where ``key`` is a causal mask, which old checkpoints store as a ``bias`` of their attention."""
     return any(len(tensor.shape) > 2 for name, tensor in stored.items() if name.endswith(key) or key.endswith(name))
 
 

@@ -217,7 +217,7 @@ def _check_apart(out: str | Path, target: Path, kind: str, given: str) -> None:
 
 
 def _check_place(out: str | Path, target: Path, inputs: Mapping[str, str | Path | None]) -> None:
-    """What :func:`check_output` refuses whatever ``target`` holds."""
+    """Refuse what :func:`check_output` does whatever ``target`` holds."""
     for kind, given in inputs.items():
         if given is not None:
             _check_apart(out, target, kind.replace("_", " "), os.fspath(given))
@@ -265,7 +265,7 @@ def _check_replaceable(out: str | Path, target: Path, overwrite: bool) -> None:
 
 
 def _foreign(folder: Path, names: list[str]) -> list[str]:
-    """What in a model folder neither transformers nor this package puts there."""
+    """Names in a model folder that neither transformers nor this package puts there."""
     code = _code_of(folder)
     foreign = []
     for name in names:
@@ -324,7 +324,7 @@ def _lock(out: str | Path, path: Path) -> tuple[int, bool]:
 
 
 def _clean(target: Path, locked: bool) -> None:
-    """See to what interrupted runs left beside ``target``."""
+    """Delete or put back what interrupted runs left beside ``target``."""
     named = _left_of(target)
     left = [path for path in sorted(target.parent.iterdir()) if named.fullmatch(path.name) and _is_folder(path)]
     if not locked:

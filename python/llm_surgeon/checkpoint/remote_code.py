@@ -89,5 +89,5 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _references(auto_map: Any) -> list[str]:
-    """Everything that an ``auto_map`` of any form names."""
+    """All that an ``auto_map`` of any form names."""
     return [str(value) for _, _, value in json_values(auto_map) if not isinstance(value, dict | list | None)]

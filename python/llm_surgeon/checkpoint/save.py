@@ -72,7 +72,7 @@ def save_checkpoint(
 def checkpoint_bytes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | StoredForm | None
 ) -> int:
-    """About as many bytes as :func:`save_checkpoint` writes, at most: weights, tokenizer, configuration and reports.
+    """Bytes that :func:`save_checkpoint` writes at most, about: weights, tokenizer, configuration and reports.
 
     Args:
         dtype: what floating-point tensors are cast to (``None``: each in its own).

@@ -25,7 +25,7 @@ _INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")  # of masks and indices, n
 
 
 class _Origin(NamedTuple):
-    """Where a tensor in memory was read from."""
+    """The place that a tensor in memory was read from."""
 
     file: Path
     key: str
@@ -113,14 +113,14 @@ def processor_files(folder: Path) -> dict[str, bytes]:
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether every number of dtype ``other`` is one of ``dtype``."""
+    """True where every number of dtype ``other`` is one of ``dtype``."""
     return torch.promote_types(dtype, other) == dtype
 
 
 def _name_in_model(
     origin: _Origin, tensors: Mapping[str, Tensor], prefix: str, taken: Mapping[str, torch.dtype]
 ) -> str | None:
-    """What the model calls a stored tensor: its name with or without the trunk's, or where its numbers are.
+    """Name that the model has for a stored tensor: its own with or without the trunk's, or where its numbers are.
 
     transformers renames the tensors of some architectures as it loads them.
     """

@@ -187,7 +187,7 @@ def calibration_windows(ids: Tensor, samples: int, seqlen: int, seed: int) -> Ca
 
 
 def window_starts(length: int, samples: int, seqlen: int, seed: int) -> Tensor:
-    """Where the windows of :func:`calibration_windows` begin in a stream of ``length`` tokens, int64 ``[samples]``."""
+    """Starts of the windows of :func:`calibration_windows` in a stream of ``length`` tokens, int64 ``[samples]``."""
     require_room(samples, seqlen)
     return torch.randint(length - seqlen + 1, (samples,), generator=torch.Generator().manual_seed(seed))
 

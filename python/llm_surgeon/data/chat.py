@@ -66,7 +66,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether conversations are rendered by a template of the tokenizer's."""
+    """True where conversations are rendered by a template of the tokenizer's."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 

@@ -59,7 +59,7 @@ _HUB_SET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^:/]*)(?::(?P<s
 
 @dataclass(frozen=True)
 class Documents:
-    """What a source holds: plain text and conversations, which are text only once a tokenizer's template is known.
+    """Documents of a source: plain text and conversations, which are text only once a tokenizer's template is known.
 
     Attributes:
         source: as it was given.
@@ -75,7 +75,7 @@ class Documents:
 
     @property
     def chat(self) -> bool:
-        """Whether there are conversations among them."""
+        """True where there are conversations among them."""
         return any(isinstance(item, Conversation) for item in self.items)
 
     def text(self, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
@@ -210,7 +210,7 @@ def _is_text_member(name: str) -> bool:
 
 
 def _members_of(split: str, names: list[str]) -> list[str]:
-    """Those of one split by their stem, ``wiki.train`` or ``test-00000-of-00001`` say; else all."""
+    """Members of one split by their stem, ``wiki.train`` or ``test-00000-of-00001`` say; else all."""
     endings = ("train",) if split == "calibration" else ("test", "valid|validation")
     for ending in endings:
         pattern = re.compile(rf"(?:.*[^a-z])?(?:{ending})(?:-\d+-of-\d+)?", re.DOTALL)
@@ -271,7 +271,7 @@ def _rows(opened: Callable[[], Any], reader: Callable[[BinaryIO, str], Iterator[
 
 
 class _Unpacked(io.RawIOBase):
-    """What the gzip file ``packed`` holds, up to ``most`` bytes; :class:`InputError` beyond."""
+    """Content of the gzip file ``packed``, up to ``most`` bytes; :class:`InputError` beyond."""
 
     def __init__(self, packed: BinaryIO, name: str, most: int) -> None:
         self._packed, self._file, self._name = packed, gzip.GzipFile(fileobj=packed), name

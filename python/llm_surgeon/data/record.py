@@ -74,7 +74,7 @@ def data_record(
 
 
 def _distinct(windows: Tensor) -> int:
-    """How many of the int64 ``windows`` ``[n, seqlen]`` differ.
+    """Number of int64 ``windows`` ``[n, seqlen]`` that differ.
 
     Told apart by random sums modulo 2^64, which different ones have alike once in 2^64 pairs: sorting the windows would
     take their memory twice more.

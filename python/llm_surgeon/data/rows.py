@@ -62,7 +62,7 @@ def documents_of_rows(
 
 
 def take(rows: Iterable[Row], field: str, wanted: bool) -> list[Document]:
-    """What ``field`` holds in each of ``rows``; a list is a conversation, where it is ``wanted`` or a chat field."""
+    """Contents of ``field`` in each of ``rows``; a list is a conversation, where it is ``wanted`` or a chat field."""
     documents: list[Document] = []
     for where, row in rows:
         if field not in row:

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity and zero-shot tasks."""
+"""Quality of a model: perplexity and zero-shot tasks."""

@@ -1,4 +1,4 @@
-"""What safetensors files hold: their headers, and checksums of their tensors."""
+"""Headers of safetensors files, and checksums of their tensors."""
 
 from __future__ import annotations
 

@@ -99,6 +99,6 @@ class _Clock(LogitsProcessor):
 
 
 def wait(device: torch.device) -> None:
-    """Until the work that ``device`` was given is done."""
+    """Wait until the work that ``device`` was given is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -158,7 +158,7 @@ class _Merged:
         self._waiting: tuple[Tensor, int | None, tuple[Tensor, ...]] | None = None  # input, its version, outputs
 
     def output(self, position: int, x: Tensor) -> Tensor:
-        """What the linear at ``position`` returns for ``x``."""
+        """Output of the linear at ``position`` for ``x``."""
         linear = self._linears[position]
         if x.numel() != x.shape[-1] or torch.is_grad_enabled():
             return functional.linear(x, linear.weight, linear.bias)

@@ -1,4 +1,4 @@
-"""How fast a causal LM generates: prefill and decode, measured apart."""
+"""Speed of a causal LM: prefill and decode, measured apart."""
 
 from __future__ import annotations
 

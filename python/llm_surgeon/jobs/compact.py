@@ -75,7 +75,7 @@ def compact_checkpoint(
 
 
 def _text(found: Compacted) -> str:
-    """What compacting did, for the model card."""
+    """Section of the model card on what compacting did."""
     from llm_surgeon.report.render import speed_sentence  # brings matplotlib: only where it is needed
 
     return (
@@ -87,7 +87,7 @@ def _text(found: Compacted) -> str:
 
 
 def _loading(custom_code: bool) -> str:
-    """How to load the compact model, for the model card."""
+    """Section of the model card on loading the compact model."""
     trust = ", trust_remote_code=True" if custom_code else ""
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -49,7 +49,7 @@ class Derived:
 
     @property
     def custom_code(self) -> bool:
-        """Whether transformers writes the model's class beside the weights."""
+        """True where transformers writes the model's class beside the weights."""
         return self.model._auto_class is not None
 
     def require_disk(self, more: int = 0) -> None:

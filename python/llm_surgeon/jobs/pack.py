@@ -19,7 +19,7 @@ from llm_surgeon.resources import human_bytes, require_disk
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was packed: layer names, and the bytes of all weights before and after."""
+    """Result of packing: layer names, and the bytes of all weights before and after."""
 
     modules: list[str]
     ignored: list[str]
@@ -80,7 +80,7 @@ def model_bytes(model: PreTrainedModel) -> int:
 
 
 def _text(report: PackReport, records: Records) -> str:
-    """What packing did, for the model card."""
+    """Section of the model card on what packing did."""
     more = " How it was pruned, and what that cost, is in `report.html`." if records.report is not None else ""
     return (
         f"{plural(len(report.modules), 'linear layer')} of this model have at most two nonzero weights in every four "
@@ -91,7 +91,7 @@ def _text(report: PackReport, records: Records) -> str:
 
 
 def _loading(custom_code: bool) -> str:
-    """How to load the packed model, for the model card."""
+    """Section of the model card on loading the packed model."""
     trust = ", trust_remote_code=True" if custom_code else ""
     return f"""With `surgeon-kernels` installed:
 

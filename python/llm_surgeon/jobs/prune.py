@@ -156,7 +156,7 @@ class PruneJob:
         self.config = dataclasses.replace(config, shots=config.pattern.count_shots(self.decoder, config))
 
     def removal(self) -> str:
-        """What goes, in words, the numbers those of the run.
+        """Say what goes, with the numbers of the run.
 
         Raises:
             InputError: the model cannot become smaller as asked, as :meth:`run` would.
@@ -166,7 +166,7 @@ class PruneJob:
 
     @cached_property
     def plan(self) -> Plan:
-        """How the run would go: memory, disk and time."""
+        """Plan of the run: layout, memory, disk and time."""
         held_out = 0 if self.windows.held_out is None else len(self.windows.held_out.input_ids)
         with self._on_device():
             plan = make_plan(self.model, self.decoder, self.config, saved_dtype=self.form.main, held_out=held_out)
@@ -221,7 +221,7 @@ class PruneJob:
 
 @dataclass(frozen=True)
 class _Windows:
-    """What a run reads of its texts.
+    """Token sequences that a run reads of its texts.
 
     Attributes:
         correction: what low-rank corrections learn from, where they have a text of their own.

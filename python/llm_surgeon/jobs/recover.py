@@ -125,7 +125,7 @@ def _load_teacher(teacher: str | Path, tokenizer: Any, place: torch.device, trus
 
 
 def _text(report: RecoveryReport, data: str, teacher: str | None) -> str:
-    """What a recovery did, for the model card; ``data`` and ``teacher`` are hub ids or paths: their last parts show."""
+    """Section of the model card on what a recovery did; of paths in ``data`` and ``teacher`` the last parts show."""
     before, after = (two_decimals(perplexity_of(loss)) for loss in (report.loss_before, report.loss_after))
     lora = report.config["method"] == "lora"
     trained = "low-rank corrections were trained and merged" if lora else "all weights were trained"

@@ -1,4 +1,4 @@
-"""What a model must be to be pruned; whatever is not is refused by name, never skipped."""
+"""Checks of a model that is to be pruned; whatever does not fit is refused by name, never skipped."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _uneven_heads(model: PreTrainedModel) -> str | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is one of the two classes of linear layers that are pruned."""
+    """True for the two classes of linear layers that are pruned."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 

@@ -1,4 +1,4 @@
-"""What a model takes: parameters, multiply-accumulates, memory, latency."""
+"""Footprint of a model: parameters, multiply-accumulates, memory, latency."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REPEATS, _TURNS = 3, 7
 
 
 def is_compact(module: nn.Module) -> bool:
-    """Whether it is a linear without its zero rows and columns, of our class or of the code of a checkpoint."""
+    """True for a linear without its zero rows and columns, of our class or of the code of a checkpoint."""
     return type(module).__name__ == CompactLinear.__name__
 
 

@@ -52,7 +52,7 @@ def fused_pointwise(model: nn.Module) -> Iterator[None]:
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether ``module`` computes :func:`surgeon_kernels.rms_norm` with its weight and epsilon."""
+    """True where ``module`` computes :func:`surgeon_kernels.rms_norm` with its weight and epsilon."""
     weight = module._parameters.get("weight")
     if list(module._parameters) != ["weight"] or weight is None or weight.ndim != 1 or module._modules:
         return False
@@ -65,7 +65,7 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def is_swiglu(module: nn.Module) -> bool:
-    """Whether ``module`` computes ``down_proj(silu(gate_proj(x)) ∘ up_proj(x))``."""
+    """True where ``module`` computes ``down_proj(silu(gate_proj(x)) ∘ up_proj(x))``."""
     if module._parameters or set(module._modules) != {*_LINEARS, "act_fn"} or not _takes_one_tensor(module):
         return False
     if not all(isinstance(module._modules[name], (nn.Linear, PackedLinear)) for name in _LINEARS):
@@ -82,7 +82,7 @@ def is_swiglu(module: nn.Module) -> bool:
 
 
 def is_rotary(function: Any) -> bool:
-    """Whether ``function(q, k, cos, sin)`` computes :func:`surgeon_kernels.rotary` of ``q`` and ``k``."""
+    """True where ``function(q, k, cos, sin)`` computes :func:`surgeon_kernels.rotary` of ``q`` and ``k``."""
     if not callable(function):
         return False
     if function not in _verdicts:

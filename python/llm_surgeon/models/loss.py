@@ -93,7 +93,7 @@ def differentiable_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None, 
 
 
 def _overwritable(logits: Tensor) -> bool:
-    """Whether the logits come straight from a matrix product, whose backward pass reads only its factors.
+    """True where the logits come straight from a matrix product, whose backward pass reads only its factors.
 
     Not where they are a view of that product (a head with a bias): autograd derives the backward step of a changed view
     anew, and the interpreter dies when a hook is then added to it.

@@ -31,7 +31,7 @@ _STAGED = 2**26
 
 
 def compute_device(model: nn.Module, config: PruneConfig) -> torch.device:
-    """Where a run computes: where the model is; with offloading the current GPU if there is one."""
+    """Device of a run: the model's; with offloading the current GPU if there is one."""
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     if config.offload == "cpu" and device.type == "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -138,7 +138,7 @@ class Prefetcher:
 
 @contextlib.contextmanager
 def offloaded(model: nn.Module, decoder: Decoder, device: torch.device) -> Iterator[None]:
-    """The decoder's weights live in pinned main memory for a while, everything else of the model on ``device``.
+    """Context manager: the decoder's weights live in pinned main memory, everything else of the model on ``device``.
 
     A block's weights are on the device while its ``forward`` runs, those of the next one are copied meanwhile. In a
     backward pass they are there only if the block runs again for its activations, so these must be checkpointed.
@@ -245,7 +245,7 @@ class _BlockStream:
 
 @contextlib.contextmanager
 def _replaced(block: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
-    """The block's parameters are ``tensors`` for a while: plain ones, which autograd keeps alive as it needs them."""
+    """Context manager: the block's parameters are ``tensors``, plain ones, which autograd keeps alive at need."""
     places = [
         (module, name, parameter)
         for module in block.modules()

@@ -39,7 +39,7 @@ def build_block(like: nn.Module, config: PreTrainedConfig, depth: int) -> nn.Mod
 
 
 def accepts(config: PreTrainedConfig, changes: Mapping[str, Any]) -> bool:
-    """Whether the class of ``config`` takes it with ``changes`` for all blocks."""
+    """True where the class of ``config`` takes it with ``changes`` for all blocks."""
     try:
         type(config).from_dict(json.loads(config.to_json_string()) | dict(changes))
     except Exception:  # whatever a class says to a configuration that does not fit
@@ -48,7 +48,7 @@ def accepts(config: PreTrainedConfig, changes: Mapping[str, Any]) -> bool:
 
 
 def reloaded(model: PreTrainedModel) -> PreTrainedModel:
-    """What a saved copy of ``model`` loads as: built from the configuration that is stored, on the same parameters.
+    """The model that a saved copy of ``model`` loads as: built from the stored configuration, on the same parameters.
 
     Raises:
         UnsupportedModelError: its class does not build parameters of these sizes.

@@ -17,7 +17,7 @@ from llm_surgeon.models.offload import copies_in_main_memory
 
 
 class ModelState:
-    """What ``model`` is: modules, their classes, attributes, hooks and flags, configurations, and where tensors lie.
+    """Snapshot of ``model``: modules, their classes, attributes, hooks and flags, configurations, places of tensors.
 
     Nothing is copied but dictionaries, lists and sets: values of weights that are written in place come back only where
     :meth:`copy_weights` was called before. With the model goes torch's grad mode.

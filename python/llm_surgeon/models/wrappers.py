@@ -1,4 +1,4 @@
-"""What may lie around a model, or around its parts: taken off, or refused by name."""
+"""Wrappers around a model, or around its parts: taken off, or refused by name."""
 
 # Without transformers, which loads packed models with the help of what imports this.
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a forward pass keeps in memory for its backward pass, found by a pass over a few tokens."""
+"""Activations that a forward pass keeps for its backward pass, found by a pass over a few tokens."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class _Kept:
         return [sizes[0] + sizes[-1] + size for size in sizes[1:-1]]
 
     def _count(self, tensor: Tensor) -> None:
-        """Stands for the tensor in the graph, which is never gone back through: with the tensor it would be a cycle."""
+        """Stand-in for the tensor in the graph, which no backward pass goes through: the tensor would make a cycle."""
         storage = tensor.untyped_storage()
         self._bytes.setdefault(storage.data_ptr(), (storage.nbytes(), self._depth))
         self._held.append(tensor.detach())

@@ -71,7 +71,7 @@ class Memory:
         return weights
 
     def masks(self) -> int:
-        """What is pruned, a byte a weight, where it stays on the device."""
+        """Masks of what is pruned, a byte a weight, where they stay on the device."""
         return 0 if self.streamed else self.weights
 
     def dense(self) -> int:
@@ -149,7 +149,7 @@ class Memory:
         return pinned
 
     def host(self) -> int:
-        """What is kept in main memory for a GPU: copies of the weights, or these themselves, and what is offloaded."""
+        """Main memory that a run on a GPU takes: copies of the weights, or these themselves, and what is offloaded."""
         on_host = self.on_host()
         return (on_host if self.streamed and on_host else self.snapshot) + self.pinned() if self.on_gpu else 0
 
@@ -169,7 +169,7 @@ class Memory:
         return self._factor_workspace(2) + _FLOAT * largest * held
 
     def _steps(self, windows: int) -> int:
-        """What gradient steps take beyond an update: gradients, or directions and the weights before; activations."""
+        """Gradient steps, beyond an update: gradients, or directions and the weights before; activations."""
         if not self.config.gradient_steps:
             return 0
         beyond = max(0, self.curvature(windows, 1) - self._layer_update())

@@ -21,7 +21,7 @@ _LIBRARIES, _CPU_WASTE = 2**27, 0.25
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run goes and what it needs, in bytes and seconds.
+    """Course of a run and its needs, in bytes and seconds.
 
     Attributes:
         device: where everything is computed.

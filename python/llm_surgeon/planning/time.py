@@ -1,4 +1,4 @@
-"""How long a run takes: operations over the rates of matrix products that are measured on the spot."""
+"""Time that a run takes: operations over the rates of matrix products that are measured on the spot."""
 
 from __future__ import annotations
 

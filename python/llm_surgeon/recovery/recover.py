@@ -34,7 +34,7 @@ from llm_surgeon.report.schema import collect_versions
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """What a recovery did.
+    """Record of a recovery.
 
     Attributes:
         config: the resolved options.

@@ -158,7 +158,7 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, if anything is; their checksums are written last."""
+    """Name what is wrong with the files of a checkpoint, if anything is; their checksums are written last."""
     try:
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         weights = list(checkpoint.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""What training through Trainer leaves behind beside trained weights, and how it is put back."""
+"""Traces of training through Trainer beside trained weights, put back."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a pruning run did: the record (:mod:`schema`), its HTML page and model card (:mod:`render`, :mod:`plots`)."""
+"""Report of a pruning run: the record (:mod:`schema`), its HTML page and model card (:mod:`render`, :mod:`plots`)."""

@@ -40,7 +40,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+\
 
 @dataclass(frozen=True)
 class Records:
-    """What a model's folder says of its pruning: the texts of README.md and surgeon_report.json, where it has them."""
+    """Records in a model's folder of its pruning: README.md and surgeon_report.json, where it has them."""
 
     card: str | None = None
     report: PruneReport | None = None

@@ -57,7 +57,7 @@ def _data_options(report: PruneReport) -> dict[str, str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` can be a Hugging Face hub id and is not a local path."""
+    """True where ``name`` can be a Hugging Face hub id and is not a local path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -66,7 +66,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def speed_sentence(sizes: dict[str, dict[str, float]]) -> str | None:
-    """How the latency of a smaller model compares with the dense one's, as far as ``sizes`` tell.
+    """Compare the latency of a smaller model with the dense one's in a sentence, as far as ``sizes`` tell.
 
     The quartiles of the two, measured in turns, must lie apart for a difference; ``None`` where there are none.
     """
@@ -145,7 +145,7 @@ def describe_method(name: str) -> tuple[str, str]:
 
 
 def describe_structure(structure: str) -> str:
-    """What a ``structure`` option removes, in words."""
+    """Say what a ``structure`` option removes."""
     try:
         return Structure.parse(structure).title or structure
     except InputError:  # a report of a structure that is not registered here

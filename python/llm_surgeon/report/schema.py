@@ -54,7 +54,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SolverTrace:
-    """How the update of one layer converged.
+    """Convergence of the update of one layer.
 
     Attributes:
         layer: the layer's name.
@@ -146,7 +146,7 @@ class HeldOutLoss:
 
 @dataclass
 class PruneReport:
-    """What was pruned, how, and what it cost.
+    """Record of a pruning run: what was pruned, how, and what it cost.
 
     Attributes:
         config: the resolved options (:class:`llm_surgeon.config.prune.PruneConfig` as a dict).
@@ -207,12 +207,12 @@ class PruneReport:
 
     @property
     def trained(self) -> bool:
-        """Whether weights were fitted to the loss or the activations of the calibration windows, beyond updates."""
+        """True where weights were fitted to the loss or the activations of the calibration windows, beyond updates."""
         return any(self.config.get(name) for name in ("gradient_steps", "reconstruct", "lora_rank"))
 
     @property
     def loss_name(self) -> str:
-        """What the loss on the calibration windows is called: "training loss" where something was fitted to them."""
+        """Name of the loss on the calibration windows: "training loss" where something was fitted to them."""
         return "training loss" if self.trained else "calibration loss"
 
     @property
