@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import random
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,17 +10,11 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, Gemma3Config, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import llm_surgeon.data.calibration
-from llm_surgeon import prune
-from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows, token_stream, tokenize
-from llm_surgeon.data.documents import read_documents
-from llm_surgeon.data.record import data_record
+from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows, tokenize
 from llm_surgeon.errors import InputError
-from llm_surgeon.models.limits import choose_seqlen, positions
-from tests.surgeon.checkpoints import tokenizer_of_words
-from tests.surgeon.tiny_models import VOCABULARY, build
 
 SLICE = (files("llm_surgeon.demo") / "assets" / "wikitext2-train-slice.txt").read_text(encoding="utf-8")
 
@@ -176,70 +166,6 @@ def test_windows_are_counted_before_they_are_built(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=8 * 3 * 6 - 1))
     with pytest.raises(InputError, match="about 144 bytes of memory are needed on cpu for 3 windows of 5 tokens"):
         calibration_windows(torch.arange(50), 3, 5, seed=0)
-
-
-def test_what_windows_were_drawn_from_is_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "a.jsonl"
-    rows = [{"id": str(i), "messages": [{"role": "user", "content": f"w{i} w2"}]} for i in range(1, 31)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    tokenizer = tokenizer_of_words()
-    tokenizer.chat_template = "{{ bos_token }} {% for m in messages %}{{ m.content }} {% endfor %}"
-    documents = read_documents(path, "calibration")
-    text = documents.text(tokenizer)
-    assert text == "".join(f"<s> w{i} w2 " for i in range(1, 31))
-    with caplog.at_level(logging.INFO, "llm_surgeon"):
-        ids, digest = token_stream(documents, tokenizer)
-        windows = calibration_windows(ids, 3, 5, 0).input_ids
-        record = data_record(documents, tokenizer, digest, ids, windows)
-    assert caplog.messages == [f"{str(path)!r} is read by its field 'messages', conversations by the chat template"]
-    assert torch.equal(ids, tokenize(text, tokenizer)) and len(ids) == 90  # one BOS in front, the template's
-    assert (record.source, record.split, record.field) == (str(path), "calibration", "messages")
-    assert record.sha256 == hashlib.sha256(text.encode()).hexdigest()
-    assert (record.tokens, record.windows, record.distinct_windows, record.seqlen) == (90, 3, 3, 5)
-    assert record.rendering == "chat template"
-    tokenizer.chat_template = None
-    caplog.clear()
-    with caplog.at_level(logging.INFO, "llm_surgeon"):
-        ids, digest = token_stream(documents, tokenizer)
-        windows = calibration_windows(ids, 64, 80, 0).input_ids
-        record = data_record(documents, tokenizer, digest, ids, windows)
-    assert record.rendering == "plain" and record.tokens == 91
-    assert "conversations as 'User: …' paragraphs, for the tokenizer has no chat template" in caplog.messages[0]
-    distinct = len({tuple(row) for row in windows.tolist()})
-    assert caplog.messages[1] == (
-        f"64 windows of 80 tokens are drawn from the 91 tokens of {str(path)!r}: "
-        f"{distinct} distinct windows, pass more text"
-    )
-    assert record.distinct_windows == distinct == 91 - 80 + 1  # every place there is
-    assert data_record(documents, tokenizer, digest, ids, windows, passes=57).tokens == 91
-    assert len(caplog.messages) == 2  # 64 × 80 tokens are 56.3 times 91
-
-
-def test_the_positions_of_a_model_of_several_modalities_are_those_of_its_text() -> None:
-    config = Gemma3Config(text_config={"max_position_embeddings": 256, "num_hidden_layers": 2})
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = config
-
-    assert positions(Model()) == 256 and choose_seqlen(None, Model()) == 256
-    with pytest.raises(InputError, match="seqlen 1000 is longer than the 256 positions of the model"):
-        choose_seqlen(1000, Model())
-    assert choose_seqlen(None, build("gpt2")) == 64 and AutoConfig.for_model("gpt2").n_positions == 1024
-
-
-@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
-def test_ids_that_do_not_fit_the_model_are_refused(name: str) -> None:
-    model = build(name)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    for ids, message in (
-        (torch.zeros(2, 65, dtype=torch.int64), "calibration sequences have 65 tokens, and the model has 64 positions"),
-        (torch.full((2, 8), VOCABULARY), "calibration sequences hold token id 64, and the model has 64 embeddings"),
-    ):
-        with pytest.raises(InputError, match=message):
-            prune(model, ids, method="magnitude")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_evaluation_windows_drop_the_tail() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llm_surgeon.models.loss import next_token_loss
+from llm_surgeon.models.loss import differentiable_loss, next_token_loss
 
 VOCABULARY = 11
 
@@ -50,3 +50,19 @@ def test_logits_are_left_alone_without_a_gradient() -> None:
     loss, gradient = next_token_loss(logits, torch.zeros(2, 3, dtype=torch.long), None)
     assert gradient is None and loss.isfinite()
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_loss_that_autograd_derives_is_the_same(padded: bool) -> None:
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids = torch.arange(15).view(3, 5) % VOCABULARY
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0, :2] = not padded
+    expected, gradient = next_token_loss(head("plain", x), ids, mask, with_gradient=True)
+    logits = head("plain", x)
+    total = differentiable_loss(logits, ids, mask if padded else None, "sum")
+    (found,) = torch.autograd.grad(total, logits, retain_graph=True)
+    torch.testing.assert_close(total.detach(), expected)
+    torch.testing.assert_close(found, gradient)
+    targets = 12 - 2 * padded
+    torch.testing.assert_close(differentiable_loss(logits, ids, mask, "mean"), total / targets)
