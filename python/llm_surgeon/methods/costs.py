@@ -15,7 +15,7 @@ def element_costs(linear: PrunableLinear, method: Method, factors: DampedFactors
     """Cost of removing each weight of ``linear`` on its own, ``[R, C]`` (no bias column), not yet computed."""
     costs = method.function("costs")(linear, factors)
     if isinstance(costs, Tensor):
-        return WeightCosts(costs[:, : linear.columns])
+        return WeightCosts(costs[:, : linear.columns].float())
     g, a = costs
     return WeightCosts(linear.weight, g, a[: linear.columns])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm_surgeon.config.methods import method
+from llm_surgeon.config.methods import Method, method
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.factors import DampedFactors
 from llm_surgeon.methods.costs import element_costs, row_column_costs
@@ -48,6 +48,16 @@ def test_row_and_column_costs_are_dense_eq_7(bias):
         alone = torch.zeros(R, C + bias, dtype=torch.bool)
         alone[:, c] = True
         assert float(columns[c]) == pytest.approx(float(dense.cost(weight, alone, G, A)), rel=1e-3)
+
+
+def test_a_method_s_own_costs_are_taken_as_they_are_and_summed_with_the_bias():
+    linear, _ = layer(True)
+    own = torch.rand(R, C + 1, dtype=torch.float64)
+    toy = Method("toy", rows_columns=True, costs=lambda linear, factors: own)
+    assert torch.equal(element_costs(linear, toy, None).dense(), own[:, :C].float())
+    rows, columns = row_column_costs(linear, toy, None)
+    torch.testing.assert_close(rows, own.sum(dim=1))
+    torch.testing.assert_close(columns, own.sum(dim=0)[:C])
 
 
 def test_row_and_column_costs_without_correlation_are_sums_of_element_costs():

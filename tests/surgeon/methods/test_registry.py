@@ -64,7 +64,7 @@ def test_a_registered_method_prunes_what_its_costs_say():
 
     def leftmost(linear, factors):
         seen.append((linear.name, factors))
-        return torch.arange(linear.columns + linear.has_bias).float().expand(linear.rows, -1)
+        return torch.arange(linear.columns + linear.has_bias).double().expand(linear.rows, -1)
 
     register(Method("toy", "The leftmost columns", comparison="row", rows_columns=True, costs=leftmost))
     model = build("opt")
