@@ -43,8 +43,8 @@ def gram_accumulate_(
         out: symmetric ``[C', C']``, float32 or float64, ``C' = C + ones_column``: a tensor, or a
             :class:`SymmetricAccumulator`, which takes half the memory and is the faster one.
         x: rows ``[..., C]`` of any leading shape and strides, any floating dtype.
-        mask: bool ``[...]``, the leading shape of ``x``; rows where it is False (padding) count for nothing,
-            whatever they hold.
+        mask: bool ``[...]``, the leading shape of ``x``; rows where it is False (padding) are left out,
+            NaN or not.
         alpha: scale of the sum.
         ones_column: append a constant 1 to every row: the input that a bias multiplies.
 

@@ -39,7 +39,7 @@ def read_block(
     else:
         t = row + tl.arange(0, STEPS)
         c = column + tl.arange(0, WIDTH)
-        # Read in aligned pieces of 16 bytes: what follows the last column in its piece is read as well.
+        # Read in aligned pieces of 16 bytes: the rest of the last column's piece is read as well.
         at = tl.max_contiguous(tl.multiple_of(x + t.to(tl.int64)[:, None] * stride + c[None, :], [1, 16]), [1, ALIGN])
         inside = tl.max_constancy((t < tokens)[:, None] & (c < columns)[None, :], [1, ALIGN])
         block = tl.load(at, mask=inside, other=0.0)
@@ -103,7 +103,7 @@ def gram_kernel(
                 product += tl.dot(tl.trans(x_left), x_right, input_precision=PRECISION)
             else:
                 product = tl.dot(tl.trans(x_left), x_right, product)
-        product *= alpha
+        product *= alpha  # the epilogue: to the output, or a partial sum to the workspace
         if slot == -1:
             add_block(out, r, c, columns, out_stride, product, PACKED)
         elif slot >= 0:
@@ -241,8 +241,7 @@ _PLAIN = _is_plain(TensorDescriptor)
 def _descriptor(base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> TensorDescriptor:
     """A descriptor of readable rows.
 
-    Its checks, of what is known, take longer than a small product: they are left out where Triton's class is what it is
-    known to be.
+    The checks of Triton's class take longer than a small product: they are left out where its fields are those known.
     """
     if not _PLAIN:
         return TensorDescriptor(base, shape, strides, block_shape)

@@ -38,7 +38,7 @@ class GramConfig(NamedTuple):
     descriptors: bool  # loads through TMA tensor descriptors (from sm_90 on), else through pointers
     precision: str = "tf32"  # of float32 operands; 16-bit ones are exact
     # Steps that the tensor cores sum by themselves (the promotion interval). They truncate, so that the error grows
-    # with the number of steps; what is added to the output afterwards is rounded.
+    # with the number of steps; additions to the output are rounded.
     run: int = 128
     step: float = 0.5  # microseconds of one such product, with every program at work
 

@@ -35,7 +35,7 @@ def chunked_solve(
         offsets: int64 ``[B + 1]``, from 0 to n, on the CPU.
 
     Returns:
-        The solutions ``[n]``, and int32 ``[B]``: the index into ``JITTERS`` of what each system needed, normally 0, or
+        The solutions ``[n]``, and int32 ``[B]``: each system's index into ``JITTERS``, normally 0, or
         ``len(JITTERS)`` for a system that none was enough for; its solution is 0.
 
     Raises:
@@ -43,7 +43,7 @@ def chunked_solve(
         ValueError: shapes, devices, offsets or lengths that do not agree (RuntimeError for decreasing offsets on CUDA
             devices), or on the CPU a position outside the factors. On CUDA devices, where the host does not check them,
             to avoid a sync, such a position is an assertion that fails on the device, as with indices in PyTorch:
-            nothing is read there, and the next call that waits for the device raises.
+            nothing is read there, and the next synchronizing call raises.
     """
     _check(G_inv, A_inv, rows, columns, offsets, target)
     if uses_extension(target):
@@ -55,7 +55,7 @@ def chunked_solve(
             offsets.contiguous(),
             target.contiguous(),
         )
-    if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):  # the extension's op looks itself
+    if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):  # the extension's op checks by itself
         raise ValueError("offsets must start at 0 and must not decrease")
     if not target.is_cuda:
         for name, index, factor in (("rows", rows, G_inv), ("columns", columns, A_inv)):

@@ -22,13 +22,13 @@ def addmm_half_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: 
     """``out = beta out + alpha A B`` of float16 or bfloat16 matrices on a CUDA device, see :func:`float32_sums`.
 
     Args:
-        out: ``[m, n]``, of the dtype of ``A`` ``[m, k]`` and ``B`` ``[k, n]``, or float32. With ``beta = 0`` what it
-            holds before is not read.
+        out: ``[m, n]``, of the dtype of ``A`` ``[m, k]`` and ``B`` ``[k, n]``, or float32. With ``beta = 0`` it
+            is not read.
     """
     if out.dtype == A.dtype:
         with float32_sums():
             return torch.addmm(out, A, B, beta=beta, alpha=alpha, out=out)
-    # What is reduced on the way is rounded to the output's dtype at most: here float32, and holding the switches would
+    # Partial sums are rounded to the output's dtype at most: here float32, and holding the switches would
     # cost the host more than a small product.
     summed_in_half = A.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
     with float32_sums() if summed_in_half else nullcontext():
@@ -37,10 +37,10 @@ def addmm_half_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: 
 
 class float32_sums(ContextDecorator):
     """Holds ``torch.backends.cuda.matmul``'s ``allow_fp16_reduced_precision_reduction``, its sibling of bfloat16 and
-    ``allow_fp16_accumulation`` at False, and puts back what they were: a context, or a decorator of functions.
+    ``allow_fp16_accumulation`` at False, and restores them on exit: a context manager, or a decorator of functions.
 
     They belong to the process: meanwhile products that other threads launch sum in float32 as well. Of several threads
-    in here the last to leave puts them back; what is assigned to them meanwhile is lost. One around several products
+    in here the last to leave restores them; assignments to them meanwhile are lost. One around several products
     costs the host less than one around each.
     """
 

@@ -7,8 +7,8 @@ three products are summed::
 
     A B ≈ 2⁻¹¹ (A₁B₀ + A₀B₁) + A₀B₀
 
-Sums are in float32, whatever PyTorch's switches allow (:mod:`surgeon_kernels.linalg.half_products`); what tensor cores
-cut off them is said in :mod:`surgeon_kernels.linalg.split_matmul`.
+Sums are in float32, regardless of PyTorch's switches (:mod:`surgeon_kernels.linalg.half_products`); for the tensor
+cores' truncation see :mod:`surgeon_kernels.linalg.split_matmul`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from surgeon_kernels.linalg.half_products import addmm_half_, float32_sums
 from surgeon_kernels.linalg.split_matmul import SPLIT_FROM
 from surgeon_kernels.runtime.triton_support import has_kernels
 
-_LOW = 2.0**11  # what the second part is scaled by
+_LOW = 2.0**11  # scale of the second part
 # Above, a row of L̂ times a column of ones could overflow.
 LARGEST = 65504
 
@@ -34,7 +34,7 @@ def kron_product(L: Tensor, X: Tensor, M: Tensor, *, parts: int = 2, definite: b
 
     Args:
         parts: 1 where operands rounded to float16 are enough.
-        definite: whether ``L`` and ``M`` are positive definite; what is not is scaled by its rows' largest entries.
+        definite: whether ``L`` and ``M`` are positive definite; if not, their rows' largest entries scale them.
     """
     if torch.get_float32_matmul_precision() != "highest" or not fits_split(X):
         return L @ X @ M
@@ -111,7 +111,7 @@ def scaled_parts_reference(x: Tensor, rows: Tensor, columns: Tensor, parts: int)
 def mm_half(A: Tensor, B: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
     """``out = beta out + alpha A B`` of float16 matrices, summed in float32, into float16 or float32.
 
-    With ``beta = 0`` what ``out`` holds before is not read. Without a GPU it is computed in float32.
+    With ``beta = 0`` ``out`` is not read. Without a GPU it is computed in float32.
     """
     if not out.is_cuda:
         previous = beta * out if beta else 0.0

@@ -177,7 +177,7 @@ class FusedCG(MaskedCG):
             passes.direction(self._x, source, self._direction, *state, decreases, k, corrected=corrected)
 
     def _correct(self, correction: LowRankCorrection) -> None:
-        """Put ``Z`` in the image's place, and what it adds to the energy and its largest entry to the parts."""
+        """Put ``Z`` in the image's place, its energy and largest entry beside the programs' partial results."""
         left, right, self._passes.new_energies[-1] = correction.factors(self._residual)
         torch.addmm(self._residual, left, right.T, out=self._image)
         torch.linalg.vector_norm(self._image, torch.inf, out=self._passes.largest[-1])

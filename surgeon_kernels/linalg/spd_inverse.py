@@ -27,7 +27,7 @@ class DampedInverse(NamedTuple):
 
     damped: Tensor  # M + (damping + jitter) mean(diag M) I  [n, n]
     inverse: Tensor  # its inverse  [n, n]
-    jitter: float  # 0.0 unless the factorisation needed more than the damping asked for
+    jitter: float  # 0.0 unless the factorisation needed more than the given damping
 
 
 def damp(M: Tensor, damping: float) -> Tensor:
@@ -54,7 +54,7 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
     """Inverse of the damped symmetric matrix ``M + damping * mean(diag M) * I``, ``M`` ``[n, n]``.
 
     Where the Cholesky factorisation meets a non-positive pivot it is tried again with :data:`JITTERS` added to the
-    damping, and the jitter used is returned. Besides what is returned, at most one more matrix is allocated. The same
+    damping, and the jitter used is returned. At most one matrix beyond the result is allocated. The same
     ``M`` gives the same bits.
 
     Args:
@@ -89,7 +89,7 @@ def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
     """Diagonal ``[n]`` of the inverse of a symmetric ``M`` ``[n, n]``, and whether ``M`` is positive definite: bool.
 
     The diagonal of ``(L Lᵀ)⁻¹`` is that of ``L⁻ᵀ L⁻¹``, the columns' squared norms of ``L⁻¹``: a third less work than
-    the inverse. There is no host sync. Where the factorisation fails the diagonal means nothing.
+    the inverse. There is no host sync. Where the factorisation fails the diagonal is undefined.
     """
     L, good = _cholesky(M)
     return torch.linalg.vector_norm(triangular_inverse_(L), dim=0).square_(), good

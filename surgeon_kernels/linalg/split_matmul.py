@@ -70,7 +70,7 @@ def split(x: Tensor) -> Tensor:
 def addmm_split_(out: Tensor, A: Tensor, B: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
     """``out = beta out + alpha A B`` from the parts ``A`` ``[3, m, k]`` and ``B`` ``[3, k, n]``; ``out`` ``[m, n]``.
 
-    With ``beta = 0`` what ``out`` holds before is not read. Without a GPU the parts are multiplied in ``out``'s dtype.
+    With ``beta = 0`` ``out`` is not read. Without a GPU the parts are multiplied in ``out``'s dtype.
     """
     for i, j in _ORDER:
         run = RUN if i == j == 0 else max(1, A.shape[2])

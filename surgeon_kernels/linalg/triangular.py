@@ -1,7 +1,7 @@
 """Inverses from a Cholesky factor, in place and by products of large blocks.
 
 The library's ``cholesky_inverse`` solves two triangular systems against the identity. Here the triangular inverse is
-merged from blocks of doubling size and its Gram matrix is taken block by block; both skip what is known to be zero.
+merged from blocks of doubling size and its Gram matrix is taken block by block; both skip known zeros.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def cholesky_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> T
 def triangular_gram_(X: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> Tensor:
     """``Xᵀ X``, exactly symmetric, in place of the lower triangular ``X`` ``[n, n]`` (zeros above the diagonal)."""
     panel = min(panel, max(base, len(X) // 2))  # of half the size, a block and its split operands take n²
-    # (XᵀX)_ij = Σ_{k >= i} X_kiᵀ X_kj for i >= j: from left to right and downwards, what is read is still X.
+    # (XᵀX)_ij = Σ_{k >= i} X_kiᵀ X_kj for i >= j: from left to right and downwards, all that is read is still X.
     for j in range(0, len(X), panel):
         for i in range(j, len(X), panel):
             _gram_block_(X, i, j, panel)

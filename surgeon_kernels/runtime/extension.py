@@ -7,7 +7,7 @@ device, and the PyTorch reference everywhere else. Importing this module builds 
 Architectures are named as in ``8.0`` and ``9.0a``. The kernels need 8.0 or later. On 9.0 they use instructions that
 only the architecture-specific target 9.0a has (wgmma), so 9.0 always means 9.0a. No kernel uses such features of other
 architectures: these are built as the portable target, which also runs on later devices of the same major.
-Machine code only: PTX asked for by ``+PTX`` is not embedded.
+Machine code only: ``+PTX`` embeds no PTX.
 
 Environment: ``SURGEON_CUDA=0`` never uses the extension; ``TORCH_EXTENSIONS_DIR`` is where builds are cached;
 ``TORCH_CUDA_ARCH_LIST`` overrides the architectures, written as PyTorch takes them (``8.0;9.0+PTX``, ``Hopper``).
@@ -36,7 +36,7 @@ from types import ModuleType
 
 import torch
 
-# What an ahead-of-time build holds, as far as nvcc can.
+# Of an ahead-of-time build, as far as nvcc compiles for them.
 ARCHITECTURES = ("8.0", "8.9", "9.0a", "10.0", "12.0")
 # Of the instructions that csrc/ uses without an alternative: cp.async, mma of bf16 and tf32, mma.sp.
 OLDEST = (8, 0)

@@ -1,6 +1,6 @@
 """Launches of Triton kernels with little work on the host.
 
-What this takes is internal to Triton: a compiled kernel, indexed by a grid, takes all of the kernel's arguments as they
+This relies on an internal of Triton: a compiled kernel, indexed by a grid, takes all of the kernel's arguments as they
 are. That holds for the versions of :data:`_KNOWN`; with any other, every launch goes the documented, slower way.
 """
 
@@ -33,12 +33,12 @@ if not _direct:
         "without the short cut, at some cost for small products"
     )
 
-# By the identity of the kernel, which the entry keeps alive, and what :func:`launch` calls its key.
+# By the kernel's identity (the entry keeps it alive) and the key of :func:`launch`.
 _compiled: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
 
 def launch(kernel: Any, key: tuple[Any, ...], grid: tuple[int, int, int], *args: Any, **options: int) -> None:
-    """``kernel[grid](*args, **options)``, from the second launch with a key on without looking for what to run.
+    """``kernel[grid](*args, **options)``, from the second launch with a key on without Triton's search.
 
     Triton searches for the compiled kernel by every argument's type, value and alignment, which takes longer than a
     small product. The key must tell apart all of these that may differ (:func:`kind`), and the device; of different

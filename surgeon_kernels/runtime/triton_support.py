@@ -7,7 +7,7 @@ import importlib.util
 
 import torch
 
-# What the pointwise kernels take; they compute in float32.
+# Dtypes of the pointwise kernels, which compute in float32.
 HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
 

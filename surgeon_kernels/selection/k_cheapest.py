@@ -64,10 +64,10 @@ def k_cheapest(
     Args:
         costs: one per layer, on any devices.
         k: how many weights (or groups, with a ``pattern``) to select in all, ``previous`` ones included.
-        pattern: ``(n, m)``: select whole groups of ``m`` columns by what pruning them to ``n`` costs
+        pattern: ``(n, m)``: select whole groups of ``m`` columns by the cost of pruning them to ``n``
             (:func:`~surgeon_kernels.nm_group_cost`), and prune their cheapest ``m - n`` weights.
         previous: bool ``[R, C]`` per layer: weights that are pruned, and zero, already: they stay selected. With a
-            ``pattern``, what an earlier call returned.
+            ``pattern``, the masks of an earlier call.
         at_most: the most that may be selected of each layer.
         out: bool ``[R, C]`` per layer, on any devices, the masks to be written; they may be those of ``previous``. Of
             masks in pinned memory the copies are on their way when this returns, in the order of the current stream.

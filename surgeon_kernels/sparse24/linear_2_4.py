@@ -88,7 +88,7 @@ def prepare_2_4(packed: Packed24, *, keep_dense: bool = False, cusparselt: bool 
 
     Raises:
         TypeError: another dtype.
-        ValueError: ``C`` is not divisible by 8; or cuSPARSELt is asked for and not there, or ``R`` or ``C`` is not
+        ValueError: ``C`` is not divisible by 8; or cuSPARSELt is requested and not found, or ``R`` or ``C`` is not
             divisible by 16.
     """
     if packed.values.dtype not in (torch.bfloat16, torch.float16):

@@ -14,7 +14,7 @@ from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MOST_COPIES = 15
-_ROUNDS = 2  # through all copies, in what is timed
+_ROUNDS = 2  # through all copies, in a timed graph
 _GAIN = 0.95  # of the present choice's time: a smaller gain may be noise (an estimate)
 _LIBRARY_ALGORITHMS = 32  # of cuSPARSELt, at most; those that do not exist do not run
 _wrong: set[tuple[int, str]] = set()  # kernels that a warning has named, and their devices
@@ -95,7 +95,7 @@ def _copy(weight: Linear24Weight) -> Linear24Weight:
 
 
 def _run(x: Tensor, weight: Linear24Weight, choice: int, *, poisoned: bool = False) -> Tensor | None:
-    """The product by one kernel, or None where that does not run; if `poisoned`, what it does not write is NaN."""
+    """The product by one kernel, or None where that does not run; if `poisoned`, unwritten elements are NaN."""
     op = torch.ops.surgeon_kernels.linear_2_4_run
     return op(x, weight.fragments, weight.rows, choice, weight.compressed, poisoned)
 
@@ -120,7 +120,7 @@ def _say_wrong(choice: int, present: int, weight: Linear24Weight, tokens: int) -
 
 
 def _graph(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """The calls as one, one after the other without the host: as they follow each other in a captured model."""
+    """The calls as one CUDA graph: back to back, as in a captured model."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     # torch.cuda.graph would collect garbage first, every time; other threads may be loading weights meanwhile.

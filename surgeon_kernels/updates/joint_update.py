@@ -64,7 +64,7 @@ def joint_update(
        ``Δ = -G⁻¹ Λ A⁻¹``. Large eigenvalues of ``G`` and ``A`` (outlier channels), which make the problem of the kept
        weights ill-conditioned, are small ones here. Where these still slow the first iterations down, the rest of
        them has a better preconditioner than the diagonal (:class:`~surgeon_kernels.linalg.low_rank.LowRankCorrection`).
-    2. That ``Δ`` is made feasible: it is set to ``-W`` on ``P``. What this costs lies along the large eigenvalues;
+    2. That ``Δ`` is made feasible: it is set to ``-W`` on ``P``. Its cost lies along the large eigenvalues;
        iterations on the kept weights, ``kept ∘ (G D A)`` being the operator, take it back first.
 
     It stops when the objective is within ``tolerance`` of the lower bound. Where few weights are kept that hardly
@@ -142,7 +142,7 @@ def joint_estimate(
     """Estimate the optimum that :func:`joint_update` finds, for choosing other weights: the dual alone, no certificate.
 
     The optimum's gradient is ``-Λ``, to which the multipliers of the dual converge long before ``G Δ A`` does: there
-    what is left of the violation of the constraint stands multiplied by the large eigenvalues of ``G`` and ``A``.
+    the remaining violation of the constraint is multiplied by the large eigenvalues of ``G`` and ``A``.
     ``bound`` is within about ``tolerance`` of the optimum's value (unless ``max_iterations`` ends it before),
     ``gradient`` is ``-Λ``, ``objective`` is empty and ``gap`` infinite. Where few weights are kept this is
     :func:`joint_update`, which has the arguments and errors.
@@ -248,7 +248,7 @@ class _Dual:
         return x.add_(solver.x)
 
     def _worth(self, correction: LowRankCorrection, residual: Tensor) -> bool:
-        """True if much of what is left to solve for lies where the correction changes something."""
+        """True if much of the residual lies where the correction changes something."""
         rows, columns = (inverse.diagonal().rsqrt() for inverse in self._factors[2:])
         X = scaled(residual, rows, columns)
         return bool(correction.factors(X)[2] >= _WORTH * torch.linalg.vector_norm(X, dtype=torch.float64) ** 2)
