@@ -33,8 +33,8 @@ from llm_surgeon.formats.modeling_pruned import CompactLinear
 from llm_surgeon.inference import merge_linears
 from llm_surgeon.inference.decoding import GreedyDecoder, wait
 from llm_surgeon.inference.speed import measure_speed
-from llm_surgeon.jobs.compact import compact
 from llm_surgeon.models.fused_pointwise import fused_pointwise
+from llm_surgeon.structures.remove.rows_columns import compact
 
 MODES = ("plain", "fused", "joined", "compiled")
 RUN_FIELDS = (

@@ -75,6 +75,30 @@ def compare_latencies(
     return dict(zip(("before", "after"), latencies([dense.to(device), smaller], input_ids), strict=True))
 
 
+class SizeComparison:
+    """What a model takes before and after it is made smaller in place, latencies side by side.
+
+    Args:
+        model: as it is before.
+        input_ids: ``[n, T]``, see :func:`model_size`.
+    """
+
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor) -> None:
+        self._input_ids, self._before = input_ids, model_size(model, input_ids)
+        self._dense: PreTrainedModel | None = None
+
+    def keep(self, model: PreTrainedModel) -> None:
+        """Copy ``model``, whose sizes are still those before, where there is room: latency is a matter of sizes."""
+        self._dense = copy_in_main_memory(model)
+
+    def sizes(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
+        """:func:`model_size` ``"before"`` and ``"after"``, with :func:`compare_latencies` where there was room."""
+        found = {"before": self._before, "after": model_size(model, self._input_ids)}
+        for when, latency in compare_latencies(self._dense, model, self._input_ids).items():
+            found[when] |= latency
+        return found
+
+
 @torch.no_grad()
 def _times(models: Sequence[PreTrainedModel], input_ids: Tensor, repeats: int) -> list[list[float]]:
     """``repeats`` durations of a forward pass for each model."""

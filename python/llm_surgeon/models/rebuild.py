@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from llm_surgeon.errors import UnsupportedModelError, first_line
+from llm_surgeon.formats import modeling_pruned
+from llm_surgeon.models.decoder import Decoder
 
 
 def layer_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
@@ -100,3 +102,23 @@ def weight_shape(linear: nn.Module) -> tuple[int, ...]:
     """``(R, C)``."""
     shape = tuple(linear.get_parameter("weight").shape)
     return shape[::-1] if isinstance(linear, Conv1D) else shape
+
+
+def become_pruned(model: PreTrainedModel, decoder: Decoder) -> None:
+    """Change the model's class to the one that rebuilds its blocks, and its saved form accordingly."""
+    cls, first = type(model), decoder.linears[0]
+    model.config.pruned_blocks = first.name.removesuffix(f".{first.depth}.{first.kind}")
+    if not hasattr(model.config, "pruned_modules"):
+        model.config.pruned_modules = {}
+    if hasattr(cls, "is_pruned"):
+        return
+    try:
+        model.__class__ = getattr(modeling_pruned, f"Pruned{cls.__name__}")
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{cls.__name__} is no class of transformers: keep one width for all blocks with uniform"
+        ) from error
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    # Tensors that transformers renamed as it loaded them would be saved under their old names, and only its own classes
+    # are loaded from these.
+    model._weight_conversions = None

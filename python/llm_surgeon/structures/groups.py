@@ -25,7 +25,8 @@ from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients
 from llm_surgeon.structures.narrowing import allowed
 from llm_surgeon.structures.reconstruct import reconstruct
-from llm_surgeon.structures.remove.groups import narrow, undone
+from llm_surgeon.structures.remove.groups import narrow
+from llm_surgeon.structures.remove.verify import undone
 from llm_surgeon.structures.select import check_reachable, select_groups
 from surgeon_kernels import damp, objective, rows_columns_update
 

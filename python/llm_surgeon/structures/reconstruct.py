@@ -184,7 +184,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 @contextmanager
 def _answering(outputs: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Linears return what they are known to, whatever they are given, for a while."""
+    """Context manager in which linears return what they are known to, whatever they are given; restored on exit."""
     for module, output in outputs.items():
         module.forward = partial(_known, output)
     try:

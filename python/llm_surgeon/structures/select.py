@@ -12,7 +12,7 @@ from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.structures.costs import DimensionCosts
 from llm_surgeon.structures.find.dimension import Dimension
-from llm_surgeon.structures.narrowing import Move, State, smallest_sizes
+from llm_surgeon.structures.narrowing import NarrowingState, NarrowingStep, smallest_sizes
 
 
 def select_groups(
@@ -42,13 +42,13 @@ def select_groups(
         InputError: ``final`` cannot be met.
     """
     final = target if final is None else final
-    states = [State(*item, config) for item in zip(dimensions, costs, removed, strict=True)]
+    states = [NarrowingState(*item, config) for item in zip(dimensions, costs, removed, strict=True)]
     threshold = None
     if config.allocation == "local":
         _take_fractions(states, target)
     else:
         threshold = _take_cheapest(_ladders(states, config.uniform), target, final)
-    if sum(state.taken for state in states) < target == final:
+    if sum(state.removed_weights for state in states) < target == final:
         raise InputError(f"sparsity {config.sparsity:g} cannot be met with allocation {config.allocation!r}")
     return [state.mask() for state in states], threshold
 
@@ -77,47 +77,48 @@ def check_reachable(dimensions: Sequence[Dimension], config: PruneConfig, weight
         )
 
 
-def _ladders(states: Sequence[State], uniform: bool) -> list[list[State]]:
+def _ladders(states: Sequence[NarrowingState], uniform: bool) -> list[list[NarrowingState]]:
     """The dimensions that go down together: each alone, or those of the same linear in all blocks."""
     if not uniform:
         return [[state] for state in states]
-    kinds: dict[str, list[State]] = {}
+    kinds: dict[str, list[NarrowingState]] = {}
     for state in states:
         kinds.setdefault(state.dimension.kind, []).append(state)
     return list(kinds.values())
 
 
-def _steps(ladder: list[State]) -> Iterator[list[Move]]:
-    """The moves that all dimensions of a ladder can make together."""
-    yield from (list(moves) for moves in zip(*(state.moves() for state in ladder), strict=False))
+def _joint_steps(ladder: list[NarrowingState]) -> Iterator[list[NarrowingStep]]:
+    """Steps that all dimensions of a ladder can make together."""
+    yield from (list(step) for step in zip(*(state.steps() for state in ladder), strict=False))
 
 
-def _score(moves: list[Move]) -> float:
-    return sum(move.cost for move in moves) / sum(move.weights for move in moves)
+def _score(step: list[NarrowingStep]) -> float:
+    return sum(part.cost for part in step) / _weights(step)
 
 
-def _weights(moves: list[Move]) -> int:
-    return sum(move.weights for move in moves)
+def _weights(step: list[NarrowingStep]) -> int:
+    return sum(part.weights for part in step)
 
 
-def _take_cheapest(ladders: list[list[State]], target: int, final: int) -> float | None:
-    taken = sum(state.taken for ladder in ladders for state in ladder)
-    slack = sum(state.reach() for ladder in ladders for state in ladder) - final
+def _take_cheapest(ladders: list[list[NarrowingState]], target: int, final: int) -> float | None:
+    removed = sum(state.removed_weights for ladder in ladders for state in ladder)
+    slack = sum(state.max_removable() for ladder in ladders for state in ladder) - final
     threshold = None
-    heap: list[tuple[float, int, list[Move]]] = []
-    coarse: list[tuple[int, int, list[Move]]] = []  # steps that would overshoot the target
+    heap: list[tuple[float, int, list[NarrowingStep]]] = []
+    coarse: list[tuple[int, int, list[NarrowingStep]]] = []  # steps that would overshoot the target
 
-    def lost(index: int, step: list[Move]) -> int:
+    def lost(index: int, step: list[NarrowingStep]) -> int:
         """What can never go any more after ``step``: nothing, where groups alone go."""
         if ladders[index][0].dimension.parts == 1:
             return 0
-        return sum(state.reach() - state.reach(move) for state, move in zip(ladders[index], step, strict=True))
+        pairs = zip(ladders[index], step, strict=True)
+        return sum(state.max_removable() - state.max_removable(part) for state, part in pairs)
 
-    def overshoots(step: list[Move]) -> bool:
-        return target == final and _weights(step) > target - taken
+    def overshoots(step: list[NarrowingStep]) -> bool:
+        return target == final and _weights(step) > target - removed
 
     def push(index: int) -> None:
-        steps = list(_steps(ladders[index]))
+        steps = list(_joint_steps(ladders[index]))
         fitting = [step for step in steps if not overshoots(step) and lost(index, step) <= slack]
         if fitting:
             best = min(fitting, key=_score)
@@ -125,27 +126,27 @@ def _take_cheapest(ladders: list[list[State]], target: int, final: int) -> float
         for step in filter(overshoots, [] if fitting else steps):
             coarse.append((_weights(step), index, step))
 
-    def take(index: int, step: list[Move]) -> None:
-        nonlocal taken, slack, threshold
+    def take(index: int, step: list[NarrowingStep]) -> None:
+        nonlocal removed, slack, threshold
         slack -= lost(index, step)
-        for state, move in zip(ladders[index], step, strict=True):
-            state.apply(move)
-        taken += _weights(step)
+        for state, part in zip(ladders[index], step, strict=True):
+            state.apply(part)
+        removed += _weights(step)
         threshold = max(_score(step), threshold or _score(step))
 
     for index in range(len(ladders)):
         push(index)
-    while taken < target and heap:
+    while removed < target and heap:
         _, index, step = heapq.heappop(heap)
         if not overshoots(step) and lost(index, step) <= slack:  # as it was when it was pushed
             take(index, step)
         push(index)
-    if taken < target and coarse:
+    if removed < target and coarse:
         take(*min(coarse, key=lambda item: item[:2])[1:])
     return threshold
 
 
-def _take_fractions(states: Sequence[State], target: int) -> None:
+def _take_fractions(states: Sequence[NarrowingState], target: int) -> None:
     """The smallest fraction of its groups that every dimension can lose to meet the target."""
     fractions = sorted({count / s.dimension.groups for s in states for count in range(s.dimension.groups)})
     low, high = 0, len(fractions) - 1
@@ -158,10 +159,10 @@ def _take_fractions(states: Sequence[State], target: int) -> None:
     for state in states:
         goal = _after(state, fractions[low])[0]
         while state.groups > goal:
-            state.apply(next(state.moves()))
+            state.apply(next(state.steps()))
 
 
-def _after(state: State, fraction: float) -> tuple[int, int]:
+def _after(state: NarrowingState, fraction: float) -> tuple[int, int]:
     """Groups left, and weights gone, when a dimension has lost at most ``fraction`` of its groups."""
     total = state.dimension.groups
     goal = state.smallest_from(total - math.floor(fraction * total + 1e-9))

@@ -21,7 +21,7 @@ from llm_surgeon.shots.runner import Run, Shot
 from llm_surgeon.structures.find.residual import Residual, find_residual, kept_width
 from llm_surgeon.structures.importance import line_importance, weight_gradients
 from llm_surgeon.structures.remove.channels import remove_channels, zero_channels
-from llm_surgeon.structures.remove.groups import undone
+from llm_surgeon.structures.remove.verify import undone
 from surgeon_kernels import damp, gram_accumulate_, rows_columns_update
 
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from llm_surgeon import NumericalError, pack_model, prune, prune_checkpoint
 from llm_surgeon.checkpoint import load_model, save_checkpoint
 from llm_surgeon.errors import UnsupportedModelError
-from llm_surgeon.jobs.compact import compact, compact_checkpoint
+from llm_surgeon.jobs.compact import compact_checkpoint
 from llm_surgeon.jobs.pack import pack_checkpoint
 from llm_surgeon.jobs.recover import recover_checkpoint
+from llm_surgeon.structures.remove.rows_columns import compact
 from surgeon_kernels import Packed24, unpack_2_4
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.packed_models import build_2_4

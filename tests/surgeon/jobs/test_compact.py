@@ -7,11 +7,12 @@ from transformers import AutoModelForCausalLM
 from llm_surgeon import InputError, prune
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.formats.modeling_pruned import CompactLinear
-from llm_surgeon.jobs.compact import compact, compact_checkpoint
+from llm_surgeon.jobs.compact import compact_checkpoint
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.footprint import model_size
 from llm_surgeon.recovery.recover import recover
 from llm_surgeon.report.schema import PruneReport
+from llm_surgeon.structures.remove.rows_columns import compact
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 

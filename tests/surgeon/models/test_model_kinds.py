@@ -12,11 +12,11 @@ from torch import nn
 from torch.distributed import HashStore, destroy_process_group, init_process_group
 
 from llm_surgeon import InputError, UnsupportedModelError, pack_model, perplexity, prune, unpack_model
-from llm_surgeon.jobs.compact import compact
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.recover import recover
+from llm_surgeon.structures.remove.rows_columns import compact
 from surgeon_kernels import is_2_4
 from tests.surgeon.tiny_models import VOCABULARY, build, build_multimodal
 

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from llm_surgeon import prune
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError
-from llm_surgeon.jobs.compact import compact
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.recovery.config import RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.recover import recover
 from llm_surgeon.recovery.training import Windows, distillation_loss
 from llm_surgeon.recovery.zeros import zero_masks
+from llm_surgeon.structures.remove.rows_columns import compact
 from tests.surgeon.half_zero import HELD_OUT, OPTIONS, WINDOWS, half_zero, weights
 from tests.surgeon.tiny_models import VOCABULARY, build
 

@@ -23,10 +23,10 @@ from torch import nn
 import llm_surgeon
 from llm_surgeon import prune
 from llm_surgeon.interrupts import uninterrupted
-from llm_surgeon.jobs.compact import compact
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.recovery.recover import recover
+from llm_surgeon.structures.remove.rows_columns import compact
 from tests.surgeon.tiny_models import VOCABULARY, build
 
 PACKAGE = str(Path(llm_surgeon.__file__).parent)

@@ -13,7 +13,7 @@ from llm_surgeon.shots.runner import Run
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.groups import GroupShots
-from llm_surgeon.structures.narrowing import State
+from llm_surgeon.structures.narrowing import NarrowingState
 from llm_surgeon.structures.select import check_reachable, select_groups
 from surgeon_kernels import damp, objective, rows_columns_update
 from tests.surgeon.tiny_models import VOCABULARY, build
@@ -153,16 +153,16 @@ def test_a_group_that_lost_a_part_costs_what_its_other_parts_cost():
     heads = find_dimensions(model, find_decoder(model))[0]
     assert (heads.groups, heads.parts) == (2, 2)
     costs = DimensionCosts(torch.tensor([3.0, 3.1]), torch.tensor([[2.0, 0.1], [1.0, 2.0]]))
-    state = State(heads, costs, torch.zeros(2, 2, dtype=torch.bool), PruneConfig(structure="groups"))
-    group, part = state.moves()
+    state = NarrowingState(heads, costs, torch.zeros(2, 2, dtype=torch.bool), PruneConfig(structure="groups"))
+    group, part = state.steps()
     assert (group.cost, group.groups) == (3.0, 1) and (part.cost, part.parts) == (pytest.approx(1.1), 1)
     state.apply(part)
     assert state.mask().tolist() == [[False, True], [True, False]]
-    (group,) = state.moves()
+    (group,) = state.steps()
     assert group.cost == pytest.approx(2.1)  # of the second group now
     state.apply(group)
     assert state.mask().tolist() == [[False, True], [True, True]]
-    assert state.taken == heads.weights(2, 2) - heads.weights(1, 1)
+    assert state.removed_weights == heads.weights(2, 2) - heads.weights(1, 1)
 
 
 def test_what_is_gone_does_not_compensate_in_later_costs():

@@ -11,10 +11,10 @@ from llm_surgeon.checkpoint import load_model
 from llm_surgeon.config.prune import IMPORTANCES
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.rebuild import become_pruned
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.importance import group_importance, weight_gradients
-from llm_surgeon.structures.remove.groups import become_pruned
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 

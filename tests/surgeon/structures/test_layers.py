@@ -13,8 +13,9 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder, find_decoder
 from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.progress import Progress
-from llm_surgeon.structures.layers import BlockShots, block_weights, count_blocks, remove_blocks, skipped
-from llm_surgeon.structures.remove.groups import probe_logits
+from llm_surgeon.structures.layers import BlockShots, block_weights, count_blocks
+from llm_surgeon.structures.remove.blocks import remove_blocks, skipped
+from llm_surgeon.structures.remove.verify import probe_logits
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -106,7 +107,7 @@ def test_blocks_that_do_not_run_on_their_own_are_removed_without_a_fit():
 def test_a_failed_removal_leaves_the_model_as_it_was(monkeypatch):
     model = build("llama")
     before = logits(model)
-    monkeypatch.setattr("llm_surgeon.structures.layers.probe_logits", lambda model: 2.0 * probe_logits(model))
+    monkeypatch.setattr("llm_surgeon.structures.remove.blocks.probe_logits", lambda model: 2.0 * probe_logits(model))
     with pytest.raises(NumericalError):
         prune(model, TOKENS, structure="layers", sparsity=0.5)
     assert torch.equal(logits(model), before) and model.config.num_hidden_layers == 2
@@ -128,7 +129,7 @@ def test_blocks_that_keep_their_number_under_another_name_generate(tmp_path):
 def test_a_cache_that_fails_refuses_the_removal(monkeypatch):
     model = build("gpt_neo")
     before = logits(model)
-    monkeypatch.setattr("llm_surgeon.structures.layers._numbers", lambda _: {"layer_idx"})
+    monkeypatch.setattr("llm_surgeon.structures.remove.blocks._numbers", lambda _: {"layer_idx"})
     with pytest.raises(UnsupportedModelError, match="GPTNeoForCausalLM does not generate at these sizes: its cache"):
         prune(model, TOKENS, structure="layers", sparsity=0.3)
     assert torch.equal(logits(model), before) and [block.attn.layer_id for block in model.transformer.h] == [0, 1, 2]

@@ -9,8 +9,8 @@ from llm_surgeon import InputError, PruneConfig, prune
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.passes import mean_loss
-from llm_surgeon.structures.layers import skipped
 from llm_surgeon.structures.reconstruct import reconstruct
+from llm_surgeon.structures.remove.blocks import skipped
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(0))

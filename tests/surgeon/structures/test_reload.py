@@ -17,7 +17,8 @@ from llm_surgeon import UnsupportedModelError, prune, prune_checkpoint
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.rebuild import reloaded
 from llm_surgeon.structures.find.dimensions import find_dimensions
-from llm_surgeon.structures.remove.groups import check_reloads, narrow
+from llm_surgeon.structures.remove.groups import narrow
+from llm_surgeon.structures.remove.verify import check_reloads
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.structures.test_find import zero
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build

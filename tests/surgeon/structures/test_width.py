@@ -12,7 +12,7 @@ from llm_surgeon.config.prune import IMPORTANCES
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.structures.find.residual import find_residual, kept_width
 from llm_surgeon.structures.remove.channels import remove_channels, zero_channels
-from llm_surgeon.structures.remove.groups import probe_logits
+from llm_surgeon.structures.remove.verify import probe_logits
 from tests.surgeon.tiny_models import VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
