@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -122,6 +123,20 @@ def peak_memory(device: torch.device) -> int:
 def process_memory() -> int:
     """Bytes of main memory that the process holds."""
     return psutil.Process().memory_info().rss
+
+
+@contextmanager
+def gpu_memory_capped(cap: int | None) -> Iterator[None]:
+    """Context manager in which PyTorch takes no more than ``cap`` bytes of the current GPU; lifted on exit."""
+    if cap is None or not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def require_memory(needed: int, device: torch.device | str, purpose: str = "") -> None:

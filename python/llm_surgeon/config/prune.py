@@ -230,6 +230,13 @@ class PruneConfig:
         return frozenset(found)
 
     @classmethod
+    def given(cls, config: PruneConfig | None, options: Mapping[str, Any]) -> PruneConfig:
+        """``config``, or what ``options`` make where it is left out; an :class:`InputError` if both are given."""
+        if config is not None and options:
+            raise InputError("give either config or single options, not both")
+        return cls.from_mapping(options) if config is None else config
+
+    @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> PruneConfig:
         """Build from plain data (a YAML file, say); an :class:`InputError` names an unknown key."""
         require_known(options, [field.name for field in dataclasses.fields(cls)])

@@ -30,13 +30,13 @@ from llm_surgeon.data.documents import Documents, read_documents
 from llm_surgeon.data.held_out import split
 from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.errors import InputError
-from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
-from llm_surgeon.pruning import check_model, prune
+from llm_surgeon.pruning import prune
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import choose_device, human_bytes, process_memory, require_disk, require_memory
+from llm_surgeon.shots.checks import checked
 from llm_surgeon.shots.runner import Run
 
 _logger = logging.getLogger(__name__)
@@ -83,13 +83,12 @@ def prune_checkpoint(
     Raises:
         InputError: see :func:`prune`; also for what is wrong with ``source``, ``out``, memory or disk.
     """
-    if config is not None and options:
-        raise InputError("give either config or single options, not both")
+    config = PruneConfig.given(config, options)
     inputs = {"model": source, "calibration": calibration, "lora_data": lora_data, "config_file": config_file}
     with claimed_output(out, overwrite, **inputs) as output:
         job = PruneJob(
             source,
-            config or PruneConfig.from_mapping(options),
+            config,
             calibration=calibration,
             lora_data=lora_data,
             text_field=text_field,
@@ -151,9 +150,7 @@ class PruneJob:
             trust_remote_code=trust_remote_code,
         )
         config = dataclasses.replace(config, seqlen=choose_seqlen(config.seqlen, self.model))
-        self.decoder = find_decoder(self.model)
-        check_model(self.model, self.decoder, config)
-        self.config = dataclasses.replace(config, shots=config.pattern.count_shots(self.decoder, config))
+        self.model, self.decoder, self.config = checked(self.model, config)
 
     def removal(self) -> str:
         """Say what goes, with the numbers of the run.

@@ -14,7 +14,7 @@ import torch
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.offload import offloaded
 from llm_surgeon.models.passes import mean_loss, to_list
 from llm_surgeon.planning.plan import Plan
@@ -56,6 +56,10 @@ class Run:
         for done, item in enumerate(every):
             self.progress.step(done, len(every), name(item))
             yield item
+
+    def each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:
+        """``function`` of every linear of the decoder, and tell which is under way."""
+        return [function(linear) for linear in self.each(self.decoder.linears, lambda linear: linear.name)]
 
 
 class Shot:

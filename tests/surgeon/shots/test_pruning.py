@@ -101,7 +101,7 @@ def test_joint_updates_of_later_shots_make_up_for_the_dense_weights(monkeypatch,
         increases.append(objective(new.weight - weight, G, A) - objective(current - weight, G, A))
         return new
 
-    monkeypatch.setattr("llm_surgeon.shots.weights.remove_and_compensate", spy)
+    monkeypatch.setattr("llm_surgeon.shots.updates.remove_and_compensate", spy)
     report = prune(model, TOKENS, shots=2, **options)
     for shot, parts in zip(report.shots, (increases[: len(before)], increases[len(before) :]), strict=True):
         assert shot.predicted_increase == pytest.approx(sum(parts), rel=1e-3)
@@ -166,7 +166,7 @@ def test_sampled_labels_are_fresh_in_every_shot(monkeypatch):
         seeds.append((options["fisher"], options["seed"]))
         return estimate_curvature(*args, **options)
 
-    monkeypatch.setattr("llm_surgeon.shots.weights.estimate_curvature", spy)
+    monkeypatch.setattr("llm_surgeon.shots.curvature.estimate_curvature", spy)
     prune(build("llama"), TOKENS, method="k-obd", fisher="sampled", shots=3, seed=5)
     assert seeds == [("sampled", 6), ("sampled", 7), ("sampled", 8)]
 

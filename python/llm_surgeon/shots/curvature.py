@@ -1,0 +1,80 @@
+"""Curvature of a shot: estimated, damped, and the costs that it gives."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from llm_surgeon.config.methods import Method
+from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
+from llm_surgeon.curvature.factors import DampedFactors, KroneckerFactors
+from llm_surgeon.methods.costs import element_costs, row_column_costs
+from llm_surgeon.methods.two_terms import PairedCurvature, paired_costs
+from llm_surgeon.models.decoder import PrunableLinear
+from llm_surgeon.models.offload import PinnedMemory
+from llm_surgeon.shots.runner import Run
+from surgeon_kernels import WeightCosts
+
+
+class ShotCurvature:
+    """Curvature as ``method`` needs it, estimated anew in every shot.
+
+    Attributes:
+        factors: damped factors of the shot under way; ``None`` where there are none.
+        paired: with ``kron_rank`` 2 the sums of two Kronecker products.
+    """
+
+    def __init__(self, run: Run, method: Method, memory: PinnedMemory) -> None:
+        """``memory`` takes the factors of a shot, where they do not stay on the device."""
+        self._run, self._method, self._memory = run, method, memory
+        self.factors: DampedFactors | None = None
+        self.paired: PairedCurvature | None = None
+
+    def estimate(self, index: int) -> float:
+        """Estimate the curvature of shot ``index``; the mean loss of the calibration windows."""
+        run, config = self._run, self._run.config
+        if not self._method.curvature:
+            return run.loss()
+        self._memory.reuse()
+        found = self._estimate(index)
+        keep = run.plan.inverses_bytes > 0
+        self.factors = DampedFactors(found, config, run.decoder.linears, run.plan.device, keep_inverses=keep)
+        if config.kron_rank == 2:
+            self.paired = PairedCurvature(run.decoder, config, found, functools.partial(self._estimate, index))
+        return found.loss
+
+    def costs(self, linear: PrunableLinear) -> WeightCosts:
+        """Cost of removing each weight, ``[R, C]``."""
+        if self.paired is not None:
+            return WeightCosts(paired_costs(linear, self.paired.of(linear)))
+        return element_costs(linear, self._method, self.factors)
+
+    def line_costs(self, linear: PrunableLinear) -> tuple[Tensor, Tensor]:
+        """Cost of removing each row, ``[R]``, and each column, ``[C]``."""
+        return row_column_costs(linear, self._method, self.factors)
+
+    def factors_of(self, linear: PrunableLinear) -> KroneckerFactors | None:
+        """Both factors of a linear; ``None`` where the method estimates none, or A alone."""
+        return self.factors.of(linear) if self.factors is not None and self._method.gradients else None
+
+    def free(self) -> None:
+        """Let go of the shot's curvature."""
+        self.factors = self.paired = None
+
+    def _estimate(self, index: int) -> Curvature:
+        run, config = self._run, self._run.config
+        kept_apart = config.offload == "cpu" or config.curvature_layers is not None
+        return estimate_curvature(
+            run.model,
+            run.decoder,
+            run.calibration,
+            batch_size=run.plan.batch_size,
+            fisher=config.fisher,
+            seed=config.seed + index,  # sampled labels are fresh in every shot
+            gradients=self._method.gradients,
+            checkpoint_activations=run.plan.checkpoint_activations,
+            blocks_per_pass=run.plan.blocks_per_pass,
+            store=self._memory.store if kept_apart else None,
+            progress=run.progress.step,
+        )

@@ -1,0 +1,87 @@
+"""Update of every linear after a selection: its new weights, and what they are predicted to cost."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from torch import Tensor
+
+from llm_surgeon.errors import NumericalError
+from llm_surgeon.methods.select import Selection
+from llm_surgeon.methods.two_terms import compensate_by_pairs
+from llm_surgeon.methods.update import LayerUpdate, remove, remove_and_compensate
+from llm_surgeon.models.decoder import PrunableLinear
+from llm_surgeon.models.passes import to_list
+from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.shots.anchors import AnchorWeights
+from llm_surgeon.shots.curvature import ShotCurvature
+from llm_surgeon.shots.runner import Run
+
+
+class Updates:
+    """New weights of all linears, from ``curvature``, around ``anchors``."""
+
+    def __init__(self, run: Run, curvature: ShotCurvature, anchors: AnchorWeights) -> None:
+        self._run, self._curvature, self._anchors = run, curvature, anchors
+
+    def write(self, selections: list[Selection], report: ShotReport) -> list[Selection]:
+        """Write every linear's new weights, and into ``report`` the predicted increase (where G is known) and traces.
+
+        Returns:
+            What is pruned now: ``selections``, but for what swaps changed.
+
+        Raises:
+            NumericalError: NaN or infinity, or a failed factorisation; the layer is named.
+        """
+        selection_of = {x.name: selection for x, selection in zip(self._run.decoder.linears, selections, strict=True)}
+        increases: dict[str, Tensor] = {}
+        self._run.each_linear(partial(self._write_linear, selection_of, increases, report.solver))
+        # Read back together: the host runs ahead of the device.
+        predicted = to_list(list(increases.values()))
+        for name, increase in zip(increases, predicted, strict=True):
+            if not math.isfinite(increase):
+                raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
+        report.predicted_increase = sum(predicted) if increases else None
+        return list(selection_of.values())
+
+    def _write_linear(
+        self,
+        selection_of: dict[str, Selection],
+        increases: dict[str, Tensor],
+        traces: list[SolverTrace],
+        linear: PrunableLinear,
+    ) -> None:
+        config, device, factors = self._run.config, self._run.plan.device, self._curvature.factors
+        weight, selection = linear.matrix(device=device), selection_of[linear.name].to(device)
+        anchor = self._anchors.of(linear, weight)
+        known = self._curvature.factors_of(linear)
+        if factors is None or known is None or config.update == "none":
+            new = remove(weight, selection)
+        else:
+            paired = self._curvature.paired
+            if paired is None:
+                new = remove_and_compensate(anchor, selection, known, config, linear.name)
+            else:
+                new = compensate_by_pairs(anchor, selection, paired.of(linear), config)
+            factors.note_jitter(linear, new.jitter)
+        self._adopt(selection_of, linear, selection, new)
+        linear.write(new.weight)
+        if new.objective:
+            traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
+        if known is not None:
+            increases[linear.name] = known.predicted_increase(new.delta)
+            if anchor is not weight:
+                increases[linear.name] -= known.predicted_increase(weight - anchor)
+
+    def _adopt(
+        self, selection_of: dict[str, Selection], linear: PrunableLinear, selection: Selection, new: LayerUpdate
+    ) -> None:
+        """Take over what swaps changed; masks in main memory stay where they are."""
+        if new.selection is selection:
+            return
+        if self._run.config.offload == "cpu":
+            mask = selection_of[linear.name].pruned
+            mask.copy_(new.selection.pruned, non_blocking=mask.is_pinned())
+        else:
+            selection_of[linear.name] = new.selection

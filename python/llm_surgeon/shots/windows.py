@@ -1,0 +1,47 @@
+"""The token sequences of a run: what curvature is estimated on, what corrections learn from, what is held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.errors import InputError
+from llm_surgeon.models.limits import require_fit
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Copies of the sequences that a caller gave.
+
+    Tensors made under ``torch.inference_mode`` may not be kept for backward passes; copies may.
+    """
+
+    calibration: Calibration
+    correction: Calibration | None
+    held_out: Calibration | None
+
+    @classmethod
+    def of(cls, config: PruneConfig, calibration: Any, correction: Any = None, held_out: Any = None) -> Windows:
+        """Read what :meth:`Calibration.of` takes.
+
+        Raises:
+            InputError: sequences are malformed, or of no use.
+        """
+        if correction is not None and not config.lora_rank:
+            raise InputError("data for low-rank corrections mean nothing without lora_rank")
+        others = (None if value is None else _own(Calibration.of(value)) for value in (correction, held_out))
+        return cls(_own(Calibration.of(calibration)), *others)
+
+    def require_fit(self, model: Any) -> None:
+        """Raise :class:`InputError` where sequences hold tokens or positions that ``model`` lacks."""
+        uses = {"calibration": self.calibration, "held-out": self.held_out, "correction": self.correction}
+        for use, windows in uses.items():
+            if windows is not None:
+                require_fit(windows.input_ids, model, f"{use} sequences")
+
+
+def _own(windows: Calibration) -> Calibration:
+    mask = windows.attention_mask
+    return Calibration(windows.input_ids.clone(), None if mask is None else mask.clone())
