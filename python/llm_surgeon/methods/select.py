@@ -72,7 +72,7 @@ def reselect(pruned: Tensor, cost: Tensor, config: PruneConfig) -> Tensor:
 
     N:M stays within the groups that are pruned already.
     """
-    if config.pattern.kind == "n:m":
+    if config.pattern.m:
         n, m = config.pattern.n, config.pattern.m
         groups = pruned.unflatten(1, (-1, m)).any(dim=2)
         return nm_select(cost, n, m) & groups.repeat_interleave(m, dim=1)
@@ -88,7 +88,7 @@ def _select_masks(
 ) -> tuple[list[Tensor], float | None]:
     sizes = [cost.weight.numel() for cost in costs]
     limits, pattern, fraction = sizes, None, sparsity
-    if config.pattern.kind == "n:m":
+    if config.pattern.m:
         assert config.sparsity is not None
         pattern, fraction = (config.pattern.n, config.pattern.m), sparsity / config.sparsity
         limits = sizes = [size // config.pattern.m for size in sizes]

@@ -124,7 +124,7 @@ def prune_sparsegpt(
     """
     structure = config.pattern
     assert config.sparsity is not None
-    pattern = (structure.n, structure.m) if structure.kind == "n:m" else None
+    pattern = (structure.n, structure.m) if structure.m else None
     if pattern is not None:
         for linear in decoder.linears:
             _check_pattern(pattern, linear.columns, linear.name)

@@ -1,4 +1,4 @@
-"""The report of a run: what was there before it, what went, and what it took."""
+"""The report of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_surgeon.shots.runner import Outcome, Run, Shots
 
 
 class RunRecord:
-    """What is noted of ``run`` while it goes on, from before the first shot on."""
+    """Notes on ``run``, taken from before its first shot on, of which its report is made."""
 
     def __init__(self, run: Run) -> None:
         self._run = run

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """What all shots of a run share.
+    """A pruning run as all its shots see it.
 
     Attributes:
         model: the causal LM that ``decoder`` is part of, pruned in place.
@@ -142,7 +142,7 @@ class Shots(Protocol):
 
 @dataclass
 class Outcome:
-    """What :func:`run_shots` found: a report for every shot, and the losses on held-out windows before and after."""
+    """Findings of :func:`run_shots`: a report for every shot, and the held-out losses before and after, or none."""
 
     shots: list[ShotReport]
     held_out: list[float]

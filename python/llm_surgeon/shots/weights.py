@@ -84,7 +84,7 @@ class WeightShots:
         """Zeros stay where weights were."""
 
     def _empty_selection(self, linear: PrunableLinear) -> Selection:
-        """What a run starts from: on the device, or in main memory where that keeps the weights."""
+        """The start of a run: on the device, or in main memory where that keeps the weights."""
         offload = self.config.offload == "cpu"
         device = torch.device("cpu") if offload else self.run.plan.device
         if not self.config.pattern.single_weights:

@@ -1,4 +1,4 @@
-"""What removing each group of a dimension costs."""
+"""Costs of removing each group of a dimension."""
 
 from __future__ import annotations
 

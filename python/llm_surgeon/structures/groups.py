@@ -164,7 +164,7 @@ class GroupShots:
         return 0.0 if G is None or A is None else objective(delta, G, A)
 
     def _as_selections(self) -> list[Selection]:
-        """What is gone, as rows and columns of every linear."""
+        """Rows and columns of every linear that are gone."""
         rows, columns = {}, {}
         for linear in self.decoder.linears:
             device = linear.module.get_parameter("weight").device
@@ -182,7 +182,7 @@ class GroupShots:
 
 
 def reachable_dimensions(model: Any, decoder: Decoder, config: PruneConfig) -> list[Dimension]:
-    """What groups can leave.
+    """Dimensions that groups can leave as ``config`` asks for.
 
     Raises:
         InputError: ``config`` cannot be met there. UnsupportedModelError: the model cannot be smaller, which is tried.

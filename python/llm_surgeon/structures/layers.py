@@ -79,7 +79,7 @@ class BlockShots:
         remove_blocks(self.run.model, self.decoder, self.removed)
 
     def _as_selections(self) -> list[Selection]:
-        """What is gone, as rows and columns of every linear."""
+        """Rows and columns of every linear that are gone: all of some blocks."""
         selections = []
         for linear in self.decoder.linears:
             device, gone = linear.module.get_parameter("weight").device, linear.depth in self.removed
@@ -146,14 +146,14 @@ def block_weights(decoder: Decoder) -> list[int]:
 
 
 def _out_of_reach(missing: float, weights: list[int], left: set[int], config: PruneConfig) -> bool:
-    """Whether the blocks ``left`` hold fewer than the ``missing`` weights; one of all blocks must stay."""
+    """True if the blocks ``left`` hold fewer than the ``missing`` weights; one of all blocks must stay."""
     free = [weights[depth] for depth in left]
     most = sum(free) - (0 if config.skip_layers else min(free, default=0))
     return missing - most > min(weights) / 2
 
 
 def count_blocks(decoder: Decoder, config: PruneConfig) -> int:
-    """How many blocks go: the number nearest to the sparsity, and one at least; about so many if their sizes differ.
+    """Number of blocks that go: the one nearest to the sparsity, and one at least; about so many if their sizes differ.
 
     Raises:
         InputError: ``config`` cannot be met.

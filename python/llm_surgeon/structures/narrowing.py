@@ -15,7 +15,7 @@ from llm_surgeon.structures.find.dimension import Dimension
 
 
 def allowed(dimension: Dimension, config: PruneConfig, groups: int, parts: int) -> bool:
-    """Whether a dimension may be narrowed to ``groups`` groups of ``parts`` parts."""
+    """True if a dimension may be narrowed to ``groups`` groups of ``parts`` parts."""
     if config.uniform and (not dimension.rule.stock or (groups, parts) in dimension.rule.refused):
         return (groups, parts) == (dimension.groups, dimension.parts)
     heads, size = groups * parts, dimension.part_columns.shape[2]
@@ -112,5 +112,5 @@ class NarrowingState:
         self.removed_weights += step.weights
 
     def mask(self) -> Tensor:
-        """What is gone, bool ``[groups, parts]``."""
+        """Parts that are gone, bool ``[groups, parts]``."""
         return self._gone.to(self.dimension.columns.device)

@@ -1,4 +1,4 @@
-"""Which groups go: the cheapest per weight removed over the whole model, within the sizes that are allowed."""
+"""Selection of groups: the cheapest per weight removed over the whole model, within the sizes that are allowed."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _take_cheapest(ladders: list[list[NarrowingState]], target: int, final: int)
     coarse: list[tuple[int, int, list[NarrowingStep]]] = []  # steps that would overshoot the target
 
     def lost(index: int, step: list[NarrowingStep]) -> int:
-        """What can never go any more after ``step``: nothing, where groups alone go."""
+        """Weights that can never go any more after ``step``: none, where groups alone go."""
         if ladders[index][0].dimension.parts == 1:
             return 0
         pairs = zip(ladders[index], step, strict=True)

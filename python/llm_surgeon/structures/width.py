@@ -80,7 +80,7 @@ class WidthShots:
         remove_channels(self.run.model, self.decoder, self.residual, self.removed)
 
     def _as_selections(self) -> list[Selection]:
-        """What is gone, as rows and columns of every linear."""
+        """Rows and columns of every linear that are gone."""
         return [
             Selection.of_rows_columns(
                 self._mask(linear.rows, linear in self.residual.writers),
@@ -165,7 +165,7 @@ class WidthShots:
 
 
 def reachable_width(model: Any, decoder: Decoder, config: PruneConfig) -> tuple[Residual, int]:
-    """Who has the residual width, and what ``config`` makes of it.
+    """The parameters with the residual width, and the width that ``config`` leaves.
 
     Raises:
         InputError: ``config`` cannot be met. UnsupportedModelError: the model cannot be narrower, which is tried.

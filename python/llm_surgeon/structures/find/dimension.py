@@ -13,7 +13,7 @@ from llm_surgeon.models.decoder import PrunableLinear
 
 @dataclass(frozen=True)
 class SizeRule:
-    """How the code of a block is told the sizes of a dimension.
+    """Attributes of configuration and modules that tell the code of a block the sizes of a dimension.
 
     Attributes:
         config: attribute of the configuration -> the quantity it holds (see :meth:`Dimension.quantities`).
@@ -76,7 +76,7 @@ class Dimension:
 
     @property
     def is_heads(self) -> bool:
-        """Whether a group has several columns (attention), or one (a neuron)."""
+        """True where a group has several columns (attention), False where it has one (a neuron)."""
         return self.columns.shape[1] > 1
 
     def quantities(self, groups: int, parts: int) -> dict[str, int]:

@@ -50,7 +50,7 @@ def _probe_block(
     block = decoder.blocks[depth]
     hidden, inputs = capture_inputs(model, block)
     stubbed = StubbedBlock(block, linears, inputs)
-    # Attention takes other ways where there is a mask, and may need to be told more there.
+    # Attention takes other paths where there is a mask, and may need to be told more there.
     masked = StubbedBlock(block, linears, capture_inputs(model, block, padded=True)[1])
     found = _components(Dependencies(stubbed, linears, hidden), linears)
     by_kind = {linear.kind: linear for linear in linears}
@@ -157,11 +157,11 @@ def _by_label(labels: Tensor, name: str) -> Tensor:
 
 
 def _with_parts(whole: Dimension, reaches: dict[str, Tensor]) -> list[Dimension]:
-    """The ways to divide every group into equal parts, each reached by rows of its own of one producer."""
+    """All divisions of every group into equal parts, each reached by rows of its own of one producer."""
     groups, size = whole.columns.shape
     if size == 1:
         return []
-    ways = []
+    found = []
     for producer, index in whole.rows.items():
         reach = reaches[producer][index.flatten()].view(*index.shape, -1)  # [groups, n, all columns]
         within = reach.gather(2, whole.columns[:, None, :].expand(-1, index.shape[1], -1))  # [groups, n, size]
@@ -177,13 +177,13 @@ def _with_parts(whole: Dimension, reaches: dict[str, Tensor]) -> list[Dimension]
             masks = masks.gather(1, order[:, :, None].expand(-1, -1, size)).view(groups, parts, -1, size)
             if bool((masks != masks[:, :, :1]).any()) or bool((masks[:, :, 0].sum(dim=1) != 1).any()):
                 continue  # no partition
-            places = masks[:, :, 0].nonzero()[:, 2].view(groups, parts * count)
-            ways.append(
+            locations = masks[:, :, 0].nonzero()[:, 2].view(groups, parts * count)
+            found.append(
                 replace(
                     whole,
-                    part_columns=whole.columns.gather(1, places).view(groups, parts, count),
+                    part_columns=whole.columns.gather(1, locations).view(groups, parts, count),
                     part_producer=producer,
                     part_rows=index.gather(1, chosen).gather(1, order).view(groups, parts, -1),
                 )
             )
-    return ways
+    return found

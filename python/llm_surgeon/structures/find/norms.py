@@ -62,7 +62,7 @@ def sort_norms(
 
 @torch.no_grad()
 def norm_kind(name: str, norm: nn.Module) -> tuple[float, bool]:
-    """What ``norm`` adds to its weight before it multiplies by it, and whether it subtracts the mean."""
+    """Offset that ``norm`` adds to its weight before it multiplies by it, and whether it subtracts the mean."""
     trial = copy.deepcopy(norm).double()
     width = norm.get_parameter("weight").shape[0]
     x = torch.randn(1, _PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

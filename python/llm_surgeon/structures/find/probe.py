@@ -139,7 +139,7 @@ def random_outputs(linears: Sequence[PrunableLinear], seed: int, device: torch.d
 
 
 class Dependencies:
-    """Which outputs (rows) of a block's linears reach which inputs (columns) directly.
+    """Dependencies of the inputs (columns) of a block's linears on their outputs (rows), direct ones alone.
 
     Attributes:
         reaches: (producer, consumer) -> bool ``[rows, columns]``, for the pairs with any such connection, over the
@@ -191,7 +191,7 @@ def agree(x: Tensor, y: Tensor) -> bool:
 
 
 def _changed(x: Tensor) -> Tensor:
-    """Where runs 1.. of ``x`` ``[batch, TOKENS, n]`` differ from run 0, bool ``[batch - 1, n]``."""
+    """Inputs at which runs 1.. of ``x`` ``[batch, TOKENS, n]`` differ from run 0, bool ``[batch - 1, n]``."""
     return (x[1:] - x[:1]).abs().amax(dim=1) > TOLERANCE * x[0].abs().max().clamp_min(1e-6)
 
 

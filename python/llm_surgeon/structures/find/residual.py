@@ -17,7 +17,7 @@ from llm_surgeon.structures.find.probe import Dependencies, StubbedBlock, captur
 
 @dataclass(frozen=True, eq=False)
 class Residual:
-    """Who reads and writes the residual stream, ``width`` channels wide.
+    """Readers and writers of the residual stream, ``width`` channels wide.
 
     Attributes:
         readers, writers: the decoder's linears whose columns, or rows, are channels.

@@ -1,1 +1,1 @@
-"""What is zero, taken out of a model."""
+"""Removal, for good, of what is zero in a model."""

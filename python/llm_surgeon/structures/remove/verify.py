@@ -35,7 +35,7 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
     """
     ids = _probe_ids(model)
     mask = torch.ones_like(ids)
-    mask[1, : TOKENS // 4] = 0  # attention takes other ways where there is a mask
+    mask[1, : TOKENS // 4] = 0  # attention takes other paths where there is a mask
     try:
         with evaluation_mode(model):
             whole = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
@@ -51,7 +51,7 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def decodes(model: PreTrainedModel) -> bool:
-    """Whether the model gives the same logits token by token, as ``generate`` asks for them, as all at once.
+    """True if the model gives the same logits token by token, as ``generate`` asks for them, as all at once.
 
     A model whose class has no such cache, or fails with it, does not.
     """
@@ -106,7 +106,7 @@ def verified(model: PreTrainedModel, before: Tensor | None, message: str, roundi
 
 
 def same_logits(x: Tensor, y: Tensor, rounding: float = 0.0) -> bool:
-    """Whether logits agree, up to the rounding of sums over fewer (zero) terms in their dtype, or ``rounding``."""
+    """True if logits agree, up to the rounding of sums over fewer (zero) terms in their dtype, or ``rounding``."""
     difference = float((x - y).abs().max() / y.abs().max())
     return difference <= max(rounding, _TOLERANCE.get(y.dtype, _LOOSE))
 
