@@ -107,7 +107,7 @@ def test_names_are_told_apart_and_meant(columns):
 
 
 def test_a_class_that_cannot_be_imported_is_named():
-    with pytest.raises(InputError, match=r"'llm_surgeon.nowhere:Shots' cannot be imported: No module named"):
+    with pytest.raises(InputError, match=r"nowhere:Shots' of structure 'other' cannot be imported: No module named"):
         Structure("other", "llm_surgeon.nowhere:Shots").shot_class  # noqa: B018
 
 
