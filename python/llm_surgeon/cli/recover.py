@@ -19,7 +19,7 @@ from llm_surgeon.cli.options import (
     show,
 )
 from llm_surgeon.errors import InputError, printable
-from llm_surgeon.recovery.config import METHODS, PRESETS, RecoverConfig
+from llm_surgeon.config.recover import METHODS, PRESETS, RecoverConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RecoverConfig)}
 

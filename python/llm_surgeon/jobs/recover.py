@@ -22,7 +22,7 @@ from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.limits import choose_seqlen
 from llm_surgeon.progress import Progress
-from llm_surgeon.recovery.config import RecoverConfig
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.recovery.recover import RecoveryReport, recover
 from llm_surgeon.recovery.state import claim, contents, finished, note_report
 from llm_surgeon.report.format import perplexity_of, plural, published_name, two_decimals

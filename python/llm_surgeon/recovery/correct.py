@@ -11,7 +11,7 @@ from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.progress import Progress
-from llm_surgeon.recovery.config import LARGEST_SEED, RecoverConfig
+from llm_surgeon.config.recover import LARGEST_SEED, RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.traces import traceless
 from llm_surgeon.recovery.training import train

@@ -23,7 +23,7 @@ from llm_surgeon.models.passes import evaluation_mode, mean_loss
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.progress import Progress
-from llm_surgeon.recovery.config import RecoverConfig, check_rank
+from llm_surgeon.config.recover import RecoverConfig, check_rank
 from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.traces import traceless
 from llm_surgeon.recovery.training import train

@@ -24,7 +24,7 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError, first_line
 from llm_surgeon.models.passes import run_model
 from llm_surgeon.progress import Progress
-from llm_surgeon.recovery.config import RecoverConfig
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.recovery.state import latest_checkpoint, seal
 
 _MICRO_TOKENS = 16384

@@ -12,7 +12,7 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.models.checks import check_shrinkable
 from llm_surgeon.models.decoder import Decoder, check_finite, find_decoder
 from llm_surgeon.models.wrappers import unwrapped
-from llm_surgeon.recovery.config import check_rank
+from llm_surgeon.config.recover import check_rank
 
 
 def checked(model: Any, config: PruneConfig) -> tuple[Any, Decoder, PruneConfig]:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from llm_surgeon.errors import InputError
-from llm_surgeon.recovery.config import RecoverConfig
+from llm_surgeon.config.recover import RecoverConfig
 
 COUNTS = {field.name for field in dataclasses.fields(RecoverConfig) if str(field.type) in ("int", "int | None")} - {
     "seed"
