@@ -5,7 +5,7 @@
 Calibration: 128 windows of 1024 tokens drawn from the text's train part with a seed. Perplexity: the test part's
 non-overlapping windows of 1024, tail dropped, the model in float32 throughout.
 
-A method may be followed by options that differ from the defaults: ``"surgeon joint, exchanges 2, schedule 1.5"``.
+A method may be followed by options that differ from the defaults: ``"surgeon joint, swaps 2, schedule 1.5"``.
 
 Every trial is appended to ``quality_trials.csv`` as it ends; trials found there are not run again. ``quality.csv`` is
 made anew from it: one row per model, structure and method, the mean over the calibration seeds.

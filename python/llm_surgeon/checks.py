@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Collection, Iterable
 
 from llm_surgeon.errors import InputError
@@ -50,6 +51,16 @@ def require_number(name: str, value: object, low: float, high: float, *, low_all
         raise InputError(f"{name} must be a number {bound}, not {shown(value)}")
     if isinstance(value, int) and abs(value) > LARGEST_COUNT:  # more than a float can hold, maybe
         raise InputError(f"{name} must be at most {LARGEST_COUNT}, not {shown(value)}")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of ``"24GB"``, ``"22.5 GiB"`` or a plain number; raises :class:`InputError` for anything else."""
+    match = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,19})?)\s*([kMGT]i?)?B?", str(text).strip())
+    if match is None:
+        raise InputError(f"{text!r} is no amount of memory: write 24GB or 22.5GiB")
+    prefix = match[2] or ""
+    power = "kMGT".find(prefix[:1]) + 1 if prefix else 0
+    return round(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** power)
 
 
 def shown(value: object, most: int = 100) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import ssl
 import sys
@@ -163,16 +162,6 @@ def require_disk(out: str | Path, needed: int) -> None:
 def nearest_existing(path: Path) -> Path:
     """``path`` or the nearest of its parents that exists."""
     return next(candidate for candidate in (path, *path.parents) if os.path.exists(candidate))
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes of ``"24GB"``, ``"22.5 GiB"`` or a plain number; raises :class:`InputError` for anything else."""
-    match = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,19})?)\s*([kMGT]i?)?B?", str(text).strip())
-    if match is None:
-        raise InputError(f"{text!r} is no amount of memory: write 24GB or 22.5GiB")
-    prefix = match[2] or ""
-    power = "kMGT".find(prefix[:1]) + 1 if prefix else 0
-    return round(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** power)
 
 
 def human_bytes(count: int) -> str:

@@ -40,7 +40,7 @@ _plausible = st.lists(
         [
             *("structure: 2:4", "structure: 16:32", "structure: unstructured", "sparsity: .5", "sparsity: 1e-1"),
             *("method: surgeon", "method: wanda", "method: k-obd", "update: chunked", "update: none", "shots: 0x3"),
-            *("samples: 010", "seqlen: 1_000", "seed: -1", "exchanges: 0", "gradient-steps: 1", "skip-layers: 0-3"),
+            *("samples: 010", "seqlen: 1_000", "seed: -1", "swaps: 0", "gradient-steps: 1", "skip-layers: 0-3"),
             *("fisher: sampled", "skip_layers: 2020-01-01", "lora_rank: 8", "kron_rank: 2", "round_to: 1:30"),
         ]
     ),

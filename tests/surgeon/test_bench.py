@@ -50,13 +50,13 @@ def test_a_pruned_model_is_as_much_smaller_as_its_row_says(
 
 def test_methods_take_options(monkeypatch: pytest.MonkeyPatch) -> None:
     quality = bench("end_to_end.quality", monkeypatch)
-    assert quality.options_of("surgeon joint, exchanges 2, schedule 1.5") == {
+    assert quality.options_of("surgeon joint, swaps 2, schedule 1.5") == {
         "method": "surgeon",
         "update": "joint",
-        "exchanges": 2,
+        "swaps": 2,
         "schedule": 1.5,
     }
-    for wrong in ("surgeon", "surgeon joint, exchanges"):
+    for wrong in ("surgeon", "surgeon joint, swaps"):
         with pytest.raises(quality.argparse.ArgumentTypeError):
             quality.options_of(wrong)
 

@@ -60,8 +60,8 @@ def test_methods_without_update_leave_the_survivors_alone(method):
     assert (report.shots[-1].predicted_increase is None) == (method != "k-obd")
 
 
-@pytest.mark.parametrize("exchanges", [0, 2])
-def test_each_shot_meets_its_target_and_without_exchanges_keeps_what_earlier_shots_pruned(exchanges):
+@pytest.mark.parametrize("swaps", [0, 2])
+def test_each_shot_meets_its_target_and_without_swaps_keeps_what_earlier_shots_pruned(swaps):
     masks = []
 
     class Watch(Progress):
@@ -70,7 +70,7 @@ def test_each_shot_meets_its_target_and_without_exchanges_keeps_what_earlier_sho
                 masks.append({name: matrix == 0.0 for name, matrix in matrices(model).items()})
 
     model = build("llama")
-    options = {"structure": "unstructured", "sparsity": 0.6, "shots": 3, "exchanges": exchanges}
+    options = {"structure": "unstructured", "sparsity": 0.6, "shots": 3, "swaps": swaps}
     report = prune(model, TOKENS, progress=Watch(), config=PruneConfig(**options))
     total = sum(mask.numel() for mask in masks[0].values())
     assert [sum(int(m.sum()) for m in shot.values()) for shot in masks] == [
@@ -80,7 +80,7 @@ def test_each_shot_meets_its_target_and_without_exchanges_keeps_what_earlier_sho
     returned = sum(
         int((mask & ~after[name]).sum()) for before, after in itertools.pairwise(masks) for name, mask in before.items()
     )
-    assert (returned > 0) == (exchanges > 0)
+    assert (returned > 0) == (swaps > 0)
     assert [shot.target_sparsity for shot in report.shots] == pytest.approx([0.2, 0.4, 0.6])
     assert [shot.sparsity for shot in report.shots] == pytest.approx([0.2, 0.4, 0.6], abs=1e-3)
 

@@ -24,7 +24,6 @@ from llm_surgeon.resources import (
     human_bytes,
     matmul_rate,
     nearest_existing,
-    parse_bytes,
     require_disk,
     require_memory,
 )
@@ -163,27 +162,6 @@ def test_hub_reachable(error: Exception | None, expected: bool, monkeypatch: pyt
     assert hub_reachable() is expected
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hub_reachable() is False
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("24GB", 24 * 10**9),
-        ("22.5 GiB", 22.5 * 2**30),
-        ("500M", 5 * 10**8),
-        ("1024", 1024),
-        (4096, 4096),
-        ("1kB", 1000),
-    ],
-)
-def test_parse_bytes(text: str | int, expected: float) -> None:
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "much", "24 parsecs", "-1GB", "1e9"])
-def test_no_amount_of_memory(text: str) -> None:
-    with pytest.raises(InputError, match="is no amount of memory"):
-        parse_bytes(text)
 
 
 def test_matmul_rate_is_a_plausible_rate() -> None:

@@ -7,18 +7,21 @@ from typing import Annotated
 
 import typer
 
-from llm_surgeon.cli.options import Device, Quiet, TrustRemoteCode
+from llm_surgeon.cli.options import DTYPES, Device, Quiet, TrustRemoteCode
+from llm_surgeon.cli.parameters import completion, examples
 from llm_surgeon.config.decoding import Decoding
 
-bench_app = typer.Typer(help="Measure the speed of a model.", no_args_is_help=True)
+app = typer.Typer(help="Measure the speed of a model.", no_args_is_help=True)
 
 
-@bench_app.callback()
+@app.callback()
 def bench() -> None:
     """Measure the speed of a model."""
 
 
-@bench_app.command()
+@app.command(
+    epilog=examples("surgeon bench generate pruned", "surgeon bench generate pruned --packed packed --decoding graph")
+)
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a 2:4 model, dense or packed.")],
     packed: Annotated[Path | None, typer.Option(help="MODEL packed; left out, it is packed in memory.")] = None,
@@ -28,7 +31,10 @@ def generate(
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Timed runs, of which the median counts.", min=1)] = 3,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 (default: as stored).")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"{' | '.join(DTYPES)} (default: as stored).", autocompletion=completion(lambda: DTYPES)),
+    ] = None,
     decoding: Annotated[
         list[Decoding] | None,
         typer.Option(

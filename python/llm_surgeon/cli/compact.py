@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llm_surgeon.cli.options import (
+    Out,
     Overwrite,
     Quiet,
     TrustRemoteCode,
@@ -15,14 +15,18 @@ from llm_surgeon.cli.options import (
     progress_bars,
     quiet_libraries,
 )
+from llm_surgeon.cli.parameters import examples
 from llm_surgeon.errors import printable
 
+app = typer.Typer()
 
+
+@app.command(epilog=examples("surgeon compact pruned smaller", "surgeon compact recovered smaller --overwrite"))
 def compact(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or hub id of a model with zero rows and columns.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")],
+    out: Out,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from llm_surgeon.checks import require_choice
+from llm_surgeon.cli.parameters import completion
 from llm_surgeon.data.rows import TEXT_KINDS
 from llm_surgeon.errors import printable
 from llm_surgeon.progress import LineProgress, Progress, TerminalProgress
@@ -24,11 +26,16 @@ if TYPE_CHECKING:
 # Names of files and models hold brackets, colons and numbers that mean nothing to rich.
 console = Console(markup=False, emoji=False, highlight=False)
 
+DTYPES = ("float32", "bfloat16", "float16")
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no summary.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what to compute in.")]
+Dtype = Annotated[
+    str, typer.Option(help=f"What to compute in: {' | '.join(DTYPES)}", autocompletion=completion(lambda: DTYPES))
+]
 DATA_HELP = f"wikitext2, c4, any data set of the hub (owner/name[:configuration[:split]]), or {TEXT_KINDS}"
 FIELD_HELP = "Field of the text's rows to read: text, else messages or conversations, else the only one with text."
 TextField = Annotated[str | None, typer.Option(help=FIELD_HELP)]
@@ -68,7 +75,7 @@ def show(text: str) -> None:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    require_choice("dtype", name, ("float32", "bfloat16", "float16"))
+    require_choice("dtype", name, DTYPES)
     import torch
 
     return getattr(torch, name)

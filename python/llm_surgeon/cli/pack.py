@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llm_surgeon.cli.options import (
+    Out,
     Overwrite,
     Quiet,
     TrustRemoteCode,
@@ -16,14 +16,18 @@ from llm_surgeon.cli.options import (
     quiet_libraries,
     show,
 )
+from llm_surgeon.cli.parameters import examples
 from llm_surgeon.errors import printable
 
+app = typer.Typer()
 
+
+@app.command(epilog=examples("surgeon pack pruned packed", "surgeon pack pruned packed --overwrite"))
 def pack(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or hub id of a 2:4 model, as `surgeon prune` writes it.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")],
+    out: Out,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,

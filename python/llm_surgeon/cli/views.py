@@ -21,7 +21,6 @@ from surgeon_kernels import build_info
 def print_plan(console: Console, job: PruneJob, out: Path) -> None:
     """What a run would prune, and the memory, disk and time it would take."""
     removal, config, linears, plan = job.removal(), job.config, job.decoder.linears, job.plan
-    assert config.shots is not None
     shots = plural(config.shots, "shot")
     table = Table("layers", "kind", "rows × columns", title=f"{printable(job.source)}: {len(linears)} linear layers")
     shapes = Counter((linear.kind, linear.rows, linear.columns) for linear in linears)

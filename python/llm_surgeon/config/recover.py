@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from llm_surgeon.checks import (
-    LARGEST_COUNT,
-    require_choice,
-    require_int,
-    require_known,
-    require_number,
-    require_positive_int,
-)
+from llm_surgeon.checks import require_choice
+from llm_surgeon.config.fields import check_options, count, number, option, options, present_names
 from llm_surgeon.errors import InputError
 
-if TYPE_CHECKING:
-    from llm_surgeon.models.decoder import Decoder
-
-METHODS = ("lora", "full")
 _HELD_OUT_WINDOWS = 64
 LARGEST_SEED = 2**32 - 1  # numpy's generators, which Trainer seeds, take no more
 
@@ -40,69 +29,51 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@options
 @dataclass(frozen=True)
 class RecoverConfig:
-    """Every option of a recovery run; validated when built.
+    """Every option of a recovery run; validated when built, and what was left out filled in.
 
-    Attributes:
-        method: ``"lora"`` trains a low-rank correction of every linear layer and absorbs it at the end; ``"full"``
-            trains every parameter. Both leave pruned weights exactly zero.
-        steps: optimizer steps (AdamW); the learning rate falls to zero along a cosine.
-        batch_size: sequences a step.
-        micro_batch_size: sequences at once (left out: about 16384 tokens); gradients are accumulated over a step.
-        seqlen: tokens a sequence.
-        learning_rate: its peak (left out: 2e-3 for ``"lora"``, 5e-4 for ``"full"``).
-        warmup_steps: steps in which it rises from zero (left out: a twentieth of ``steps``).
-        weight_decay: of AdamW.
-        rank, alpha, dropout: LoRA: a correction is ``alpha / rank · B A`` with B ``[R, rank]`` and A ``[rank, C]``.
-        temperature: with a teacher, the loss is ``T² KL(teacher ‖ student)`` of logits divided by T.
-        eval_every: steps between evaluations of the held-out loss (left out: a tenth of ``steps``).
-        eval_windows: held-out sequences of each, where a text is split (left out: 64, or fewer where all evaluations
-            together, the ones before and after the training included, would see more sequences than the training).
-        patience: evaluations without improvement before training stops; the best state is kept in any case.
-        seed: of batches, dropout and LoRA's initial values.
+    What is ``None`` after that depends on the model or the machine.
     """
 
-    method: str = "lora"
-    steps: int = 200
-    batch_size: int = 32
-    micro_batch_size: int | None = None
-    seqlen: int | None = None
-    learning_rate: float | None = None
-    warmup_steps: int | None = None
-    weight_decay: float = 0.0
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    temperature: float = 1.0
-    eval_every: int | None = None
-    eval_windows: int | None = None
-    patience: int = 5
-    seed: int = 0
+    method: Literal["lora", "full"] = option(
+        "lora", "A low-rank correction of every linear that is absorbed at the end, or every parameter is trained"
+    )
+    # AdamW; the learning rate falls to zero along a cosine.
+    steps: int = option(200, "Optimizer steps.", count())
+    batch_size: int = option(32, "Sequences a step.", count())
+    micro_batch_size: int | None = option(
+        None, "Sequences at once: about 16384 tokens; gradients are accumulated.", count()
+    )
+    # Left out, a run fills it in once the model is known.
+    seqlen: int = option(None, "Tokens a sequence: 512 or the model's limit.", count())
+    learning_rate: float = option(None, "Peak learning rate: 2e-3 for lora, 5e-4 for full.", number())
+    warmup_steps: int = option(None, "Steps it takes to rise: steps / 20.", count(0))
+    weight_decay: float = option(0.0, "AdamW's.", number(low_allowed=True))
+    rank: int = option(16, "LoRA: rank of a correction.", count())
+    alpha: float = option(32.0, "LoRA: a correction is alpha / rank · B A, with B [R, rank] and A [rank, C].", number())
+    dropout: float = option(0.0, "LoRA: dropout before A.", number(0.0, 1.0, low_allowed=True))
+    temperature: float = option(1.0, "Distillation: T of T² KL(teacher ‖ student), logits divided by T.", number())
+    eval_every: int = option(None, "Steps between held-out losses: steps / 10.", count())
+    # Fewer where all evaluations together, the ones before and after the training included, would see more sequences
+    # than the training.
+    eval_windows: int | None = option(None, "Held-out sequences of each: 64, fewer in short trainings.", count())
+    patience: int = option(5, "Evaluations without improvement before stopping; the best state is kept.", count())
+    seed: int = option(0, "Seed of batches, dropout and initial values.", count(0, LARGEST_SEED))
 
     def __post_init__(self) -> None:
-        require_choice("method", self.method, METHODS)
-        for name in ("steps", "batch_size", "rank", "patience"):
-            require_positive_int(name, getattr(self, name))
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 2e-3 if self.method == "lora" else 5e-4)
-        if self.warmup_steps is None:
-            object.__setattr__(self, "warmup_steps", self.steps // 20)
-        if self.eval_every is None:
-            object.__setattr__(self, "eval_every", max(1, self.steps // 10))
-        require_positive_int("eval_every", self.eval_every)
-        for name in ("micro_batch_size", "seqlen", "eval_windows"):
-            if getattr(self, name) is not None:
-                require_positive_int(name, getattr(self, name))
-        for name in ("learning_rate", "alpha", "temperature"):
-            require_number(name, getattr(self, name), 0.0, float("inf"))
-        require_number("weight_decay", self.weight_decay, 0.0, float("inf"), low_allowed=True)
-        require_number("dropout", self.dropout, 0.0, 1.0, low_allowed=True)
-        require_int("warmup_steps", self.warmup_steps, 0, LARGEST_COUNT)
-        assert self.warmup_steps is not None
+        check_options(self)
+        resolved = {
+            "learning_rate": 2e-3 if self.method == "lora" else 5e-4,
+            "warmup_steps": self.steps // 20,
+            "eval_every": max(1, self.steps // 10),
+        }
+        for name, value in resolved.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if self.warmup_steps >= self.steps:
             raise InputError(f"warmup_steps {self.warmup_steps} leave nothing of the {self.steps} steps: take fewer")
-        require_int("seed", self.seed, 0, LARGEST_SEED)
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise InputError(f"batch_size {self.batch_size} is not divisible by micro_batch_size {micro}")
@@ -112,7 +83,6 @@ class RecoverConfig:
         """``eval_windows``, or what it stands for where it was left out."""
         if self.eval_windows is not None:
             return self.eval_windows
-        assert self.eval_every is not None
         evaluations = -(-self.steps // self.eval_every) + 2
         return max(1, min(_HELD_OUT_WINDOWS, self.steps * self.batch_size // evaluations))
 
@@ -123,12 +93,4 @@ class RecoverConfig:
         name = given.pop("preset", None)
         if name is not None:
             require_choice("preset", name, tuple(PRESETS))
-        require_known(given, [field.name for field in dataclasses.fields(cls)])
-        return cls(**{**PRESETS.get(name or "", {}), **given})
-
-
-def check_rank(decoder: Decoder, rank: int, name: str) -> None:
-    """Refuse a rank, the option ``name``, that no layer can have: it is only a slip, and takes any amount of memory."""
-    most = max(min(linear.rows, linear.columns) for linear in decoder.linears)
-    if rank > most:
-        raise InputError(f"{name} {rank} is more than the rank of every layer, at most {most}")
+        return cls(**{**PRESETS.get(name or "", {}), **present_names(cls, given)})

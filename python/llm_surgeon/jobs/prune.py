@@ -239,7 +239,6 @@ def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, conf
     Raises:
         InputError: a text is too short, or the model lacks tokens or positions.
     """
-    assert config.seqlen is not None
     shape = config.samples, config.seqlen, config.seed
     require_room(config.samples, config.seqlen)
     streams = {name: token_stream(text, tokenizer) for name, text in texts.items()}

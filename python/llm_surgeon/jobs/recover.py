@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import claimed_output, load_model, require_model
 from llm_surgeon.checkpoint.output import output_path
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, require_room, token_stream
 from llm_surgeon.data.documents import read_documents
 from llm_surgeon.data.record import data_record
@@ -22,7 +23,6 @@ from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.limits import choose_seqlen
 from llm_surgeon.progress import Progress
-from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.recovery.recover import RecoveryReport, recover
 from llm_surgeon.recovery.state import claim, contents, finished, note_report
 from llm_surgeon.report.format import perplexity_of, plural, published_name, two_decimals
@@ -87,7 +87,6 @@ def recover_checkpoint(
         dense = None if teacher is None else _load_teacher(teacher, made.tokenizer, place, trust_remote_code)
         limit = choose_seqlen(None, made.model)
         config = replace(config, seqlen=choose_seqlen(config.seqlen or min(512, limit), made.model))
-        assert config.seqlen is not None
         require_room(config.steps * config.batch_size, config.seqlen)
         ids, digest = token_stream(documents, made.tokenizer)
         windows, held_out = _split(ids, config)
@@ -150,7 +149,6 @@ def _state_bytes(model: nn.Module, config: RecoverConfig, state: Path) -> int:
 
 def _split(ids: Tensor, config: RecoverConfig) -> tuple[Tensor, Tensor]:
     """Training windows at random places of the stream ``ids``, held-out windows from its end."""
-    assert config.seqlen is not None
     wanted = max(1, min(config.held_out_windows, int(_HELD_OUT_FRACTION * len(ids)) // config.seqlen))
     cut = len(ids) - wanted * config.seqlen
     if cut < config.seqlen:

@@ -89,7 +89,6 @@ def _select_masks(
     sizes = [cost.weight.numel() for cost in costs]
     limits, pattern, fraction = sizes, None, sparsity
     if config.pattern.m:
-        assert config.sparsity is not None
         pattern, fraction = (config.pattern.n, config.pattern.m), sparsity / config.sparsity
         limits = sizes = [size // config.pattern.m for size in sizes]
     elif method(config.method).comparison == "row":

@@ -123,7 +123,6 @@ def prune_sparsegpt(
         NumericalError: NaN or infinity met; the message names the layer. Earlier layers are already pruned.
     """
     structure = config.pattern
-    assert config.sparsity is not None
     pattern = (structure.n, structure.m) if structure.m else None
     if pattern is not None:
         for linear in decoder.linears:

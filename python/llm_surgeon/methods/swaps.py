@@ -20,7 +20,7 @@ _ROUGH, _ROUND = 0.05, 4
 def solve_with_swaps(
     weight: Tensor, selection: Selection, factors: KroneckerFactors, config: PruneConfig
 ) -> tuple[JointUpdate, Selection]:
-    """The joint update, after ``config.exchanges`` rounds of a better selection from the last one's multipliers.
+    """The joint update, after ``config.swaps`` rounds of a better selection from the last one's multipliers.
 
     A round's multipliers begin at those of the last one, and so do the solution's: few iterations bring them near.
     Where the swaps did not lower the objective, the ``selection`` that was given is solved for and returned.
@@ -28,7 +28,6 @@ def solve_with_swaps(
     Args:
         weight: ``[R, C']``, the bias as last column where there is one.
     """
-    assert config.exchanges is not None
     matrices = *factors.damped, *factors.inverses
     options: dict[str, Any] = {"tolerance": config.tolerance, "max_iterations": config.max_iterations}
 
@@ -38,12 +37,12 @@ def solve_with_swaps(
     def estimate(chosen: Selection, **settings: Any) -> JointUpdate:
         return joint_estimate(weight, chosen.with_bias(weight.shape[1]), *matrices, **settings)
 
-    if not config.exchanges:
+    if not config.swaps:
         return solve(selection), selection
     rough = estimate(selection, **options | {"tolerance": _ROUGH})
     value = rough.objective[-1] if rough.objective else rough.bound[-1]
     chosen, multipliers = selection, None
-    for index in range(config.exchanges):
+    for index in range(config.swaps):
         if index:
             rough = estimate(chosen, start=multipliers, max_iterations=_ROUND)
         changed, multipliers = _swapped(weight, chosen, rough, factors, config), rough.gradient.neg_()

@@ -62,7 +62,6 @@ class PairedCurvature:
         Raises:
             NumericalError: the first pair is not positive definite even when it is damped.
         """
-        assert self._config.damp_g is not None
         G, A = self._pairs[linear.name]
         first = damp(G[0], self._config.damp_g), damp(A[0], self._config.damp_a)
         with numerical_errors():

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_surgeon.errors import NumericalError, UnsupportedModelError
+from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models.checks import (
     PROBE_SHAPE,
     check_causal,
@@ -219,3 +219,10 @@ def _probe(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, s
         if name not in groups:
             raise UnsupportedModelError(f"{name} does not run in a forward pass: it cannot be pruned")
     return groups
+
+
+def check_rank(decoder: Decoder, rank: int, name: str) -> None:
+    """Refuse a rank, the option ``name``, that no layer can have: it is only a slip, and takes any amount of memory."""
+    most = max(min(linear.rows, linear.columns) for linear in decoder.linears)
+    if rank > most:
+        raise InputError(f"{name} {rank} is more than the rank of every layer, at most {most}")

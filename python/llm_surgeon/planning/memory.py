@@ -43,7 +43,6 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module, decoder: Decoder, config: PruneConfig) -> None:
-        assert config.seqlen is not None
         self.config, self.seqlen = config, config.seqlen
         self.model = model
         self.device = compute_device(model, config)
@@ -165,7 +164,7 @@ class Memory:
         # The factors of a layer, their inverses where weights go singly, and the solver's matrices.
         if not self.config.pattern.single_weights:
             return self._factor_workspace(1) + _FLOAT * largest * 6
-        held = SOLVER_MATRICES + _SOLUTION_MATRICES * bool(self.config.exchanges)
+        held = SOLVER_MATRICES + _SOLUTION_MATRICES * bool(self.config.swaps)
         return self._factor_workspace(2) + _FLOAT * largest * held
 
     def _steps(self, windows: int) -> int:

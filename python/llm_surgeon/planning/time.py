@@ -17,7 +17,7 @@ _PASS_EFFICIENCY, _GRAM_EFFICIENCY, _FACTORISATION_EFFICIENCY = 0.76, 0.72, 0.65
 _SOLVER_ITERATIONS, _HALF_SPEED = 12, 10.5
 # Products in full precision by which it checks its result, and how much slower than in the iterations they are.
 _SOLVER_CHECKS, _CHECK_COST = 2, 3.0
-# Products of a further round of exchanges: its iterations, its start and its solution, and as long as three take to
+# Products of a further round of swaps: its iterations, its start and its solution, and as long as three take to
 # choose.
 _ROUND_PRODUCTS = 9
 # Forward passes over all data that a gradient step costs: three over seven eighths, six over what is held out.
@@ -56,7 +56,6 @@ def run_seconds(
         rates: operations per second of matrix products in the model's dtype, and in float32.
         inverted_once: the inverses are computed with their diagonals.
     """
-    assert config.seqlen is not None and config.shots is not None and config.exchanges is not None
     tokens = config.samples * config.seqlen
     half, single = rates
     forward = 2 * (sum(R * C for R, C in sizes) + head) * tokens / (half * _PASS_EFFICIENCY)
@@ -72,8 +71,8 @@ def run_seconds(
             seconds += 3 * products / (single * faster)
         elif config.update == "joint":
             iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
-            # A first solution for the exchanges; each of their further rounds; the solution.
-            rounds = (iterations + (config.exchanges - 1) * _ROUND_PRODUCTS) if config.exchanges else 0
+            # A first solution for the swaps; each of their further rounds; the solution.
+            rounds = (iterations + (config.swaps - 1) * _ROUND_PRODUCTS) if config.swaps else 0
             # A gradient step: forward, twice as much backward, losses of what is held out, and a direction.
             product = products / (single * faster)
             seconds += config.gradient_steps * (_STEP_PASSES * forward + (iterations + checks) * product)

@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.config.recover import LARGEST_SEED, RecoverConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.progress import Progress
-from llm_surgeon.config.recover import LARGEST_SEED, RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.traces import traceless
 from llm_surgeon.recovery.training import train

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
-from llm_surgeon.models.decoder import check_finite, find_decoder
+from llm_surgeon.models.decoder import check_finite, check_rank, find_decoder
 from llm_surgeon.models.footprint import is_compact
 from llm_surgeon.models.limits import require_fit
 from llm_surgeon.models.passes import evaluation_mode, mean_loss
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.progress import Progress
-from llm_surgeon.config.recover import RecoverConfig, check_rank
 from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.traces import traceless
 from llm_surgeon.recovery.training import train

@@ -20,11 +20,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError, first_line
 from llm_surgeon.models.passes import run_model
 from llm_surgeon.progress import Progress
-from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.recovery.state import latest_checkpoint, seal
 
 _MICRO_TOKENS = 16384
@@ -142,7 +142,6 @@ def train(
     Raises:
         NumericalError: a loss that is not a number; InputError: ``folder`` cannot be written.
     """
-    assert config.learning_rate is not None and config.warmup_steps is not None and config.eval_every is not None
     device = next(model.parameters()).device
     micro = config.micro_batch_size or _micro_batch(config.batch_size, windows.input_ids.shape[1])
     evaluated = held_out is not None

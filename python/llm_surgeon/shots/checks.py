@@ -10,9 +10,8 @@ from torch import nn
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.models.checks import check_shrinkable
-from llm_surgeon.models.decoder import Decoder, check_finite, find_decoder
+from llm_surgeon.models.decoder import Decoder, check_finite, check_rank, find_decoder
 from llm_surgeon.models.wrappers import unwrapped
-from llm_surgeon.config.recover import check_rank
 
 
 def checked(model: Any, config: PruneConfig) -> tuple[Any, Decoder, PruneConfig]:

@@ -176,7 +176,6 @@ def run_shots(shots: Shots, run: Run, before_update: Callable[[], object] = lamb
 def _schedule(run: Run) -> Iterator[Shot]:
     """The shots: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of what the run removes is gone."""
     config = run.config
-    assert config.sparsity is not None and config.shots is not None
     run.progress.shots(config.shots)
     index, last = 0, False
     while not last:

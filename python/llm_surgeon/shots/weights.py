@@ -35,7 +35,6 @@ class WeightShots:
 
     def removal(self) -> str:
         total = sum(linear.rows * linear.columns for linear in self.run.decoder.linears)
-        assert self.config.sparsity is not None
         least = "" if self.config.pattern.single_weights else "at least "
         return f"{least}{round(self.config.sparsity * total):,} of {total:,} weights"
 

@@ -53,7 +53,6 @@ class GroupShots:
 
     def removal(self) -> str:
         total = sum(linear.rows * linear.columns for linear in self.decoder.linears)
-        assert self.config.sparsity is not None
         return f"at least {round(self.config.sparsity * total):,} of {total:,} weights"
 
     def begin(self, resources: ExitStack) -> None:
@@ -89,7 +88,6 @@ class GroupShots:
         jitter = shot.report.jitter
         costs = [self._costs(dimension, removed, jitter) for dimension, removed in self._each_dimension()]
         weights = sum(selection.pruned.numel() for selection in self.selections)
-        assert self.config.sparsity is not None
         sparsities = (shot.report.target_sparsity, self.config.sparsity)
         target, final = (math.ceil(sparsity * weights - 1e-6) for sparsity in sparsities)
         self.removed, shot.report.threshold = select_groups(
@@ -126,7 +124,7 @@ class GroupShots:
         config, consumer = self.config, dimension.consumer
         if config.importance != "kronecker":
             return group_importance(dimension, config.importance, self._gradients, self._generator)
-        assert self._curvature is not None and config.damp_g is not None
+        assert self._curvature is not None
         G, A = self._curvature.factors(consumer)
         assert G is not None
         # What is gone cannot compensate, though its inputs may live on in other heads of its group.

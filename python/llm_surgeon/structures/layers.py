@@ -38,7 +38,6 @@ class BlockShots:
 
     def removal(self) -> str:
         weights, blocks = block_weights(self.decoder), len(self.decoder.blocks)
-        assert self.config.sparsity is not None
         if len(set(weights)) > 1:
             about = round(self.config.sparsity * sum(weights))
             return f"whole ones of {blocks} blocks of several sizes, about {about:,} of {sum(weights):,} weights"
@@ -91,7 +90,6 @@ class BlockShots:
         """Blocks that may go next and leave enough to go on with: at equal distances more goes, in any case a block."""
         weights = block_weights(self.decoder)
         left = [d for d in range(len(weights)) if d not in {*self.removed, *self.config.skipped_layers}]
-        assert self.config.sparsity is not None
         missing = self.config.sparsity * sum(weights) - sum(weights[depth] for depth in self.removed)
         nearer = [d for d in left if abs(missing - weights[d]) <= abs(missing) * (1 + 1e-9)]
         if len(self.removed) == len(weights) - 1:
@@ -158,7 +156,6 @@ def count_blocks(decoder: Decoder, config: PruneConfig) -> int:
     Raises:
         InputError: ``config`` cannot be met.
     """
-    assert config.sparsity is not None
     blocks, weights = len(decoder.blocks), block_weights(decoder)
     if config.skipped_layers and max(config.skipped_layers) >= blocks:
         raise InputError(f"skip_layers names block {max(config.skipped_layers)}, and the model has {blocks}")

@@ -55,7 +55,6 @@ def select_groups(
 
 def check_reachable(dimensions: Sequence[Dimension], config: PruneConfig, weights: int) -> None:
     """Raise :class:`InputError` where no allowed sizes remove the sparsity asked for of ``weights``."""
-    assert config.sparsity is not None
     left = weights
     for dimension in dimensions:
         full = dimension.weights(dimension.groups, dimension.parts)

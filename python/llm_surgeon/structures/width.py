@@ -172,7 +172,6 @@ def reachable_width(model: Any, decoder: Decoder, config: PruneConfig) -> tuple[
     """
     residual = find_residual(model, decoder)
     heads = getattr(model.config, "num_attention_heads", 1)
-    assert config.sparsity is not None
     goal = kept_width(residual, config.sparsity, config.round_to, heads, config.min_kept)
     removed = torch.arange(residual.width, device=residual.head.weight.device) >= goal
     with undone(model):

@@ -27,7 +27,7 @@ QUANTIZED = {"quantization_config": {"quant_method": "gptq"}}
         ("recover --steps 4 --warmup-steps 4", "llama", {}, "warmup_steps 4 leave nothing of the 4 steps"),
         ("recover --preset llm-pruner --steps 50", "llama", {}, "warmup_steps 100 leave nothing of the 50 steps"),
         ("prune --structure groups --skip-layers 1-0", "llama", {}, "skip_layers holds 1-0, which ends before it beg"),
-        ("prune --structure layers --round-to 8", "llama", {}, "round_to has no meaning for layers"),
+        ("prune --structure layers --round-to 8", "llama", {}, "round_to has no meaning for structure 'layers'"),
         ("prune --structure groups --sparsity 0.97 --dry-run", "llama", {}, "sparsity 0.97 would empty a layer"),
         ("prune --structure width --dry-run", "gpt2", {}, "tied to the token embedding"),
         ("prune --structure layers --sparsity 0.9 --dry-run", "llama", {}, "one of 2 blocks must stay"),

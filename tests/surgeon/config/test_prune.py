@@ -161,11 +161,11 @@ def test_shots_left_out_are_resolved(options, shots):
 
 
 @pytest.mark.parametrize(
-    "options, exchanges",
+    "options, swaps",
     [
         ({}, 4),
         ({"structure": "unstructured"}, 4),
-        ({"exchanges": 0}, 0),
+        ({"swaps": 0}, 0),
         ({"update": "chunked"}, 0),
         ({"kron_rank": 2}, 0),
         ({"structure": "rows-columns"}, 0),
@@ -173,8 +173,8 @@ def test_shots_left_out_are_resolved(options, shots):
         ({"method": "wanda"}, 0),
     ],
 )
-def test_exchanges_left_out_are_resolved(options, exchanges):
-    assert PruneConfig(**options).exchanges == exchanges
+def test_swaps_left_out_are_resolved(options, swaps):
+    assert PruneConfig(**options).swaps == swaps
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from llm_surgeon.errors import InputError
 from llm_surgeon.config.recover import RecoverConfig
+from llm_surgeon.errors import InputError
 
 COUNTS = {field.name for field in dataclasses.fields(RecoverConfig) if str(field.type) in ("int", "int | None")} - {
     "seed"

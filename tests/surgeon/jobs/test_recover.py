@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm_surgeon import prune_checkpoint
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.recover import _split, _text, recover_checkpoint
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.recovery.recover import RecoveryReport
 from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.checkpoints import save_folder, tree

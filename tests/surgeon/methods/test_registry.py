@@ -92,7 +92,7 @@ def test_costs_as_products_see_the_factors_and_can_be_compensated_for():
     for update in ("joint", "none"):
         model = build("llama")
         before = dense_weights(model)
-        prune(model, TOKENS, structure="2:4", method="toy", update=update, shots=1, exchanges=0)
+        prune(model, TOKENS, structure="2:4", method="toy", update=update, shots=1, swaps=0)
         after = dense_weights(model)
         zeros.append([weight == 0.0 for weight in after])
         kept.append([torch.equal(w[w != 0.0], dense[w != 0.0]) for w, dense in zip(after, before, strict=True)])

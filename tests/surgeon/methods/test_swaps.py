@@ -16,9 +16,9 @@ from tests.surgeon.one_layer import CPU, C, damped, layer
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-def test_exchanges_lower_the_objective_at_the_same_count_and_pattern(structure, bias):
+def test_swaps_lower_the_objective_at_the_same_count_and_pattern(structure, bias):
     linear, curvature = layer(bias)
-    config = PruneConfig(structure=structure, tolerance=1e-9, exchanges=0)
+    config = PruneConfig(structure=structure, tolerance=1e-9, swaps=0)
     factors = DampedFactors(curvature, config, [linear], CPU).of(linear)
     weight = linear.matrix(torch.float64)
     # The worst choice: there is something to gain.
@@ -26,7 +26,7 @@ def test_exchanges_lower_the_objective_at_the_same_count_and_pattern(structure, 
     selection = Selection(nm_select(cost, 2, 4) if structure == "2:4" else k_smallest([cost], 20)[1][0])
     before = selection.pruned.clone()
     plain = remove_and_compensate(weight, selection, factors, config, linear.name)
-    better = remove_and_compensate(weight, selection, factors, dataclasses.replace(config, exchanges=6), linear.name)
+    better = remove_and_compensate(weight, selection, factors, dataclasses.replace(config, swaps=6), linear.name)
     assert torch.equal(plain.selection.pruned, before) and torch.equal(selection.pruned, before)
     chosen = better.selection.pruned
     assert int(chosen.sum()) == int(before.sum())
@@ -39,14 +39,14 @@ def test_exchanges_lower_the_objective_at_the_same_count_and_pattern(structure, 
     assert bool((better.weight[:, :C][chosen] == 0.0).all())
 
 
-def test_more_rounds_of_exchanges_find_a_better_selection():
+def test_more_rounds_of_swaps_find_a_better_selection():
     linear, curvature = layer(False)
     config = PruneConfig(structure="2:4", tolerance=1e-9)
     factors = DampedFactors(curvature, config, [linear], CPU).of(linear)
     weight = linear.matrix(torch.float64)
     selection = Selection(nm_select(-weight.abs(), 2, 4))
     found = [
-        remove_and_compensate(weight, selection, factors, dataclasses.replace(config, exchanges=rounds), linear.name)
+        remove_and_compensate(weight, selection, factors, dataclasses.replace(config, swaps=rounds), linear.name)
         for rounds in (0, 1, 4)
     ]
     none, one, four = (update.objective[-1] for update in found)
@@ -55,35 +55,33 @@ def test_more_rounds_of_exchanges_find_a_better_selection():
 
 def test_an_exchange_that_does_not_pay_is_taken_back(monkeypatch):
     linear, curvature = layer(False)
-    config = PruneConfig(structure="unstructured", tolerance=1e-9, exchanges=0)
+    config = PruneConfig(structure="unstructured", tolerance=1e-9, swaps=0)
     factors = DampedFactors(curvature, config, [linear], CPU).of(linear)
     weight = linear.matrix(torch.float64)
     selection, worst = (Selection(k_smallest([sign * weight.abs()], 20)[1][0]) for sign in (1.0, -1.0))
     monkeypatch.setattr("llm_surgeon.methods.swaps.reselect", lambda *_: worst.pruned)
     plain, bad = (remove_and_compensate(weight, chosen, factors, config, linear.name) for chosen in (selection, worst))
     assert bad.objective[-1] > 1.5 * plain.objective[-1]
-    tried = remove_and_compensate(weight, selection, factors, dataclasses.replace(config, exchanges=2), linear.name)
+    tried = remove_and_compensate(weight, selection, factors, dataclasses.replace(config, swaps=2), linear.name)
     assert tried.selection is selection
     assert torch.equal(tried.weight, plain.weight) and tried.objective == plain.objective
 
 
-@pytest.mark.parametrize("exchanges", [1, 3])
-def test_exchanges_that_harm_are_taken_back(exchanges, monkeypatch):
+@pytest.mark.parametrize("swaps", [1, 3])
+def test_swaps_that_harm_are_taken_back(swaps, monkeypatch):
     linear, curvature = layer(False)
     factors = DampedFactors(curvature, PruneConfig(), [linear], CPU).of(linear)
     weight = linear.matrix(torch.float64)
     selection = Selection(nm_select(weight.abs(), 2, 4))
     plain, harmed = (
-        remove_and_compensate(weight, selection, factors, PruneConfig(tolerance=1e-9, exchanges=count), linear.name)
-        for count in (0, exchanges)
+        remove_and_compensate(weight, selection, factors, PruneConfig(tolerance=1e-9, swaps=count), linear.name)
+        for count in (0, swaps)
     )
     assert harmed.objective[-1] <= plain.objective[-1] * (1 + 1e-8)
     # Whatever is kept goes, whatever it costs.
     monkeypatch.setattr("llm_surgeon.methods.swaps.swap_cost", lambda weight, pruned, *_: pruned.to(weight.dtype))
-    harmed = remove_and_compensate(
-        weight, selection, factors, PruneConfig(tolerance=1e-9, exchanges=exchanges), linear.name
-    )
+    harmed = remove_and_compensate(weight, selection, factors, PruneConfig(tolerance=1e-9, swaps=swaps), linear.name)
     assert harmed.objective[-1] <= plain.objective[-1] * (1 + 1e-8)
     assert int(harmed.selection.pruned.sum()) == int(selection.pruned.sum())
-    if exchanges == 1:
+    if swaps == 1:
         assert torch.equal(harmed.selection.pruned, selection.pruned)

@@ -68,7 +68,7 @@ def test_prunes_a_model(structure):
 
 
 def test_what_it_does_not_go_with_is_refused():
-    for options in ({"structure": "rows-columns"}, {"update": "chunked"}, {"method": "wanda"}, {"exchanges": 1}):
+    for options in ({"structure": "rows-columns"}, {"update": "chunked"}, {"method": "wanda"}, {"swaps": 1}):
         with pytest.raises(InputError, match="kron_rank 2"):
             PruneConfig(kron_rank=2, **options)
     with pytest.raises(InputError, match="kron_rank must be at most 2, not 3"):

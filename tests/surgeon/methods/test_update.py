@@ -16,7 +16,7 @@ from tests.surgeon.one_layer import CPU, C, R, damped, layer
 @pytest.mark.parametrize("update", ["joint", "chunked"])
 def test_compensation_reaches_the_dense_optimum_and_moves_the_bias(bias, update):
     linear, curvature = layer(bias)
-    config = PruneConfig(structure="unstructured", update=update, tolerance=1e-12, exchanges=0)
+    config = PruneConfig(structure="unstructured", update=update, tolerance=1e-12, swaps=0)
     factors = DampedFactors(curvature, config, [linear], CPU).of(linear)
     weight = linear.matrix(torch.float64)
     selection = Selection(torch.rand(R, C) < 0.5)

@@ -133,7 +133,7 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     assert lines.seconds == pytest.approx(
         (3 * (2 * forward + tokens * grams + 2 / 3 * cubes + 3 * products) + forward) / 2.0
     )
-    _, single = plan_of(shots=3, max_iterations=10, exchanges=0, monkeypatch=monkeypatch)
+    _, single = plan_of(shots=3, max_iterations=10, swaps=0, monkeypatch=monkeypatch)
     assert single.seconds == pytest.approx(plan.seconds - 3 * (10 + 3 * 9) * products / 2.0)
     _, stepped = plan_of(shots=3, max_iterations=10, gradient_steps=2, monkeypatch=monkeypatch)
     assert stepped.seconds == pytest.approx(plan.seconds + 3 * 2 * (27 / 8 * forward + (10 + 2) * products) / 2.0)

@@ -95,7 +95,7 @@ def test_the_text_of_corrections_is_an_option_of_checkpoints(tmp_path, monkeypat
 
 @pytest.mark.parametrize("structure", ["width", "layers"])
 def test_structures_without_corrections_refuse_them(structure):
-    with pytest.raises(InputError, match=f"lora_rank has no meaning for {structure}"):
+    with pytest.raises(InputError, match=f"lora_rank has no meaning for structure '{structure}'"):
         PruneConfig(structure=structure, lora_rank=2)
 
 

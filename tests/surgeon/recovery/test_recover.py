@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from llm_surgeon import prune
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.recovery.lora import low_rank_corrections
 from llm_surgeon.recovery.recover import recover
 from llm_surgeon.recovery.training import Windows, distillation_loss

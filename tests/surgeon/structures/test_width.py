@@ -157,7 +157,7 @@ def test_what_cannot_be_narrowed_is_refused_and_left_as_it_was(name, error, word
 
 
 def test_blocks_cannot_be_skipped():
-    with pytest.raises(InputError, match="skip_layers has no meaning for width"):
+    with pytest.raises(InputError, match="skip_layers has no meaning for structure 'width'"):
         PruneConfig(structure="width", skip_layers="0")
 
 

@@ -1,0 +1,95 @@
+"""``surgeon prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llm_surgeon.cli.config_file import read_options
+from llm_surgeon.cli.options import (
+    DATA_HELP,
+    FIELD_HELP,
+    Device,
+    Model,
+    Out,
+    Overwrite,
+    Quiet,
+    TrustRemoteCode,
+    console,
+    progress_bars,
+    quiet_libraries,
+    show,
+)
+from llm_surgeon.cli.parameters import examples, file_options, with_options
+from llm_surgeon.config.fields import present_names
+from llm_surgeon.config.prune import CALIBRATION, SHOTS, PruneConfig
+from llm_surgeon.errors import InputError, printable
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "surgeon prune meta-llama/Llama-2-7b-hf pruned",
+        "surgeon prune model smaller --structure groups --sparsity 0.3 --calibration text.jsonl",
+    )
+)
+@with_options(PruneConfig)
+def prune(
+    context: typer.Context,
+    model: Model,
+    out: Out,
+    calibration: Annotated[
+        str | None, typer.Option(help=f"{DATA_HELP} (default: wikitext2).", rich_help_panel=CALIBRATION)
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help=FIELD_HELP, rich_help_panel=CALIBRATION)] = None,
+    lora_data: Annotated[
+        str | None,
+        typer.Option(help="Text that low-rank corrections learn from (default: the windows).", rich_help_panel=SHOTS),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of options; flags given here win.")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it takes.")] = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Prune MODEL into OUT, a checkpoint that loads in plain transformers."""
+    own = dict(locals())
+    in_file = file_options(prune, besides=("context", "model", "out", "config", "dry_run", "quiet"))
+    read = {} if config is None else read_options(config, in_file, {name for name, text in in_file.items() if text})
+    job_options = {name: read.pop(name) for name in own if name in read}
+    job_options |= {name: value for name, value in own.items() if name in in_file and value not in (None, False)}
+    if job_options.setdefault("calibration", "wikitext2") is None:
+        raise InputError(f"calibration must be text, not nothing, in config file {str(config)!r}")
+    flags = {name: value for name, value in options.items() if value is not None}
+    settings = PruneConfig(**present_names(PruneConfig, read) | present_names(PruneConfig, flags))
+    with progress_bars(quiet) as progress:
+        progress.phase("loading")
+        quiet_libraries()
+        from llm_surgeon.checkpoint import check_output
+        from llm_surgeon.cli.views import print_plan
+        from llm_surgeon.jobs.prune import PruneJob, prune_checkpoint
+
+        if dry_run:
+            inputs = {name: job_options.get(name) for name in ("calibration", "lora_data")} | {"config_file": config}
+            check_output(out, job_options.pop("overwrite", False), model=model, **inputs)
+            job = PruneJob(model, settings, **job_options)
+        else:
+            command = ["surgeon", *context.obj]
+            report = prune_checkpoint(
+                model, out, settings, config_file=config, command=command, progress=progress, **job_options
+            )
+    if dry_run:
+        print_plan(console, job, out)
+        return
+    if not quiet:
+        show(report.summary())
+        shown = printable(str(out))
+        console.print(f"\nwritten to {shown}: the model, surgeon_report.json, report.html", soft_wrap=True)
+        if settings.structure == "2:4":
+            advice = f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {shown} {shown}-packed"
+            console.print(advice, soft_wrap=True)
