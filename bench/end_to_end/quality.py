@@ -28,8 +28,9 @@ from llm_surgeon import InputError, PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.config.methods import method as record
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows
 from llm_surgeon.data.documents import read_text
+from llm_surgeon.data.tokens import tokenize
 
 SAMPLES, SEQLEN = 128, 1024
 STRUCTURES: dict[str, dict[str, Any]] = {

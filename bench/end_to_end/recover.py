@@ -22,8 +22,9 @@ import torch
 from bench.environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows
 from llm_surgeon.data.documents import read_text
+from llm_surgeon.data.tokens import tokenize
 from llm_surgeon.recovery.recover import recover
 
 SAMPLES, SEQLEN = 128, 1024

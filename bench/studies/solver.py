@@ -24,8 +24,9 @@ from bench.environment import append_row, environment
 from bench.studies.solver_variants import VARIANTS, Problem, Trace
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.curvature.estimate import estimate_curvature
-from llm_surgeon.data.calibration import calibration_windows, tokenize
+from llm_surgeon.data.calibration import calibration_windows
 from llm_surgeon.data.documents import read_text
+from llm_surgeon.data.tokens import tokenize
 from llm_surgeon.models.decoder import find_decoder
 from surgeon_kernels import element_cost, joint_update, k_smallest, nm_select, spd_inverse
 

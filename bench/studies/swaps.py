@@ -17,8 +17,9 @@ import torch
 from bench.environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity
 from llm_surgeon.checkpoint import load_model
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows
 from llm_surgeon.data.documents import read_text
+from llm_surgeon.data.tokens import tokenize
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.planning.plan import make_plan
 from llm_surgeon.shots.runner import Run, run_shots

@@ -11,8 +11,9 @@ import torch
 
 from llm_surgeon.checkpoint import Output, checkpoint_bytes, claimed_output, load_model
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, tokenize
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows
 from llm_surgeon.data.documents import read_text
+from llm_surgeon.data.tokens import tokenize
 from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.jobs.prune import write_pruned
 from llm_surgeon.progress import Progress

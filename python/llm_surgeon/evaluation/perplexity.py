@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import load_model, require_model
 from llm_surgeon.checks import require_positive_int
-from llm_surgeon.data.calibration import evaluation_windows, require_windows, token_stream
+from llm_surgeon.data.calibration import evaluation_windows, require_windows
 from llm_surgeon.data.documents import read_documents
+from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.isolation import plain_arithmetic
 from llm_surgeon.models.checks import check_causal

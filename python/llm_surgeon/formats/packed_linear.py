@@ -104,11 +104,11 @@ class PackedLinear(nn.Module):
             tune_once(prepared)
             self._dtype = _name_of(packed.values.dtype)
             self.values = self.indices = None
-            self.fragments = frozen(prepared.fragments)
+            self.fragments = frozen_parameter(prepared.fragments)
 
     def compress(self) -> None:
         """Keep the weight as cuSPARSELt has it, too; raises what `prepare_2_4` raises."""
-        self.compressed = frozen(prepare_2_4(self.packed, cusparselt=True).compressed)
+        self.compressed = frozen_parameter(prepare_2_4(self.packed, cusparselt=True).compressed)
 
     def _kernel_weight(self, fragments: Tensor) -> Linear24Weight:
         dtype = getattr(torch, self._dtype)
@@ -148,7 +148,7 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def frozen(tensor: Tensor | None) -> nn.Parameter | None:
+def frozen_parameter(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llm_surgeon.formats.packed_linear import PackedLinear, frozen, tune_once
+from llm_surgeon.formats.packed_linear import PackedLinear, frozen_parameter, tune_once
 from llm_surgeon.inference.pack import packed_linears
 from surgeon_kernels import Packed24
 from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
@@ -110,7 +110,7 @@ def merge_packed_linears(model: PreTrainedModel) -> list[list[str]]:
             rows = prepared.fragments[row // UNIT_ROWS : -(-(row + layer.out_features) // UNIT_ROWS)]
             layer.__class__ = MergedPackedLinear
             assert isinstance(layer, MergedPackedLinear)
-            layer.fragments = frozen(rows if row else prepared.fragments)
+            layer.fragments = frozen_parameter(rows if row else prepared.fragments)
             layer.group, layer.group_rows, layer.first_row = number, prepared.rows, row
             layer.last = layer is group[-1]
             row += layer.out_features

@@ -25,10 +25,11 @@ from llm_surgeon.checkpoint import (
 )
 from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.data.calibration import Calibration, calibration_windows, require_room, token_stream
+from llm_surgeon.data.calibration import Calibration, calibration_windows, require_room
 from llm_surgeon.data.documents import Documents, read_documents
 from llm_surgeon.data.held_out import split
 from llm_surgeon.data.record import DataRecord, data_record, too_little_text
+from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.errors import InputError
 from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.planning.plan import Plan, make_plan

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from llm_surgeon.checkpoint import claimed_output, load_model, require_model
 from llm_surgeon.checkpoint.output import output_path
 from llm_surgeon.config.recover import RecoverConfig
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, require_room, token_stream
+from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, require_room
 from llm_surgeon.data.documents import read_documents
 from llm_surgeon.data.record import data_record
+from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.models.decoder import find_decoder

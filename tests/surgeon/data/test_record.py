@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_surgeon.data.calibration import calibration_windows, token_stream, tokenize
+from llm_surgeon.data.calibration import calibration_windows
 from llm_surgeon.data.documents import read_documents
 from llm_surgeon.data.record import data_record
+from llm_surgeon.data.tokens import token_stream, tokenize
 from tests.surgeon.checkpoints import tokenizer_of_words
 
 

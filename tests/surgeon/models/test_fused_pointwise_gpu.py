@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from llm_surgeon.curvature import estimate as capture
-from llm_surgeon.data.calibration import Calibration, calibration_windows, tokenize
+from llm_surgeon.data.calibration import Calibration, calibration_windows
 from llm_surgeon.data.documents import read_text
+from llm_surgeon.data.tokens import tokenize
 from llm_surgeon.models.decoder import find_decoder
 
 pytestmark = [
