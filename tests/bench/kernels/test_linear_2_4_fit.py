@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from bench.kernels import linear_2_4 as bench
 from bench.kernels.linear_2_4_fit import KERNELS, Constants, Timing, errors, estimate, fit, read_timings, report
 from surgeon_kernels.runtime import extension
 from tests.kernels.sparse24.test_linear_2_4_dispatch import run
@@ -94,6 +96,36 @@ def test_rows_of_a_file_are_fitted_without_a_gpu(tmp_path):
     assert "kUnitTime[kWgmmaCount] = {510, 395, 535, 565, 790, 920};" in printed
     assert "kClusterTime[kWgmmaCount] = {2500, 3500, 4000, 3500, 4600, 7000};" in printed
     assert "kTileTime = 1700, kLaunchTime = 2700;" in printed and f"{len(cases)} times" in printed
+
+
+def test_every_kernel_and_split_is_timed(monkeypatch):
+    """With ops that are only pretended: choices 0 to 6 on mma.sp, then Wgmma24 by 7 splits, then the dense product."""
+    splits, ran = list(CLUSTERS), []
+
+    def geometry(choice, half):
+        kernel, index = choice // 7 - 1, choice % 7
+        tile = TILES[kernel] if kernel >= 0 else (64, 8)
+        return [] if kernel == 5 else [kernel, *tile, splits[index], CLUSTERS[splits[index]]]
+
+    def run_choice(x, fragments, rows, choice):
+        ran.append(choice)
+        return None if splits[choice % 7] == 8 else x  # 8 are more than the units
+
+    ops = torch.ops.surgeon_kernels
+    monkeypatch.setattr(ops, "linear_2_4_choices", lambda: 7 * (KERNELS + 1) + 1, raising=False)
+    monkeypatch.setattr(ops, "linear_2_4_geometry", geometry, raising=False)
+    monkeypatch.setattr(ops, "linear_2_4_run", run_choice, raising=False)
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "_ROTATED_BYTES", 1 << 16)
+    monkeypatch.setattr(bench, "graph_ms", lambda calls, repetitions: [call() for call in calls] and 0.5)
+    # 1 or 2 tiles of 192 rows; 132 tiles of 128 x 128 leave nothing to share.
+    found = list(bench.measure_kernels(bench.weight_2_4(256, 512, torch.bfloat16), [64]))
+    found += bench.measure_kernels(bench.weight_2_4(128, 512, torch.bfloat16), [128 * 132])
+    assert min(ran) == 7 and max(ran) < 7 * KERNELS
+    assert all(timing.us == 500 and timing.kernel < 5 and timing.split < 8 for timing in found)
+    small = [timing for timing in found if timing.rows == 256]
+    assert len(small) == 5 * 6 and small[1] == Timing(256, 512, 64, 0, 192, 32, 2, BLOCKS, 66, 500.0)
+    assert [timing.split for timing in found if timing.rows == 128 and timing.kernel == 3] == [1]
 
 
 def constants_of_the_source():
