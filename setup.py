@@ -28,16 +28,16 @@ def cuda_extension():
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
     # Loaded by path: importing the package would import what is being built.
-    spec = importlib.util.spec_from_file_location("extension", ROOT / "surgeon_kernels" / "runtime" / "extension.py")
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
-    cxx_flags, nvcc_flags = extension.flags(extension.architectures())
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "surgeon_kernels" / "runtime" / "toolchain.py")
+    toolchain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toolchain)
+    cxx_flags, nvcc_flags = toolchain.flags(toolchain.architectures())
     module = CUDAExtension(
         "surgeon_kernels._C",
-        [str(path.relative_to(ROOT)) for path in extension.sources()],
+        [str(path.relative_to(ROOT)) for path in toolchain.sources()],
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
-        include_dirs=[str(extension.csrc())],
-        extra_link_args=extension.linker_flags(),
+        include_dirs=[str(toolchain.csrc())],
+        extra_link_args=toolchain.linker_flags(),
     )
     return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension}}
 

@@ -2,7 +2,7 @@
 
 #include <string_view>
 
-// Architectures that the build holds machine code for, such as 8.0:9.0a: surgeon_kernels/runtime/extension.py defines
+// Architectures that the build holds machine code for, such as 8.0:9.0a: surgeon_kernels/runtime/toolchain.py defines
 // them beside nvcc's flags.
 #ifndef SURGEON_ARCHITECTURES
 #error "define SURGEON_ARCHITECTURES, the list of architectures, between colons, that nvcc compiles for"

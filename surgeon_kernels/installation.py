@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from surgeon_kernels.gram import plan as gram_plan
-from surgeon_kernels.runtime import extension
+from surgeon_kernels.runtime import extension, toolchain
 
 
 def build_info() -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _triton_part() -> dict[str, Any]:
 
 
 def _nvcc_part() -> dict[str, Any]:
-    path = extension.nvcc()
+    path = toolchain.nvcc()
     return _part(path is not None, path or "nvcc is not on the PATH")
 
 

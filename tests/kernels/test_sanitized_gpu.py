@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgeon_kernels.runtime import extension
+from surgeon_kernels.runtime import extension, toolchain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,10 +52,10 @@ CHECKS = [
 
 def build(program, architectures, folder):
     target, tests = folder / program, Path(__file__).parent
-    sources = [*tests.glob(f"*/{program}_sanitized.cu"), *(extension.csrc() / name for name in PROGRAMS[program])]
-    flags = [*extension.flags(architectures)[1], "--threads", "0"]
+    sources = [*tests.glob(f"*/{program}_sanitized.cu"), *(toolchain.csrc() / name for name in PROGRAMS[program])]
+    flags = [*toolchain.flags(architectures)[1], "--threads", "0"]
     subprocess.run(
-        ["nvcc", "-std=c++17", *flags, f"-I{extension.csrc()}", f"-I{tests}", *sources, "-o", target], check=True
+        ["nvcc", "-std=c++17", *flags, f"-I{toolchain.csrc()}", f"-I{tests}", *sources, "-o", target], check=True
     )
     return target
 

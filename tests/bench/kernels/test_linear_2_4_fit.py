@@ -12,11 +12,11 @@ import torch
 
 from bench.kernels import linear_2_4 as bench
 from bench.kernels.linear_2_4_fit import KERNELS, Constants, Timing, errors, estimate, fit, read_timings, report
-from surgeon_kernels.runtime import extension
+from surgeon_kernels.runtime import toolchain
 from tests.kernels.sparse24.test_linear_2_4_dispatch import run
 
 ROOT = Path(__file__).parents[3]
-CSRC = extension.csrc()
+CSRC = toolchain.csrc()
 TILES = [(192, 32), (128, 64), (192, 64), (128, 128), (192, 128), (128, 256)]  # rows, tokens; of Wgmma24
 BLOCKS = 132
 CLUSTERS = {1: 132, 2: 66, 3: 43, 4: 29, 5: 23, 6: 18, 8: 14}

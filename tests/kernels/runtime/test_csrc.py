@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from torch.utils import cpp_extension
 
-from surgeon_kernels.runtime import extension
+from surgeon_kernels.runtime import toolchain
 
-KERNELS = [path for path in extension.sources() if path.suffix == ".cu"]
-REGISTRATION = [path for path in extension.sources() if path.name.endswith(("_ops.cpp", "module.cpp"))]
-CSRC = extension.csrc()
+KERNELS = [path for path in toolchain.sources() if path.suffix == ".cu"]
+REGISTRATION = [path for path in toolchain.sources() if path.name.endswith(("_ops.cpp", "module.cpp"))]
+CSRC = toolchain.csrc()
 OPS_HEADER = CSRC / "ops.h"
 
 # Kernels where a spill is known, measured and cheaper than its cure: name of the source file -> bytes allowed.
@@ -31,7 +31,7 @@ def run(*command):
 @nvcc
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_kernels_compile_without_spills(source, tmp_path):
-    _, flags = extension.flags(extension.parse_architectures(" ".join(extension.ARCHITECTURES))[0])
+    _, flags = toolchain.flags(toolchain.parse_architectures(" ".join(toolchain.ARCHITECTURES))[0])
     log = run(
         "nvcc",
         "-c",
@@ -63,20 +63,20 @@ def test_kernels_compile_without_spills(source, tmp_path):
 )
 def test_a_list_of_architectures_compiles_to_their_machine_code(listed, architectures, tmp_path):
     cuobjdump = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
-    built, _ = extension.parse_architectures(listed)
+    built, _ = toolchain.parse_architectures(listed)
     source = CSRC / "linalg" / "chunked_solve_apply.cu"
-    run("nvcc", "-c", "-std=c++17", *extension.flags(built)[1], f"-I{CSRC}", source, "-o", tmp_path / "kernel.o")
+    run("nvcc", "-c", "-std=c++17", *toolchain.flags(built)[1], f"-I{CSRC}", source, "-o", tmp_path / "kernel.o")
     # Some versions of cuobjdump leave the a of 90a out.
     found = re.findall(r"\.sm_(\d+)a?\.cubin", run(cuobjdump, "--list-elf", tmp_path / "kernel.o"))
     assert found == [architecture.rstrip("a") for architecture in architectures]
-    assert [flag.rpartition("sm_")[2] for flag in extension.gencode_flags(built)] == architectures
+    assert [flag.rpartition("sm_")[2] for flag in toolchain.gencode_flags(built)] == architectures
     listed_ptx = subprocess.run([cuobjdump, "--list-ptx", tmp_path / "kernel.o"], capture_output=True, text=True)
     assert "PTX file" not in listed_ptx.stdout
 
 
 @nvcc
 def test_a_list_of_which_nothing_can_be_built():
-    assert extension.parse_architectures("6.1") == ([], ["6.1 (the kernels need 8.0 or later)"])
+    assert toolchain.parse_architectures("6.1") == ([], ["6.1 (the kernels need 8.0 or later)"])
 
 
 @nvcc
@@ -88,7 +88,7 @@ def test_registration_agrees_with_torch_and_the_kernels_headers(tmp_path):
     toolkit = Path(re.search(r"TOP=(\S+)", run("nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"))[1])
     folders = [CSRC, *cpp_extension.include_paths(), sysconfig.get_paths()["include"], toolkit / "include", tmp_path]
     flags = ["-std=c++20", "-DTORCH_EXTENSION_NAME=_C", *(f"-I{folder}" for folder in folders)]
-    flags += extension.flags(["8.0", "9.0a"])[0]
+    flags += toolchain.flags(["8.0", "9.0a"])[0]
     # Torch's headers, which take longer than all that is checked, are read once.
     shared = tmp_path / "torch.h"
     shared.write_text("\n".join(re.findall(r"^#include <.*>$", OPS_HEADER.read_text(), re.MULTILINE)))

@@ -1,21 +1,19 @@
+"""The CUDA extension: when it is built, loaded and used."""
+
 import contextlib
 import errno
 import fcntl
 import multiprocessing
 import re
-import runpy
 import shutil
 import time
 import types
 import warnings
-from pathlib import Path
 
 import pytest
-import setuptools
 import torch
-from torch.utils import cpp_extension
 
-from surgeon_kernels.runtime import extension
+from surgeon_kernels.runtime import extension, toolchain
 
 
 @pytest.fixture
@@ -77,15 +75,6 @@ def holding(*architectures):
     return types.SimpleNamespace(architectures=":".join(architectures))
 
 
-@pytest.fixture
-def toolkit(monkeypatch):
-    """What nvcc 13.0 lists."""
-    numbers = ["7.5", "8.0", "8.6", "8.7", "8.8", "8.9", "9.0", "10.0", "11.0", "10.3", "12.0", "12.1"]
-    monkeypatch.setattr(extension, "_toolkit", lambda: {tuple(map(int, number.split("."))) for number in numbers})
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    return monkeypatch
-
-
 def test_it_is_built_once(fresh):
     built = []
     tools(fresh, "nvcc", "ninja")
@@ -93,80 +82,6 @@ def test_it_is_built_once(fresh):
     assert extension.available() and extension.available()
     assert extension.built_architectures() == ("8.0", "9.0a")
     assert built == [True]
-
-
-OLD = "the kernels need 8.0 or later"
-
-
-@pytest.mark.parametrize(
-    ("listed", "built", "dropped"),
-    [
-        ("9.0", ["9.0a"], []),
-        ("9.0a", ["9.0a"], []),
-        ("9.0;9.0a+PTX", ["9.0a"], []),
-        ("7.5;8.0;9.0+PTX", ["8.0", "9.0a"], [f"7.5 ({OLD})"]),
-        ("8.9, 8.6 12.0;", ["8.6", "8.9", "12.0"], []),
-        ("10.0a 12.0f 12.1", ["10.0", "12.0", "12.1"], []),
-        ("8.6+PTX", ["8.6"], []),
-        ("6.1", [], [f"6.1 ({OLD})"]),
-        ("Hopper", ["9.0a"], []),
-        ("Ampere+PTX;Turing", ["8.0", "8.6"], [f"Turing ({OLD})"]),
-        ("Ampere+Tegra", ["8.7"], []),
-        ("Pascal 8.0", ["8.0"], [f"Pascal ({OLD})"]),
-        ("Blackwell", ["10.0", "10.3", "12.0", "12.1"], []),
-        ("8.0 13.0", ["8.0"], ["13.0 (this nvcc does not compile for it)"]),
-        ("8.0 sm_90", ["8.0"], ["'sm_90' (not an architecture)"]),
-    ],
-)
-def test_a_list_of_architectures(toolkit, listed, built, dropped):
-    assert extension.parse_architectures(listed) == (built, dropped)
-
-
-def test_what_cannot_be_built_is_said_and_the_rest_is_built(toolkit):
-    toolkit.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX")
-    with pytest.warns(UserWarning, match=r"of TORCH_CUDA_ARCH_LIST, .* is not built for 7\.5 \(the kernels need 8\.0"):
-        assert extension.architectures() == ["8.0", "9.0a"]
-    toolkit.setenv("TORCH_CUDA_ARCH_LIST", "6.1")
-    with pytest.raises(RuntimeError, match=r"6\.1 \(the kernels need 8\.0 or later\); nothing is left to build"):
-        extension.architectures()
-
-
-def test_without_a_list_the_devices_or_the_default_count(toolkit):
-    assert extension.architectures([(9, 0), (8, 0), (9, 0)]) == ["8.0", "9.0a"]
-    assert extension.architectures() == ["8.0", "8.9", "9.0a", "10.0", "12.0"]
-    with pytest.warns(UserWarning, match=r"of the devices found, .* is not built for 6\.1 \(the kernels need 8\.0"):
-        assert extension.architectures([(6, 1), (8, 6)]) == ["8.6"]
-    toolkit.setenv("TORCH_CUDA_ARCH_LIST", " ;")
-    assert extension.architectures([(9, 0)]) == ["9.0a"]
-    toolkit.setenv("TORCH_CUDA_ARCH_LIST", "8.9;10.0")
-    assert extension.architectures([(9, 0)]) == extension.architectures() == ["8.9", "10.0"]
-
-
-def test_an_older_nvcc_builds_what_it_can(toolkit):
-    toolkit.setattr(extension, "_toolkit", lambda: {(8, 0), (9, 0), (12, 0)})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert extension.architectures() == ["8.0", "9.0a", "12.0"]
-        assert extension.architectures([(12, 1), (8, 9)]) == ["8.0", "12.0"]  # which these devices run
-    with pytest.raises(RuntimeError, match=r"10\.0 \(this nvcc does not compile for it\); nothing is left"):
-        extension.architectures([(10, 0)])
-
-
-@pytest.mark.parametrize(
-    ("architecture", "runs", "does_not"),
-    [
-        ("8.0", [(8, 0), (8, 6), (8, 9)], [(8, 7), (7, 5), (9, 0)]),
-        ("8.6", [(8, 6), (8, 9)], [(8, 0), (8, 7)]),
-        ("8.7", [(8, 7)], [(8, 9)]),
-        ("9.0a", [(9, 0)], [(10, 0), (8, 9)]),
-        ("10.0", [(10, 0), (10, 3)], [(12, 0), (11, 0)]),
-        ("12.0", [(12, 0), (12, 1)], [(10, 0)]),
-        ("12.1", [(12, 1)], [(12, 0)]),
-    ],
-)
-def test_which_devices_run_machine_code(architecture, runs, does_not):
-    assert all(extension.runs_on(architecture, capability) for capability in runs)
-    assert not any(extension.runs_on(architecture, capability) for capability in does_not)
 
 
 def test_of_several_devices_those_with_machine_code_are_served(fresh):
@@ -186,39 +101,6 @@ def test_of_several_devices_those_with_machine_code_are_served(fresh):
         assert extension.available(h200)
 
 
-@pytest.mark.skipif(extension.nvcc() is None, reason="there is no nvcc")
-@pytest.mark.parametrize(
-    ("listed", "built"),
-    [
-        ("9.0", ["9.0a"]),
-        ("8.0;9.0+PTX", ["8.0", "9.0a"]),
-        ("", extension.parse_architectures(" ".join(extension.ARCHITECTURES))[0] if extension.nvcc() else []),
-    ],
-)
-def test_an_ahead_of_time_build_takes_the_same_list(listed, built, monkeypatch):
-    found = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.update(arguments))
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(Path(extension.nvcc()).parents[1]))
-    monkeypatch.setenv("SURGEON_CUDA", "1")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    runpy.run_path(str(Path(extension.__file__).parents[2] / "setup.py"))
-    cxx, nvcc = extension.flags(built)
-    assert found["ext_modules"][0].extra_compile_args == {"cxx": cxx, "nvcc": nvcc}
-    assert f"-DSURGEON_ARCHITECTURES={':'.join(built)}" in cxx
-
-
-def test_flags_name_machine_code_only():
-    assert extension.gencode_flags(["8.0", "9.0a"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
-    ]
-
-
-def test_the_sources_are_found():
-    names = [path.name for path in extension.sources()]
-    assert {"module.cpp", "nm_select_ops.cpp", "nm_select.cu"} <= set(names)
-
-
 MODULE = """
 #include <Python.h>
 #include "architectures.h"
@@ -231,7 +113,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* INIT(TORCH_EXTENSION
   return module;
 }
 """
-# Says that it compiles, and does while there is no file named hold.
+
+
 COMPILER = """#!/bin/sh
 case " $* " in *" -c "*) echo $$ >> compiled; while [ -e hold ]; do sleep 0.02; done ;; esac
 exec c++ "$@"
@@ -246,7 +129,7 @@ def builds(toolkit, tmp_path):
     """
     csrc, cache = tmp_path / "csrc", tmp_path / "cache"
     csrc.mkdir()
-    shutil.copy(extension.csrc() / "architectures.h", csrc)
+    shutil.copy(toolchain.csrc() / "architectures.h", csrc)
     (csrc / "module.cpp").write_text(MODULE)
     compiler = tmp_path / "compiler"
     compiler.write_text(COMPILER.replace("hold", f"{tmp_path}/hold").replace(">> compiled", f">> {tmp_path}/compiled"))
@@ -254,7 +137,7 @@ def builds(toolkit, tmp_path):
     toolkit.setenv("CXX", str(compiler))
     toolkit.setenv("TORCH_EXTENSIONS_DIR", str(cache))
     toolkit.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")
-    toolkit.setattr(extension, "sources", lambda: [csrc / "module.cpp"])
+    toolkit.setattr(toolchain, "sources", lambda: [csrc / "module.cpp"])
     toolkit.setattr(torch.cuda, "device_count", lambda: 0)  # which a forked process cannot ask more about
 
     def build(name):
@@ -286,7 +169,7 @@ def compilations(folder):
     return len((folder / "compiled").read_text().split()) if (folder / "compiled").exists() else 0
 
 
-@pytest.mark.skipif(extension.nvcc() is None, reason="there is no nvcc")
+@pytest.mark.skipif(toolchain.nvcc() is None, reason="there is no nvcc")
 def test_a_build_killed_half_way_holds_up_no_other(builds, tmp_path):
     (tmp_path / "hold").touch()
     killed = builds("killed")
@@ -305,7 +188,7 @@ def test_a_build_killed_half_way_holds_up_no_other(builds, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["building.lock", f"{folder.name}.so"]
 
 
-@pytest.mark.skipif(extension.nvcc() is None, reason="there is no nvcc")
+@pytest.mark.skipif(toolchain.nvcc() is None, reason="there is no nvcc")
 def test_two_processes_build_once(builds, tmp_path):
     (tmp_path / "hold").touch()
     first = builds("first")
@@ -329,20 +212,6 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     message = f"{tmp_path}/lock cannot be locked, No locks available; TORCH_EXTENSIONS_DIR may name"
     with pytest.raises(OSError, match=re.escape(message)), extension._locked(tmp_path / "lock"):
         raise AssertionError
-
-
-@pytest.mark.skipif(extension.nvcc() is None, reason="there is no nvcc")
-def test_another_compiler_is_another_build(toolkit, tmp_path):
-    before = extension._compilers()
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho another 1.0\n")
-    compiler.chmod(0o755)
-    toolkit.setenv("CXX", str(compiler))
-    assert "another 1.0\n" in extension._compilers() and "another 1.0\n" not in before
-    toolkit.delenv("CXX")
-    toolkit.setenv("NVCC_APPEND_FLAGS", "-G")
-    assert extension._compilers() != before
-    assert any("release" in line for line in before)  # nvcc's version
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from surgeon_kernels.runtime import extension
+from surgeon_kernels.runtime import toolchain
 
 # As an error message does.
 SOURCE = """#include <sstream>
@@ -20,7 +20,7 @@ def own_symbols(library):
 
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="needs g++ and nm")
 def test_a_number_is_written_by_the_shared_library_where_there_is_a_static_one(tmp_path):
-    (flag,) = extension.linker_flags()
+    (flag,) = toolchain.linker_flags()
     assert "libstdc++.so" in flag
     static = subprocess.run(["g++", "-print-file-name=libstdc++.a"], capture_output=True, text=True).stdout.strip()
     source = tmp_path / "number.cpp"

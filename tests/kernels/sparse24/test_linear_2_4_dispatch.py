@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from triton import knobs
 
-from surgeon_kernels.runtime import extension
+from surgeon_kernels.runtime import toolchain
 
-CSRC = extension.csrc() / "sparse24"
+CSRC = toolchain.csrc() / "sparse24"
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
@@ -58,7 +58,7 @@ def test_a_kernel_on_wgmma_without_its_instructions_traps_and_is_known_by_its_th
     log = run(
         "nvcc",
         "-std=c++17",
-        *extension.NVCC_FLAGS,
+        *toolchain.NVCC_FLAGS,
         gencode,
         f"-I{CSRC.parent}",
         "-Xptxas=-v",
