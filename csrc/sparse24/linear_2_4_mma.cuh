@@ -1,14 +1,14 @@
 // The 2:4 linear for few tokens: weights stream once from memory into the registers of mma.sp, which takes W as its
 // sparse operand. Tokens are the narrow side, so the time is that of reading the packed weight.
 //
-// A block computes a tile of y. Every warp copies its part of x and multiplies; W is double-buffered in its registers.
+// A block computes a tile of y; a step of its mainloop is kWarpsK units of K, one to a warp.
 //
-//             prologue                    mainloop, a step of kWarpsK units               epilogue
-//   W   ld unit 0 ───────────┐  ┌ mma.sp unit 0      ┌ mma.sp unit 1                sums ─> shared memory
-//        (global→registers)  ├──┤   ld unit 1 ───────┤   ld unit 2 ─── ...           add kWarpsK warps
-//   x   cp.async 0, 1, .. ───┘  └ cp.async kStages-1 └ cp.async kStages             add the cluster (split-K)
-//        (global→stages)          wait, __syncthreads  wait, __syncthreads           bias, activation, y
-//       after the previous kernel's end
+//        prologue                     mainloop                                      epilogue
+//        ────────                     ────────                                      ────────
+//   W    ld unit 0 into registers     ld of the next unit follows each mma.sp       sums ─> shared memory
+//   x    wait for previous kernel     wait for the stage, __syncthreads             add kWarpsK warps
+//        cp.async 0 .. kStages-2      cp.async step + kStages - 1 ─> free stage     add the cluster (split-K)
+//                                     ldmatrix <─ stage of this step, mma.sp        bias, activation, st y
 #pragma once
 
 #include "linear_2_4_epilogue.cuh"
