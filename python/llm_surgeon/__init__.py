@@ -3,11 +3,11 @@
     from llm_surgeon import prune
     report = prune(model, calibration, structure="2:4")
 
-The data's way through the package: model (:mod:`models`) -> factors (:mod:`capture`, :mod:`factors`) -> costs
-(:mod:`costs`) -> selection (:mod:`select`) -> update (:mod:`update`) -> model, once per shot (:mod:`shots`).
+The data's way through the package: model (:mod:`models`) -> curvature (:mod:`curvature`) -> costs, selection and update
+(:mod:`methods`, :mod:`structures`) -> model, once per shot (:mod:`shots`); see docs/architecture.md.
 
 Importing the package is quick: what is named here brings torch and transformers when it is first used. Transformers,
-imported before or after, learns to load packed models (:mod:`packed`).
+imported before or after, learns to load packed models (:mod:`inference`).
 """
 
 from __future__ import annotations

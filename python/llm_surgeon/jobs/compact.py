@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
-from llm_surgeon.checkpoint import checkpoint_bytes, claimed_output, load_model, save_checkpoint
+from llm_surgeon.checkpoint import claimed_output
 from llm_surgeon.errors import InputError
+from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.models.footprint import SizeComparison
 from llm_surgeon.models.limits import choose_seqlen
-from llm_surgeon.report.card import Records
 from llm_surgeon.report.format import percent, plural
-from llm_surgeon.resources import require_disk
 from llm_surgeon.structures.remove.rows_columns import Compacted, compact
 
 _PROMPT = 64  # tokens that latency is measured with
@@ -28,20 +27,16 @@ def compact_checkpoint(
         InputError: nothing in the model is zero by whole rows or columns, or ``source`` or ``out`` is at fault.
     """
     with claimed_output(out, overwrite, model=source) as output:
-        records = Records.read(source)
-        model, tokenizer, form = load_model(source, dtype=None, trust_remote_code=trust_remote_code)
-        ids = torch.arange(min(_PROMPT, choose_seqlen(None, model)))[None] % model.get_input_embeddings().num_embeddings
-        comparison = SizeComparison(model, ids)
-        comparison.keep(model)
-        found = compact(model)
+        made = Derived.load(source, output, dtype=None, trust_remote_code=trust_remote_code)
+        tokens = torch.arange(min(_PROMPT, choose_seqlen(None, made.model)))[None]
+        comparison = SizeComparison(made.model, tokens % made.model.get_input_embeddings().num_embeddings)
+        comparison.keep(made.model)
+        found = compact(made.model)
         if found.before == found.after:
             raise InputError(f"model {str(source)!r} has no zero rows or columns: prune it with structure rows-columns")
-        require_disk(out, checkpoint_bytes(model, tokenizer, form))
-        found = replace(found, sizes=comparison.sizes(model))
-        files = records.followed_by(
-            "compacted", _text(found), name=str(source), loading=_loading(model._auto_class is not None)
-        )
-        save_checkpoint(model, tokenizer, output, dtype=form, extra_files=files)
+        made.require_disk()
+        found = replace(found, sizes=comparison.sizes(made.model))
+        made.save("compacted", _text(found), loading=_loading(made.custom_code))
     return found
 
 
