@@ -35,7 +35,7 @@ _FIRST, _RATIO, _SHORTEST, _LONGEST = 1e-3, 3.0, 1e-5, 1.0
 _TOLERANCE = 0.05
 
 
-def held_out(calibration: Calibration) -> tuple[Calibration, Calibration]:
+def split_windows(calibration: Calibration) -> tuple[Calibration, Calibration]:
     """Split calibration windows into those for gradients and those, the last eighth, for lengths.
 
     Raises:

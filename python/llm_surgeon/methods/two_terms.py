@@ -21,7 +21,7 @@ from surgeon_kernels.linalg.kronecker_sum import KroneckerSum, orthonormal
 _ROUNDS = 2
 
 
-class PairedCurvature:
+class TwoTermCurvature:
     """``F ≈ G₁ ⊗ A₁ + G₂ ⊗ A₂`` of every layer, the nearest in the Frobenius norm as far as the iteration came.
 
     With ``R(F) = (1/N) Σ (g gᵀ)(a aᵀ)`` as a matrix between the spaces of ``[R, R]`` and ``[C, C]`` matrices, the best
@@ -72,12 +72,12 @@ def _orthonormal(pairs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: orthonormal(pair) for name, pair in pairs.items()}
 
 
-def paired_costs(linear: PrunableLinear, curvature: KroneckerSum) -> Tensor:
+def two_term_costs(linear: PrunableLinear, curvature: KroneckerSum) -> Tensor:
     """``½ W² / [F⁻¹]`` of each weight ``[R, C]`` (no bias column)."""
     return (0.5 * linear.matrix() ** 2 / curvature.inverse_diagonal())[:, : linear.columns]
 
 
-def compensate_by_pairs(
+def compensate_two_terms(
     weight: Tensor, selection: Selection, curvature: KroneckerSum, config: PruneConfig
 ) -> LayerUpdate:
     """Zero what is selected, and move the other weights to the joint optimum under the sum of two products."""

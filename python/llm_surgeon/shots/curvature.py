@@ -10,7 +10,7 @@ from llm_surgeon.config.methods import Method
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.curvature.factors import DampedFactors, KroneckerFactors
 from llm_surgeon.methods.costs import element_costs, row_column_costs
-from llm_surgeon.methods.two_terms import PairedCurvature, paired_costs
+from llm_surgeon.methods.two_terms import TwoTermCurvature, two_term_costs
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.shots.runner import Run
@@ -22,14 +22,14 @@ class ShotCurvature:
 
     Attributes:
         factors: damped factors of the shot under way; ``None`` where there are none.
-        paired: with ``kron_rank`` 2 the sums of two Kronecker products.
+        two_terms: with ``kron_rank`` 2 the sums of two Kronecker products.
     """
 
     def __init__(self, run: Run, method: Method, memory: PinnedMemory) -> None:
         """``memory`` takes the factors of a shot, where they do not stay on the device."""
         self._run, self._method, self._memory = run, method, memory
         self.factors: DampedFactors | None = None
-        self.paired: PairedCurvature | None = None
+        self.two_terms: TwoTermCurvature | None = None
 
     def estimate(self, index: int) -> float:
         """Estimate the curvature of shot ``index``; the mean loss of the calibration windows."""
@@ -41,13 +41,13 @@ class ShotCurvature:
         keep = run.plan.inverses_bytes > 0
         self.factors = DampedFactors(found, config, run.decoder.linears, run.plan.device, keep_inverses=keep)
         if config.kron_rank == 2:
-            self.paired = PairedCurvature(run.decoder, config, found, functools.partial(self._estimate, index))
+            self.two_terms = TwoTermCurvature(run.decoder, config, found, functools.partial(self._estimate, index))
         return found.loss
 
     def costs(self, linear: PrunableLinear) -> WeightCosts:
         """Cost of removing each weight, ``[R, C]``."""
-        if self.paired is not None:
-            return WeightCosts(paired_costs(linear, self.paired.of(linear)))
+        if self.two_terms is not None:
+            return WeightCosts(two_term_costs(linear, self.two_terms.of(linear)))
         return element_costs(linear, self._method, self.factors)
 
     def line_costs(self, linear: PrunableLinear) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ class ShotCurvature:
 
     def free(self) -> None:
         """Let go of the shot's curvature."""
-        self.factors = self.paired = None
+        self.factors = self.two_terms = None
 
     def _estimate(self, index: int) -> Curvature:
         run, config = self._run, self._run.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llm_surgeon.curvature.factors import DampedFactors
-from llm_surgeon.methods.gradient_steps import direction, held_out, mean_gradients, step
+from llm_surgeon.methods.gradient_steps import direction, mean_gradients, split_windows, step
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.report.schema import GradientStep
@@ -18,7 +18,7 @@ class GradientSteps:
 
     def __init__(self, run: Run, anchors: AnchorWeights) -> None:
         self._run, self._anchors = run, anchors
-        self._for_gradients, self._for_lengths = held_out(run.calibration)
+        self._for_gradients, self._for_lengths = split_windows(run.calibration)
 
     def take(self, selections: list[Selection], factors: DampedFactors) -> list[GradientStep]:
         """Take as many steps as are asked for, or until none helps."""

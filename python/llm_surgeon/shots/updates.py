@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.methods.two_terms import compensate_by_pairs
+from llm_surgeon.methods.two_terms import compensate_two_terms
 from llm_surgeon.methods.update import LayerUpdate, remove, remove_and_compensate
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.passes import to_list
@@ -59,11 +59,11 @@ class Updates:
         if factors is None or known is None or config.update == "none":
             new = remove(weight, selection)
         else:
-            paired = self._curvature.paired
-            if paired is None:
+            two_terms = self._curvature.two_terms
+            if two_terms is None:
                 new = remove_and_compensate(anchor, selection, known, config, linear.name)
             else:
-                new = compensate_by_pairs(anchor, selection, paired.of(linear), config)
+                new = compensate_two_terms(anchor, selection, two_terms.of(linear), config)
             factors.note_jitter(linear, new.jitter)
         self._adopt(selection_of, linear, selection, new)
         linear.write(new.weight)

@@ -11,7 +11,7 @@ import torch
 from llm_surgeon import InputError, PruneConfig, prune
 from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.methods.gradient_steps import _least_of_parabola, direction, held_out, mean_gradients, step
+from llm_surgeon.methods.gradient_steps import _least_of_parabola, direction, mean_gradients, split_windows, step
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.passes import mean_loss
 from surgeon_kernels import damp
@@ -99,7 +99,7 @@ def test_the_least_of_a_parabola() -> None:
 
 
 def test_windows_are_held_out() -> None:
-    first, last = held_out(Calibration(windows(17)))
+    first, last = split_windows(Calibration(windows(17)))
     assert (len(first.input_ids), len(last.input_ids)) == (15, 2)
     assert torch.equal(torch.cat([first.input_ids, last.input_ids]), windows(17))
     with pytest.raises(InputError, match="at least 2 calibration windows"):

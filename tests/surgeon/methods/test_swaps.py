@@ -53,7 +53,7 @@ def test_more_rounds_of_swaps_find_a_better_selection():
     assert one < 0.8 * none and four < 0.95 * one
 
 
-def test_an_exchange_that_does_not_pay_is_taken_back(monkeypatch):
+def test_a_swap_that_does_not_pay_is_taken_back(monkeypatch):
     linear, curvature = layer(False)
     config = PruneConfig(structure="unstructured", tolerance=1e-9, swaps=0)
     factors = DampedFactors(curvature, config, [linear], CPU).of(linear)

@@ -8,7 +8,7 @@ import torch
 from llm_surgeon import InputError, PruneConfig, prune
 from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.methods.two_terms import PairedCurvature
+from llm_surgeon.methods.two_terms import TwoTermCurvature
 from llm_surgeon.models.decoder import find_decoder
 from tests.surgeon.tiny_models import build
 
@@ -43,12 +43,12 @@ def test_two_rounds_come_close_to_the_best_sum_of_two(name):
         estimate_curvature, model, decoder, Calibration.of(TOKENS), batch_size=2, gradients=True
     )
     curvature = estimate()
-    paired = PairedCurvature(decoder, PruneConfig(), curvature, estimate)
+    two_terms = TwoTermCurvature(decoder, PruneConfig(), curvature, estimate)
     for linear in (decoder.linears[0], decoder.linears[-1]):
         exact = dense_rearranged(model, decoder, linear)
         norm, singular = exact.norm(), torch.linalg.svdvals(exact)
         best = (singular[2:] ** 2).sum().sqrt() / norm
-        G, A = (x.double() for x in paired._pairs[linear.name])
+        G, A = (x.double() for x in two_terms._pairs[linear.name])
         rank_2 = (exact - sum(torch.outer(g.flatten(), a.flatten()) for g, a in zip(G, A, strict=True))).norm() / norm
         G, A = (x.double() for x in curvature.factors(linear))
         rank_1 = (exact - torch.outer(G.flatten(), A.flatten())).norm() / norm
