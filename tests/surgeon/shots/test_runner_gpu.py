@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_surgeon import prune
+from llm_surgeon.methods.swaps import solve_with_swaps
 from llm_surgeon.progress import Progress
 from surgeon_kernels.runtime import extension
 
@@ -16,9 +17,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
 TOKENS = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
-# The function of llm_surgeon.methods.update in which the joint solver asks how far it has come, to decide whether to go
-# on.
-SOLVER = "_solve"
+# In it the joint solver asks how far it has come, to decide whether to go on.
+SOLVER = solve_with_swaps.__name__
 
 
 class Phases(Progress):
