@@ -108,9 +108,9 @@ class Structure:
         return resolve(self.shots_in, f"structure {self.name!r}")(decoder, config)
 
     @property
-    def kind(self) -> str:
-        """The name, ``"n:m"`` of all N:M."""
-        return "n:m" if self.m else self.name
+    def packs(self) -> bool:
+        """True where GPUs have sparse matrix products, which models can be packed for: 2:4."""
+        return (self.n, self.m) == (2, 4)
 
 
 def register(structure: Structure) -> None:
