@@ -1,0 +1,84 @@
+"""Pages name files and modules that are there, and the examples of docs/adding.md run as they stand."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llm_surgeon.config import methods, structure
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "csrc/README.md", "docs/adding.md", "docs/architecture.md")
+EXAMPLES = dict(
+    re.findall(
+        r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```$",
+        (ROOT / "docs" / "adding.md").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the examples, on the path; what they register is forgotten afterwards."""
+    for name, text in EXAMPLES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(methods, "_methods", dict(methods._methods))
+    monkeypatch.setattr(structure, "_structures", dict(structure._structures))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in ("ria", "test_ria", "columns", "test_columns"):
+        sys.modules.pop(name, None)
+
+
+def test_a_method(folder: Path) -> None:
+    importlib.import_module("test_ria").test_half_of_every_layer_goes_the_cheapest_first()
+
+
+def test_a_structure(folder: Path) -> None:
+    test = importlib.import_module("test_columns").test_a_quarter_of_the_columns_goes_the_shortest_first
+    test("llama")
+    test("opt")
+
+
+def test_an_architecture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(folder / "try_architecture.py"))
+    assert capsys.readouterr().out.count("\nRemoved ") == 4
+
+
+def test_an_op(folder: Path) -> None:
+    pytest.importorskip("triton", reason="needs Triton's interpreter")
+    shutil.copytree(ROOT / "surgeon_kernels", folder / "surgeon_kernels", dirs_exist_ok=True)
+    shutil.copy(ROOT / "tests" / "kernels" / "dense.py", folder / "tests" / "kernels")
+    environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}
+    for command in ("pytest tests/kernels/selection", "tests.kernels.selection.interpreted_row_norms"):
+        words = [sys.executable, "-m", *command.split()]
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    text = re.sub(r"^```\w*\n.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text)
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+    named = re.findall(r"`((?:bench|csrc|docs|python|surgeon_kernels|tests)/[\w/.-]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists() and name not in EXAMPLES] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = set(re.findall(r"python -m ((?:bench|tests)(?:\.\w+)+)", text))
+    assert [name for name in names if importlib.util.find_spec(name) is None] == []
