@@ -50,6 +50,3 @@ def rounded(name: str, dtype: torch.dtype) -> PreTrainedModel:
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
-
-
-# ---- load_model

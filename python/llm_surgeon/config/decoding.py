@@ -1,4 +1,4 @@
-"""Names of the ways in which decoding runs and is measured, see :mod:`llm_surgeon.inference.decoding`."""
+"""Modes in which decoding runs and is measured, see :mod:`llm_surgeon.inference.decoding`."""
 
 from __future__ import annotations
 

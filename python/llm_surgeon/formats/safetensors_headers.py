@@ -34,17 +34,17 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
         InputError: a file is damaged or cut short, or a tensor lies in two files.
     """
     stored: dict[str, StoredTensor] = {}
-    places: dict[str, str | Path] = {}
+    holder: dict[str, str | Path] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:  # compares the header with the file's length
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    if key in places:
-                        both = f"{Path(places[key]).name!r} and {Path(path).name!r}"
+                    if key in holder:
+                        both = f"{Path(holder[key]).name!r} and {Path(path).name!r}"
                         raise InputError(f"the weights files {both} both hold {key}: delete the one that is wrong")
                     tensor = file.get_slice(key)
                     stored[key] = StoredTensor(tensor.get_dtype(), list(tensor.get_shape()))
-                    places[key] = path
+                    holder[key] = path
         except (SafetensorError, OSError) as error:
             raise InputError(f"weights file {str(path)!r} is damaged or cut short: {error}") from error
     return stored

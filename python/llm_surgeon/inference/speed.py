@@ -85,20 +85,20 @@ def measure_speeds(
     Raises:
         InputError: a model has too few positions or sits on several devices, or a CUDA graph is wanted elsewhere.
     """
-    places = [_device(model) for model in models]
-    for model, device in zip(models, places, strict=True):
+    devices = [_device(model) for model in models]
+    for model, device in zip(models, devices, strict=True):
         longest = positions(model)
         if longest is not None and prompt + new_tokens > longest:
             raise InputError(f"{prompt} + {new_tokens} tokens are more than the {longest} positions of the model")
         if decoding is Decoding.GRAPH and device.type != "cuda":
             raise InputError(f"decoding by a CUDA graph needs a CUDA device, and the model is on {device}")
-    decoding = decoding or (Decoding.GRAPH if places[0].type == "cuda" else Decoding.EAGER)
+    decoding = decoding or (Decoding.GRAPH if devices[0].type == "cuda" else Decoding.EAGER)
     if decoding in (Decoding.COMPILED, Decoding.GENERATE):
         torch.compiler.reset()
     vocabulary = text_config(models[0]).vocab_size
     ids = torch.randint(vocabulary, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
     trials, peaks = [], []
-    for model, device in zip(models, places, strict=True):
+    for model, device in zip(models, devices, strict=True):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             others = torch.cuda.memory_allocated(device) - _resident_bytes(model)

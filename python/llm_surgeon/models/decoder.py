@@ -121,17 +121,17 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     """
     check_plain(model)
     prefix, blocks = _find_blocks(model)
-    places = {
+    locations = {
         dotted(prefix, depth, kind): (module, depth, kind)
         for depth, block in enumerate(blocks)
         for kind, module in block.named_modules(remove_duplicate=False)
         if is_linear(module)
     }
-    modules = {name: module for name, (module, _, _) in places.items()}
+    modules = {name: module for name, (module, _, _) in locations.items()}
     check_parameters(prefix, blocks, modules)
     check_sharing(model, modules)
     groups = _probe(model, modules)
-    return Decoder(blocks, [PrunableLinear(name, *places[name], group) for name, group in groups.items()])
+    return Decoder(blocks, [PrunableLinear(name, *locations[name], group) for name, group in groups.items()])
 
 
 def check_finite(model: nn.Module) -> None:

@@ -246,7 +246,7 @@ class _BlockStream:
 @contextlib.contextmanager
 def _replaced(block: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
     """Context manager: the block's parameters are ``tensors``, plain ones, which autograd keeps alive at need."""
-    places = [
+    locations = [
         (module, name, parameter)
         for module in block.modules()
         for name, parameter in module._parameters.items()
@@ -254,9 +254,9 @@ def _replaced(block: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
     ]
     copies = dict(zip(map(id, block.parameters()), tensors, strict=True))
     try:
-        for module, name, parameter in places:
+        for module, name, parameter in locations:
             module._parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
         yield
     finally:
-        for module, name, parameter in places:
+        for module, name, parameter in locations:
             module._parameters[name] = parameter

@@ -18,7 +18,7 @@ _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed 
 # Matrices of a layer's shape that the joint solver holds: the weight, the mask, and at most 12.6 more at any shape
 # (`workspace_matrices` of bench/kernels/joint_update.py; tests/surgeon/planning/test_memory_gpu.py).
 SOLVER_MATRICES = 14
-# Those of a solution that waits for the next one, to be exchanged for it: Δ, G Δ A and costs.
+# Those of a solution that waits for the next one, to be swapped for it: Δ, G Δ A and costs.
 _SOLUTION_MATRICES = 3
 # Gradients of a block's widest layer that are alive at once in its backward pass.
 _BACKWARD_COPIES = 3

@@ -390,6 +390,3 @@ def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError, match=r"cannot be downloaded: cut off$"):
         load_model("some/model")
-
-
-# ---- save_checkpoint
