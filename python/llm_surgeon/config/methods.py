@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from llm_surgeon.checks import require_choice
 from llm_surgeon.config.reference import resolve
-from llm_surgeon.errors import InputError, one_line
+from llm_surgeon.config.registry import Registry
+from llm_surgeon.errors import InputError
 
 UPDATES = ("joint", "chunked", "independent", "none")
 NEEDS = ("nothing", "activations", "gradients")
 COMPARISONS = ("network", "layer", "row")
-# Each entry point of this group is a :class:`Method` and has its name.
-ENTRY_POINTS = "llm_surgeon.methods"
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,10 @@ class Method:
 
 
 _COSTS = "llm_surgeon.methods.costs"
-_methods = {
-    record.name: record
-    for record in (
+_methods = Registry(
+    "method",
+    Method,
+    (
         Method(
             "surgeon",
             "LLM Surgeon: Kronecker-factored curvature of the loss",
@@ -148,8 +146,8 @@ _methods = {
             rows_columns=True,
             costs=f"{_COSTS}:kronecker_costs",
         ),
-    )
-}
+    ),
+)
 
 
 def register(record: Method) -> None:
@@ -158,13 +156,12 @@ def register(record: Method) -> None:
     Raises:
         InputError: another method has its name.
     """
-    if _methods.setdefault(record.name, record) != record:
-        raise InputError(f"a method {record.name!r} is registered already")
+    _methods.register(record)
 
 
 def names() -> list[str]:
     """Names of all methods, those of entry points included, which are not imported for it."""
-    return list(dict.fromkeys([*_methods, *_entry_points(tuple(sys.path)).names]))
+    return _methods.names()
 
 
 def method(name: object) -> Method:
@@ -173,28 +170,9 @@ def method(name: object) -> Method:
     Raises:
         InputError: there is none, or its entry point cannot be imported or is no :class:`Method` of that name.
     """
-    if isinstance(name, str) and name in _methods:
-        return _methods[name]
-    require_choice("method", name, names())
-    for point in _entry_points(tuple(sys.path)).select(name=name):
-        try:
-            record = point.load()
-        except Exception as error:  # whatever a module may raise when it is imported
-            raise InputError(f"method {name!r} cannot be imported from {point.value}: {one_line(error)}") from error
-        if not isinstance(record, Method) or record.name != name:
-            raise InputError(f"the entry point {name!r} of {ENTRY_POINTS} is no Method of that name: {point.value}")
-        register(record)
-    return _methods[str(name)]
+    return _methods.find(name)
 
 
 def methods_where(is_so: Callable[[Method], bool]) -> list[str]:
     """Names of the registered methods for which ``is_so``, for messages."""
-    return [record.name for record in _methods.values() if is_so(record)]
-
-
-@functools.cache
-def _entry_points(path: tuple[str, ...]) -> Any:
-    """Entry points of all distributions on ``path``, which is ``sys.path``."""
-    import importlib.metadata  # takes longer than this module, and is needed for names that are not built in
-
-    return importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return _methods.where(is_so)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_surgeon.checks import meant, shown
+from llm_surgeon.checks import meant, require_choice, shown
 from llm_surgeon.config.reference import resolve
+from llm_surgeon.config.registry import Registry
 from llm_surgeon.errors import InputError
 
 # Options that have a meaning for some structures only.
@@ -45,6 +46,9 @@ class Structure:
             :class:`InputError` where ``config`` cannot be met: itself, or ``"module:function"``.
         damp_g: default of the option.
         n, m: of N:M, which keeps ``n`` of every ``m`` weights; else 0.
+
+    Raises:
+        InputError: an option is none of :data:`SPECIAL_OPTIONS`.
     """
 
     name: str
@@ -63,6 +67,10 @@ class Structure:
     n: int = 0
     m: int = 0
 
+    def __post_init__(self) -> None:
+        for option in sorted(self.options):
+            require_choice(f"option of structure {self.name!r}", option, SPECIAL_OPTIONS)
+
     @classmethod
     def parse(cls, text: str) -> Structure:
         """The structure of that name, or N:M.
@@ -70,19 +78,19 @@ class Structure:
         Raises:
             InputError: there is none.
         """
-        if isinstance(text, str) and text in _structures:
-            return _structures[text]
         match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text) if isinstance(text, str) else None
         if match is None:
-            raise InputError(
-                f"unknown structure {shown(text)}{meant(text, names())}: "
-                f"choose {', '.join(map(repr, names()))} or N:M, such as '2:4'"
-            )
+            if text not in names():
+                choices = ", ".join(map(repr, names()))
+                raise InputError(
+                    f"unknown structure {shown(text)}{meant(text, names())}: choose {choices} or N:M, such as '2:4'"
+                )
+            return _structures.find(text)
         n, m = int(match[1]), int(match[2])
         if not 0 < n < m:
             raise InputError(f"structure {text!r} keeps {n} of every {m} weights: N:M needs 0 < N < M")
         title = f"{m - n} of every {m} consecutive weights of a row"
-        return replace(_structures["unstructured"], name=text, title=title, sparsity=(m - n) / m, n=n, m=m)
+        return replace(_structures.find("unstructured"), name=text, title=title, sparsity=(m - n) / m, n=n, m=m)
 
     @property
     def shot_class(self) -> Callable[..., Any]:
@@ -100,78 +108,77 @@ class Structure:
         return resolve(self.shots_in, f"structure {self.name!r}")(decoder, config)
 
     @property
-    def kind(self) -> str:
-        """The name, ``"n:m"`` of all N:M."""
-        return "n:m" if self.m else self.name
+    def packs(self) -> bool:
+        """True where GPUs have sparse matrix products, which models can be packed for: 2:4."""
+        return (self.n, self.m) == (2, 4)
 
 
 def register(structure: Structure) -> None:
     """Add a structure, which ``structure=`` then takes wherever one is named.
 
     Raises:
-        InputError: another one has its name, or an option is none of :data:`SPECIAL_OPTIONS`.
+        InputError: another one has its name.
     """
-    for option in sorted(structure.options - set(SPECIAL_OPTIONS)):
-        raise InputError(f"structure {structure.name!r} names an option {option!r}{meant(option, SPECIAL_OPTIONS)}")
-    if _structures.setdefault(structure.name, structure) != structure:
-        raise InputError(f"a structure {structure.name!r} is registered already")
+    _structures.register(structure)
 
 
 def names() -> list[str]:
-    """Names of all structures but N:M."""
-    return list(_structures)
+    """Names of all structures but N:M, those of entry points included, which are not imported for it."""
+    return _structures.names()
 
 
 def structures_with(option: str) -> list[str]:
     """Names of the structures that an option of :data:`SPECIAL_OPTIONS` has a meaning for, for messages."""
-    return [structure.name for structure in _structures.values() if option in structure.options]
+    return _structures.where(lambda structure: option in structure.options)
 
 
 _OF_WEIGHTS = frozenset({"lora_rank", "offload", "curvature_layers"})
 _WEIGHTS = "llm_surgeon.shots.weights:WeightShots"
-_structures: dict[str, Structure] = {}
-for _structure in (
-    Structure(
-        "unstructured",
-        _WEIGHTS,
-        "single weights, anywhere in a matrix",
-        single_weights=True,
-        updates=("joint", "chunked", "independent", "none"),
-        options=_OF_WEIGHTS,
-        default_sparsity=0.5,
-        damp_g=0.1,
+_structures = Registry(
+    "structure",
+    Structure,
+    (
+        Structure(
+            "unstructured",
+            _WEIGHTS,
+            "single weights, anywhere in a matrix",
+            single_weights=True,
+            updates=("joint", "chunked", "independent", "none"),
+            options=_OF_WEIGHTS,
+            default_sparsity=0.5,
+            damp_g=0.1,
+        ),
+        Structure(
+            "rows-columns",
+            _WEIGHTS,
+            "whole rows and columns of the weight matrices",
+            updates=("joint", "independent", "none"),
+            options=_OF_WEIGHTS,
+            default_shots=lambda sparsity: max(1, round(80 * sparsity)),
+        ),
+        Structure(
+            "groups",
+            "llm_surgeon.structures.groups:GroupShots",
+            "neurons and attention heads, taken out of the model",
+            coupled=True,
+            options=frozenset({"importance", "round_to", "uniform", "skip_layers", "reconstruct", "lora_rank"}),
+        ),
+        Structure(
+            "width",
+            "llm_surgeon.structures.width:WidthShots",
+            "channels of the residual stream, taken out of the model",
+            coupled=True,
+            whole_model=True,
+            options=frozenset({"importance", "round_to"}),
+        ),
+        Structure(
+            "layers",
+            "llm_surgeon.structures.layers:BlockShots",
+            "whole decoder blocks, taken out of the model",
+            coupled=True,
+            options=frozenset({"importance", "skip_layers", "reconstruct"}),
+            default_shots=lambda sparsity: 1,
+            shots_in="llm_surgeon.structures.layers:count_blocks",
+        ),
     ),
-    Structure(
-        "rows-columns",
-        _WEIGHTS,
-        "whole rows and columns of the weight matrices",
-        updates=("joint", "independent", "none"),
-        options=_OF_WEIGHTS,
-        default_shots=lambda sparsity: max(1, round(80 * sparsity)),
-    ),
-    Structure(
-        "groups",
-        "llm_surgeon.structures.groups:GroupShots",
-        "neurons and attention heads, taken out of the model",
-        coupled=True,
-        options=frozenset({"importance", "round_to", "uniform", "skip_layers", "reconstruct", "lora_rank"}),
-    ),
-    Structure(
-        "width",
-        "llm_surgeon.structures.width:WidthShots",
-        "channels of the residual stream, taken out of the model",
-        coupled=True,
-        whole_model=True,
-        options=frozenset({"importance", "round_to"}),
-    ),
-    Structure(
-        "layers",
-        "llm_surgeon.structures.layers:BlockShots",
-        "whole decoder blocks, taken out of the model",
-        coupled=True,
-        options=frozenset({"importance", "skip_layers", "reconstruct"}),
-        default_shots=lambda sparsity: 1,
-        shots_in="llm_surgeon.structures.layers:count_blocks",
-    ),
-):
-    register(_structure)
+)

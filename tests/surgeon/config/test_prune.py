@@ -108,7 +108,7 @@ def test_every_method_has_single_weights(method, structure):
 
 @pytest.mark.parametrize("method", ["surgeon", "k-obd", "l-obd", "magnitude"])
 def test_methods_with_rows_and_columns(method):
-    assert PruneConfig(structure="rows-columns", method=method).pattern.kind == "rows-columns"
+    assert PruneConfig(structure="rows-columns", method=method).pattern.name == "rows-columns"
 
 
 @pytest.mark.parametrize("structure", ["2:4", "unstructured", "rows-columns"])

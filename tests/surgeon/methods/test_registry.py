@@ -30,7 +30,7 @@ misnamed = Method("another", costs=leftmost)
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
-    monkeypatch.setattr(methods, "_methods", dict(methods._methods))
+    monkeypatch.setattr(methods._methods, "records", dict(methods._methods.records))
 
 
 @pytest.fixture

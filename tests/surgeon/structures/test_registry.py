@@ -7,10 +7,10 @@ import torch
 
 from llm_surgeon import InputError, PruneConfig, prune, prune_checkpoint
 from llm_surgeon.config import structure as registry
-from llm_surgeon.config.structure import Structure, register
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.report.render import describe_structure
+from llm_surgeon.structures import Structure, register
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import VOCABULARY, build
 
@@ -62,7 +62,7 @@ COLUMNS = Structure("columns", f"{__name__}:ColumnShots", "whole columns", defau
 @pytest.fixture
 def columns(monkeypatch):
     """The structure of that name, for one test."""
-    monkeypatch.setattr(registry, "_structures", dict(registry._structures))
+    monkeypatch.setattr(registry._structures, "records", dict(registry._structures.records))
     register(COLUMNS)
 
 
@@ -101,8 +101,8 @@ def test_names_are_told_apart_and_meant(columns):
         PruneConfig(structure="colums")
     with pytest.raises(InputError, match="a structure 'groups' is registered already"):
         register(Structure("groups", ColumnShots))
-    with pytest.raises(InputError, match=r"names an option 'roundto' \(do you mean 'round_to'\?\)"):
-        register(Structure("other", ColumnShots, options=frozenset({"roundto"})))
+    with pytest.raises(InputError, match=r"option of structure 'other' 'roundto' \(do you mean 'round_to'\?\)"):
+        Structure("other", ColumnShots, options=frozenset({"roundto"}))
     assert "columns" in registry.names()
 
 
