@@ -35,7 +35,8 @@ class Method:
             invert the damped factors.
         costs: function ``(linear, factors)`` of a :class:`~llm_surgeon.models.decoder.PrunableLinear` ``[R, C']`` (C' =
             C + 1 with a bias) and :class:`~llm_surgeon.curvature.factors.DampedFactors`, None where nothing is needed.
-            It returns ``g`` ``[R]`` and ``a`` ``[C']`` of the costs ``½ W² g aᵀ``, or these, ``[R, C']``; not negative.
+            These know their ``diagonals``; with gradients also ``inverse_diagonals`` and the matrices, ``of``. It
+            returns ``g`` ``[R]`` and ``a`` ``[C']`` of the costs ``½ W² g aᵀ``, or these, ``[R, C']``; not negative.
         line_costs: function ``(linear, factors)`` that returns the costs of rows ``[R]`` and columns ``[C]``; the sums
             of ``costs`` where left out.
         sweep: function ``(model, decoder, calibration, config, progress)`` that selects and updates layer after layer,

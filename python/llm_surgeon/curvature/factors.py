@@ -224,7 +224,7 @@ class DampedFactors:
         """Find the jitter that a factor needs; the diagonal of its inverse then."""
         G, A = self._curvature.factors(linear)
         M, damping = (G, self._config.damp_g) if key[0] == "G" else (A, self._config.damp_a)
-        assert M is not None and damping is not None
+        assert M is not None
         factor = DampedFactor.checked(M.to(self.device), damping, f"{key[0]} of {linear.name}")
         self._jitter[key] = factor.jitter
         if self._keep_inverses:
@@ -245,21 +245,24 @@ class DampedFactors:
 
     def _damped(self, total: Tensor, key: _Key) -> DampedFactor:
         damping = self._config.damp_g if key[0] == "G" else self._config.damp_a
-        assert damping is not None
         M = total.div_(self._curvature.tokens)
         return DampedFactor(M, damping, self._jitter.get(key, 0.0), self._inverses.get(key))
 
     def _fetch(self, linear: PrunableLinear, *, with_a: bool) -> list[SymmetricAccumulator]:
         """The sums ``G`` and, ``with_a``, ``A`` on the device; the next linear's are on their way then."""
-        sums = self._curvature.sums(linear)[::-1][: 1 + with_a]
+        sums = self._sums(linear, with_a=with_a)
         if all(part.device == self.device for part in sums):
             return sums
         copies = self._prefetcher.take((linear.name, with_a), [part.storage for part in sums])
         following = self._following.get(linear.name, self._linears[0])
         with_a = _key_a(following) != _key_a(linear)
-        ahead = self._curvature.sums(following)[::-1][: 1 + with_a]
+        ahead = self._sums(following, with_a=with_a)
         self._prefetcher.start((following.name, with_a), [part.storage for part in ahead])
         return [SymmetricAccumulator(part.n, copy) for part, copy in zip(sums, copies, strict=True)]
+
+    def _sums(self, linear: PrunableLinear, *, with_a: bool) -> list[SymmetricAccumulator]:
+        A, G = self._curvature.sums(linear)
+        return [G, A] if with_a else [G]
 
 
 def _key_g(linear: PrunableLinear) -> _Key:

@@ -78,6 +78,16 @@ def test_a_factor_that_is_not_positive_definite_names_the_layer():
         DampedFactors(curvature, PruneConfig(), [linear], CPU).of(linear)
 
 
+def test_factors_need_gradients_but_for_the_diagonal_of_A():
+    linear, curvature = layer(True)
+    curvature._gradients.clear()
+    factors = DampedFactors(curvature, PruneConfig(), [linear], CPU)
+    g, a = factors.diagonals(linear)
+    assert g is None and torch.equal(a, curvature.factors(linear)[1].diagonal())
+    with pytest.raises(ValueError, match="not enough values"):
+        factors.of(linear)
+
+
 def kronecker_factors():
     """Factors ``[3, 3]`` and ``[4, 4]`` with damping 0.1 and 0.01; the undamped ones."""
     generator = torch.Generator().manual_seed(0)
