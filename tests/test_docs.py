@@ -34,8 +34,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, text in EXAMPLES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(methods, "_methods", dict(methods._methods))
-    monkeypatch.setattr(structure, "_structures", dict(structure._structures))
+    for registry in (methods._methods, structure._structures):
+        monkeypatch.setattr(registry, "records", dict(registry.records))
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     for name in ("ria", "test_ria", "columns", "test_columns"):
