@@ -105,7 +105,7 @@ def test_is_plain_data():
 
 
 def test_importing_is_light():
-    """What the package adds to torch's own imports, and whether CUDA is initialised: on import, then on build_info."""
+    """Packages that it adds to those of torch, and no initialisation of CUDA: on import, then on build_info."""
     run = subprocess.run([sys.executable, "-c", _IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
     imported, asked = json.loads(run.stdout)
     assert "surgeon_kernels" in imported[0]

@@ -1,4 +1,4 @@
-"""What is no layer, no matrix or no mask is refused by name before anything is computed."""
+"""Operands that are no layer, no matrix or no mask are refused by name before anything is computed."""
 
 import math
 

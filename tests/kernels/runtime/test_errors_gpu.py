@@ -1,4 +1,4 @@
-"""What CUDA ops do with errors that are not theirs."""
+"""CUDA ops beside errors that are not theirs."""
 
 import ctypes
 import math

@@ -115,7 +115,7 @@ def test_with_an_unknown_version_of_triton_every_launch_is_the_plain_one(monkeyp
 
 
 def test_a_compiled_kernel_hands_its_arguments_over_as_they_are():
-    """What direct launches rely on in the Triton installed, if it is a known one."""
+    """Direct launches may rely on the Triton installed, if it is a known one."""
     seen = []
     stand_in = SimpleNamespace(
         _init_handles=lambda: None,

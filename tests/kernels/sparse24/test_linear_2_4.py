@@ -210,7 +210,7 @@ def test_an_exported_graph_loads_in_a_process_that_has_prepared_no_weight(kernel
     ],
 )
 def test_ops_are_traced_without_the_extension(op, arguments, shape, dtype):
-    """What a graph may hold has its schema and its fake kernel from the import on."""
+    """Ops that a graph may hold have their schema and their fake kernel from the import on."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         y = getattr(torch.ops.surgeon_kernels, op)(*arguments)
     assert list(y.shape) == shape and y.dtype == getattr(torch, dtype)

@@ -1,4 +1,4 @@
-"""How the chunked update divides its work: which weights share a system, which systems share a batch or a block."""
+"""The work of the chunked update: weights that share a system, systems that share a batch or a block."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""How the joint update gets there: its start, its trace, its estimate of the gap and when it stops."""
+"""The path of the joint update: its start, its trace, its estimate of the gap and its end."""
 
 from itertools import pairwise
 
