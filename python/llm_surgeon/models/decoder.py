@@ -103,6 +103,11 @@ class Decoder:
     blocks: list[nn.Module]
     linears: list[PrunableLinear]
 
+    @property
+    def weights(self) -> int:
+        """Number of all weights of the linears, biases not counted."""
+        return sum(linear.rows * linear.columns for linear in self.linears)
+
 
 def find_decoder(model: PreTrainedModel) -> Decoder:
     """Find the decoder blocks of a causal language model and every linear layer inside them.

@@ -54,7 +54,7 @@ class Memory:
         self.hosted = self.factored and self.on_gpu and (self.offload or config.curvature_layers is not None)
         self.checkpointed = self.gradients and (config.checkpoint_activations or self.offload)
         self.sizes = [(linear.rows, linear.columns + linear.has_bias) for linear in decoder.linears]
-        self.weights = sum(linear.rows * linear.columns for linear in decoder.linears)
+        self.weights = decoder.weights
         self.itemsize = next(model.parameters()).element_size()
         self.blocks = [sum(p.nbytes for p in block.parameters()) for block in decoder.blocks]
         self.snapshot = self.itemsize * sum(R * C for R, C in self.sizes)

@@ -34,7 +34,7 @@ class WeightShots:
         self._steps = GradientSteps(run, anchors) if self.config.gradient_steps else None
 
     def removal(self) -> str:
-        total = sum(linear.rows * linear.columns for linear in self.run.decoder.linears)
+        total = self.run.decoder.weights
         least = "" if self.config.pattern.single_weights else "at least "
         return f"{least}{round(self.config.sparsity * total):,} of {total:,} weights"
 

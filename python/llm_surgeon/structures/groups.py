@@ -52,7 +52,7 @@ class GroupShots:
         self._gradients: WeightGradients | None = None
 
     def removal(self) -> str:
-        total = sum(linear.rows * linear.columns for linear in self.decoder.linears)
+        total = self.decoder.weights
         return f"at least {round(self.config.sparsity * total):,} of {total:,} weights"
 
     def begin(self, resources: ExitStack) -> None:
@@ -190,7 +190,7 @@ def reachable_dimensions(model: Any, decoder: Decoder, config: PruneConfig) -> l
             f"skip_layers names block {max(config.skipped_layers)}, and the model has {len(decoder.blocks)}"
         )
     dimensions = find_dimensions(model, decoder)
-    check_reachable(dimensions, config, sum(x.rows * x.columns for x in decoder.linears))
+    check_reachable(dimensions, config, decoder.weights)
     with undone(model):
         narrow(model, decoder, _smallest_step(dimensions, config))
     return dimensions

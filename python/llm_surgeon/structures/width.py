@@ -42,7 +42,7 @@ class WidthShots:
         self._moments: _Moments | None = None  # of the shot that is under way
 
     def removal(self) -> str:
-        residual, total = self.residual, sum(linear.rows * linear.columns for linear in self.decoder.linears)
+        residual, total = self.residual, self.decoder.weights
         weights = weights_removed(self.decoder, residual, self._goal)
         return (
             f"{residual.width - self._goal} of {residual.width} channels, {weights:,} of {total:,} weights, "

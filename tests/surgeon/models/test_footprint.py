@@ -55,6 +55,20 @@ def test_the_dense_model_is_compared_with_where_memory_has_room(monkeypatch):
     assert size.copy_in_main_memory(model) is None
 
 
+def test_sizes_are_compared_before_and_after():
+    model, ids = build("llama"), torch.arange(1, 9)[None]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    alone, together = size.SizeComparison(model, ids), size.SizeComparison(model, ids)
+    together.keep(model)
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    found = together.sizes(model)
+    assert found["before"]["parameters"] == parameters > found["after"]["parameters"]
+    assert found["before"]["macs"] > found["after"]["macs"] > 0
+    assert all("seconds_low" in sizes for sizes in found.values())
+    assert not any("seconds_low" in sizes for sizes in alone.sizes(model).values())  # no dense model was kept
+
+
 def test_what_becomes_smaller_is_timed_beside_the_dense_model():
     report = prune(build("llama"), TOKENS, structure="groups", sparsity=0.3, shots=1)
     for state in ("before", "after"):

@@ -95,6 +95,18 @@ def test_a_structure_from_outside_prunes_a_checkpoint(columns, tmp_path):
     assert describe_structure("columns") == "whole columns"
 
 
+def test_a_structure_comes_from_an_entry_point(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry._structures, "records", dict(registry._structures.records))
+    information = tmp_path / "columns-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: columns\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(f"[llm_surgeon.structures]\ncolumns = {__name__}:COLUMNS\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "columns" in registry.names() and "columns" not in registry._structures.records
+    report = prune(build("llama"), TOKENS, structure="columns", update="none", shots=1)
+    assert report.sparsity == pytest.approx(0.25) and Structure.parse("columns") is COLUMNS
+
+
 def test_names_are_told_apart_and_meant(columns):
     register(COLUMNS)
     with pytest.raises(InputError, match=r"unknown structure 'colums' \(do you mean 'columns'\?\)"):

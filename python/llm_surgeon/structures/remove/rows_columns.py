@@ -74,7 +74,7 @@ def _compact(model: Any, state: ModelState, multiple: int) -> Compacted:
     check_finite(model)
     parameters = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
     state.copy_weights(parameters, at_once=True)
-    total = _weights(decoder)
+    before = decoder.weights
     with verified(model, probe_logits(model), "the compact model's logits differ from the model's"):
         neurons = _fold(model, decoder, multiple)
         left, linears = 0, 0
@@ -91,11 +91,7 @@ def _compact(model: Any, state: ModelState, multiple: int) -> Compacted:
             left += kept
         if linears:
             become_pruned(model, decoder)
-    return Compacted(total, left, neurons, linears)
-
-
-def _weights(decoder: Decoder) -> int:
-    return sum(linear.rows * linear.columns for linear in decoder.linears)
+    return Compacted(before, left, neurons, linears)
 
 
 def _alive(linear: PrunableLinear) -> tuple[Tensor, Tensor]:
