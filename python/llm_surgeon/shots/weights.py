@@ -27,7 +27,7 @@ class WeightShots:
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.method = run, run.config, method(run.config.method)
         self.selections: list[Selection] = []
-        self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()
+        self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._curvature = ShotCurvature(run, self.method, self._shot_memory)
         anchors = AnchorWeights(run, self._memory)
         self._updates = Updates(run, self._curvature, anchors)
