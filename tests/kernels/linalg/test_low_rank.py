@@ -15,7 +15,7 @@ def problem(R, C, density=0.5):
 
 
 def matrix(correction, pruned):
-    """The preconditioner on the pruned entries, as a matrix."""
+    """The correction on the pruned entries, as a matrix."""
     columns = []
     for r, c in pruned.nonzero().tolist():
         X = torch.zeros(pruned.shape, dtype=torch.float64)
