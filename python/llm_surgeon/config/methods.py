@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llm_surgeon.checks import require_choice
 from llm_surgeon.config.reference import resolve
 from llm_surgeon.config.registry import Registry
 from llm_surgeon.errors import InputError
 
-UPDATES = ("joint", "chunked", "independent", "none")
+Update = Literal["joint", "chunked", "independent", "none"]
+UPDATES: tuple[Update, ...] = get_args(Update)
 NEEDS = ("nothing", "activations", "gradients")
 COMPARISONS = ("network", "layer", "row")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,11 +12,10 @@ from llm_surgeon.checks import parse_bytes, shown
 from llm_surgeon.config import methods
 from llm_surgeon.config import structure as structures
 from llm_surgeon.config.fields import check_options, count, number, option, options, present_names
-from llm_surgeon.config.methods import Method, method, methods_where
+from llm_surgeon.config.methods import Method, Update, method, methods_where
 from llm_surgeon.config.structure import SPECIAL_OPTIONS, Structure, structures_with
 from llm_surgeon.errors import InputError
 
-Update = Literal["joint", "chunked", "independent", "none"]
 Fisher = Literal["empirical", "sampled"]
 Offload = Literal["none", "cpu"]
 Importance = Literal["kronecker", "taylor1", "taylor2", "taylor-mix", "vector", "magnitude", "random"]
@@ -35,6 +34,13 @@ _SWAPS = 4
 # Rounds of work beyond these are a slip of the keyboard, and would run for ever.
 _MOST_ROUNDS = 10_000
 _MOST_BLOCKS = 100_000
+# Options that some methods only have a use for.
+_METHOD_OPTIONS: dict[str, Callable[[Method], bool]] = {
+    "fisher": lambda record: record.gradients,
+    "checkpoint_activations": lambda record: record.gradients,
+    "offload": lambda record: record.curvature,
+    "curvature_layers": lambda record: record.curvature,
+}
 # What torch's generators take, and room for the draws that later shots make with the numbers after it.
 LARGEST_SEED = 2**63 - 1 - _MOST_ROUNDS
 
@@ -270,6 +276,14 @@ class PruneConfig:
             raise InputError(
                 f"sparsity {self.sparsity} cannot be met while min_kept keeps {self.min_kept} of every layer"
             )
+        for name, meant in _METHOD_OPTIONS.items():
+            if not meant(record) and self._given(name):
+                choices = " or ".join(methods_where(meant))
+                raise InputError(f"{name} has no meaning for method {self.method!r}: choose {choices}")
+        if not structure.coupled and self.allocation == "local":
+            raise InputError(f"allocation has no meaning for structure {self.structure!r}: choose groups")
+        if self.shots == 1 and structure.shots_in is None and self._given("schedule"):
+            raise InputError("schedule has no meaning for one shot: choose more shots")
         for name in SPECIAL_OPTIONS:
             if name not in structure.options and self._given(name):
                 choices = " or ".join(structures_with(name))
@@ -279,8 +293,6 @@ class PruneConfig:
         self._check_update(structure, record)
         if record.sweep is not None and self.shots != 1:
             raise InputError(f"method {self.method!r} goes through the layers once: shots must be 1, not {self.shots}")
-        if self.offload != "none" and not record.curvature:
-            raise InputError(f"offload {self.offload!r} is for methods with curvature, not {self.method!r}")
         if self.offload != "none" and self.lora_rank:
             raise InputError("lora_rank needs the whole model on one device: leave offload out")
         for name in ("lora_steps", "lora_learning_rate") if self.lora_rank == 0 else ():

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from llm_surgeon.checks import require_choice
 from llm_surgeon.config.prune import FISHERS
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
+from llm_surgeon.errors import NumericalError, UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import count_tokens, next_token_loss
@@ -94,8 +95,7 @@ def estimate_curvature(
             place where it was first met and the batch.
         UnsupportedModelError: a layer's output has no influence on the loss through which to differentiate.
     """
-    if fisher not in FISHERS:
-        raise InputError(f"unknown fisher {fisher!r}: choose one of {', '.join(FISHERS)}")
+    require_choice("fisher", fisher, FISHERS)
     tokens, targets = count_tokens(model, calibration)
     batches = -(-calibration.input_ids.shape[0] // batch_size)
     device = model.get_input_embeddings().weight.device

@@ -352,6 +352,29 @@ def test_options_of_smaller_models_name_the_structures_that_take_them(option, va
         PruneConfig(**{option: value})
 
 
+@pytest.mark.parametrize(
+    "option, value, method, others",
+    [
+        ("fisher", "sampled", "wanda", "surgeon or k-obd"),
+        ("checkpoint_activations", True, "sparsegpt", "surgeon or k-obd"),
+        ("curvature_layers", 2, "magnitude", "surgeon or wanda or l-obd or k-obd"),
+        ("offload", "cpu", "sparsegpt", "surgeon or wanda or l-obd or k-obd"),
+    ],
+)
+def test_options_without_effect_for_a_method_name_those_that_take_them(option, value, method, others):
+    assert getattr(PruneConfig(method="k-obd", **{option: value}), option) == value
+    with pytest.raises(InputError, match=f"^{option} has no meaning for method '{method}': choose {others}$"):
+        PruneConfig(method=method, **{option: value})
+
+
+def test_options_without_effect_are_refused():
+    with pytest.raises(InputError, match=r"^allocation has no meaning for structure '2:4': choose groups$"):
+        PruneConfig(allocation="local")
+    with pytest.raises(InputError, match=r"^schedule has no meaning for one shot: choose more shots$"):
+        PruneConfig(method="wanda", schedule=2.0)
+    assert PruneConfig(method="wanda", shots=2, schedule=2.0).schedule == 2.0
+
+
 @pytest.mark.parametrize("value", ["0GB", 0, -1, True, "9" * 400, "1e400", 2**64])
 def test_memory_is_an_amount(value):
     with pytest.raises(InputError, match=r"gpu_memory must be|is no amount of memory"):
@@ -366,6 +389,12 @@ def test_from_mapping_validates():
 def test_a_resolved_configuration_survives_the_round_trip():
     config = PruneConfig(structure="rows-columns", sparsity=0.4)
     assert PruneConfig.from_mapping(dataclasses.asdict(config)) == config
+
+
+def test_the_options_of_a_report_from_before_can_be_given_again():
+    written = dataclasses.asdict(PruneConfig(swaps=2))
+    written["exchanges"] = written.pop("swaps")
+    assert PruneConfig.from_mapping(written) == PruneConfig(swaps=2)
 
 
 def test_configuration_is_frozen():
