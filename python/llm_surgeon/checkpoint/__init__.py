@@ -2,7 +2,8 @@
 
 from llm_surgeon.checkpoint.folder import require_model
 from llm_surgeon.checkpoint.load import load_model
-from llm_surgeon.checkpoint.output import Output, check_output, claimed_output
+from llm_surgeon.checkpoint.output import Output, claimed_output
+from llm_surgeon.checkpoint.output_checks import check_output
 from llm_surgeon.checkpoint.save import checkpoint_bytes, save_checkpoint
 from llm_surgeon.checkpoint.stored_form import StoredForm
 

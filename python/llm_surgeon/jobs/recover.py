@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import claimed_output, load_model, require_model
-from llm_surgeon.checkpoint.output import output_path
+from llm_surgeon.checkpoint.output_checks import output_path
 from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, require_room
 from llm_surgeon.data.documents import read_documents
