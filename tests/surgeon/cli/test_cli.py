@@ -175,7 +175,7 @@ def test_a_model_that_does_not_exist_is_refused_before_the_text_is_asked_for(tmp
     def asked(*_, **__):
         raise AssertionError("the text was asked for")
 
-    monkeypatch.setattr("llm_surgeon.data.documents._read_known", asked)
+    monkeypatch.setattr("llm_surgeon.data.documents.read_known", asked)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for command in (
         ["prune", "no/such-model", tmp_path / "b"],

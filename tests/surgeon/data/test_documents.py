@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-import llm_surgeon.data.documents
+import llm_surgeon.data.files
 from llm_surgeon.data.documents import read_documents, read_text
 from llm_surgeon.errors import InputError
 from tests.surgeon.checkpoints import tokenizer_of_words
@@ -375,7 +375,7 @@ def test_members_of_a_zip_are_read_each_by_its_own_field(tmp_path: Path) -> None
 
 
 def test_bombs_are_refused_by_name_before_they_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm_surgeon.data.documents, "ALWAYS_ALLOWED", 2**16)
+    monkeypatch.setattr(llm_surgeon.data.files, "ALWAYS_ALLOWED", 2**16)
     zeros = b"0" * 2**22
     bombs = [
         zip_of(tmp_path / "a.zip", a__txt=zeros),
@@ -390,10 +390,10 @@ def test_bombs_are_refused_by_name_before_they_unpack(tmp_path: Path, monkeypatc
         assert path.stat().st_size < 2**15
         with pytest.raises(InputError, match=rf"{path.name}' unpacks to more than [\d,]+ bytes, too many for its size"):
             read_text(path, "calibration")
-    monkeypatch.setattr(llm_surgeon.data.documents, "MAX_MEMBERS", 1)
+    monkeypatch.setattr(llm_surgeon.data.files, "MAX_MEMBERS", 1)
     with pytest.raises(InputError, match="holds 2 files to read, more than 1"):
         read_text(zip_of(tmp_path / "many.zip", a__txt="a", b__txt="b"), "calibration")
-    monkeypatch.setattr(llm_surgeon.data.documents, "available_memory", lambda device: 40)
+    monkeypatch.setattr(llm_surgeon.data.files, "available_memory", lambda device: 40)
     path = tmp_path / "a.txt"
     path.write_text("eleven char")
     with pytest.raises(InputError, match=r"a.txt' of 11 bytes is too large for the memory here"):

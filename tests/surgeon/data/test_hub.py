@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-import llm_surgeon.data.documents
+import llm_surgeon.data.hub
 from llm_surgeon.data.documents import read_text
 from llm_surgeon.errors import InputError
 
@@ -23,7 +23,7 @@ def test_hub_texts_that_fail_on_the_way(error: Exception, monkeypatch: pytest.Mo
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(llm_surgeon.data.documents, "hub_reachable", lambda: True)
+    monkeypatch.setattr(llm_surgeon.data.hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match=r"pass a .txt, .* instead .(cut off|gone)"):
         read_text("wikitext2", "calibration")
@@ -37,7 +37,7 @@ def test_hub_texts(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = [{"text": f"{split} {i}"} for i in range(3000)]
         return iter(rows) if streaming else {"text": [row["text"] for row in rows[:2]]}
 
-    monkeypatch.setattr(llm_surgeon.data.documents, "hub_reachable", lambda: True)
+    monkeypatch.setattr(llm_surgeon.data.hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_text("wikitext2", "calibration") == "train 0\n\ntrain 1"
     assert read_text("wikitext2", "evaluation") == "test 0\n\ntest 1"
@@ -56,14 +56,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[dict[str, Any]]]
         asked.append((name, configuration, options))
         return splits
 
-    monkeypatch.setattr(llm_surgeon.data.documents, "hub_reachable", lambda: True)
+    monkeypatch.setattr(llm_surgeon.data.hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", load)
     return asked
 
 
 def test_data_sets_of_the_hub_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm_surgeon.data.documents, "hub_reachable", lambda: False)
+    monkeypatch.setattr(llm_surgeon.data.hub, "hub_reachable", lambda: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(
         InputError, match=r"no file 'some/set', and cannot read .* from the Hugging Face hub.*no network"
@@ -96,7 +96,7 @@ def test_any_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("some/set", configuration, streamed) for configuration in expected]
     with pytest.raises(InputError, match="'some/set::c' has no split 'c': its splits are a, b, train, validation"):
         read_text("some/set::c", "calibration")
-    monkeypatch.setattr(llm_surgeon.data.documents, "HUB_CHARACTERS", 0)  # reached by the first row
+    monkeypatch.setattr(llm_surgeon.data.hub, "HUB_CHARACTERS", 0)  # reached by the first row
     assert read_text("some/set", "calibration") == "t"
     del splits["validation"]
     with pytest.raises(InputError, match="has no split test or validation"):
