@@ -10,25 +10,20 @@ import dataclasses
 import json
 import math
 import platform
-import types
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError, NumericalError, one_line
+from llm_surgeon.report.decode import decode, floats, reject_constant
 from llm_surgeon.report.format import duration, percent, perplexity_of, plural, signed, size_table, two_decimals
 from llm_surgeon.resources import human_bytes
 
 SCHEMA_VERSION = 1
-# Numbers beyond these are no counts and no losses: nothing that can be drawn or computed with.
-_LARGEST_INT, _LARGEST_FLOAT = 2**63, 1e30
-_DEEPEST = 20  # lists in lists, in an option
 
 
 @dataclass(frozen=True)
@@ -236,7 +231,7 @@ class PruneReport:
     def to_json(self) -> str:
         """The report as indented JSON; NaN or infinity anywhere is a :class:`NumericalError` that names the field."""
         data = dataclasses.asdict(self)
-        for where, value in _floats(data, ""):
+        for where, value in floats(data, ""):
             if not math.isfinite(value):
                 raise NumericalError(f"report field {where} is {value}")
         return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
@@ -245,7 +240,7 @@ class PruneReport:
     def from_json(cls, text: str) -> PruneReport:
         """Read :meth:`to_json`'s output; :class:`InputError` names what is wrong with any other text."""
         try:
-            data = json.loads(text, parse_constant=_reject_constant)
+            data = json.loads(text, parse_constant=reject_constant)
             json.dumps(data, ensure_ascii=False).encode("utf-8")  # fails on halves of surrogate pairs
         except RecursionError as error:
             raise InputError("the report is nested too deeply") from error
@@ -258,7 +253,7 @@ class PruneReport:
             raise InputError(
                 f"the report has schema_version {version!r}, but this version of llm_surgeon reads {SCHEMA_VERSION}"
             )
-        report: PruneReport = _decode(cls, data, "report")
+        report: PruneReport = decode(cls, data, "report")
         _check_sizes(report.sizes)
         return report
 
@@ -328,73 +323,3 @@ def _check_sizes(sizes: dict[str, dict[str, float]]) -> None:
         for name in ("parameters", "macs", "bytes", "seconds"):
             if not sizes.get(state, {}).get(name, 0.0) > 0.0:
                 raise InputError(f"report.sizes.{state}.{name} must be a number greater than 0")
-
-
-def _floats(value: object, where: str) -> Iterator[tuple[str, float]]:
-    """Every float inside plain data, with the path that leads to it."""
-    if isinstance(value, float):
-        yield where, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _floats(item, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _floats(item, f"{where}[{index}]")
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise InputError(f"the report holds {name}, which is not a number")
-
-
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotated type ``hint``, checked all the way down."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        _check_plain(value, where)
-        return value
-    if origin in (typing.Union, types.UnionType):  # every union here is "T | None"
-        return None if value is None else _decode(arguments[0], value, where)
-    expected = origin or (dict if dataclasses.is_dataclass(hint) else hint)
-    if expected is float and isinstance(value, int) and abs(value) < _LARGEST_INT and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise InputError(f"{where} must be of type {expected.__name__}, not {type(value).__name__}")
-    if isinstance(value, int) and expected is int and not 0 <= value < _LARGEST_INT:
-        raise InputError(f"{where} must lie between 0 and 2^63")
-    if isinstance(value, float):
-        _check_float(value, where)
-    if origin is list:
-        return [_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is dict:
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return _decode_dataclass(hint, value, where)
-    return value
-
-
-def _check_plain(value: Any, where: str, depth: int = 0) -> None:
-    """Raise :class:`InputError` where plain data hold what cannot be shown."""
-    if depth > _DEEPEST:
-        raise InputError("the report is nested too deeply")
-    if isinstance(value, (int, float)):
-        _check_float(value, where)
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in parts:
-        _check_plain(part, f"{where}.{key}", depth + 1)
-
-
-def _check_float(value: float, where: str) -> None:
-    if not abs(value) <= _LARGEST_FLOAT:  # infinity, too, which JSON can say as 1e999
-        raise InputError(f"{where} must lie within ±{_LARGEST_FLOAT:g}")
-
-
-def _decode_dataclass(cls: Any, data: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise InputError(f"{where} has an unknown field {unknown[0]!r}")
-    for f in dataclasses.fields(cls):
-        optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        if f.name not in data and not optional:
-            raise InputError(f"{where} lacks the field {f.name!r}")
-    return cls(**{name: _decode(hints[name], value, f"{where}.{name}") for name, value in data.items()})
