@@ -69,7 +69,8 @@ def test_research_is_the_last_section_of_the_help():
 
 
 def test_choices_are_completed_those_of_registered_methods_too(monkeypatch):
-    monkeypatch.setitem(methods._methods, "surprise", methods.Method("surprise", costs="builtins:abs"))
+    records = {**methods._methods.records, "surprise": methods.Method("surprise", costs="builtins:abs")}
+    monkeypatch.setattr(methods._methods, "records", records)
     context = COMMANDS["surgeon", "prune"].make_context("prune", ["model", "out"])
     parameters = {each.name: each for each in COMMANDS["surgeon", "prune"].params}
 
