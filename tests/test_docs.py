@@ -59,13 +59,16 @@ def test_an_architecture(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_an_op(folder: Path) -> None:
     pytest.importorskip("triton", reason="needs Triton's interpreter")
+    from tests.kernels.interpreter import assert_agrees
+
     shutil.copytree(ROOT / "surgeon_kernels", folder / "surgeon_kernels", dirs_exist_ok=True)
-    shutil.copy(ROOT / "tests" / "kernels" / "dense.py", folder / "tests" / "kernels")
-    environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}
-    for command in ("pytest tests/kernels/selection", "tests.kernels.selection.interpreted_row_norms"):
-        words = [sys.executable, "-m", *command.split()]
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("__init__.py", "kernels/__init__.py", "kernels/selection/__init__.py", "kernels/dense.py"):
+        shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
+    command = [sys.executable, "-m", "pytest", "tests"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_agrees("selection.interpreted_row_norms", folder)
 
 
 @pytest.mark.parametrize("page", PAGES)

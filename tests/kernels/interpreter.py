@@ -14,11 +14,10 @@ def release(module):
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
-def assert_agrees(checks):
-    """``tests.kernels.<checks>`` ends well and prints "agrees"."""
+def assert_agrees(checks, root=Path(__file__).parents[2]):
+    """``tests.kernels.<checks>`` of the folder ``root`` ends well and prints "agrees"."""
     if release(triton) < (3, 7) and release(numpy) >= (2, 5):
         pytest.skip("the interpreter of Triton 3.6 does not run with NumPy 2.5 or later")
-    root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", f"tests.kernels.{checks}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
