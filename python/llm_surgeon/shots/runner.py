@@ -67,7 +67,7 @@ class Shot:
 
     Attributes:
         fraction: of what the whole run removes, what is to be gone after this shot.
-        last: no shot follows. A structure that cannot tell beforehand says so while it updates.
+        last: no shot follows. A structure that cannot tell beforehand says so while it selects or updates.
         report: the shot's own; ``measure``, ``select`` and ``update`` fill in what they find.
     """
 
@@ -110,8 +110,7 @@ class Shots(Protocol):
         """Say what goes, with the numbers of this run: the end of the sentence "would remove ..."."""
 
     def begin(self, resources: ExitStack) -> None:
-        """Make what the shots share, ``selections`` of nothing included; ``resources`` are closed after the last
-        one."""
+        """Make what the shots share, empty ``selections`` included; ``resources`` are closed after the last shot."""
 
     def pruned(self) -> AbstractContextManager[object]:
         """Context manager in which the model computes what it will once it is finished."""
@@ -133,7 +132,7 @@ class Shots(Protocol):
         """Make what was selected zero, and let the rest compensate for it.
 
         Sets ``shot.report.predicted_increase``, ``solver`` and ``jitter`` where they are known, ``selections`` again
-        where they became others, and ``shot.last`` where only this tells. Further work has phases of its own.
+        where they became others, and ``shot.last`` where only this tells. Further work begins a phase of its own.
         """
 
     def finish(self) -> None:
