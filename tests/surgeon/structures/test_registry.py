@@ -10,6 +10,7 @@ from llm_surgeon.config import structure as registry
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.report.render import describe_structure
+from llm_surgeon.shots.runner import Shots
 from llm_surgeon.structures import Structure, register
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import VOCABULARY, build
@@ -126,6 +127,8 @@ def test_a_class_that_cannot_be_imported_is_named():
 @pytest.mark.parametrize("name", registry.names())
 def test_every_record_names_what_there_is(name):
     structure = Structure.parse(name)
-    assert callable(structure.shot_class) and structure.title
+    members = [member for member in vars(Shots) if not member.startswith("_")]
+    assert len(members) == 7 and structure.title
+    assert all(callable(getattr(structure.shot_class, member)) for member in members)
     assert structure.default_shots(0.3) == {"rows-columns": 24, "layers": 1}.get(name, 5)
     assert Structure.parse("2:4").shot_class is Structure.parse("unstructured").shot_class
