@@ -7,27 +7,24 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
+from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors, numerical_errors
-from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.shots.runner import Run, Shot
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.find.dimension import Dimension
-from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients
-from llm_surgeon.structures.narrowing import allowed
+from llm_surgeon.structures.reachable import reachable_dimensions
 from llm_surgeon.structures.reconstruct import reconstruct
 from llm_surgeon.structures.remove.groups import narrow
-from llm_surgeon.structures.remove.verify import undone
-from llm_surgeon.structures.select import check_reachable, select_groups
+from llm_surgeon.structures.select import select_groups
 from surgeon_kernels import damp, objective, rows_columns_update
 
 
@@ -177,36 +174,6 @@ class GroupShots:
     def _each_dimension(self) -> Iterator[tuple[Dimension, Tensor]]:
         pairs = zip(self.dimensions, self.removed, strict=True)
         return self.run.each(pairs, lambda pair: pair[0].consumer.name)
-
-
-def reachable_dimensions(model: Any, decoder: Decoder, config: PruneConfig) -> list[Dimension]:
-    """Dimensions that groups can leave as ``config`` asks for.
-
-    Raises:
-        InputError: ``config`` cannot be met there. UnsupportedModelError: the model cannot be smaller, which is tried.
-    """
-    if config.skipped_layers and max(config.skipped_layers) >= len(decoder.blocks):
-        raise InputError(
-            f"skip_layers names block {max(config.skipped_layers)}, and the model has {len(decoder.blocks)}"
-        )
-    dimensions = find_dimensions(model, decoder)
-    check_reachable(dimensions, config, decoder.weights)
-    with undone(model):
-        narrow(model, decoder, _smallest_step(dimensions, config))
-    return dimensions
-
-
-def _smallest_step(dimensions: list[Dimension], config: PruneConfig) -> list[tuple[Dimension, Tensor]]:
-    """Every dimension with the fewest groups that may leave it; without ``uniform`` those of the last block stay."""
-    last = max(dimension.depth for dimension in dimensions)
-    removed = []
-    for dimension in dimensions:
-        parts = torch.zeros(dimension.groups, dimension.parts, dtype=torch.bool, device=dimension.columns.device)
-        sizes = range(dimension.groups - 1, 0, -1) if config.uniform or dimension.depth < last else ()
-        left = next((size for size in sizes if allowed(dimension, config, size, dimension.parts)), dimension.groups)
-        parts[left:] = True
-        removed.append((dimension, parts))
-    return removed
 
 
 def _with_own_factor(dimension: Dimension) -> Dimension:

@@ -12,7 +12,7 @@ from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.structures.costs import DimensionCosts
 from llm_surgeon.structures.find.dimension import Dimension
-from llm_surgeon.structures.narrowing import NarrowingState, NarrowingStep, smallest_sizes
+from llm_surgeon.structures.narrowing import NarrowingState, NarrowingStep
 
 
 def select_groups(
@@ -51,29 +51,6 @@ def select_groups(
     if sum(state.removed_weights for state in states) < target == final:
         raise InputError(f"sparsity {config.sparsity:g} cannot be met with allocation {config.allocation!r}")
     return [state.mask() for state in states], threshold
-
-
-def check_reachable(dimensions: Sequence[Dimension], config: PruneConfig, weights: int) -> None:
-    """Raise :class:`InputError` where no allowed sizes remove the sparsity asked for of ``weights``."""
-    left = weights
-    for dimension in dimensions:
-        full = dimension.weights(dimension.groups, dimension.parts)
-        left -= full - min([full, *(dimension.weights(*size) for size in smallest_sizes(dimension, config))])
-    if config.sparsity > 1 - left / weights:
-        conditions = [f"{config.min_kept:g} (at least one group) of every layer stays"]
-        if config.round_to > 1:
-            conditions.append(f"widths are multiples of {config.round_to}")
-        if config.skip_layers:
-            conditions.append(f"blocks {config.skip_layers} are skipped")
-        whole = {d.kind: None for d in dimensions if config.uniform and not d.rule.stock}
-        if whole:
-            conditions.append(f"stock classes know one width of {', '.join(whole)} (uniform)")
-        if config.uniform and any(d.rule.refused for d in dimensions):
-            conditions.append("the configuration refuses some numbers of heads (uniform)")
-        raise InputError(
-            f"sparsity {config.sparsity:g} would empty a layer: where {', '.join(conditions)}, at most "
-            f"{1 - left / weights:.3g} can be removed"
-        )
 
 
 def _ladders(states: Sequence[NarrowingState], uniform: bool) -> list[list[NarrowingState]]:

@@ -14,7 +14,8 @@ from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.groups import GroupShots
 from llm_surgeon.structures.narrowing import NarrowingState
-from llm_surgeon.structures.select import check_reachable, select_groups
+from llm_surgeon.structures.reachable import check_reachable
+from llm_surgeon.structures.select import select_groups
 from surgeon_kernels import damp, objective, rows_columns_update
 from tests.surgeon.tiny_models import VOCABULARY, build
 
