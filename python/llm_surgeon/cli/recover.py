@@ -52,7 +52,7 @@ def recover(
     """Train what pruning left of MODEL into OUT: low-rank or full, plain or distilled; every zero stays a zero."""
     given = {name: value for name, value in options.items() if value is not None}
     config = RecoverConfig.from_mapping({"preset": preset, **given})
-    unused = {"rank", "alpha", "dropout"} if config.method == "full" else set()
+    unused = set() if config.lora else {"rank", "alpha", "dropout"}
     unused |= {"temperature"} if teacher is None else set()
     for name in sorted(unused & given.keys()):
         needs = "a --teacher" if name == "temperature" else "--method lora"

@@ -65,7 +65,7 @@ class RecoverConfig:
     def __post_init__(self) -> None:
         check_options(self)
         resolved = {
-            "learning_rate": 2e-3 if self.method == "lora" else 5e-4,
+            "learning_rate": 2e-3 if self.lora else 5e-4,
             "warmup_steps": self.steps // 20,
             "eval_every": max(1, self.steps // 10),
         }
@@ -77,6 +77,11 @@ class RecoverConfig:
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise InputError(f"batch_size {self.batch_size} is not divisible by micro_batch_size {micro}")
+
+    @property
+    def lora(self) -> bool:
+        """Whether low-rank corrections are trained, rather than the parameters themselves."""
+        return self.method == "lora"
 
     @property
     def held_out_windows(self) -> int:

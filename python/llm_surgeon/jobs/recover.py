@@ -141,7 +141,7 @@ def _text(report: RecoveryReport, data: str, teacher: str | None) -> str:
 def _state_bytes(model: nn.Module, config: RecoverConfig, state: Path) -> int:
     """Bytes that the training state will still take: what is trained and AdamW's two moments, float32, three times."""
     trained = sum(parameter.numel() for parameter in model.parameters())
-    if config.method == "lora":
+    if config.lora:
         linears = find_decoder(model).linears
         trained = config.rank * sum(linear.rows + linear.columns for linear in linears)
     there = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())

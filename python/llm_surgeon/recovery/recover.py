@@ -136,8 +136,8 @@ def _recover(
         raise InputError("the model is compact: recover the checkpoint it was made from, then compact that")
     decoder = find_decoder(model)
     check_finite(model)
-    _check_trainable(model, teacher, config.method)
-    if config.method == "lora":
+    _check_trainable(model, teacher, config)
+    if config.lora:
         check_rank(decoder, config.rank, "rank")
     for name, each in {"training sequences": windows, "held-out sequences": held_out}.items():
         require_fit(each.input_ids, model, name)
@@ -148,7 +148,7 @@ def _recover(
     progress.phase("training")
     with traceless(model), tempfile.TemporaryDirectory() as scratch, evaluation_mode(teacher or nn.Identity()):
         folder = Path(state_folder or scratch)
-        if config.method == "lora":
+        if config.lora:
             with low_rank_corrections(
                 model, decoder, config.rank, config.alpha, config.dropout, config.seed
             ) as trained:
@@ -178,7 +178,7 @@ def _loss(model: nn.Module, data: Calibration, config: RecoverConfig) -> float:
     return mean_loss(model, data, config.micro_batch_size or max(1, 8192 // data.input_ids.shape[1]))
 
 
-def _check_trainable(model: nn.Module, teacher: nn.Module | None, method: str) -> None:
+def _check_trainable(model: nn.Module, teacher: nn.Module | None, config: RecoverConfig) -> None:
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise InputError("the model is quantized or packed: recover the checkpoint it was made from")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -186,7 +186,7 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None, method: str) -
     device = next(model.parameters()).device
     if device.type == "cuda" and device.index:
         raise InputError(f"recovery trains on the first visible GPU, not on {device}: set CUDA_VISIBLE_DEVICES")
-    if next(model.parameters()).dtype == torch.float16 and method == "full":
+    if next(model.parameters()).dtype == torch.float16 and not config.lora:
         raise InputError("float16 cannot hold AdamW's moments: recover model.float(), or by method 'lora'")
     if teacher is not None:
         ours, theirs = (m.get_input_embeddings().num_embeddings for m in (model, teacher))  # type: ignore[operator]
