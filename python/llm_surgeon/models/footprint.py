@@ -76,7 +76,7 @@ def compare_latencies(
 
 
 class SizeComparison:
-    """What a model takes before and after it is made smaller in place, latencies side by side.
+    """Sizes of a model before and after it is made smaller in place, latencies side by side.
 
     Args:
         model: as it is before.
