@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from llm_surgeon.checks import require_choice
 from llm_surgeon.cli.options import DTYPES, Device, Quiet, TrustRemoteCode
 from llm_surgeon.cli.parameters import completion, examples
 from llm_surgeon.config.decoding import Decoding
 
 app = typer.Typer(help="Measure the speed of a model.", no_args_is_help=True)
+_DECODINGS = [way.value for way in Decoding]
 
 
 @app.callback()
@@ -36,11 +38,12 @@ def generate(
         typer.Option(help=f"{' | '.join(DTYPES)} (default: as stored).", autocompletion=completion(lambda: DTYPES)),
     ] = None,
     decoding: Annotated[
-        list[Decoding] | None,
+        list[str] | None,
         typer.Option(
+            autocompletion=completion(lambda: _DECODINGS),
             help="eager; graph (a CUDA graph); compiled (torch.compile, and a CUDA graph); generate (as transformers' "
             "generate runs with a static cache: compiled, on a GPU). Repeatable (default: generate and graph on a GPU, "
-            "else eager)."
+            "else eager).",
         ),
     ] = None,
     fuse: Annotated[
@@ -60,6 +63,8 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Prefill and decode speed of a 2:4 MODEL, dense against packed: tokens per second, memory, bytes on disk."""
+    for name in decoding or ():
+        require_choice("decoding", name, _DECODINGS)
     from llm_surgeon.cli.generate import measure  # brings torch: see options.py
 
     measure(
@@ -70,7 +75,7 @@ def generate(
         new_tokens=new_tokens,
         repeats=repeats,
         dtype=dtype,
-        decoding=decoding,
+        decoding=[Decoding(name) for name in decoding or ()],
         fuse=fuse,
         cusparselt=cusparselt,
         fused_parts=fused_parts,

@@ -37,7 +37,7 @@ def measure(
     new_tokens: int,
     repeats: int,
     dtype: str | None,
-    decoding: list[Decoding] | None,
+    decoding: list[Decoding],
     fuse: bool,
     cusparselt: bool,
     fused_parts: bool,

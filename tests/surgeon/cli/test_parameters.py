@@ -108,6 +108,22 @@ def test_bad_usage_is_one_sentence(words, sentence, capsys):
     assert line.startswith(f"surgeon: {sentence}") and line.endswith(" --help")
 
 
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("prune m out --method surgoen", "unknown method 'surgoen' (do you mean 'surgeon'?): choose one of surgeon, "),
+        ("recover m out --method lorra", "unknown method 'lorra' (do you mean 'lora'?): choose one of lora, full"),
+        ("recover m out --preset llm-prune", "unknown preset 'llm-prune' (do you mean 'llm-pruner'?)"),
+        ("bench generate m --decoding grap", "unknown decoding 'grap' (do you mean 'graph'?): choose one of eager, "),
+    ],
+)
+def test_a_choice_that_is_nearly_right_is_asked_about(words, sentence, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"surgeon: {sentence}")
+
+
 def test_without_a_command_help_is_shown(capsys):
     with pytest.raises(SystemExit, match="2"):
         main([])
