@@ -17,7 +17,7 @@ from llm_surgeon.models.block_batches import BlockBatch, record_batch
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.passes import evaluation_mode
-from llm_surgeon.structures.find.probe import agree
+from llm_surgeon.models.probe import agree
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 

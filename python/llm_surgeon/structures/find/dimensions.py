@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
+from llm_surgeon.models.probe import Dependencies, StubbedBlock, capture_inputs
 from llm_surgeon.models.rebuild import accepts
 from llm_surgeon.structures.find.dimension import Dimension
-from llm_surgeon.structures.find.probe import Dependencies, StubbedBlock, capture_inputs
 from llm_surgeon.structures.find.size_rules import find_size_rule
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from llm_surgeon.structures.find.probe import StubbedBlock, agree, capture_inputs, random_outputs
+from llm_surgeon.models.probe import StubbedBlock, agree, capture_inputs, random_outputs
 
 _PROBE_TOKENS = 4
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
+from llm_surgeon.models.probe import Dependencies, StubbedBlock, capture_inputs
 from llm_surgeon.structures.find.norms import norm_kind, sort_norms
-from llm_surgeon.structures.find.probe import Dependencies, StubbedBlock, capture_inputs
 
 
 @dataclass(frozen=True, eq=False)

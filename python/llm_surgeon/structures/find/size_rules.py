@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from llm_surgeon.models.decoder import PrunableLinear
+from llm_surgeon.models.probe import Stub, StubbedBlock, agree, random_outputs
 from llm_surgeon.models.rebuild import adopt, build_block, layer_config, weight_shape
 from llm_surgeon.structures.find.dimension import Dimension, SizeRule
-from llm_surgeon.structures.find.probe import Stub, StubbedBlock, agree, random_outputs
 
 # Most attributes that change together.
 _MOST_ATTRIBUTES = 3

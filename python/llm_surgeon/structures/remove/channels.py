@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.formats import modeling_pruned
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
+from llm_surgeon.models.probe import capture_inputs
 from llm_surgeon.models.rebuild import become_pruned, build_block, reloaded, weight_shape
-from llm_surgeon.structures.find.probe import capture_inputs
 from llm_surgeon.structures.find.residual import Residual
 from llm_surgeon.structures.remove.verify import probe_logits, verified
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.errors import NumericalError, UnsupportedModelError, first_line
 from llm_surgeon.models.passes import evaluation_mode
+from llm_surgeon.models.probe import TOKENS
 from llm_surgeon.models.rebuild import reloaded
 from llm_surgeon.models.state import ModelState
-from llm_surgeon.structures.find.probe import TOKENS
 
 # Logits may differ by rounding, as sums are made over fewer (zero) terms.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
