@@ -42,6 +42,8 @@ def cases() -> list[dict[str, Any]]:
     found += [
         {"structure": "1:4"},
         {"structure": "2:4", "shots": 1},
+        {"structure": "2:4", "update": "sequential", "shots": 1},
+        {"structure": "unstructured", "update": "sequential", "shots": 1, "token_weights": False},
         {"structure": "2:4", "kron_rank": 2},
         {"structure": "2:4", "fisher": "sampled"},
         {"structure": "2:4", "checkpoint_activations": True},

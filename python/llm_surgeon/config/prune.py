@@ -188,6 +188,18 @@ class PruneConfig:
         0.01, "Estimated fraction above the optimum at which the joint solver stops.", number(), panel=RESEARCH
     )
     max_iterations: int = option(200, "Cap on the joint solver's iterations.", count(), panel=RESEARCH)
+    target_damping: float = option(
+        0.1, "Damping towards the dense weights of what a sequential update aims at.", number(), panel=RESEARCH
+    )
+    residual_weight: float = option(
+        1.0,
+        "Share of the residual stream's error that a sequential update makes up for.",
+        number(low_allowed=True),
+        panel=RESEARCH,
+    )
+    token_weights: bool = option(
+        True, "Weigh tokens by their gradients in a sequential update, clipped at the mean.", panel=RESEARCH
+    )
 
     def __post_init__(self) -> None:
         if self.structure == "structured":
@@ -216,6 +228,11 @@ class PruneConfig:
         return self._solved and self.shots != 1 and self.lora_rank == 0
 
     @property
+    def selects_in_update(self) -> bool:
+        """Whether nothing is selected before the update: it selects anew, and N:M tells how much."""
+        return self.update == "sequential" and self.pattern.m > 0
+
+    @property
     def skipped_layers(self) -> frozenset[int]:
         """The decoder blocks that ``skip_layers`` names."""
         return parse_blocks("skip_layers", self.skip_layers)
@@ -235,7 +252,7 @@ class PruneConfig:
     @property
     def _solved(self) -> bool:
         """Whether the joint solver updates single weights."""
-        return self.update == "joint" and self.pattern.single_weights
+        return self.update in ("joint", "sequential") and self.pattern.single_weights
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -253,7 +270,8 @@ class PruneConfig:
         fill("update", shared[0] if kronecker and shared else "none")
         fill("swaps", _SWAPS if self._solved and self.kron_rank == 1 else 0)
         fill("damp_g", structure.damp_g)
-        fill("shots", structure.default_shots(self.sparsity) if record.gradients and kronecker else 1)
+        once = not record.gradients or not kronecker or self.update == "sequential"
+        fill("shots", 1 if once else structure.default_shots(self.sparsity))
         fill("allocation", "global" if kronecker else "local")
         fill("reconstruct", "reconstruct" in structure.options and self.update == "joint")
 
@@ -311,6 +329,14 @@ class PruneConfig:
             if given:
                 others = _quoted(methods_where(lambda other: "joint" in other.updates))
                 raise InputError(f"{name} needs method {others}, update 'joint' and a structure of single weights")
+        if self.update == "sequential":
+            if self.shots != 1:
+                raise InputError(f"update 'sequential' goes through the layers once: shots must be 1, not {self.shots}")
+            if self.kron_rank == 2 or self.gradient_steps or self.offload != "none":
+                raise InputError("update 'sequential' goes with neither kron_rank 2 nor gradient_steps nor offload")
+        for name in ("target_damping", "residual_weight", "token_weights") if self.update != "sequential" else ():
+            if getattr(self, name) != getattr(PruneConfig, name):
+                raise InputError(f"{name} means nothing without update 'sequential'")
         held = self.checkpoint_activations or self.offload != "none"
         if self.kron_rank == 2 and (held or self.swaps):
             raise InputError("kron_rank 2 goes with neither checkpoint_activations nor offload nor swaps")

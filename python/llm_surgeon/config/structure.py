@@ -143,7 +143,7 @@ _structures = Registry(
             _WEIGHTS,
             "single weights, anywhere in a matrix",
             single_weights=True,
-            updates=("joint", "chunked", "independent", "none"),
+            updates=("joint", "chunked", "independent", "none", "sequential"),
             options=_OF_WEIGHTS,
             default_sparsity=0.5,
             damp_g=0.1,

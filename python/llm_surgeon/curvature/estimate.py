@@ -31,12 +31,15 @@ class Curvature:
     Attributes:
         loss: mean cross-entropy of the data's tokens under the model, nats per token.
         tokens: N, the tokens counted (padding is not).
+        squared_norms: ``|g|²`` of every token, float32 ``[samples, seqlen]``, zero at padding, of every linear by its
+            name, where they were asked for.
     """
 
     loss: float
     tokens: int
     _inputs: dict[str, SymmetricAccumulator] = field(repr=False)  # input group -> Σ a aᵀ
     _gradients: dict[str, SymmetricAccumulator] = field(repr=False)  # name -> Σ g gᵀ
+    squared_norms: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def sums(self, linear: PrunableLinear) -> list[SymmetricAccumulator]:
         """``Σ a aᵀ`` and, where gradients were captured, ``Σ g gᵀ``, wherever they are kept."""
@@ -51,8 +54,11 @@ class Curvature:
         """
         size = linear.columns + linear.has_bias
         A = self._inputs[linear.input_group].full()[:size, :size].div_(self.tokens)
-        G = self._gradients.get(linear.name)
-        return None if G is None else G.full().div_(self.tokens), A
+        return self.output_factor(linear) if linear.name in self._gradients else None, A
+
+    def output_factor(self, linear: PrunableLinear) -> Tensor:
+        """``G`` alone, see :meth:`factors`: it must have been captured."""
+        return self._gradients[linear.name].full().div_(self.tokens)
 
 
 def estimate_curvature(
@@ -64,6 +70,8 @@ def estimate_curvature(
     fisher: str = "empirical",
     seed: int = 0,
     gradients: bool = True,
+    inputs: bool = True,
+    squared_norms: bool = False,
     checkpoint_activations: bool = False,
     blocks_per_pass: int | None = None,
     store: Callable[[SymmetricAccumulator], SymmetricAccumulator] | None = None,
@@ -82,6 +90,8 @@ def estimate_curvature(
             model's own distribution at every real position.
         seed: of the sampled labels.
         gradients: without them only ``A`` and the loss are computed, by forward passes alone.
+        inputs: without them ``A`` is left out.
+        squared_norms: keep the squared norms of gradients, too.
         checkpoint_activations: keep only each decoder block's input and run the block again in the backward pass: a
             third more work for a fraction of the memory.
         blocks_per_pass: decoder blocks whose factors are accumulated in one pass over the data, in as many passes as
@@ -101,14 +111,15 @@ def estimate_curvature(
     device = model.get_input_embeddings().weight.device
     per_pass = blocks_per_pass or len(decoder.blocks)
     passes = range(0, len(decoder.blocks), per_pass)
-    inputs: dict[str, SymmetricAccumulator] = {}
+    input_sums: dict[str, SymmetricAccumulator] = {}
     gradient_sums: dict[str, SymmetricAccumulator] = {}
+    norms: dict[str, Tensor] = {}
     total = 0.0
     again = _checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
     with frozen(model), evaluation_mode(model), fused_pointwise(model), again, torch.set_grad_enabled(gradients):
         for first in passes:
             linears = [linear for linear in decoder.linears if first <= linear.depth < first + per_pass]
-            sums = _Accumulators(linears, gradients, device)
+            sums = _Accumulators(linears, gradients, device, inputs=inputs, squared_norms=squared_norms)
             # Every pass draws the same labels.
             sampler = torch.Generator(device).manual_seed(seed) if fisher == "sampled" else None
             total = 0.0
@@ -126,22 +137,32 @@ def estimate_curvature(
                     total += sums.check(loss, f"batch {batch} of {batches}")
                     if progress is not None:
                         progress(first // per_pass * batches + batch, len(passes) * batches)
-            for done, kept in ((inputs, sums.inputs), (gradient_sums, sums.gradients)):
+            for done, kept in ((input_sums, sums.inputs), (gradient_sums, sums.gradients)):
                 for name in list(kept):
                     value = kept.pop(name)  # nothing else holds it: what is stored elsewhere is freed here
                     done[name] = value if store is None else store(value)
                     del value
-    return Curvature(total / targets, tokens, inputs, gradient_sums)
+            norms |= {n: torch.cat(x).view(calibration.input_ids.shape) for n, x in sums.squared_norms.items()}
+    return Curvature(total / targets, tokens, input_sums, gradient_sums, norms)
 
 
 class _Accumulators:
     """Sums of outer products of every linear's inputs and output gradients, filled by hooks."""
 
-    def __init__(self, linears: list[PrunableLinear], gradients: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        linears: list[PrunableLinear],
+        gradients: bool,
+        device: torch.device,
+        *,
+        inputs: bool,
+        squared_norms: bool,
+    ) -> None:
         self.mask: Tensor | None = None  # of the batch that is running
         self.recording = True
         self.inputs: dict[str, SymmetricAccumulator] = {}
         self.gradients: dict[str, SymmetricAccumulator] = {}
+        self.squared_norms: dict[str, list[Tensor]] = {x.name: [] for x in linears} if squared_norms else {}
         self._linears = linears
         self._reached: set[str] = set()
         self._with_ones = {linear.input_group for linear in linears if linear.has_bias}
@@ -149,7 +170,7 @@ class _Accumulators:
             weight = linear.module.get_parameter("weight")
             dtype = torch.promote_types(weight.dtype, torch.float32)
             home = device if weight.device.type == "cpu" else weight.device  # weights may wait in main memory
-            if linear.input_group == linear.name:
+            if inputs and linear.input_group == linear.name:
                 size = linear.columns + (linear.name in self._with_ones)
                 self.inputs[linear.name] = SymmetricAccumulator.zeros(size, dtype=dtype, device=home)
             if gradients:
@@ -184,6 +205,11 @@ class _Accumulators:
     def _record_gradient(self, name: str, g: Tensor, mask: Tensor | None) -> None:
         self._reached.add(name)
         gram_accumulate_(self.gradients[name], g, mask=mask)
+        if name in self.squared_norms:
+            norms = torch.linalg.vector_norm(g, dim=-1, dtype=self.gradients[name].dtype).square_()
+            if mask is not None:
+                norms.masked_fill_(~mask, 0.0)
+            self.squared_norms[name].append(norms)
 
     def check(self, loss: Tensor, batch: str) -> float:
         """The loss, after making sure that everything is finite, with one host synchronization.

@@ -20,6 +20,8 @@ _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed 
 SOLVER_MATRICES = 14
 # Those of a solution that waits for the next one, to be swapped for it: Δ, G Δ A and costs.
 _SOLUTION_MATRICES = 3
+# Linears that share an input, of which a sequential update holds moments and a target.
+_STAGE_MATRICES = 4
 # Gradients of a block's widest layer that are alive at once in its backward pass.
 _BACKWARD_COPIES = 3
 # Blocks whose weights are on the device at once when they are streamed: the last, the present and the next one.
@@ -125,13 +127,14 @@ class Memory:
         return masks + self._factor_workspace(2)
 
     def update(self, windows: int) -> int:
-        """The largest layer's update; with gradient steps, over passes of ``windows``, all weights' gradients."""
-        return self._layer_update() + self._steps(windows)
+        """The largest layer's update; with gradient steps, over passes of ``windows``, all weights' gradients; with a
+        sequential update two models' hidden states."""
+        return self._layer_update() + self._steps(windows) + self._sweep(windows)
 
     def inverses(self, windows: int) -> int:
         """All inverses, where the update after passes of ``windows`` needs them and they fit beside what stays."""
         config = self.config
-        needed = config.pattern.single_weights and config.update != "none"
+        needed = config.pattern.single_weights and config.update not in ("none", "sequential")
         if not self.on_gpu or self.hosted or not needed or config.kron_rank > 1:
             return 0
         inverses = sum(self.factor_bytes)
@@ -173,6 +176,17 @@ class Memory:
             return 0
         beyond = max(0, self.curvature(windows, 1) - self._layer_update())
         return max(_FLOAT, 2 * self.itemsize) * self.weights + beyond
+
+    def _sweep(self, windows: int) -> int:
+        """Hidden states of both models, a dense block, the linears of a stage and its activations, of a sequential
+        update."""
+        if self.config.update != "sequential":
+            return 0
+        assert self.kept is not None
+        width = self.model.get_output_embeddings().weight.shape[1]  # type: ignore[operator]
+        states = 2 * self.config.samples * self.seqlen * width * self.itemsize
+        stage = _STAGE_MATRICES * _FLOAT * max(R * C for R, C in self.sizes)
+        return states + max(self.blocks) + stage + int(windows * self.seqlen * self.kept.largest_block)
 
     def _factor_workspace(self, copies: int) -> int:
         """``copies`` of the largest layer's factors, and a factorisation's own workspace."""

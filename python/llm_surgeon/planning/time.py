@@ -22,6 +22,9 @@ _SOLVER_CHECKS, _CHECK_COST = 2, 3.0
 _ROUND_PRODUCTS = 9
 # Forward passes over all data that a gradient step costs: three over seven eighths, six over what is held out.
 _STEP_PASSES = 27 / 8
+# Forward passes of a sequential update: both models to each of a block's stages and through it, and the products of
+# what outputs lack with inputs.
+_SWEEP_PASSES = 9
 
 
 def run_seconds(
@@ -69,7 +72,8 @@ def run_seconds(
         faster, checks = (_HALF_SPEED, _SOLVER_CHECKS * _CHECK_COST) if on_gpu else (1.0, _SOLVER_CHECKS)
         if not singly:
             seconds += 3 * products / (single * faster)
-        elif config.update == "joint":
+        elif config.update in ("joint", "sequential"):
+            seconds += _SWEEP_PASSES * forward * (config.update == "sequential")
             iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
             # A first solution for the swaps; each of their further rounds; the solution.
             rounds = (iterations + (config.swaps - 1) * _ROUND_PRODUCTS) if config.swaps else 0

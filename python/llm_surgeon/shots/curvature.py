@@ -22,6 +22,7 @@ class ShotCurvature:
 
     Attributes:
         factors: damped factors of the shot under way; ``None`` where there are none.
+        estimated: what a sequential update takes, which needs no ``A``; ``None`` for others.
         two_terms: with ``kron_rank`` 2 the sums of two Kronecker products.
     """
 
@@ -29,6 +30,7 @@ class ShotCurvature:
         """``memory`` takes the factors of a shot, where they do not stay on the device."""
         self._run, self._method, self._memory = run, method, memory
         self.factors: DampedFactors | None = None
+        self.estimated: Curvature | None = None
         self.two_terms: TwoTermCurvature | None = None
 
     def estimate(self, index: int) -> float:
@@ -38,6 +40,10 @@ class ShotCurvature:
             return run.loss()
         self._memory.reuse()
         found = self._estimate(index)
+        if config.update == "sequential":
+            self.estimated = found
+        if config.selects_in_update:
+            return found.loss
         keep = run.plan.inverses_bytes > 0
         self.factors = DampedFactors(found, config, run.decoder.linears, run.plan.device, keep_inverses=keep)
         if config.kron_rank == 2:
@@ -60,7 +66,7 @@ class ShotCurvature:
 
     def free(self) -> None:
         """Let go of the shot's curvature."""
-        self.factors = self.two_terms = None
+        self.factors = self.estimated = self.two_terms = None
 
     def _estimate(self, index: int) -> Curvature:
         run, config = self._run, self._run.config
@@ -73,6 +79,8 @@ class ShotCurvature:
             fisher=config.fisher,
             seed=config.seed + index,  # sampled labels are fresh in every shot
             gradients=self._method.gradients,
+            inputs=not config.selects_in_update,
+            squared_norms=config.update == "sequential" and config.token_weights,
             checkpoint_activations=run.plan.checkpoint_activations,
             blocks_per_pass=run.plan.blocks_per_pass,
             store=self._memory.store if kept_apart else None,

@@ -37,12 +37,7 @@ class Updates:
         selection_of = {x.name: selection for x, selection in zip(self._run.decoder.linears, selections, strict=True)}
         increases: dict[str, Tensor] = {}
         self._run.each_linear(partial(self._write_linear, selection_of, increases, report.solver))
-        # Read back together: the host runs ahead of the device.
-        predicted = to_list(list(increases.values()))
-        for name, increase in zip(increases, predicted, strict=True):
-            if not math.isfinite(increase):
-                raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
-        report.predicted_increase = sum(predicted) if increases else None
+        report.predicted_increase = total_increase(increases)
         return list(selection_of.values())
 
     def _write_linear(
@@ -85,3 +80,17 @@ class Updates:
             mask.copy_(new.selection.pruned, non_blocking=mask.is_pinned())
         else:
             selection_of[linear.name] = new.selection
+
+
+def total_increase(increases: dict[str, Tensor]) -> float | None:
+    """Sum of the predicted increases of linears by name; ``None`` of none.
+
+    Raises:
+        NumericalError: one is NaN or infinite; the linear is named.
+    """
+    # Read back together: the host runs ahead of the device.
+    predicted = to_list(list(increases.values()))
+    for name, increase in zip(increases, predicted, strict=True):
+        if not math.isfinite(increase):
+            raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
+    return sum(predicted) if increases else None

@@ -14,6 +14,7 @@ from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.gradient_steps import GradientSteps
 from llm_surgeon.shots.runner import Run, Shot
+from llm_surgeon.shots.sequential import SequentialUpdates
 from llm_surgeon.shots.updates import Updates
 
 
@@ -21,7 +22,8 @@ class WeightShots:
     """Prunes single weights, or whole rows and columns, which stay as zeros.
 
     Curvature -> costs -> selection -> update -> weights, a layer at a time; costs share one global threshold where
-    those of layers compare. A method that sweeps through the layers selects while it updates.
+    those of layers compare. A method that sweeps through the layers selects while it updates, and so does a sequential
+    update, within as many weights of each layer.
     """
 
     def __init__(self, run: Run) -> None:
@@ -30,7 +32,11 @@ class WeightShots:
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._curvature = ShotCurvature(run, self.method, self._shot_memory)
         anchors = AnchorWeights(run, self._memory)
-        self._updates = Updates(run, self._curvature, anchors)
+        self._updates = (
+            SequentialUpdates(run, self._curvature)
+            if self.config.update == "sequential"
+            else Updates(run, self._curvature, anchors)
+        )
         self._steps = GradientSteps(run, anchors) if self.config.gradient_steps else None
 
     def removal(self) -> str:
@@ -51,7 +57,7 @@ class WeightShots:
 
     def select(self, shot: Shot) -> None:
         target = shot.report.target_sparsity
-        if self.method.sweep is not None:
+        if self.method.sweep is not None or self.config.selects_in_update:
             return
         if self.config.pattern.single_weights:
             costs = self.run.each_linear(self._curvature.costs)

@@ -152,6 +152,8 @@ def test_surgeon_has_every_update_but_chunked_rows_and_columns(update):
         ({"structure": "rows-columns", "sparsity": 0.001}, 1),
         ({"structure": "rows-columns", "method": "magnitude"}, 1),
         ({"shots": 3}, 3),
+        ({"update": "sequential"}, 1),
+        ({"update": "sequential", "structure": "unstructured"}, 1),
         ({"method": "magnitude", "shots": 2}, 2),
         ({"method": "sparsegpt", "shots": 1}, 1),
     ],
@@ -166,6 +168,7 @@ def test_shots_left_out_are_resolved(options, shots):
         ({}, 4),
         ({"structure": "unstructured"}, 4),
         ({"swaps": 0}, 0),
+        ({"update": "sequential"}, 4),
         ({"update": "chunked"}, 0),
         ({"kron_rank": 2}, 0),
         ({"structure": "rows-columns"}, 0),
@@ -182,6 +185,40 @@ def test_swaps_left_out_are_resolved(options, swaps):
 )
 def test_later_joint_updates_of_single_weights_go_back_to_the_dense_ones(options):
     assert PruneConfig().around_dense_weights and not PruneConfig(**options).around_dense_weights
+
+
+def test_the_sequential_update_has_options_of_its_own():
+    config = PruneConfig(update="sequential")
+    assert (config.target_damping, config.residual_weight, config.token_weights) == (0.1, 1.0, True)
+    config = PruneConfig(update="sequential", target_damping=0.5, residual_weight=0.0, token_weights=False)
+    assert (config.target_damping, config.residual_weight, config.token_weights) == (0.5, 0.0, False)
+    assert not config.around_dense_weights
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shots": 5}, r"goes through the layers once: shots must be 1, not 5"),
+        ({"structure": "rows-columns"}, r"has no meaning for rows-columns"),
+        ({"structure": "groups"}, r"has no meaning for groups"),
+        ({"method": "sparsegpt"}, r"needs method 'surgeon', not 'sparsegpt'"),
+        ({"kron_rank": 2, "swaps": 0}, r"goes with neither kron_rank 2 nor gradient_steps nor offload"),
+        ({"gradient_steps": 1}, r"goes with neither kron_rank 2 nor gradient_steps nor offload"),
+        ({"offload": "cpu"}, r"goes with neither kron_rank 2 nor gradient_steps nor offload"),
+        ({"target_damping": 0.0}, r"target_damping must be a number .* 0.0"),
+        ({"residual_weight": -1.0}, r"residual_weight must be a number of at least 0"),
+        ({"token_weights": 1}, r"token_weights must be true or false"),
+    ],
+)
+def test_what_the_sequential_update_does_not_go_with(options, message):
+    with pytest.raises(InputError, match=message):
+        PruneConfig(**{"update": "sequential", **options})
+
+
+@pytest.mark.parametrize("options", [{"target_damping": 0.2}, {"residual_weight": 0.5}, {"token_weights": False}])
+def test_other_updates_have_no_targets(options):
+    with pytest.raises(InputError, match="means nothing without update 'sequential'"):
+        PruneConfig(**options)
 
 
 def test_sparsegpt_has_one_shot():

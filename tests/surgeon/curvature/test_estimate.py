@@ -230,3 +230,35 @@ def jacobian_of_last(model: PreTrainedModel, module: nn.Module, ids: Tensor) -> 
     handle.remove()
     rows = [torch.autograd.grad(logits[:, v].sum(), kept[0], retain_graph=True)[0][0] for v in range(VOCABULARY)]
     return torch.stack(rows, dim=1), logits.detach()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_squared_norms_of_every_tokens_gradients(name: str) -> None:
+    model = build(name)
+    decoder = find_decoder(model)
+    ids = tokens(5, 12)
+    mask = torch.ones(5, 12, dtype=torch.bool)
+    mask[2, 7:] = False
+    options = {"batch_size": 2, "squared_norms": True, "blocks_per_pass": 1, "checkpoint_activations": True}
+    curvature = estimate_curvature(model, decoder, Calibration(ids, mask), **options)
+    alone = estimate_curvature(model, decoder, Calibration(ids[2:3, :7]), batch_size=1, squared_norms=True)
+    for linear in decoder.linears:
+        norms = curvature.squared_norms[linear.name]
+        assert norms.shape == (5, 12)
+        assert norms.dtype == torch.float32
+        assert bool((norms[2, 7:] == 0).all())
+        torch.testing.assert_close(norms[2, :7], alone.squared_norms[linear.name][0], **CLOSE)
+        torch.testing.assert_close(norms.sum() / curvature.tokens, curvature.output_factor(linear).trace(), **CLOSE)
+    assert estimate_curvature(model, decoder, Calibration(ids), batch_size=2).squared_norms == {}
+
+
+def test_the_input_factors_can_be_left_out() -> None:
+    model = build("opt")
+    decoder = find_decoder(model)
+    with_inputs, without = (
+        estimate_curvature(model, decoder, Calibration(tokens(3, 12)), batch_size=2, inputs=inputs)
+        for inputs in (True, False)
+    )
+    for linear in decoder.linears:
+        assert torch.equal(without.output_factor(linear), with_inputs.factors(linear)[0])
+    assert without.loss == with_inputs.loss

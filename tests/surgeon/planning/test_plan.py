@@ -106,7 +106,13 @@ def test_inverses_are_kept_where_they_fit_and_are_needed(monkeypatch):
     assert plan(gpu_memory=needed - 4).inverses_bytes == 0
     assert kept.memory_bytes >= resident + max(kept.selection_bytes, kept.update_bytes)
     assert kept.seconds < plan(needed - 4).seconds
-    for options in ({"structure": "rows-columns"}, {"update": "none"}, {"offload": "cpu"}, {"method": "k-obd"}):
+    for options in (
+        {"structure": "rows-columns"},
+        {"update": "none"},
+        {"update": "sequential"},
+        {"offload": "cpu"},
+        {"method": "k-obd"},
+    ):
         assert plan(**options).inverses_bytes == 0
     assert plan_of(monkeypatch=monkeypatch)[1].inverses_bytes == 0  # on a CPU
 
@@ -138,6 +144,11 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     _, stepped = plan_of(shots=3, max_iterations=10, gradient_steps=2, monkeypatch=monkeypatch)
     assert stepped.seconds == pytest.approx(plan.seconds + 3 * 2 * (27 / 8 * forward + (10 + 2) * products) / 2.0)
     assert stepped.update_bytes >= plan.update_bytes + 8 * WEIGHTS
+    _, once = plan_of(shots=1, max_iterations=10, monkeypatch=monkeypatch)
+    _, sequential = plan_of(update="sequential", max_iterations=10, monkeypatch=monkeypatch)
+    assert sequential.seconds == pytest.approx(once.seconds + 9 * forward / 2.0)
+    states = 2 * 8 * 16 * 32 * 4
+    assert sequential.update_bytes >= once.update_bytes + states + BLOCK_BYTES
     model, config = build("llama"), PruneConfig(samples=8, seqlen=16, shots=3, max_iterations=10)
     held_out = make_plan(model, find_decoder(model), config, held_out=4)
     assert held_out.seconds == pytest.approx((operations + 2 * 4 / 8 * forward) / 2.0)

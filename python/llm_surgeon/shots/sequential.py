@@ -1,0 +1,45 @@
+"""Sequential update of all linears, which takes the place of one layer by layer."""
+
+from __future__ import annotations
+
+from llm_surgeon.methods.select import Selection
+from llm_surgeon.methods.sequential import update_sequentially
+from llm_surgeon.models.writers import find_writers
+from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.shots.curvature import ShotCurvature
+from llm_surgeon.shots.runner import Run
+from llm_surgeon.shots.updates import total_increase
+
+
+class SequentialUpdates:
+    """New weights of all linears, in execution order, from ``curvature`` and the inputs of both models."""
+
+    def __init__(self, run: Run, curvature: ShotCurvature) -> None:
+        self._run, self._curvature = run, curvature
+
+    def write(self, selections: list[Selection], report: ShotReport) -> list[Selection]:
+        """Write new weights as :meth:`~llm_surgeon.shots.updates.Updates.write` does.
+
+        As many weights of every linear go as ``selections`` have, chosen anew, and of N:M all groups' share.
+        """
+        run, estimated = self._run, self._curvature.estimated
+        assert estimated is not None
+        self._curvature.factors = None  # the costs have been computed
+        done = update_sequentially(
+            run.model,
+            run.decoder,
+            run.calibration,
+            estimated,
+            selections,
+            run.config,
+            writers=find_writers(run.model, run.decoder),
+            batch_size=run.plan.batch_size,
+            progress=run.progress.step,
+        )
+        report.predicted_increase = total_increase({name: each.increase for name, each in done.items()})
+        report.jitter = {name: each.jitter for name, each in done.items() if each.jitter > 0.0}
+        updates = {name: each.update for name, each in done.items()}
+        report.solver += [
+            SolverTrace(name, new.objective, new.gap, new.bound) for name, new in updates.items() if new.objective
+        ]
+        return [updates[linear.name].selection for linear in run.decoder.linears]

@@ -1,0 +1,277 @@
+"""The sequential update, against least squares on the inputs that complete passes of both models show."""
+
+import copy
+from importlib.resources import as_file, files
+
+import pytest
+import torch
+
+from llm_surgeon import prune
+from llm_surgeon.checkpoint import load_model
+from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
+from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows
+from llm_surgeon.data.documents import read_text
+from llm_surgeon.data.tokens import tokenize
+from llm_surgeon.evaluation.perplexity import perplexity
+from llm_surgeon.methods import sequential
+from llm_surgeon.methods.select import Selection
+from llm_surgeon.methods.sequential import token_weights, update_sequentially
+from llm_surgeon.models.decoder import PrunableLinear, find_decoder
+from llm_surgeon.models.passes import run_model
+from llm_surgeon.models.writers import find_writers
+from surgeon_kernels import SymmetricAccumulator
+from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
+
+DOUBLE = torch.float64
+TOKENS = torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
+# What reads the residual stream right before the second writer of a block adds to it; None: in parallel with the first.
+SECOND = {"llama": "post_attention_layernorm", "opt": "final_layer_norm", "gpt2": "ln_2", "gpt_neox": None}
+KINDS = {
+    "llama": ("self_attn.o_proj", "mlp.down_proj"),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+}
+
+
+def padded_tokens():
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    mask[1, 15:] = False
+    mask[3, :5] = False
+    return Calibration(TOKENS, mask)
+
+
+def sweep(model, data, config):
+    """What :func:`llm_surgeon.prune` does, without the rest."""
+    decoder = find_decoder(model)
+    curvature = estimate_curvature(model, decoder, data, batch_size=4, inputs=False, squared_norms=True)
+    before = [Selection(torch.ones(x.rows, x.columns, dtype=torch.bool)) for x in decoder.linears]
+    writers = find_writers(model, decoder)
+    done = update_sequentially(model, decoder, data, curvature, before, config, writers=writers, batch_size=4)
+    return curvature, done
+
+
+def seen(model, data, places):
+    """Inputs and outputs of modules in one pass over all of ``data``, as rows."""
+    found = {}
+
+    def note(name, args, kwargs, output):
+        x = args[0] if args else kwargs["hidden_states"]
+        rows = data.input_ids.numel()
+        found[name] = (x.reshape(rows, -1), output.reshape(rows, -1) if isinstance(output, torch.Tensor) else None)
+
+    handles = [
+        module.register_forward_hook(lambda _, a, k, y, name=name: note(name, a, k, y), with_kwargs=True)
+        for name, module in places.items()
+    ]
+    with torch.no_grad():
+        run_model(model, data.input_ids, data.attention_mask)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def stream_before(name, kind, depth, found):
+    """The residual stream before a writer adds to it."""
+    block = found[f"block {depth}"][0]
+    if kind == KINDS[name][0]:
+        return block
+    return block + found[f"{depth} {KINDS[name][0]}"][1] if SECOND[name] is None else found[f"{depth} second"][0]
+
+
+def places(model, name):
+    decoder = find_decoder(model)
+    chosen = {f"{linear.depth} {linear.kind}": linear.module for linear in decoder.linears}
+    for depth, block in enumerate(decoder.blocks):
+        chosen[f"block {depth}"] = block
+        if SECOND[name] is not None:
+            chosen[f"{depth} second"] = block.get_submodule(SECOND[name])
+    return chosen
+
+
+def least_squares(W, inputs, wanted, w, damping):
+    """``argmin E[w |T x - y|²] + λ mean(diag E[w x xᵀ]) |T - W|²`` by an orthogonal factorisation."""
+    root = (w / w.sum()).sqrt()[:, None]
+    X, Y = inputs * root, wanted * root
+    ridge = (damping * X.square().sum(dim=0).mean()).sqrt() * torch.eye(X.shape[1], dtype=DOUBLE)
+    return torch.linalg.lstsq(torch.cat([X, ridge]), torch.cat([Y, ridge @ W.T])).solution.T
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("padded, weighted, rho", [(False, True, 1.0), (True, True, 0.6), (True, False, 1.0)])
+def test_targets_are_least_squares_solutions(name, padded, weighted, rho, monkeypatch):
+    """At its turn a linear aims at the dense model's output and stream, everything before it being pruned already."""
+    data = padded_tokens() if padded else Calibration(TOKENS)
+    config = PruneConfig(update="sequential", token_weights=weighted, residual_weight=rho, target_damping=0.05)
+    model = build(name, DOUBLE)
+    dense = copy.deepcopy(model)
+    before = seen(dense, data, places(dense, name))
+    compared, targets = [], sequential._update
+
+    def compare(linear, target, factors, *rest):
+        key = f"{linear.depth} {linear.kind}"
+        after = seen(model, data, places(model, name))
+        inputs, wanted = after[key][0], before[key][1]
+        if linear.has_bias:
+            inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
+        if linear.kind in KINDS[name]:
+            streams = [stream_before(name, linear.kind, linear.depth, found) for found in (before, after)]
+            wanted = wanted + rho * (streams[0] - streams[1])
+        w = weights[linear.input_group].reshape(-1)
+        expected = least_squares(linear.matrix(), inputs[w > 0], wanted[w > 0], w[w > 0], 0.05)
+        torch.testing.assert_close(target, expected, rtol=1e-5, atol=1e-5)
+        A = (inputs * w[:, None]).nan_to_num().T @ inputs.nan_to_num() / w.sum()
+        torch.testing.assert_close(factors.a.undamped(), A, rtol=1e-5, atol=1e-6)
+        compared.append(linear.name)
+        return targets(linear, target, factors, *rest)
+
+    decoder = find_decoder(model)
+    curvature = estimate_curvature(dense, find_decoder(dense), data, batch_size=6, squared_norms=True)
+    real = torch.ones_like(TOKENS, dtype=torch.bool) if data.attention_mask is None else data.attention_mask
+    weights = {linear.input_group: torch.zeros(TOKENS.shape, dtype=DOUBLE) for linear in decoder.linears}
+    for linear in decoder.linears:
+        norms = curvature.squared_norms[linear.name]
+        weights[linear.input_group] += (norms / norms[real].mean()).clamp_max(1.0) if weighted else real.double()
+    monkeypatch.setattr(sequential, "_update", compare)
+    sweep(model, data, config)
+    assert compared == [linear.name for linear in decoder.linears]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_nothing_pruned_before_the_target_is_the_weight(name, monkeypatch):
+    model = build(name)
+    first = {}
+    update = sequential._update
+    monkeypatch.setattr(
+        sequential,
+        "_update",
+        lambda linear, target, *rest: (
+            first.setdefault(linear.name, (linear.matrix(), target)) and update(linear, target, *rest)
+        ),
+    )
+    sweep(model, Calibration(TOKENS), PruneConfig(update="sequential"))
+    W, target = next(iter(first.values()))
+    assert torch.equal(target, W)
+    W, target = list(first.values())[-1]
+    assert float((target - W).norm()) > 1e-3 * float(W.norm())
+
+
+def test_the_objective_is_that_of_the_joint_update_around_the_target():
+    """``½ E[w |Ŵ x̂ - y|²_G] + ½ λ |Ŵ - W|²_G`` exceeds its least value by the quadratic form of ``Ŵ - T``."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=DOUBLE)
+
+    R, C, N, damping = 4, 5, 40, 0.3
+    W, lack, x, root = random(R, C), random(N, R), random(N, C), random(N, 1)
+    G = random(R, R)
+    G = G @ G.T
+    linear = one_linear(W)
+    A, cross = (root * x).T @ (root * x) / N, (root * lack).T @ (root * x) / N
+    config = PruneConfig(update="sequential", target_damping=damping)
+    curvature = Curvature(0.0, 1, {}, {"l": SymmetricAccumulator.of(G)})
+    ((_, T, factors),) = sequential._targets([linear], A, {"l": cross}, curvature, config)
+    torch.testing.assert_close(factors.g.undamped(), G)
+    wanted, ridge = x @ W.T + lack, damping * A.diagonal().mean()
+
+    def objective(V):
+        error = root * (x @ V.T - wanted)
+        return 0.5 * ((error @ G * error).sum() / N + ridge * torch.trace((V - W).T @ G @ (V - W)))
+
+    # The stationary point of the same objective as one system in vec(V).
+    F = torch.kron(G, A + ridge * torch.eye(C, dtype=DOUBLE))
+    right = G @ (W @ A + cross + ridge * W)
+    torch.testing.assert_close(T, torch.linalg.solve(F, right.flatten()).view(R, C), rtol=1e-9, atol=1e-9)
+    V = random(R, C)
+    excess = 0.5 * (V - T).flatten() @ F @ (V - T).flatten()
+    torch.testing.assert_close(objective(V) - objective(T), excess, rtol=1e-9, atol=1e-9)
+
+
+def one_linear(W):
+    module = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=W.dtype)
+    module.weight.data.copy_(W)
+    return PrunableLinear("l", module, 0, "l", "l")
+
+
+def test_weights_of_tokens():
+    mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    data = Calibration(torch.ones(2, 4, dtype=torch.long), mask)
+    first = torch.tensor([[0.0, 1.0, 1.0, 10.0], [0.0, 0.0, 0.0, 0.0]])  # mean 2
+    second = torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])  # mean 1
+    expected = torch.tensor([[1.0, 0.5, 0.5, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    assert torch.equal(token_weights([first, second], data), expected)
+    assert torch.equal(token_weights([first, torch.zeros(2, 4)], data)[1], torch.zeros(4))
+    for nothing in ([], [torch.zeros(2, 4)]):
+        assert torch.equal(token_weights(nothing, data), mask.float())
+    assert torch.equal(token_weights([], Calibration(TOKENS)), torch.ones(TOKENS.shape))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_padding_does_not_count(name, weighted):
+    results = []
+    for filler in (0, 7):
+        data = padded_tokens()
+        data = Calibration(torch.where(data.attention_mask, data.input_ids, filler), data.attention_mask)
+        model = build(name, DOUBLE)
+        sweep(model, data, PruneConfig(update="sequential", token_weights=weighted))
+        results.append(model.state_dict())
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key], rtol=1e-6, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "gpt_neo"])
+def test_models_are_2_4(name):
+    model = build(name)
+    report = prune(model, TOKENS, config=PruneConfig(update="sequential"))
+    for linear in find_decoder(model).linears:
+        assert bool(((linear.weight == 0).unflatten(1, (-1, 4)).sum(dim=2) == 2).all()), linear.name
+    (shot,) = report.shots
+    assert shot.sparsity == 0.5
+    assert 0.0 < shot.predicted_increase < 100.0
+    assert {trace.layer for trace in shot.solver} == {linear.name for linear in find_decoder(model).linears}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_single_weights_keep_the_counts_of_one_threshold(dtype):
+    """Layers lose as many weights as without the update, which are others, though."""
+    removed = []
+    for update in ("joint", "sequential"):
+        model = build("opt", dtype)
+        report = prune(model, TOKENS, structure="unstructured", sparsity=0.6, update=update, shots=1)
+        removed.append([layer.removed for layer in report.layers])
+        zeros = [int((linear.weight == 0).sum()) for linear in find_decoder(model).linears]
+        assert zeros == removed[-1]
+        assert report.shots[0].threshold > 0.0
+    assert removed[0] == removed[1]
+    assert len(set(removed[0])) > 2
+
+
+def test_the_sweep_follows_the_dense_model_more_closely():
+    """The hidden states after the last block are nearer to the dense model's than by an update of all at once."""
+    dense = build("llama")
+    errors = {}
+    for update in ("joint", "sequential"):
+        model = copy.deepcopy(dense)
+        prune(model, TOKENS, update=update, shots=1, **({"token_weights": False} if update == "sequential" else {}))
+        with torch.no_grad():
+            errors[update] = float((model.model(TOKENS)[0] - dense.model(TOKENS)[0]).norm())
+    assert errors["sequential"] < 0.8 * errors["joint"]
+
+
+@pytest.mark.slow
+def test_a_trained_model_loses_less_than_by_an_update_of_all_at_once():
+    """The model of the demo and its windows; as these are few, all tokens count alike."""
+    results = {}
+    with as_file(files("llm_surgeon.demo") / "assets") as assets:
+        for update, options in {"joint": {}, "sequential": {"token_weights": False}}.items():
+            model, tokenizer, _ = load_model(str(assets / "model"), device=torch.device("cpu"))
+            train = read_text(str(assets / "wikitext2-train-slice.txt"), "calibration")
+            test = read_text(str(assets / "wikitext2-test-slice.txt"), "evaluation")
+            calibration = calibration_windows(tokenize(train, tokenizer), 32, 256, seed=0)
+            prune(model, calibration, update=update, shots=1, **options)
+            results[update] = perplexity(model, evaluation_windows(tokenize(test, tokenizer), 256)[:64])
+    assert results["joint"] == pytest.approx(27.92, rel=0.01)
+    assert results["sequential"] < 0.99 * results["joint"]
