@@ -298,14 +298,15 @@ class PruneConfig:
             if not meant(record) and self._given(name):
                 choices = " or ".join(methods_where(meant))
                 raise InputError(f"{name} has no meaning for method {self.method!r}: choose {choices}")
-        if not structure.coupled and self.allocation == "local":
-            raise InputError(f"allocation has no meaning for structure {self.structure!r}: choose groups")
         if self.shots == 1 and structure.shots_in is None and self._given("schedule"):
             raise InputError("schedule has no meaning for one shot: choose more shots")
         for name in SPECIAL_OPTIONS:
             if name not in structure.options and self._given(name):
                 choices = " or ".join(structures_with(name))
                 raise InputError(f"{name} has no meaning for structure {self.structure!r}: choose {choices}")
+        # After the importance, which it may follow from.
+        if not structure.coupled and self.allocation == "local":
+            raise InputError(f"allocation has no meaning for structure {self.structure!r}: choose groups")
         if self.uniform and self.skip_layers:
             raise InputError("uniform keeps one width for all blocks: leave skip_layers out")
         self._check_update(structure, record)
