@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "cost_threshold.h"
+#include "k_cheapest.h"
 #include "ops.h"
 
 namespace surgeon {

@@ -20,7 +20,7 @@ pytestmark = [
 
 # A program of small problems, and the sources in csrc/ that it checks.
 PROGRAMS = {
-    "selection": ["selection/nm_select.cu", "selection/cost_threshold.cu"],
+    "selection": ["selection/nm_select.cu", "selection/k_cheapest.cu"],
     "chunked_solve": [
         "linalg/chunked_solve_plan.cpp",
         "linalg/chunked_solve_shared.cu",

@@ -11,7 +11,7 @@
 #include <cuda_fp16.h>
 
 #include "sanitized.h"
-#include "selection/cost_threshold.h"
+#include "selection/k_cheapest.h"
 #include "selection/nm_select.h"
 
 namespace {

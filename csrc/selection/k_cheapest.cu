@@ -1,4 +1,4 @@
-#include "cost_threshold.h"
+#include "k_cheapest.h"
 
 #include <algorithm>
 
