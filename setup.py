@@ -19,7 +19,10 @@ class BuildPy(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
-            shutil.copytree(ROOT / "csrc", Path(self.build_lib, "surgeon_kernels", "csrc"), dirs_exist_ok=True)
+            copy = Path(self.build_lib, "surgeon_kernels", "csrc")
+            # Sources that an earlier build left in build/, since renamed, would be compiled as well.
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(ROOT / "csrc", copy)
 
 
 def cuda_extension():
