@@ -19,7 +19,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     reference, under torch.compile too: it fuses by itself.
 
     Args:
-        gate, up: of one shape, or of shapes that PyTorch broadcasts.
+        gate, up: ``[..., C]`` of one shape, or of shapes that PyTorch broadcasts (RuntimeError otherwise); floating
+            point.
+
+    Returns:
+        The broadcast shape, in the dtype that PyTorch promotes both to.
     """
     if (
         gate.is_cuda

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Elements of a program (an estimate): with four warps, a thread has 8.
 _BLOCK = 1024
 
 

@@ -73,7 +73,7 @@ _LEAST_TOKENS = 64
 _LEAST_WORK = 1 << 32
 _LEAST_HALF_WORK = 1 << 34
 # Widths that are no multiple of 8 excepted: cuBLAS has no fast product for them, but the one it has sums in short
-# runs, so that these are shorter here as well.
+# runs, so that these are shorter here as well (an estimate).
 _UNALIGNED_RUN = 16
 
 

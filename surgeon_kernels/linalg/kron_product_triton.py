@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Elements of a row that a program takes (an estimate): with four warps, a thread has 8.
 _BLOCK = 1024
 
 

@@ -36,6 +36,9 @@ def damp(M: Tensor, damping: float) -> Tensor:
     A matrix with a zero (or vanishing) diagonal, that of a layer no data reaches, is damped as if its mean diagonal
     were the 3/8 power of the dtype's smallest normal number: so it too has an inverse, and the products that
     ``G⁻¹ ⊗ A⁻¹`` and ``G ⊗ A`` consist of stay within the dtype even when G and A are both zero.
+
+    Raises:
+        ValueError: ``M`` is not square; TypeError: it is not floating point.
     """
     check_square(M)
     damped = M.clone()
@@ -44,7 +47,10 @@ def damp(M: Tensor, damping: float) -> Tensor:
 
 
 def mean_diagonal(M: Tensor) -> Tensor:
-    """Mean diagonal of ``M``, a scalar, which dampings are relative to; see :func:`damp` for a zero diagonal."""
+    """Mean diagonal of ``M`` ``[n, n]``, a scalar tensor, which dampings are relative to.
+
+    At least the number that :func:`damp` names for a zero diagonal, and 0 for ``n = 0``.
+    """
     if M.shape[-1] == 0:
         return M.new_zeros(())
     return M.diagonal().mean().clamp_min(torch.finfo(M.dtype).tiny ** 0.375)
@@ -80,7 +86,11 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
 
 
 def unchecked_inverse(M: Tensor) -> Tensor:
-    """``M⁻¹`` of a matrix ``[n, n]`` known to be positive definite: not checked, to avoid a host sync."""
+    """``M⁻¹`` of a matrix ``[n, n]`` known to be positive definite: not checked, to avoid a host sync.
+
+    Raises:
+        ValueError: ``M`` is not square; TypeError: it is not floating point.
+    """
     check_square(M)
     return _inverse_(torch.linalg.cholesky_ex(M).L)
 
@@ -90,13 +100,17 @@ def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
 
     The diagonal of ``(L Lᵀ)⁻¹`` is that of ``L⁻ᵀ L⁻¹``, the columns' squared norms of ``L⁻¹``: a third less work than
     the inverse. There is no host sync. Where the factorisation fails the diagonal is undefined.
+
+    Raises:
+        ValueError: ``M`` is not square; TypeError: it is not floating point.
     """
     L, good = _cholesky(M)
     return torch.linalg.vector_norm(triangular_inverse_(L), dim=0).square_(), good
 
 
 def inverse_and_diagonal(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse ``[n, n]`` together with what :func:`inverse_diagonal` returns."""
+    """Inverse ``[n, n]`` of a symmetric ``M`` ``[n, n]``, and what :func:`inverse_diagonal`, which has the errors,
+    returns."""
     L, good = _cholesky(M)
     X = triangular_inverse_(L)
     diagonal = torch.linalg.vector_norm(X, dim=0).square_()

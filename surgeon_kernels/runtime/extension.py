@@ -1,8 +1,9 @@
 """The CUDA extension: found ahead of time, or built by ninja on first use and cached.
 
-`csrc/*.cu` are CUDA kernels free of torch headers, `csrc/*_ops.cpp` make ``torch.ops.surgeon_kernels.*`` run them.
-Which implementation an op runs is one rule: CUDA tensors run the extension's kernel where it is `available` for their
-device, and the PyTorch reference everywhere else. Importing this module builds nothing and touches no device.
+`csrc/<family>/*.cu` are CUDA kernels free of torch headers, `*_ops.cpp` beside them make
+``torch.ops.surgeon_kernels.*`` run them. Which implementation an op runs is one rule: CUDA tensors run the extension's
+kernel where it is `available` for their device, and the PyTorch reference everywhere else. Importing this module builds
+nothing and touches no device.
 
 Environment: ``SURGEON_CUDA=0`` never uses the extension; ``TORCH_EXTENSIONS_DIR`` is where builds are cached;
 :mod:`surgeon_kernels.runtime.toolchain` has what is compiled, and for which architectures.

@@ -23,13 +23,14 @@ from surgeon_kernels.selection.weight_costs import KERNEL_DTYPES, WeightCosts, c
 
 Pattern = tuple[int, int]  # (n, m)
 
+# The 31 bits of a cost in three passes; in the kernel the bins are 8 KiB of shared memory.
 _BIN_BITS = 11
 _BINS = 1 << _BIN_BITS
 # Estimates. Where the costs are many, a pass over some of the rows narrows the first bins: one pass over all less.
 _SAMPLED_FROM = 1 << 26
 _SAMPLE_STEP = 64
 _SAMPLE_SLACK = 0.01  # of all costs, in rank: the error that the sample may have
-# Weights among which ties are counted out at one time.
+# Weights among which ties are counted out at one time (an estimate): bounds the int64 indices to 128 MiB.
 _TIES_AT_ONCE = 1 << 24
 
 define(

@@ -13,7 +13,7 @@ from torch import Tensor
 from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-_MOST_COPIES = 15
+_MOST_COPIES = 15  # besides the weight itself (an estimate): a small weight would need very many to leave the cache
 _ROUNDS = 2  # through all copies, in a timed graph
 _GAIN = 0.95  # of the present choice's time: a smaller gain may be noise (an estimate)
 _LIBRARY_ALGORITHMS = 32  # of cuSPARSELt, at most; those that do not exist do not run
