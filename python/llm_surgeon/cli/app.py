@@ -85,7 +85,7 @@ def _check_encoding(arguments: Sequence[str]) -> None:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with a command line, in a sentence; nothing where help was shown for want of any argument."""
+    """Fault of a command line, in a sentence; nothing where help was shown for want of any argument."""
     message = error.format_message().rstrip(".")
     near = getattr(error, "possibilities", None)  # of an option that is not there
     if near:

@@ -1,4 +1,4 @@
-"""What ``surgeon bench generate`` measures and prints."""
+"""Measurements of ``surgeon bench generate``, and the tables and file that show them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ app = typer.Typer()
 
 @app.command(epilog=examples("surgeon info", "surgeon info > machine.txt"))
 def info() -> None:
-    """Which accelerators, compiled parts and versions were found, and why something is missing."""
+    """List the accelerators, compiled parts and versions that were found, and why something is missing."""
     from llm_surgeon.cli.views import print_info
 
     print_info(console)

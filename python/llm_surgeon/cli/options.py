@@ -47,7 +47,7 @@ class _Messages(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """What the package has to say goes to stderr, a line each."""
+    """Send what the package has to say to stderr, a line each."""
     logger = logging.getLogger("llm_surgeon")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Messages) for handler in logger.handlers):

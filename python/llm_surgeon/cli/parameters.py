@@ -44,7 +44,7 @@ def file_options(command: Callable[..., None], besides: Iterable[str]) -> dict[s
 
 
 def completion(choices: Callable[[], Collection[str]]) -> Callable[[str], Iterator[str]]:
-    """What completes the beginning of one of ``choices``."""
+    """Completions of the beginning of a choice."""
 
     def complete(incomplete: str) -> Iterator[str]:
         return (choice for choice in choices() if choice.startswith(incomplete))

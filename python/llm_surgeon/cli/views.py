@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""Tables and sentences that the commands print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from surgeon_kernels import build_info
 
 
 def print_plan(console: Console, job: PruneJob, out: Path) -> None:
-    """What a run would prune, and the memory, disk and time it would take."""
+    """Print what a run would prune, and the memory, disk and time it would take."""
     removal, config, linears, plan = job.removal(), job.config, job.decoder.linears, job.plan
     shots = plural(config.shots, "shot")
     table = Table("layers", "kind", "rows × columns", title=f"{printable(job.source)}: {len(linears)} linear layers")

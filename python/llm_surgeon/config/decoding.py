@@ -6,7 +6,7 @@ import enum
 
 
 class Decoding(str, enum.Enum):
-    """How the steps of a decoding run, all of them with a static cache.
+    """Ways in which the steps of a decoding run, all of them with a static cache.
 
     ``eager``: the forward pass as it is. ``graph``: the same, captured in one CUDA graph and replayed. ``compiled``:
     through torch.compile, on a GPU captured in one CUDA graph as well. ``generate``: by transformers' ``generate``

@@ -1,4 +1,4 @@
-"""What to prune and how: one typed, frozen, validated value that every part of the system reads."""
+"""Options of a pruning run: one typed, frozen, validated value that every part of the system reads."""
 
 from __future__ import annotations
 

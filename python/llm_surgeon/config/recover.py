@@ -1,4 +1,4 @@
-"""How to recover a pruned model: one typed, frozen, validated value."""
+"""Options of a recovery: one typed, frozen, validated value."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class RecoverConfig:
 
     @property
     def lora(self) -> bool:
-        """Whether low-rank corrections are trained, rather than the parameters themselves."""
+        """True where low-rank corrections are trained, rather than the parameters themselves."""
         return self.method == "lora"
 
     @property
