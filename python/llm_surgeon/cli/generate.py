@@ -132,7 +132,7 @@ def _load(model: str, dtype: torch.dtype | None, trust_remote_code: bool) -> Pre
 
 
 def _has_room(packed: PreTrainedModel, place: torch.device) -> bool:
-    """Whether the dense model has room beside the ``packed`` one, which is in main memory, and both can run."""
+    """True where the dense model has room beside the ``packed`` one, which is in main memory, and both can run."""
     dense = packed.num_parameters() * packed.dtype.itemsize
     layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
     dense += sum(layer.in_features * layer.out_features for layer in layers) * packed.dtype.itemsize

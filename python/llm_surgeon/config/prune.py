@@ -220,7 +220,7 @@ class PruneConfig:
 
     @property
     def around_dense_weights(self) -> bool:
-        """Whether every shot moves the kept weights to the optimum around the dense ones, which it keeps for that.
+        """True where every shot moves the kept weights to the optimum around the dense ones, which it keeps for that.
 
         Only the dense weights are at an optimum of the loss: around those of the last shot there is a gradient, too.
         Low-rank corrections train them, and go on from there.
@@ -251,7 +251,7 @@ class PruneConfig:
 
     @property
     def _solved(self) -> bool:
-        """Whether the joint solver updates single weights."""
+        """True where the joint solver updates single weights."""
         return self.update in ("joint", "sequential") and self.pattern.single_weights
 
     def _set(self, name: str, value: object) -> None:
@@ -347,7 +347,7 @@ class PruneConfig:
             )
 
     def _given(self, name: str) -> bool:
-        """Whether an option asks for something: it has neither its default nor ``False``."""
+        """True where an option asks for something: it has neither its default nor ``False``."""
         return getattr(self, name) not in (getattr(PruneConfig, name), False)
 
 
