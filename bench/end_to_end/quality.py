@@ -53,6 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "surgeon independent": {"method": "surgeon", "update": "independent"},
     "surgeon chunked": {"method": "surgeon", "update": "chunked"},
     "surgeon joint": {"method": "surgeon", "update": "joint"},
+    "surgeon sequential": {"method": "surgeon", "update": "sequential"},
     # Of coupled groups, by LLM-Pruner's importances: alike in every layer, as its default is, or over the whole model.
     **{
         f"{importance}{suffix}": {"importance": importance, "allocation": allocation}

@@ -131,16 +131,17 @@ def _targets(
     """Every linear of a stage with ``T = W + lack (A + λ mean(diag A) I)⁻¹`` ``[R, C']`` and its factors."""
     shared: dict[int, tuple[Tensor, DampedFactor]] = {}  # by C': of the linears with a bias, and of those without one
     for linear in readers:
-        W = linear.matrix()
-        width = W.shape[1]
+        target = linear.matrix()
+        width = target.shape[1]
         if width not in shared:
             own = A[:width, :width]
             with numerical_errors(f"target of {linear.name}"):
                 cholesky, _ = cholesky_with_jitter(own, config.target_damping, name="A")
             shared[width] = cholesky, DampedFactor.checked(own.clone(), config.damp_a, f"A of {linear.name}")
         cholesky, a = shared[width]
-        g = DampedFactor.checked(curvature.output_factor(linear).to(W.device), config.damp_g, f"G of {linear.name}")
-        yield linear, W + torch.cholesky_solve(lack[linear.name][:, :width].T, cholesky).T, KroneckerFactors(g, a)
+        target += torch.cholesky_solve(lack[linear.name][:, :width].T, cholesky).T
+        G = curvature.output_factor(linear).to(target.device)
+        yield linear, target, KroneckerFactors(DampedFactor.checked(G, config.damp_g, f"G of {linear.name}"), a)
 
 
 def _update(

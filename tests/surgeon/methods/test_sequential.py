@@ -17,6 +17,7 @@ from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.methods import sequential
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.sequential import token_weights, update_sequentially
+from llm_surgeon.models.block_batches import record_batch
 from llm_surgeon.models.decoder import PrunableLinear, find_decoder
 from llm_surgeon.models.passes import run_model
 from llm_surgeon.models.writers import find_writers
@@ -259,6 +260,34 @@ def test_the_sweep_follows_the_dense_model_more_closely():
         with torch.no_grad():
             errors[update] = float((model.model(TOKENS)[0] - dense.model(TOKENS)[0]).norm())
     assert errors["sequential"] < 0.8 * errors["joint"]
+
+
+def moments(name, dtype, device="cpu"):
+    """Moments of a block's last stage, in a block whose linears all have an output too small by a tenth."""
+    model = build(name, dtype).to(device)
+    decoder = find_decoder(model)
+    linears = [linear for linear in decoder.linears if linear.depth == 0]
+    data = padded_tokens()
+    batches = [record_batch(model, decoder, *batch) for batch in data.batches(4, torch.device(device))]
+    scales = {kind: 1.0 for kind in KINDS[name]}
+    pair = sequential._BlockPair(decoder.blocks[0], scales, batches, [batch.hidden for batch in batches])
+    for linear in linears[:-1]:
+        linear.write(0.9 * linear.matrix())
+    weights = token_weights([torch.arange(TOKENS.numel(), device=device).view(TOKENS.shape).float()], data)
+    with torch.no_grad():
+        A, lack = pair.moments(linears[-1:], weights * data.attention_mask.to(device), 1.0)
+    return A.double().cpu(), lack[linears[-1].name].double().cpu()
+
+
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_moments_are_summed_in_float32(name):
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        for actual, expected in zip(moments(name, dtype), moments(name, DOUBLE), strict=True):
+            assert relative_error(actual, expected) < bound
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""The sequential update on a CUDA device."""
+
+import pytest
+import torch
+
+from llm_surgeon import prune
+from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.writers import find_writers
+from tests.surgeon.methods.test_sequential import DOUBLE, TOKENS, moments, relative_error
+from tests.surgeon.tiny_models import NAMES, build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_moments_are_those_of_the_cpu(name, dtype, bound):
+    for actual, expected in zip(moments(name, dtype, "cuda"), moments(name, DOUBLE), strict=True):
+        assert relative_error(actual, expected) < bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_writers_are_those_of_the_cpu(name):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = build(name, torch.bfloat16).to(device)
+        found.append(find_writers(model, find_decoder(model)))
+    assert found[0].keys() == found[1].keys()
+    assert list(found[1].values()) == pytest.approx(list(found[0].values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox", "gpt2", "qwen2"])
+def test_models_are_2_4_and_cost_what_they_do_on_the_cpu(name, dtype):
+    predicted = []
+    for device in ("cpu", "cuda"):
+        model = build(name, dtype).to(device)
+        report = prune(model, TOKENS, update="sequential")
+        predicted.append(report.shots[0].predicted_increase)
+        for linear in find_decoder(model).linears:
+            assert bool(((linear.weight == 0).unflatten(1, (-1, 4)).sum(dim=2) == 2).all()), linear.name
+    # Of two weights that cost the same, rounding chooses.
+    assert predicted[1] == pytest.approx(predicted[0], rel=0.1)
+
+
+def test_single_weights_go_by_their_exact_number():
+    model = build("opt").cuda()
+    report = prune(model, TOKENS, structure="unstructured", sparsity=0.6, update="sequential")
+    zeros = [int((linear.weight == 0).sum()) for linear in find_decoder(model).linears]
+    assert zeros == [layer.removed for layer in report.layers]
+    assert sum(zeros) == round(0.6 * sum(layer.weights for layer in report.layers))
