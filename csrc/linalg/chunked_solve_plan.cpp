@@ -10,13 +10,13 @@ ChunkPlan plan_chunks(const int64_t* offsets, int chunks, int shared_limit, int6
   std::vector<int> in_shared(shared_limit / kSharedTile + 1);
   std::map<int, int> tiled;
   const auto tiles = [](int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); };
-  const auto place = [&](int64_t size) -> int& {
+  const auto bin = [&](int64_t size) -> int& {
     return size <= shared_limit ? in_shared[tiles(size, kSharedTile)] : tiled[tiles(size, kTile)];
   };
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int64_t size = offsets[chunk + 1] - offsets[chunk];
     if (size < 0) return {-1, {}};
-    ++place(size);
+    ++bin(size);
   }
   in_shared[0] = 0;  // the empty ones
   ChunkPlan plan{};
@@ -37,7 +37,7 @@ ChunkPlan plan_chunks(const int64_t* offsets, int chunks, int shared_limit, int6
   }
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int64_t size = offsets[chunk + 1] - offsets[chunk];
-    if (size > 0) order[place(size)++] = chunk;
+    if (size > 0) order[bin(size)++] = chunk;
   }
   return plan;
 }

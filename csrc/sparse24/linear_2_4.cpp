@@ -24,7 +24,7 @@ struct Device {
   int capability = 0;
   bool wgmma = false;  // the device has it, and this build the kernels for it
   std::once_flag once;
-  std::atomic<int> resident[2][kKernelCount][kSplitCount] = {};  // clusters, 0 where not yet asked
+  std::atomic<int> resident[2][kKernelCount][kSplitCount] = {};  // clusters, 0 before the first query
 };
 
 const Kernel24& kernel_of(int number) {
@@ -37,7 +37,7 @@ void forget(cudaError_t before) {
 }
 
 // Clusters that are resident at a time; -1 where the kernel does not run so.
-int ask_resident(const Kernel24& kernel, bool half, int split) {
+int query_resident(const Kernel24& kernel, bool half, int split) {
   const cudaError_t before = cudaPeekAtLastError();
   int clusters = 0;
   if (kernel.launch[half]({}, {0, 0, split, 0}, nullptr, &clusters) == cudaSuccess) return clusters > 0 ? clusters : -1;
@@ -53,7 +53,7 @@ Device& current_device() {
   std::call_once(device.once, [&] {
     device.id = id;
     cudaDeviceGetAttribute(&device.capability, cudaDevAttrComputeCapabilityMajor, id);
-    device.wgmma = device.capability == 9 && ask_resident(kernel_of(kMmaCount), false, 1) > 0;
+    device.wgmma = device.capability == 9 && query_resident(kernel_of(kMmaCount), false, 1) > 0;
   });
   return device;
 }
@@ -74,8 +74,8 @@ bool allowed(const Linear24& call, int choice, const Device& device) {
 int resident_clusters(bool half, int number, int index, Device& device) {
   std::atomic<int>& known = device.resident[half][number][index];
   if (known.load(std::memory_order_relaxed) == 0) {
-    const int clusters = ask_resident(kernel_of(number), half, kSplits[index]);
-    // Large clusters do not always find their places next to others'.
+    const int clusters = query_resident(kernel_of(number), half, kSplits[index]);
+    // Large clusters do not always fit beside others.
     known.store(kSplits[index] > 3 && clusters > 1 ? clusters * 9 / 10 : clusters, std::memory_order_relaxed);
   }
   return known.load(std::memory_order_relaxed);
@@ -102,8 +102,9 @@ int choice_for_few(const Linear24& call, Device& device) {
 }
 
 // Nanoseconds on an H200: of a unit of K of a tile of each of Wgmma24; of adding up the sums of a cluster for it; of
-// the prologue and epilogue of a tile; of a second launch. Measured, fitted and judged on shapes left out of the fit by
+// the prologue and epilogue of a tile; of a second launch. Fitted by hand to measurements there;
 //   python -m bench.kernels.linear_2_4 --fit
+// measures and fits them anew, and judges the choice by them on shapes left out of the fit.
 constexpr float kUnitTime[kWgmmaCount] = {510, 395, 535, 565, 790, 920};
 constexpr float kClusterTime[kWgmmaCount] = {2500, 3500, 4000, 3500, 4600, 7000};
 constexpr float kTileTime = 1700, kLaunchTime = 2700;

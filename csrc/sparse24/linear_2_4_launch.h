@@ -9,7 +9,7 @@
 
 namespace surgeon {
 
-// A launch whose blocks of x are grouped in clusters, if asked as a programmatic dependent one (both need
+// A launch whose blocks of x are grouped in clusters, and which may be a programmatic dependent one (both need
 // capability 9.0).
 struct Launch {
   cudaLaunchAttribute attributes[2];

@@ -2,7 +2,7 @@
 
 namespace surgeon {
 
-// Tiles, stages and overlap by measurement on an H200.
+// Tiles, stages and overlap: tried by hand on an H200, where `python -m bench.kernels.linear_2_4` times them.
 struct Mma8Narrow {
   static constexpr int kTokenMmas = 1, kRowMmas = 1, kWarpsM = 1, kWarpsK = 16, kStages = 2, kMinBlocks = 2;
 };

@@ -2,7 +2,7 @@
 
 namespace surgeon {
 
-// Tiles and stages by measurement on an H200.
+// Tiles and stages: tried by hand on an H200, where `python -m bench.kernels.linear_2_4` times them.
 struct Wgmma32 {
   static constexpr int kTokens = 32, kConsumers = 3, kStages = 6, kBoxes = 2, kWeightStages = 5;
 };

@@ -53,7 +53,7 @@ struct WgmmaTile {
   static_assert(Config::kBoxes == 1 || Config::kBoxes == 2, "a unit of W is two boxes of x wide");
   static_assert(Config::kStages >= 2 && Config::kWeightStages >= 2, "a stage is filled while another is read");
   static_assert(kXAt % 1024 == 0 && kStageBytes % 1024 == 0, "swizzled boxes begin at multiples of 1024 bytes");
-  static_assert(has_room_for_exchange(), "what the blocks of a cluster send each other has no place");
+  static_assert(has_room_for_exchange(), "no room for the sums that the blocks of a cluster send each other");
   static_assert(kSharedBytes <= 232448, "a multiprocessor has no more shared memory");
 };
 

@@ -61,9 +61,9 @@ def quadratic_form_kernel(
     per_band = BAND * column_blocks
     band = tl.program_id(0) // per_band
     height = min(row_blocks - band * BAND, BAND)
-    place = tl.program_id(0) % per_band
-    row = (band * BAND + place % height) * BLOCK_R
-    block = place // height
+    in_band = tl.program_id(0) % per_band
+    row = (band * BAND + in_band % height) * BLOCK_R
+    block = in_band // height
     column = block * BLOCK_C
 
     product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)

@@ -19,8 +19,8 @@ def nearest(x):
 
 def uncut_sums(x, S, block):
     """The kernel's sums: over blocks of columns on and above the diagonal, x on the left, 2 x - cut(x) on the right."""
-    place = torch.arange(x.shape[1]) // block
-    terms = nearest(S).double() * (1 + (place[None, :] - place[:, None]).sign())
+    block_of = torch.arange(x.shape[1]) // block
+    terms = nearest(S).double() * (1 + (block_of[None, :] - block_of[:, None]).sign())
     return ((x.double() @ terms.T) * (2.0 * x.double() - cut(x))).sum(dim=1)
 
 
