@@ -3,7 +3,16 @@ import itertools
 import pytest
 import torch
 
-from surgeon_kernels.gram.plan import ADD, CONFIGS, IDLE, GramConfig, blocks_in_order, choose, schedule
+from surgeon_kernels.gram.plan import (
+    ADD,
+    CONFIGS,
+    IDLE,
+    GramConfig,
+    _number_of_blocks,
+    blocks_in_order,
+    choose,
+    schedule,
+)
 
 ALL = sorted({config for choices in CONFIGS.values() for config in choices})
 
@@ -20,6 +29,14 @@ def test_every_element_of_the_lower_triangle_is_in_one_block(n, config):
         assert rows < n and columns < n and columns < rows + config.block_m
         covered[rows : rows + config.block_m, columns : columns + config.block_n] = True
     assert covered[r >= c].all()
+
+
+@pytest.mark.parametrize(
+    ("n", "block_m", "block_n"), list(itertools.product([1, 129, 2048, 5000], [64, 128], [64, 128, 256]))
+)
+def test_blocks_are_counted_as_they_are_listed(n, block_m, block_n):
+    config = ALL[0]._replace(block_m=block_m, block_n=block_n)
+    assert _number_of_blocks(n, block_m, block_n) == len(blocks_in_order(n, config))
 
 
 @pytest.mark.parametrize(
