@@ -11,7 +11,18 @@ import pytest
 import torch
 
 from bench.kernels import linear_2_4 as bench
-from bench.kernels.linear_2_4_fit import KERNELS, Constants, Timing, errors, estimate, fit, read_timings, report
+from bench.kernels.linear_2_4_fit import (
+    KERNELS,
+    Constants,
+    Timing,
+    errors,
+    estimate,
+    fit,
+    in_force,
+    losses,
+    read_timings,
+    report,
+)
 from surgeon_kernels.runtime import toolchain
 from tests.kernels.sparse24.test_linear_2_4_dispatch import run
 
@@ -128,18 +139,6 @@ def test_every_kernel_and_split_is_timed(monkeypatch):
     assert [timing.split for timing in found if timing.rows == 128 and timing.kernel == 3] == [1]
 
 
-def constants_of_the_source():
-    """Those of csrc/sparse24/linear_2_4.cpp, in microseconds."""
-    source = (CSRC / "sparse24" / "linear_2_4.cpp").read_text()
-    unit, cluster = (
-        np.array([float(each) for each in re.search(rf"{name}\[kWgmmaCount\] = \{{(.*?)\}}", source)[1].split(",")])
-        for name in ("kUnitTime", "kClusterTime")
-    )
-    tile, launch = map(float, re.search(r"kTileTime = (\d+), kLaunchTime = (\d+);", source).groups())
-    assert len(unit) == len(cluster) == KERNELS
-    return Constants(unit / 1000, cluster / 1000, tile / 1000, launch / 1000)
-
-
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_the_source_chooses_by_the_same_estimate(tmp_path):
     toolkit = Path(re.search(r"TOP=(\S+)", run("nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null"))[1])
@@ -148,7 +147,7 @@ def test_the_source_chooses_by_the_same_estimate(tmp_path):
     run("c++", "-std=c++17", f"-I{toolkit / 'include'}", f"-I{CSRC}", *sources, "-o", program)
     lines = run(program, "choices").splitlines()
     assert len(lines) > 100
-    constants = constants_of_the_source()
+    constants = in_force((CSRC / "sparse24" / "linear_2_4.cpp").read_text())
     clusters = {split: 132 if split <= 3 else 118 for split in CLUSTERS}  # of the device that is pretended
     splits = set()
     for rows, columns, tokens, kernel, split in (map(int, line.split()) for line in lines):
@@ -157,3 +156,12 @@ def test_the_source_chooses_by_the_same_estimate(tmp_path):
         assert us[kernel, split] == pytest.approx(min(us.values()), rel=1e-5)
         splits.add(split)
     assert len(splits) > 2
+
+
+def test_the_constants_in_force_are_judged_on_the_rows_on_record():
+    timings = read_timings(ROOT / "bench" / "results" / "linear_2_4_kernels.csv")
+    constants = in_force((CSRC / "sparse24" / "linear_2_4.cpp").read_text())
+    assert len(constants.unit) == len(constants.cluster) == KERNELS
+    lost = losses(constants, timings)
+    assert np.mean(lost) == pytest.approx(0.0107, abs=1e-4) and max(lost) == pytest.approx(0.2123, abs=1e-4)
+    assert np.mean(lost) < errors(timings).mean_loss
