@@ -104,9 +104,9 @@ int choice_for_few(const Linear24& call, Device& device) {
 // Nanoseconds on an H200: of a unit of K of a tile of each of Wgmma24; of adding up the sums of a cluster for it; of
 // the prologue and epilogue of a tile; of a second launch. Fitted by hand;
 //   python -m bench.kernels.linear_2_4 --fit
-// fits them anew and judges both. These are kept: of the times in bench/results/linear_2_4_kernels.csv they choose kernels
-// 1.1 % slower than the fastest (mean; 21 % worst), the least squares of all 1.6 % (23 %), and 2.1 % (23 %) on a shape
-// left out.
+// fits them anew and judges both. These are kept: of the times in bench/results/linear_2_4_kernels.csv they choose
+// kernels 1.1 % slower than the fastest (mean; 21 % worst), the least squares of all 1.6 % (23 %), and 2.1 % (23 %) on
+// a shape left out.
 constexpr float kUnitTime[kWgmmaCount] = {510, 395, 535, 565, 790, 920};
 constexpr float kClusterTime[kWgmmaCount] = {2500, 3500, 4000, 3500, 4600, 7000};
 constexpr float kTileTime = 1700, kLaunchTime = 2700;
