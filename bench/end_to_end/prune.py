@@ -3,9 +3,9 @@
     python -m bench.end_to_end.prune --runs 2:4 2:4x5 unstructuredx5 rows-columns 2:4/llm-compressor --options '{}'
 
 A run is ``structure[xshots][/method]``, one shot where none are given; ``llm-compressor`` stands for its SparseGPT (see
-peer_sparsegpt.py). The model is made on the device and calibrated on random tokens; where ``--options`` has it
-offloaded it lies in main memory when the run begins. Rows are appended to results/end_to_end.csv: seconds of all shots
-by phase, the planned seconds and memory beside the true ones; the peak is that of torch's allocator.
+bench/studies/peer_sparsegpt.py). The model is made on the device and calibrated on random tokens; where ``--options``
+has it offloaded it lies in main memory when the run begins. Rows are appended to results/end_to_end.csv: seconds of all
+shots by phase, the planned seconds and memory beside the true ones; the peak is that of torch's allocator.
 """
 
 from __future__ import annotations

@@ -84,6 +84,7 @@ def gram_kernel(
     PRECISION: tl.constexpr,
     FLOAT32: tl.constexpr,
 ) -> None:
+    """Units of :class:`~surgeon_kernels.gram.plan.Schedule`, every ``num_programs``-th from this program's own on."""
     ALIGN: tl.constexpr = 4 if FLOAT32 else 8
     for unit in tl.range(tl.program_id(0), unit_count, tl.num_programs(0)):
         row = tl.load(units + unit * 5) * BLOCK_M

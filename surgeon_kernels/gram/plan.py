@@ -128,6 +128,8 @@ IDLE = -2  # nothing to do
 
 
 class Schedule(NamedTuple):
+    """Work of persistent programs on one Gram matrix, made by :func:`schedule`."""
+
     units: list[Unit]  # in the order in which programs take them
     reductions: list[tuple[int, int, int]]  # row, column and first slot of every block computed in parts
     splits: int  # parts of each of those

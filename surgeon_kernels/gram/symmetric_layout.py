@@ -21,6 +21,7 @@ def tiles_per_side(n: int) -> int:
 
 
 def storage_shape(n: int, packed: bool) -> tuple[int, ...]:
+    """Shape of the storage of an ``n x n`` matrix: ``[tiles, TILE, TILE]``, or ``[n, n]``."""
     side = tiles_per_side(n)
     return (side * (side + 1) // 2, TILE, TILE) if packed else (n, n)
 

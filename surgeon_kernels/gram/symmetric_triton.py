@@ -26,6 +26,7 @@ def row_offsets(r: tl.tensor, stride: tl.tensor, PACKED: tl.constexpr) -> tl.ten
 
 @triton.jit
 def column_offsets(c: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
+    """Offset of column ``c`` (int64), see :func:`row_offsets`."""
     if PACKED:
         return (c // _TILE).to(tl.int64) * (_TILE * _TILE) + c % _TILE
     return c.to(tl.int64)

@@ -24,6 +24,7 @@ def scaled_parts_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
+    """Part of one row of ``x ∘ (rows columnsᵀ)``, in one float16 part or two: ``first``, and ``2¹¹`` times the rest."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width
@@ -47,6 +48,7 @@ def scaled_kernel(
     stride_column: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
+    """Part of one row: ``out = x ∘ (rows columnsᵀ)``."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width

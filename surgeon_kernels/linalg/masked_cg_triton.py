@@ -34,6 +34,7 @@ def block_of(
 
 @triton.jit
 def total(parts: tl.tensor, count: tl.tensor, PARTS: tl.constexpr) -> tl.tensor:
+    """Sum of the first ``count`` of ``parts``."""
     i = tl.arange(0, PARTS)
     return tl.sum(tl.load(parts + i, mask=i < count, other=0.0), 0)
 
@@ -75,6 +76,7 @@ def curvature_kernel(
     units: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
+    """Part of ``c / b²``, see above: the direction is kept over ``b``."""
     sum = tl.zeros([BLOCK], tl.float64)
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         _, _, at, inside = block_of(unit, columns, blocks, BLOCK)
@@ -105,6 +107,7 @@ def residual_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
+    """Second pass over some entries: ``R``, and parts of ``e'`` and ``max |Z|``."""
     bound = tl.load(bounds + k)
     curvature = total(curvatures, tl.num_programs(0), PARTS) * bound * bound
     step = (length(tl.load(energies + k), curvature) * bound).to(tl.float32)
@@ -148,6 +151,7 @@ def direction_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
+    """Third pass over some entries: ``X`` and ``D``; the first program keeps ``e'``, ``b'`` and ``½ l e``."""
     # A correction adds one part.
     before, after = tl.load(energies + k), total(new_energies, tl.num_programs(0) + CORRECTED, PARTS)
     bound = tl.load(bounds + k)

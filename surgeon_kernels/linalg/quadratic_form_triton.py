@@ -55,6 +55,7 @@ def quadratic_form_kernel(
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ) -> None:
+    """Part of a block column of S in the sums of ``BLOCK_R`` rows, to a row of ``partial``."""
     row_blocks = tl.cdiv(rows, BLOCK_R)
     column_blocks = tl.cdiv(columns, BLOCK_C)
     # Bands of row blocks; in each the longest sums first, so that the last programs are short ones.
@@ -93,6 +94,7 @@ def copy_kernel(
     BLOCK: tl.constexpr,
     DIAGONAL: tl.constexpr,  # None, or only blocks of so many rows and columns on and above the diagonal, to TF32
 ) -> None:
+    """One tile of ``target = source``; with DIAGONAL rounded to TF32, where it lies on or above the diagonal blocks."""
     row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
     first = 0 if DIAGONAL is None else row // DIAGONAL * DIAGONAL
     if column + BLOCK > first:

@@ -21,6 +21,7 @@ def split_kernel(
     size: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
+    """Part of one row of ``x``, as the bfloat16 parts of three matrices of ``size`` elements each."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < columns

@@ -294,6 +294,7 @@ def _dense(cost: WeightCosts, pattern: Pattern | None, step: int) -> Tensor:
 
 
 def number_of_costs(cost: WeightCosts, pattern: Pattern | None) -> int:
+    """Weights of a layer, or its groups."""
     return cost.weight.numel() // (pattern[1] if pattern else 1)
 
 
