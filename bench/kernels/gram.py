@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from bench.environment import append_row, environment, require_gpu
-from bench.kernels.gram_fit import Timing, read_timings, report
+from bench.kernels.gram_fit import Timing, label, read_timings, report
 from bench.timing import eager_ms, graph_ms
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 from surgeon_kernels.gram import gram_triton
@@ -142,7 +142,7 @@ def measure(case: Case) -> dict[str, Any]:
     return {
         **case._asdict(),
         "dtype": str(case.dtype).removeprefix("torch."),
-        "config": "x".join(map(str, (*config[:6], config.run))) if config else "torch",
+        "config": label(config) if config else "torch",
         "torch_ms": f"{times[0]:.4f}",
         "kernel_ms": f"{times[1]:.4f}",
         "speedup": f"{times[0] / times[1]:.2f}",
@@ -200,7 +200,7 @@ def fit_from_device(out: Path) -> list[Timing]:
                     case.tokens,
                     case.columns,
                     str(case.dtype).removeprefix("torch."),
-                    "x".join(map(str, (*config[:6], config.run))),
+                    label(config),
                     *work(case.columns, case.tokens, config, programs),
                     us,
                 )

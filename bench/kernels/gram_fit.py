@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from surgeon_kernels.gram import plan
+
 UNIT_COSTS = np.arange(0, 61) / 2  # tried
 
 
@@ -78,24 +80,48 @@ def fit(timings: Sequence[Timing]) -> Constants:
     return Constants(dict(zip(names, solution[:-2].tolist(), strict=True)), unit, float(solution[-2]), bandwidth)
 
 
-def report(timings: Sequence[Timing]) -> str:
-    """The constants of surgeon_kernels/gram/plan.py, and their errors."""
-    found = fit(timings)
-    errors = np.abs([estimate(found, timing) / timing.us - 1 for timing in timings])
+def in_force(major: int = 9) -> Constants:
+    """The constants that surgeon_kernels/gram/plan.py chooses by, on devices of capability ``major``."""
+    steps = {
+        f"{str(dtype).removeprefix('torch.')} {label(config)}": config.step
+        for (of, dtype), configs in plan.CONFIGS.items()
+        for config in configs
+        if of == major
+    }
+    return Constants(steps, plan._UNIT_COST, plan._REDUCTION_COST, plan._REDUCTION_BYTES)
+
+
+def losses(constants: Constants, timings: Sequence[Timing]) -> list[float]:
+    """By how much the configuration chosen by ``constants`` is slower than the fastest, relative, for every size that
+    has several."""
     groups: dict[tuple[object, ...], list[Timing]] = {}
     for timing in timings:
         groups.setdefault(timing[:3], []).append(timing)
-    losses = [
-        min(group, key=lambda timing: estimate(found, timing)).us / min(timing.us for timing in group) - 1
+    return [
+        min(group, key=lambda timing: estimate(constants, timing)).us / min(timing.us for timing in group) - 1
         for group in groups.values()
+        if len(group) > 1
     ]
+
+
+def report(timings: Sequence[Timing]) -> str:
+    """The constants as surgeon_kernels/gram/plan.py has them, and their errors."""
+    found = fit(timings)
+    errors = np.abs([estimate(found, timing) / timing.us - 1 for timing in timings])
+    lost, lost_now = losses(found, timings), losses(in_force(), timings)
     steps = "".join(f"step of {name}: {step:.2f}\n" for name, step in found.step.items())
     return (
         f"{steps}_UNIT_COST = {found.unit:g}\n_REDUCTION_COST = {found.launch:.1f}\n"
         f"_REDUCTION_BYTES = {found.bandwidth:.1e}\n{len(timings)} times; relative error {np.median(errors):.1%} "
         f"(median), {np.percentile(errors, 95):.1%} (95th percentile); the configuration chosen is slower than the "
-        f"fastest by {np.mean(losses):.1%} (mean), {np.max(losses):.1%} (worst)"
+        f"fastest by {np.mean(lost):.1%} (mean), {max(lost):.1%} (worst); by the constants in force "
+        f"{np.mean(lost_now):.1%} (mean), {max(lost_now):.1%} (worst)"
     )
+
+
+def label(config: plan.GramConfig) -> str:
+    """Blocks, warps, stages, programs a multiprocessor and run of a configuration, as rows have them."""
+    return "x".join(map(str, (*config[:6], config.run)))
 
 
 def name(timing: Timing) -> str:

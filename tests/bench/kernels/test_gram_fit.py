@@ -1,5 +1,7 @@
 """The fit of the times by which Gram configurations are chosen, on timings of known constants."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,20 +9,21 @@ import torch
 pytest.importorskip("triton")
 
 from bench.kernels.gram import work
-from bench.kernels.gram_fit import Constants, Timing, estimate, fit, read_timings, report
+from bench.kernels.gram_fit import Constants, Timing, estimate, fit, in_force, label, losses, read_timings, report
 from surgeon_kernels.gram import plan
 from surgeon_kernels.gram.plan import CONFIGS, schedule
 
-KNOWN = Constants({"bfloat16 wide": 0.63, "bfloat16 square": 0.36}, 10.0, 15.0, 4e6)
+WIDE, SQUARE = map(label, CONFIGS[9, torch.bfloat16])
+KNOWN = Constants({f"bfloat16 {WIDE}": 0.63, f"bfloat16 {SQUARE}": 0.36}, 10.0, 15.0, 4e6)
 
 
 def timed(noise=0.0):
-    wide, square = CONFIGS[9, torch.bfloat16]
     found = []
     for tokens in (1024, 2048, 5000, 16384):
         for columns in (2048, 2560, 3072, 4096, 5120, 11008):
-            for name, config in (("wide", wide), ("square", square)):
-                found.append(Timing(tokens, columns, "bfloat16", name, *work(columns, tokens, config, 132), 0.0))
+            for config in CONFIGS[9, torch.bfloat16]:
+                amounts = work(columns, tokens, config, 132)
+                found.append(Timing(tokens, columns, "bfloat16", label(config), *amounts, 0.0))
     factors = np.exp(noise * np.random.default_rng(0).standard_normal(len(found)))
     return [timing._replace(us=estimate(KNOWN, timing) * factor) for timing, factor in zip(found, factors, strict=True)]
 
@@ -50,5 +53,12 @@ def test_rows_are_read_and_reported(tmp_path):
     rows = [",".join(["commit", *Timing._fields]), *(",".join(map(str, ("abc", *timing))) for timing in timed())]
     path.write_text("\n".join(rows))
     text = report(read_timings(path))
-    assert "step of bfloat16 wide: 0.63\n" in text and "_UNIT_COST = 10\n_REDUCTION_COST = 15.0\n" in text
-    assert "slower than the fastest by 0.0% (mean), 0.0% (worst)" in text
+    assert f"step of bfloat16 {WIDE}: 0.63\n" in text and "_UNIT_COST = 10\n_REDUCTION_COST = 15.0\n" in text
+    assert "slower than the fastest by 0.0% (mean), 0.0% (worst); by the constants in force 0.0% (mean)" in text
+
+
+def test_the_constants_in_force_are_judged_on_the_rows_on_record():
+    timings = read_timings(Path(__file__).parents[3] / "bench" / "results" / "gram_kernels.csv")
+    lost = losses(in_force(), timings)
+    assert len(lost) == 32
+    assert np.mean(lost) == pytest.approx(0.0135, abs=1e-4) and max(lost) == pytest.approx(0.2708, abs=1e-4)
