@@ -115,6 +115,7 @@ def test_flags_name_machine_code_only():
 def test_the_sources_are_found():
     names = [path.name for path in toolchain.sources()]
     assert {"module.cpp", "nm_select_ops.cpp", "nm_select.cu"} <= set(names)
+    assert len(set(names)) == len(names)  # ninja names objects after them, without their folders
 
 
 @pytest.mark.skipif(toolchain.nvcc() is None, reason="there is no nvcc")
