@@ -99,9 +99,13 @@ def test_an_ahead_of_time_build_takes_the_same_list(listed, built, monkeypatch):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(Path(toolchain.nvcc()).parents[1]))
     monkeypatch.setenv("SURGEON_CUDA", "1")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    runpy.run_path(str(Path(toolchain.__file__).parents[2] / "setup.py"))
+    root = Path(toolchain.__file__).parents[2]
+    runpy.run_path(str(root / "setup.py"))
     cxx, nvcc = toolchain.flags(built)
-    assert found["ext_modules"][0].extra_compile_args == {"cxx": cxx, "nvcc": nvcc}
+    (module,) = found["ext_modules"]
+    assert module.extra_compile_args == {"cxx": cxx, "nvcc": nvcc}
+    assert [root / source for source in module.sources] == toolchain.sources()
+    assert str(toolchain.csrc()) in module.include_dirs
     assert f"-DSURGEON_ARCHITECTURES={':'.join(built)}" in cxx
 
 
