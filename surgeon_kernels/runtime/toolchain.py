@@ -131,6 +131,8 @@ def linker_flags() -> list[str]:
 
 def sources() -> list[Path]:
     """C++ and CUDA sources of the extension, beside the package in a checkout or inside an installed one."""
+    if not (csrc() / "module.cpp").is_file():  # missing, or another project's
+        return []
     return sorted(path for path in csrc().rglob("*.*") if path.suffix in {".cpp", ".cu"})
 
 

@@ -122,6 +122,12 @@ def test_the_sources_are_found():
     assert len(set(names)) == len(names)  # ninja names objects after them, without their folders
 
 
+def test_the_sources_of_others_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(toolchain, "csrc", lambda: tmp_path)
+    (tmp_path / "kernel.cu").touch()
+    assert toolchain.sources() == []
+
+
 @pytest.mark.skipif(toolchain.nvcc() is None, reason="there is no nvcc")
 def test_another_compiler_is_another_build(toolkit, tmp_path):
     before = toolchain.compilers()
