@@ -22,7 +22,8 @@ from llm_surgeon.data.documents import read_text
 from llm_surgeon.data.tokens import tokenize
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.planning.plan import make_plan
-from llm_surgeon.shots.runner import Run, run_shots
+from llm_surgeon.shots.run import Run
+from llm_surgeon.shots.runner import run_shots
 from llm_surgeon.shots.weights import WeightShots
 
 _BLOCKS = (1, 4)

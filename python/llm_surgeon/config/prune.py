@@ -205,13 +205,18 @@ class PruneConfig:
         if self.structure == "structured":
             self._set("structure", "groups")
         check_options(self)
-        self._resolve(self.pattern, method(self.method))
-        self._check(self.pattern, method(self.method))
+        self._resolve(self.pattern, self.method_record)
+        self._check(self.pattern, self.method_record)
 
     @property
     def gpu_memory_bytes(self) -> int | None:
         """``gpu_memory`` in bytes."""
         return None if self.gpu_memory is None else parse_bytes(self.gpu_memory)
+
+    @property
+    def method_record(self) -> Method:
+        """The record that ``method`` names."""
+        return method(self.method)
 
     @property
     def pattern(self) -> Structure:

@@ -31,7 +31,7 @@ class Structure:
 
     Attributes:
         name: the value of the option ``structure``, such as ``"groups"`` or ``"2:4"``.
-        shots: class of its shot object, see :class:`~llm_surgeon.shots.runner.Shots`: itself, or ``"module:class"``,
+        shots: class of its shot object, see :class:`~llm_surgeon.shots.run.Shots`: itself, or ``"module:class"``,
             which is imported when a run needs it.
         title: what goes, in words.
         coupled: coupled groups go, for good: the model becomes smaller. Otherwise zeros stay in their places.

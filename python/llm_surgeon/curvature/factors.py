@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm_surgeon.config.methods import method
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature
 from llm_surgeon.errors import NumericalError
@@ -171,7 +170,7 @@ class DampedFactors:
         Raises:
             NumericalError: a factor is not positive definite; the message names the layer.
         """
-        if method(self._config.method).compensates:
+        if self._config.method_record.compensates:
             self._factorised()
         return self._load(linear)
 

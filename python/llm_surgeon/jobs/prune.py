@@ -38,7 +38,7 @@ from llm_surgeon.pruning import prune
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import choose_device, human_bytes, process_memory, require_disk, require_memory
 from llm_surgeon.shots.checks import checked
-from llm_surgeon.shots.runner import Run
+from llm_surgeon.shots.run import Run
 
 _logger = logging.getLogger(__name__)
 

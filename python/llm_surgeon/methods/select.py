@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_surgeon.config.methods import method
 from llm_surgeon.config.prune import PruneConfig
 from surgeon_kernels import WeightCosts, k_cheapest, k_smallest, nm_select
 
@@ -91,12 +90,12 @@ def _select_masks(
     if config.pattern.m:
         pattern, fraction = (config.pattern.n, config.pattern.m), sparsity / config.sparsity
         limits = sizes = [size // config.pattern.m for size in sizes]
-    elif method(config.method).comparison == "row":
+    elif config.method_record.comparison == "row":
         masks = [_cheapest_in_rows(c, gone, sparsity) for c, gone in zip(costs, previous, strict=True)]
         return masks if out is None else [o.copy_(mask) for o, mask in zip(out, masks, strict=True)], None
     else:
         limits = [size - math.floor(config.min_kept * size) for size in sizes]
-    if method(config.method).comparable:
+    if config.method_record.comparable:
         count = round(fraction * sum(sizes))
         threshold, masks = k_cheapest(costs, count, pattern=pattern, previous=previous, at_most=limits, out=out)
         return masks, threshold
@@ -133,7 +132,7 @@ def select_rows_columns(
     Args:
         costs: row costs ``[R]`` and column costs ``[C]`` per layer; previous: what is removed already.
     """
-    if method(config.method).comparable:
+    if config.method_record.comparable:
         return _take_cheapest(costs, previous, config.min_kept, sparsity)
     return [
         _take_cheapest([cost], [before], config.min_kept, sparsity)[0][0]

@@ -15,7 +15,7 @@ from llm_surgeon.curvature.factors import numerical_errors
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.update import LayerUpdate
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from surgeon_kernels import damp, joint_update
+from surgeon_kernels import WeightCosts, damp, joint_update
 from surgeon_kernels.linalg.kronecker_sum import KroneckerSum, orthonormal
 
 _ROUNDS = 2
@@ -67,28 +67,24 @@ class TwoTermCurvature:
         with numerical_errors():
             return KroneckerSum((first[0], G[1]), (first[1], A[1]), name=linear.name)
 
+    def costs(self, linear: PrunableLinear) -> WeightCosts:
+        """Cost ``½ W² / [F⁻¹]`` of each weight, ``[R, C]`` (no bias column)."""
+        return WeightCosts((0.5 * linear.matrix() ** 2 / self.of(linear).inverse_diagonal())[:, : linear.columns])
+
+    def compensate(self, linear: PrunableLinear, weight: Tensor, selection: Selection) -> LayerUpdate:
+        """Zero what is selected, and move the others of ``weight`` ``[R, C']`` to the joint optimum under the sum."""
+        config, pruned = self._config, selection.with_bias(weight.shape[1])
+        first, second = self.of(linear).terms
+        solved = joint_update(
+            weight, pruned, *first, second=second, tolerance=config.tolerance, max_iterations=config.max_iterations
+        )
+        new = (weight + solved.delta).masked_fill(pruned, 0.0)
+        gap = solved.gap if math.isfinite(solved.gap) else None
+        return LayerUpdate(new, solved.delta, selection, solved.objective, solved.bound, gap)
+
 
 def _orthonormal(pairs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: orthonormal(pair) for name, pair in pairs.items()}
-
-
-def two_term_costs(linear: PrunableLinear, curvature: KroneckerSum) -> Tensor:
-    """``½ W² / [F⁻¹]`` of each weight ``[R, C]`` (no bias column)."""
-    return (0.5 * linear.matrix() ** 2 / curvature.inverse_diagonal())[:, : linear.columns]
-
-
-def compensate_two_terms(
-    weight: Tensor, selection: Selection, curvature: KroneckerSum, config: PruneConfig
-) -> LayerUpdate:
-    """Zero what is selected, and move the other weights to the joint optimum under the sum of two products."""
-    pruned = selection.with_bias(weight.shape[1])
-    first, second = curvature.terms
-    solved = joint_update(
-        weight, pruned, *first, second=second, tolerance=config.tolerance, max_iterations=config.max_iterations
-    )
-    new = (weight + solved.delta).masked_fill(pruned, 0.0)
-    gap = solved.gap if math.isfinite(solved.gap) else None
-    return LayerUpdate(new, solved.delta, selection, solved.objective, solved.bound, gap)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.factors import KroneckerFactors, numerical_errors
+from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.swaps import solve_with_swaps
+from llm_surgeon.models.passes import to_list
 from surgeon_kernels import chunked_update, independent_update, rows_columns_update
 
 
@@ -83,3 +85,17 @@ def _rows_columns_delta(
     columns_part = (weight / A_inv.diagonal()).masked_fill(~columns, 0.0) @ A_inv
     pruned = selection.rows[:, None] | columns
     return torch.where(pruned, -weight, -rows_part - columns_part)
+
+
+def total_increase(increases: dict[str, Tensor]) -> float | None:
+    """Sum of the predicted increases of linears by name; ``None`` of none.
+
+    Raises:
+        NumericalError: one is NaN or infinite; the linear is named.
+    """
+    # Read back together: the host runs ahead of the device.
+    predicted = to_list(list(increases.values()))
+    for name, increase in zip(increases, predicted, strict=True):
+        if not math.isfinite(increase):
+            raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
+    return sum(predicted) if increases else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llm_surgeon.config.methods import method
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.loss import CHUNK
@@ -49,7 +48,7 @@ class Memory:
         self.model = model
         self.device = compute_device(model, config)
         self.on_gpu = self.device.type == "cuda"
-        self.method = method(config.method)
+        self.method = config.method_record
         self.gradients, self.factored = self.method.gradients, self.method.needs != "nothing"
         self.offload = config.offload == "cpu"
         self.streamed = self.offload and self.on_gpu
@@ -199,7 +198,7 @@ class Memory:
 def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:
     """Sizes of every block's factors: an A per shared input, as wide as its widest user with a bias, a G per linear."""
     sizes: list[list[int]] = []
-    record = method(config.method)
+    record = config.method_record
     for depth in range(len(decoder.blocks)):
         linears = [linear for linear in decoder.linears if linear.depth == depth and record.needs != "nothing"]
         widths: dict[str, int] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from llm_surgeon.config.methods import method
 from llm_surgeon.config.prune import PruneConfig
 
 # Bytes a second at which main memory is pinned and given back, in huge pages by 16 threads: 8e9 where the machine has
@@ -64,7 +63,7 @@ def run_seconds(
     forward = 2 * (sum(R * C for R, C in sizes) + head) * tokens / (half * _PASS_EFFICIENCY)
     seconds = forward_passes * max(forward, transfer) + backward_passes * max(backward_cost * forward, transfer)
     seconds += tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
-    if method(config.method).compensates:
+    if config.method_record.compensates:
         singly = config.pattern.single_weights
         times = 2 / 3 if not singly else 1 if inverted_once else 5 / 3
         seconds += times * sum(n**3 for n in factors) / (single * _FACTORISATION_EFFICIENCY)

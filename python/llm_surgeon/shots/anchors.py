@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory
-from llm_surgeon.shots.runner import Run
+from llm_surgeon.shots.run import Run
 
 
 class AnchorWeights:

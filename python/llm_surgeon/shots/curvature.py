@@ -6,19 +6,18 @@ import functools
 
 from torch import Tensor
 
-from llm_surgeon.config.methods import Method
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.curvature.factors import DampedFactors, KroneckerFactors
 from llm_surgeon.methods.costs import element_costs, row_column_costs
-from llm_surgeon.methods.two_terms import TwoTermCurvature, two_term_costs
+from llm_surgeon.methods.two_terms import TwoTermCurvature
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory
-from llm_surgeon.shots.runner import Run
+from llm_surgeon.shots.run import Run
 from surgeon_kernels import WeightCosts
 
 
 class ShotCurvature:
-    """Curvature as ``method`` needs it, estimated anew in every shot.
+    """Curvature as the run's method needs it, estimated anew in every shot.
 
     Attributes:
         factors: damped factors of the shot under way; ``None`` where there are none.
@@ -26,9 +25,9 @@ class ShotCurvature:
         two_terms: with ``kron_rank`` 2 the sums of two Kronecker products.
     """
 
-    def __init__(self, run: Run, method: Method, memory: PinnedMemory) -> None:
+    def __init__(self, run: Run, memory: PinnedMemory) -> None:
         """``memory`` takes the factors of a shot, where they do not stay on the device."""
-        self._run, self._method, self._memory = run, method, memory
+        self._run, self._method, self._memory = run, run.config.method_record, memory
         self.factors: DampedFactors | None = None
         self.estimated: Curvature | None = None
         self.two_terms: TwoTermCurvature | None = None
@@ -53,7 +52,7 @@ class ShotCurvature:
     def costs(self, linear: PrunableLinear) -> WeightCosts:
         """Cost of removing each weight, ``[R, C]``."""
         if self.two_terms is not None:
-            return WeightCosts(two_term_costs(linear, self.two_terms.of(linear)))
+            return self.two_terms.costs(linear)
         return element_costs(linear, self._method, self.factors)
 
     def line_costs(self, linear: PrunableLinear) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.report.schema import GradientStep
 from llm_surgeon.shots.anchors import AnchorWeights
-from llm_surgeon.shots.runner import Run
+from llm_surgeon.shots.run import Run
 
 
 class GradientSteps:

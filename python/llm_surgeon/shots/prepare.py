@@ -16,7 +16,7 @@ from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.resources import gpu_memory_capped
 from llm_surgeon.shots.checks import checked
-from llm_surgeon.shots.runner import Run
+from llm_surgeon.shots.run import Run
 from llm_surgeon.shots.windows import Windows
 
 

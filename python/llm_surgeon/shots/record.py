@@ -12,7 +12,8 @@ from llm_surgeon.models.footprint import SizeComparison
 from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, collect_versions
 from llm_surgeon.report.warnings import warnings_of
 from llm_surgeon.resources import peak_memory
-from llm_surgeon.shots.runner import Outcome, Run, Shots
+from llm_surgeon.shots.run import Run, Shots
+from llm_surgeon.shots.runner import Outcome
 
 
 class RunRecord:

@@ -2,141 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar
 
-import torch
-
-from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.methods.select import Selection
-from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.offload import offloaded
-from llm_surgeon.models.passes import mean_loss, to_list
-from llm_surgeon.planning.plan import Plan
-from llm_surgeon.progress import Progress
+from llm_surgeon.models.passes import to_list
 from llm_surgeon.report.schema import ShotReport
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A pruning run as all its shots see it.
-
-    Attributes:
-        model: the causal LM that ``decoder`` is part of, pruned in place.
-        calibration: windows that curvature and losses are measured on.
-        config: what to prune and how.
-        plan: the layout: device, windows per batch, blocks per pass, what is kept.
-        correction_data: what low-rank corrections learn from; the calibration windows where left out.
-        held_out: windows that the loss is measured on before the first and after the last shot.
-    """
-
-    model: Any
-    decoder: Decoder
-    calibration: Calibration
-    config: PruneConfig
-    plan: Plan
-    progress: Progress = field(default_factory=Progress)
-    correction_data: Calibration | None = None
-    held_out: Calibration | None = None
-
-    def loss(self) -> float:
-        """Mean token loss of the calibration windows, nats per token."""
-        return mean_loss(self.model, self.calibration, self.plan.batch_size)
-
-    def each(self, items: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
-        """Yield ``items``, and tell which is under way."""
-        every = list(items)
-        for done, item in enumerate(every):
-            self.progress.step(done, len(every), name(item))
-            yield item
-
-    def each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:
-        """``function`` of every linear of the decoder, and tell which is under way."""
-        return [function(linear) for linear in self.each(self.decoder.linears, lambda linear: linear.name)]
-
-
-class Shot:
-    """One round of measure, select, update.
-
-    Attributes:
-        fraction: of what the whole run removes, what is to be gone after this shot.
-        last: no shot follows. A structure that cannot tell beforehand says so while it selects or updates.
-        report: the shot's own; ``measure``, ``select`` and ``update`` fill in what they find.
-    """
-
-    def __init__(self, index: int, fraction: float, last: bool, report: ShotReport, progress: Progress) -> None:
-        self.index, self.fraction, self.last, self.report = index, fraction, last, report
-        self._progress, self._begun = progress, 0.0
-        self._phase: str | None = None
-
-    def phase(self, name: str) -> None:
-        """Begin a phase, which ends the one before: its seconds go into the report."""
-        self.end_phase()
-        self._progress.phase(name)
-        self._phase, self._begun = name, time.perf_counter()
-
-    def end_phase(self) -> None:
-        """End the phase under way, if there is one, once the device has done its work."""
-        if self._phase is not None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.report.seconds[self._phase] = time.perf_counter() - self._begun
-            self._phase = None
-
-
-class Shots(Protocol):
-    """The shot object of a structure: what differs between structures in a run, which :func:`run_shots` carries out.
-
-    It is made of a :class:`Run`, once the model has been checked. The constructor finds what can be removed, takes no
-    memory to speak of, changes nothing, and raises an :class:`InputError` or an :class:`UnsupportedModelError` where
-    the sparsity cannot be met or the model cannot do without. Then come ``begin``, for every shot ``measure``,
-    ``select`` and ``update``, and ``finish``. What one call leaves to the next the object keeps, and lets go of as soon
-    as it can: factors and gradients are as large as the model.
-
-    Attributes:
-        selections: of every linear of the decoder what is pruned so far, ``[R, C]``; read after every update.
-    """
-
-    selections: list[Selection]
-
-    def removal(self) -> str:
-        """Say what goes, with the numbers of this run: the end of the sentence "would remove ..."."""
-
-    def begin(self, resources: ExitStack) -> None:
-        """Make what the shots share, empty ``selections`` included; ``resources`` are closed after the last shot."""
-
-    def pruned(self) -> AbstractContextManager[object]:
-        """Context manager in which the model computes what it will once it is finished."""
-
-    def measure(self, shot: Shot) -> float:
-        """Measure what the costs of this shot need, on the model as the last shot left it.
-
-        Returns:
-            The mean loss of the calibration windows, nats per token: mostly a by-product, else ``run.loss()``.
-        """
-
-    def select(self, shot: Shot) -> None:
-        """Choose what is to be gone after this shot, ``shot.fraction`` of all, what went earlier included.
-
-        Sets ``selections``, and ``shot.report.threshold`` where one cost bounds what goes. No weight changes.
-        """
-
-    def update(self, shot: Shot) -> None:
-        """Make what was selected zero, and let the rest compensate for it.
-
-        Sets ``shot.report.predicted_increase``, ``solver`` and ``jitter`` where they are known, ``selections`` again
-        where they became others, and ``shot.last`` where only this tells. Further work begins a phase of its own.
-        """
-
-    def finish(self) -> None:
-        """Take what is zero out of the model for good, where the structure makes it smaller; last call of a run."""
+from llm_surgeon.shots.run import Run, Shot, Shots
 
 
 @dataclass
@@ -215,6 +89,4 @@ def _carry_out(shots: Shots, run: Run, shot: Shot, before_update: Callable[[], o
 def _measure_held_out(run: Run, outcome: Outcome) -> None:
     if run.held_out is not None:
         run.progress.phase("held-out loss")
-        tokens = run.plan.batch_size * run.calibration.input_ids.shape[1]
-        batch_size = max(1, tokens // run.held_out.input_ids.shape[1])
-        outcome.held_out.append(mean_loss(run.model, run.held_out, batch_size))
+        outcome.held_out.append(run.loss(run.held_out))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.sequential import update_sequentially
+from llm_surgeon.methods.update import total_increase
 from llm_surgeon.models.writers import find_writers
 from llm_surgeon.report.schema import ShotReport, SolverTrace
 from llm_surgeon.shots.curvature import ShotCurvature
-from llm_surgeon.shots.runner import Run
-from llm_surgeon.shots.updates import total_increase
+from llm_surgeon.shots.run import Run
 
 
 class SequentialUpdates:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from torch import Tensor
 
-from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.methods.two_terms import compensate_two_terms
-from llm_surgeon.methods.update import LayerUpdate, remove, remove_and_compensate
+from llm_surgeon.methods.update import LayerUpdate, remove, remove_and_compensate, total_increase
 from llm_surgeon.models.decoder import PrunableLinear
-from llm_surgeon.models.passes import to_list
 from llm_surgeon.report.schema import ShotReport, SolverTrace
 from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.curvature import ShotCurvature
-from llm_surgeon.shots.runner import Run
+from llm_surgeon.shots.run import Run
+from llm_surgeon.shots.sequential import SequentialUpdates
+
+
+def updates_of(run: Run, curvature: ShotCurvature, anchors: AnchorWeights) -> Updates | SequentialUpdates:
+    """The object that writes the new weights of ``run``, by its option ``update``."""
+    sequential = run.config.update == "sequential"
+    return SequentialUpdates(run, curvature) if sequential else Updates(run, curvature, anchors)
 
 
 class Updates:
@@ -58,7 +61,7 @@ class Updates:
             if two_terms is None:
                 new = remove_and_compensate(anchor, selection, known, config, linear.name)
             else:
-                new = compensate_two_terms(anchor, selection, two_terms.of(linear), config)
+                new = two_terms.compensate(linear, anchor, selection)
             factors.note_jitter(linear, new.jitter)
         self._adopt(selection_of, linear, selection, new)
         linear.write(new.weight)
@@ -80,17 +83,3 @@ class Updates:
             mask.copy_(new.selection.pruned, non_blocking=mask.is_pinned())
         else:
             selection_of[linear.name] = new.selection
-
-
-def total_increase(increases: dict[str, Tensor]) -> float | None:
-    """Sum of the predicted increases of linears by name; ``None`` of none.
-
-    Raises:
-        NumericalError: one is NaN or infinite; the linear is named.
-    """
-    # Read back together: the host runs ahead of the device.
-    predicted = to_list(list(increases.values()))
-    for name, increase in zip(increases, predicted, strict=True):
-        if not math.isfinite(increase):
-            raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
-    return sum(predicted) if increases else None

@@ -6,16 +6,14 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
-from llm_surgeon.config.methods import method
 from llm_surgeon.methods.select import Selection, select_elements, select_rows_columns
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.gradient_steps import GradientSteps
-from llm_surgeon.shots.runner import Run, Shot
-from llm_surgeon.shots.sequential import SequentialUpdates
-from llm_surgeon.shots.updates import Updates
+from llm_surgeon.shots.run import Run, Shot
+from llm_surgeon.shots.updates import updates_of
 
 
 class WeightShots:
@@ -27,16 +25,12 @@ class WeightShots:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.config, self.method = run, run.config, method(run.config.method)
+        self.run, self.config, self.method = run, run.config, run.config.method_record
         self.selections: list[Selection] = []
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
-        self._curvature = ShotCurvature(run, self.method, self._shot_memory)
+        self._curvature = ShotCurvature(run, self._shot_memory)
         anchors = AnchorWeights(run, self._memory)
-        self._updates = (
-            SequentialUpdates(run, self._curvature)
-            if self.config.update == "sequential"
-            else Updates(run, self._curvature, anchors)
-        )
+        self._updates = updates_of(run, self._curvature, anchors)
         self._steps = GradientSteps(run, anchors) if self.config.gradient_steps else None
 
     def removal(self) -> str:

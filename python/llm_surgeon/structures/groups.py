@@ -17,7 +17,7 @@ from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors, numeri
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
-from llm_surgeon.shots.runner import Run, Shot
+from llm_surgeon.shots.run import Run, Shot
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients

@@ -12,7 +12,7 @@ from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
-from llm_surgeon.shots.runner import Run, Shot
+from llm_surgeon.shots.run import Run, Shot
 from llm_surgeon.structures.find.residual import find_ends
 from llm_surgeon.structures.importance import line_importance, weight_gradients
 from llm_surgeon.structures.reconstruct import reconstruct

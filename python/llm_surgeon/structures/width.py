@@ -17,7 +17,7 @@ from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.loss import count_tokens, differentiable_loss
 from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at
-from llm_surgeon.shots.runner import Run, Shot
+from llm_surgeon.shots.run import Run, Shot
 from llm_surgeon.structures.find.residual import Residual, find_residual, kept_width
 from llm_surgeon.structures.importance import line_importance, weight_gradients
 from llm_surgeon.structures.remove.channels import remove_channels, zero_channels

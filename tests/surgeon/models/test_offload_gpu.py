@@ -103,7 +103,7 @@ def test_a_run_that_fails_leaves_offloaded_weights_as_they_were(monkeypatch):
         model = build(home)
         before = copy.deepcopy(model.state_dict())
         with monkeypatch.context() as patch, pytest.raises(KeyError):
-            patch.setattr("llm_surgeon.shots.runner.mean_loss", fail)  # once all weights have been changed
+            patch.setattr("llm_surgeon.shots.run.mean_loss", fail)  # once all weights have been changed
             prune(model, TOKENS, structure="rows-columns", shots=1, offload="cpu")
         for name, tensor in model.state_dict().items():
             assert tensor.device.type == home and not tensor.is_pinned() and torch.equal(tensor, before[name])

@@ -9,8 +9,8 @@ import torch
 from llm_surgeon import Calibration, PruneConfig
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.progress import Progress
-from llm_surgeon.shots import runner
-from llm_surgeon.shots.runner import Run, run_shots
+from llm_surgeon.shots.run import Run
+from llm_surgeon.shots.runner import run_shots
 
 
 class Log(Progress):
@@ -66,9 +66,10 @@ def run_of(log, monkeypatch, held_out=None, **options):
     """A run of no model: the mean loss after the last shot is 10, that of what is held out 7."""
 
     def mean_loss(model, windows, batch_size):
+        assert batch_size == (2 if windows is held_out else 1)  # as many tokens at once
         return 7.0 if windows is held_out else 10.0
 
-    monkeypatch.setattr(runner, "mean_loss", mean_loss)
+    monkeypatch.setattr("llm_surgeon.shots.run.mean_loss", mean_loss)
     config = PruneConfig(structure="unstructured", method="magnitude", sparsity=0.8, **options)
     plan = SimpleNamespace(batch_size=1, device=torch.device("cpu"))
     return Run(None, None, Calibration(torch.zeros(2, 4, dtype=torch.long)), config, plan, log, held_out=held_out)
@@ -77,7 +78,7 @@ def run_of(log, monkeypatch, held_out=None, **options):
 def test_every_shot_is_measured_selected_and_updated_in_phases(monkeypatch):
     log = Log()
     shots = FakeShots(log)
-    held_out = Calibration(torch.zeros(3, 4, dtype=torch.long))
+    held_out = Calibration(torch.zeros(3, 2, dtype=torch.long))
     outcome = run_shots(shots, run_of(log, monkeypatch, held_out, shots=2), lambda: log.lines.append("copied"))
     phases = ["curvature", "selection", "update", "copied", "changed"]
     assert log.lines == [

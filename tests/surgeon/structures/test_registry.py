@@ -10,7 +10,7 @@ from llm_surgeon.config import structure as registry
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.report.render import describe_structure
-from llm_surgeon.shots.runner import Shots
+from llm_surgeon.shots.run import Shots
 from llm_surgeon.structures import Structure, register
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import VOCABULARY, build

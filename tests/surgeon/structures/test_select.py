@@ -9,7 +9,7 @@ from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder, find_decoder
 from llm_surgeon.planning.plan import make_plan
-from llm_surgeon.shots.runner import Run
+from llm_surgeon.shots.run import Run
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.groups import GroupShots
