@@ -84,7 +84,7 @@ def _prune(
     """:func:`prune`, whose caller puts the model's ``state`` back if anything is raised."""
     with prepared(model, calibration, config, correction_data, held_out, plan, progress or Progress()) as run:
         record = RunRecord(run)
-        shots = run.config.pattern.shot_class(run)
+        shots = run.config.structure_record.shot_class(run)
         # Copying goes on beside the first shot, until weights will change.
         copied = state.copy_weights(written(run), at_once=run.config.offload == "cpu")
         outcome = run_shots(shots, run, before_update=copied)

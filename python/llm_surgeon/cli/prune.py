@@ -90,6 +90,6 @@ def prune(
         show(report.summary())
         shown = printable(str(out))
         console.print(f"\nwritten to {shown}: the model, surgeon_report.json, report.html", soft_wrap=True)
-        if settings.pattern.packs:
+        if settings.structure_record.packs:
             advice = f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {shown} {shown}-packed"
             console.print(advice, soft_wrap=True)

@@ -205,8 +205,8 @@ class PruneConfig:
         if self.structure == "structured":
             self._set("structure", "groups")
         check_options(self)
-        self._resolve(self.pattern, self.method_record)
-        self._check(self.pattern, self.method_record)
+        self._resolve(self.structure_record, self.method_record)
+        self._check(self.structure_record, self.method_record)
 
     @property
     def gpu_memory_bytes(self) -> int | None:
@@ -219,8 +219,8 @@ class PruneConfig:
         return method(self.method)
 
     @property
-    def pattern(self) -> Structure:
-        """The parsed ``structure``."""
+    def structure_record(self) -> Structure:
+        """The record that ``structure`` names."""
         return Structure.parse(self.structure)
 
     @property
@@ -234,8 +234,8 @@ class PruneConfig:
 
     @property
     def selects_in_update(self) -> bool:
-        """Whether nothing is selected before the update: it selects anew, and N:M tells how much."""
-        return self.update == "sequential" and self.pattern.m > 0
+        """True where nothing is selected before the update: it selects anew, and N:M tells how much."""
+        return self.update == "sequential" and self.structure_record.m > 0
 
     @property
     def skipped_layers(self) -> frozenset[int]:
@@ -257,7 +257,7 @@ class PruneConfig:
     @property
     def _solved(self) -> bool:
         """True where the joint solver updates single weights."""
-        return self.update in ("joint", "sequential") and self.pattern.single_weights
+        return self.update in ("joint", "sequential") and self.structure_record.single_weights
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -160,7 +160,7 @@ class PruneJob:
             InputError: the model cannot become smaller as asked, as :meth:`run` would.
         """
         run = Run(self.model, self.decoder, self.windows.calibration, self.config, self.plan)
-        return self.config.pattern.shot_class(run).removal()
+        return self.config.structure_record.shot_class(run).removal()
 
     @cached_property
     def plan(self) -> Plan:

@@ -109,7 +109,7 @@ def recover_checkpoint(
         note_report(state, report.to_json())
         if progress is not None:
             progress.phase("writing")
-        text = _text(report, data, run["teacher"])
+        text = _text(config, report, data, run["teacher"])
         made.save("recovered", text, files={"surgeon_recovery.json": report.to_json()})
         shutil.rmtree(state)
     return report
@@ -124,11 +124,10 @@ def _load_teacher(teacher: str | Path, tokenizer: Any, place: torch.device, trus
     return dense.requires_grad_(False)
 
 
-def _text(report: RecoveryReport, data: str, teacher: str | None) -> str:
+def _text(config: RecoverConfig, report: RecoveryReport, data: str, teacher: str | None) -> str:
     """Section of the model card on what a recovery did; of paths in ``data`` and ``teacher`` the last parts show."""
     before, after = (two_decimals(perplexity_of(loss)) for loss in (report.loss_before, report.loss_after))
-    lora = report.config["method"] == "lora"
-    trained = "low-rank corrections were trained and merged" if lora else "all weights were trained"
+    trained = "low-rank corrections were trained and merged" if config.lora else "all weights were trained"
     taught = "" if teacher is None else f", distilling from `{published_name(teacher)}`"
     kept = f"; all {plural(report.zeros, 'zero')} stayed" if report.zeros else ""
     return (

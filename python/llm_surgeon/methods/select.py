@@ -71,8 +71,8 @@ def reselect(pruned: Tensor, cost: Tensor, config: PruneConfig) -> Tensor:
 
     N:M stays within the groups that are pruned already.
     """
-    if config.pattern.m:
-        n, m = config.pattern.n, config.pattern.m
+    if config.structure_record.m:
+        n, m = config.structure_record.n, config.structure_record.m
         groups = pruned.unflatten(1, (-1, m)).any(dim=2)
         return nm_select(cost, n, m) & groups.repeat_interleave(m, dim=1)
     return k_smallest([cost], int(pruned.sum()))[1][0]
@@ -87,9 +87,9 @@ def _select_masks(
 ) -> tuple[list[Tensor], float | None]:
     sizes = [cost.weight.numel() for cost in costs]
     limits, pattern, fraction = sizes, None, sparsity
-    if config.pattern.m:
-        pattern, fraction = (config.pattern.n, config.pattern.m), sparsity / config.sparsity
-        limits = sizes = [size // config.pattern.m for size in sizes]
+    if config.structure_record.m:
+        pattern, fraction = (config.structure_record.n, config.structure_record.m), sparsity / config.sparsity
+        limits = sizes = [size // config.structure_record.m for size in sizes]
     elif config.method_record.comparison == "row":
         masks = [_cheapest_in_rows(c, gone, sparsity) for c, gone in zip(costs, previous, strict=True)]
         return masks if out is None else [o.copy_(mask) for o, mask in zip(out, masks, strict=True)], None

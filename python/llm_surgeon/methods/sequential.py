@@ -43,7 +43,7 @@ from surgeon_kernels.linalg.half_products import addmm_half_
 
 @dataclass(frozen=True)
 class SequentialUpdate:
-    """What became of one linear.
+    """New weights of one linear.
 
     Attributes:
         update: the joint update around the target: ``delta`` is ``Ŵ - T``.

@@ -122,7 +122,7 @@ def prune_sparsegpt(
         InputError: the width of a layer does not fit the N:M pattern; nothing has been changed then.
         NumericalError: NaN or infinity met; the message names the layer. Earlier layers are already pruned.
     """
-    structure = config.pattern
+    structure = config.structure_record
     pattern = (structure.n, structure.m) if structure.m else None
     if pattern is not None:
         for linear in decoder.linears:

@@ -133,7 +133,7 @@ class Memory:
     def inverses(self, windows: int) -> int:
         """All inverses, where the update after passes of ``windows`` needs them and they fit beside what stays."""
         config = self.config
-        needed = config.pattern.single_weights and config.update not in ("none", "sequential")
+        needed = config.structure_record.single_weights and config.update not in ("none", "sequential")
         if not self.on_gpu or self.hosted or not needed or config.kron_rank > 1:
             return 0
         inverses = sum(self.factor_bytes)
@@ -164,7 +164,7 @@ class Memory:
         if not self.method.compensates:
             return 4 * _FLOAT * largest
         # The factors of a layer, their inverses where weights go singly, and the solver's matrices.
-        if not self.config.pattern.single_weights:
+        if not self.config.structure_record.single_weights:
             return self._factor_workspace(1) + _FLOAT * largest * 6
         held = SOLVER_MATRICES + _SOLUTION_MATRICES * bool(self.config.swaps)
         return self._factor_workspace(2) + _FLOAT * largest * held

@@ -64,7 +64,7 @@ def run_seconds(
     seconds = forward_passes * max(forward, transfer) + backward_passes * max(backward_cost * forward, transfer)
     seconds += tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
     if config.method_record.compensates:
-        singly = config.pattern.single_weights
+        singly = config.structure_record.single_weights
         times = 2 / 3 if not singly else 1 if inverted_once else 5 / 3
         seconds += times * sum(n**3 for n in factors) / (single * _FACTORISATION_EFFICIENCY)
         products = sum(2 * R * C * (R + C) for R, C in sizes)

@@ -21,18 +21,17 @@ def checked(model: Any, config: PruneConfig) -> tuple[Any, Decoder, PruneConfig]
         InputError: ``config`` cannot be carried out on the model, as far as its sizes tell.
         NumericalError: a weight is NaN or infinite.
     """
-    structure = config.pattern
+    structure = config.structure_record
     if isinstance(model, nn.parallel.DistributedDataParallel) and structure.coupled:
         raise InputError("DistributedDataParallel keeps the sizes of its parameters: wrap the model once it is pruned")
     model = unwrapped(model)
     decoder = find_decoder(model)
     if structure.coupled:
         check_shrinkable(model)
+        _check_heads(model)
     check_finite(model)
     if config.lora_rank:
         check_rank(decoder, config.lora_rank, "lora_rank")
-    if structure.coupled:
-        _check_heads(model)
     for linear in decoder.linears:
         if structure.m and linear.columns % structure.m:
             raise InputError(

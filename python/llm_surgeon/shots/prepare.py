@@ -62,7 +62,7 @@ def written(run: Run) -> list[nn.Parameter]:
 
     Those that are moved from main memory are none of them, see :func:`~llm_surgeon.models.offload.offloaded`.
     """
-    if run.config.pattern.whole_model:
+    if run.config.structure_record.whole_model:
         return list(run.model.parameters())
     parameters = [p for linear in run.decoder.linears for p in linear.module.parameters(recurse=False)]
     return [p for p in parameters if p.device.type != "cpu"] if run.config.offload == "cpu" else parameters

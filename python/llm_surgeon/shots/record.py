@@ -23,7 +23,7 @@ class RunRecord:
         self._run = run
         self._begun, self._started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        smaller = run.config.pattern.coupled
+        smaller = run.config.structure_record.coupled
         self._sizes = SizeComparison(run.model, run.calibration.input_ids) if smaller else None
 
     def shots_done(self) -> None:

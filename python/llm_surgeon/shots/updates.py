@@ -54,7 +54,7 @@ class Updates:
         weight, selection = linear.matrix(device=device), selection_of[linear.name].to(device)
         anchor = self._anchors.of(linear, weight)
         known = self._curvature.factors_of(linear)
-        if factors is None or known is None or config.update == "none":
+        if factors is None or known is None:
             new = remove(weight, selection)
         else:
             two_terms = self._curvature.two_terms

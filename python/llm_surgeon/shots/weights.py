@@ -35,7 +35,7 @@ class WeightShots:
 
     def removal(self) -> str:
         total = self.run.decoder.weights
-        least = "" if self.config.pattern.single_weights else "at least "
+        least = "" if self.config.structure_record.single_weights else "at least "
         return f"{least}{round(self.config.sparsity * total):,} of {total:,} weights"
 
     def begin(self, resources: ExitStack) -> None:
@@ -53,7 +53,7 @@ class WeightShots:
         target = shot.report.target_sparsity
         if self.method.sweep is not None or self.config.selects_in_update:
             return
-        if self.config.pattern.single_weights:
+        if self.config.structure_record.single_weights:
             costs = self.run.each_linear(self._curvature.costs)
             previous = [selection.pruned for selection in self.selections]
             out = previous if self.config.offload == "cpu" else None
@@ -86,7 +86,7 @@ class WeightShots:
         """The start of a run: on the device, or in main memory where that keeps the weights."""
         offload = self.config.offload == "cpu"
         device = torch.device("cpu") if offload else self.run.plan.device
-        if not self.config.pattern.single_weights:
+        if not self.config.structure_record.single_weights:
             rows, columns = (torch.zeros(n, dtype=torch.bool, device=device) for n in (linear.rows, linear.columns))
             return Selection.of_rows_columns(rows, columns)
         if offload:

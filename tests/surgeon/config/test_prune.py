@@ -24,7 +24,7 @@ from llm_surgeon.errors import InputError
 def test_structure_is_parsed(text, expected):
     found = Structure.parse(text)
     assert (found.name, found.sparsity, found.n, found.m, found.single_weights) == expected
-    assert PruneConfig(structure=text).pattern == found
+    assert PruneConfig(structure=text).structure_record == found
 
 
 @pytest.mark.parametrize("text", ["", "2-4", "2:4:8", " 2:4", "2:4\n", "-2:4", "2.0:4", "rows", "Unstructured"])
@@ -108,7 +108,7 @@ def test_every_method_has_single_weights(method, structure):
 
 @pytest.mark.parametrize("method", ["surgeon", "k-obd", "l-obd", "magnitude"])
 def test_methods_with_rows_and_columns(method):
-    assert PruneConfig(structure="rows-columns", method=method).pattern.name == "rows-columns"
+    assert PruneConfig(structure="rows-columns", method=method).structure_record.name == "rows-columns"
 
 
 @pytest.mark.parametrize("structure", ["2:4", "unstructured", "rows-columns"])

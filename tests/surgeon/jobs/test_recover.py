@@ -94,9 +94,9 @@ def test_a_teacher_with_another_tokenizer_is_refused(folders):
 
 
 def test_a_recovery_is_told_with_its_losses(tmp_path):
-    config, teacher = {"method": "full"}, str(tmp_path / "dense")
-    report = RecoveryReport(config, {}, 2_000, 200, 819_200, 3.7206, 3.3026, [], 1.0)
-    text = _text(report, "wikitext2", teacher)
+    config, teacher = RecoverConfig(method="full"), str(tmp_path / "dense")
+    report = RecoveryReport({}, {}, 2_000, 200, 819_200, 3.7206, 3.3026, [], 1.0)
+    text = _text(config, report, "wikitext2", teacher)
     assert text == (
         "After pruning all weights were trained for 200 steps on 819,200 tokens of `wikitext2`, distilling from "
         "`dense`; all 2,000 zeros stayed. Perplexity on held-out text of the same source: 41.29 before the recovery, "

@@ -52,7 +52,7 @@ def slow_model(model, calibration, config):
     positions = {}
     if mask is not None and model.config.model_type != "bloom":
         positions["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-    pattern = (config.pattern.n, config.pattern.m) if config.pattern.m else None
+    pattern = (config.structure_record.n, config.structure_record.m) if config.structure_record.m else None
     masks = {}
     for depth in range(len(decoder.blocks)):
         linears = [linear for linear in decoder.linears if linear.depth == depth]
