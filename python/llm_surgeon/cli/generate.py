@@ -60,15 +60,9 @@ def measure(
     ways = decoding or ([Decoding.GENERATE, Decoding.GRAPH] if place.type == "cuda" else [Decoding.EAGER])
     if csv_file is not None:
         _check_writable(csv_file)
-    causal_lm = _load(model if packed is None else str(packed), number, trust_remote_code)
-    if packed is not None and not _is_packed(causal_lm):
-        raise InputError(f"{str(packed)!r} is not packed: make it with surgeon pack")
-    if not _is_packed(causal_lm):
-        pack_model(causal_lm)
+    held = {"packed": _load_packed(model, packed, number, trust_remote_code)}
+    together = _has_room(held["packed"], place)
     rows: list[tuple[str, int, Speed]] = []
-    together = _has_room(causal_lm, place)
-    held = {"packed": causal_lm}
-    del causal_lm
     for names in [("dense", "packed")] if together else [("packed",), ("dense",)]:
         if "dense" in names:
             if not together and packed is not None:
@@ -102,17 +96,7 @@ def measure(
                 )
             rows += [(name, disk[name], speed) for name, speed in zip(names, speeds, strict=True)]
     rows.sort(key=lambda row: row[0])
-    chosen = {
-        "packed with linears fused": fuse,
-        "packed with cuSPARSELt": cusparselt,
-        "both with fused parts": fused_parts,
-    }
-    how = "; ".join(words for words, given in chosen.items() if given)
-    if place.type == "cuda" and not together:
-        words = "dense after packed, as both have no room together: what else the machine did may differ"
-        how = "; ".join(filter(None, (how, words)))
-    if place.type != "cuda":
-        how = "; ".join(filter(None, (how, "without a GPU packed layers run as dense ones, so nothing is compared")))
+    how = _caption(place, together, fuse=fuse, cusparselt=cusparselt, fused_parts=fused_parts)
     for way in ways:
         console.print(_table(model, [row for row in rows if row[2].decoding is way], how, place))
     if csv_file is not None:
@@ -125,6 +109,33 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
     if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise InputError(f"{str(path)!r} cannot be written: it is a folder, or permission is denied")
+
+
+def _caption(place: torch.device, together: bool, *, fuse: bool, cusparselt: bool, fused_parts: bool) -> str:
+    """How the models ran, for below the tables."""
+    on_gpu = place.type == "cuda"
+    words = {
+        "packed with linears fused": fuse,
+        "packed with cuSPARSELt": cusparselt,
+        "both with fused parts": fused_parts,
+        "dense after packed, as both have no room together: what else the machine did may differ": (
+            on_gpu and not together
+        ),
+        "without a GPU packed layers run as dense ones, so nothing is compared": not on_gpu,
+    }
+    return "; ".join(said for said, holds in words.items() if holds)
+
+
+def _load_packed(
+    model: str, packed: Path | None, dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The packed model of the folder ``packed``, or ``model``, packed here if it is not."""
+    causal_lm = _load(model if packed is None else str(packed), dtype, trust_remote_code)
+    if not _is_packed(causal_lm):
+        if packed is not None:
+            raise InputError(f"{str(packed)!r} is not packed: make it with surgeon pack")
+        pack_model(causal_lm)
+    return causal_lm
 
 
 def _load(model: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
