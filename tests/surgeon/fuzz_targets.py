@@ -1,4 +1,4 @@
-"""What is drawn at random and must be read or refused, by name."""
+"""Inputs drawn at random, which must be read or refused, by name."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def hashes(name: str, case: dict[str, Any]) -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """What the order of sums depends on."""
+    """Everything that the order of sums depends on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

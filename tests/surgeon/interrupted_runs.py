@@ -114,7 +114,7 @@ class Runs:
             shutil.copytree(self.old, self.out)
 
     def _state(self) -> str:
-        """What OUT is: absent, old, new or damaged."""
+        """State of OUT: absent, old, new or damaged."""
         if not self.out.exists():
             return "absent"
         if _digest(self.out) == _digest(self.old):
@@ -122,7 +122,7 @@ class Runs:
         return "new" if self._is_new() else "damaged"
 
     def _is_new(self) -> bool:
-        """Whether OUT has all its files, with the weights of an undisturbed run (of recovered ones: their sizes)."""
+        """True where OUT has all its files, with the weights of an undisturbed run (of recovered ones: their sizes)."""
         if {path.name for path in self.out.iterdir()} != set(self.wanted):
             return False
         for name, tensors in self.wanted.items():

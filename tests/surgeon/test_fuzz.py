@@ -1,4 +1,4 @@
-"""What comes from outside, at random: read as what it is, or refused in a sentence; never anything else.
+"""Input from outside, at random: read as what it is, or refused in a sentence; never anything else.
 
 ``SURGEON_FUZZ_CASES=100000 python -m pytest tests/surgeon/test_fuzz.py`` is the long run; without it about 2,000 cases.
 ``python -m tests.surgeon.long_runs fuzz`` keeps its totals.

@@ -1,4 +1,4 @@
-"""What importing the package and asking the command for help bring along, and that packed models load all the same."""
+"""Modules that importing the package and asking for help bring along; packed models load all the same."""
 
 import importlib
 import subprocess
@@ -23,7 +23,7 @@ for line in ("--help", "-h", "prune --help", "bench generate -h", "recover -h", 
 
 
 def loaded(code, *names):
-    """Which modules of ``names`` a fresh interpreter has after ``code``."""
+    """Modules of ``names`` that a fresh interpreter has after ``code``."""
     code = f"{code}\nimport sys; print([name for name in {names!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return eval(done.stdout.splitlines()[-1]), done.stdout

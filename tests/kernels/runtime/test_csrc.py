@@ -81,7 +81,7 @@ def test_a_list_of_which_nothing_can_be_built():
 
 @nvcc
 def test_registration_agrees_with_torch_and_the_kernels_headers(tmp_path):
-    """What includes torch's headers is checked against the torch installed, which may be built without CUDA."""
+    """Sources that include torch's headers are checked against the torch installed, which may be built without CUDA."""
     macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # a CPU build of torch does not ship it
     macros.parent.mkdir(parents=True)
     macros.touch()

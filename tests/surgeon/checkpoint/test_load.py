@@ -1,4 +1,4 @@
-"""What is loaded, and what is refused by name."""
+"""Checkpoints that are loaded, and those that are refused by name."""
 
 from __future__ import annotations
 

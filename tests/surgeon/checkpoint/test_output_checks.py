@@ -1,4 +1,4 @@
-"""Where a checkpoint may be written: what is refused, and nothing that is not ours is deleted."""
+"""Folders that a checkpoint may be written to: some are refused, and nothing that is not ours is deleted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def model_folder(path: Path, content: str = "weights") -> Path:
-    """What :func:`check_output` takes for a model."""
+    """Files that :func:`check_output` takes for a model."""
     path.mkdir(parents=True)
     (path / "config.json").write_text("{}")
     (path / "model.safetensors").write_text(content)

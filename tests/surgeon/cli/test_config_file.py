@@ -1,4 +1,4 @@
-"""What a YAML file of options is read as, and that whatever else stands in it is one sentence."""
+"""A YAML file of options: how its values are read, and one sentence for whatever else stands in it."""
 
 import math
 import os

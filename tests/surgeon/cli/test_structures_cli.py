@@ -1,4 +1,4 @@
-"""What smaller models are refused for, as a user types it: one sentence, and nothing on the disk has changed."""
+"""Refusals of smaller models, as a user types it: one sentence, and nothing on the disk has changed."""
 
 import re
 

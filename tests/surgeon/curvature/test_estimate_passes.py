@@ -1,4 +1,4 @@
-"""What the hooked passes leave behind, keep in memory and report when they fail."""
+"""Hooked passes: traces they leave, memory they keep and their report when they fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is held out of the calibration text, and the losses on it."""
+"""Text held out of the calibration text, and the losses on it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is made from a model of images and text still takes images."""
+"""Checkpoints made from a model of images and text still take images."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def padded_tokens():
 
 
 def sweep(model, data, config):
-    """What :func:`llm_surgeon.prune` does, without the rest."""
+    """The update of :func:`llm_surgeon.prune`, without the rest."""
     decoder = find_decoder(model)
     curvature = estimate_curvature(model, decoder, data, batch_size=4, inputs=False, squared_norms=True)
     before = [Selection(torch.ones(x.rows, x.columns, dtype=torch.bool)) for x in decoder.linears]

@@ -139,7 +139,7 @@ def test_only_the_weights_of_the_linears_change(name):
 
 
 def state(model):
-    """What a pruning run must leave as it was."""
+    """Everything that a pruning run must leave as it was."""
     return (
         [module.training for module in model.modules()],
         [parameter.requires_grad for parameter in model.parameters()],

@@ -1,4 +1,4 @@
-"""What a model takes, before and after it was made smaller."""
+"""Footprint of a model, before and after it was made smaller."""
 
 from functools import partial
 

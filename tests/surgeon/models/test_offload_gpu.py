@@ -27,7 +27,7 @@ def build(device):
 
 @pytest.fixture
 def no_collector():
-    """What only the garbage collector would free stays in memory."""
+    """Objects that only the garbage collector would free stay in memory."""
     gc.collect()
     gc.disable()
     yield

@@ -1,4 +1,4 @@
-"""What the plan takes the joint solver's memory to be, against what it takes on a CUDA device."""
+"""Planned memory of the joint solver, against what it takes on a CUDA device."""
 
 import pytest
 import torch

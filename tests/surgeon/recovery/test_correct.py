@@ -36,7 +36,7 @@ def test_a_correction_lowers_the_loss_moves_linears_alone_and_keeps_their_zeros(
 
 
 def test_padding_is_not_learned_from():
-    """What stands where the mask says padding changes nothing."""
+    """Tokens where the mask says padding change nothing."""
     mask = torch.ones_like(IDS, dtype=torch.bool)
     mask[:, :5] = False
     corrected = []

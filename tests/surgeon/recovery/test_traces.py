@@ -1,4 +1,4 @@
-"""What training must not leave behind: in the model, in its checkpoint, and in the process."""
+"""Traces that training must not leave: in the model, in its checkpoint, and in the process."""
 
 import json
 import os

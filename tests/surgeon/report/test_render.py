@@ -1,4 +1,4 @@
-"""What the HTML page and the model card say, and that they are safe to open and to publish."""
+"""The HTML page and the model card: their words, and that they are safe to open and to publish."""
 
 import dataclasses
 

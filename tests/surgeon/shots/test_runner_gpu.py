@@ -29,7 +29,7 @@ class Phases(Progress):
 
 
 def waits(blocks, structure):
-    """How often the host waited for the device in each phase of a shot, the solver's own questions apart."""
+    """Number of times the host waited for the device in each phase of a shot, but for the solver's own questions."""
     config = LlamaConfig(vocab_size=512, num_hidden_layers=blocks, max_position_embeddings=64, **SIZES)
     model, phases, counts = LlamaForCausalLM(config).bfloat16().cuda(), Phases(), collections.Counter()
 

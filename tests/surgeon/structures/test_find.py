@@ -52,7 +52,7 @@ class Attentions(TorchFunctionMode):
 
 
 def test_sizes_are_tried_without_attention_of_no_heads():
-    """Which ends the process in some versions of PyTorch."""
+    """Attention of no heads ends the process in some versions of PyTorch."""
     model = build("phi3")
     with Attentions() as attentions:
         assert find_dimensions(model, find_decoder(model))

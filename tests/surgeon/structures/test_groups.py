@@ -72,7 +72,7 @@ def test_heads_that_do_not_divide_are_refused():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_uniform_models_are_of_stock_classes(name):
-    """Where a class derives the width of a head from the number of heads, no head goes."""
+    """No head goes where a class derives the width of a head from the number of heads."""
     model = build(name)
     stock, before = type(model), widths(model)
     report = prune(model, TOKENS, structure="structured", uniform=True, sparsity=0.3, shots=1)

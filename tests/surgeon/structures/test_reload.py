@@ -1,4 +1,4 @@
-"""What was made smaller computes the same when it is loaded again, or is refused before anything is written."""
+"""A model made smaller computes the same when it is loaded again, or is refused before anything is written."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Which coupled groups go: what they cost, and the selection that meets a target."""
+"""Coupled groups: their costs, and the selection that meets a target."""
 
 import pytest
 import torch

@@ -137,7 +137,7 @@ def test_shards(tmp_path):
 
 @pytest.fixture
 def checked(tmp_path):
-    """What surgeon pack writes."""
+    """Folder that surgeon pack writes."""
     save_folder(tmp_path / "dense", build_2_4("llama", torch.bfloat16))
     pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
     return tmp_path / "packed"

@@ -1,4 +1,4 @@
-"""What a model must be to be pruned: each way of being another is refused by name."""
+"""Requirements of a model to be pruned: each way of missing them is refused by name."""
 
 from __future__ import annotations
 
