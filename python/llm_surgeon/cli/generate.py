@@ -57,7 +57,7 @@ def measure(
             "no NVIDIA GPU was found, on which packed layers are fast: --device cpu measures both models here"
         )
     place, number = choose_device(device), None if dtype is None else parse_dtype(dtype)
-    ways = decoding or ([Decoding.GENERATE, Decoding.GRAPH] if place.type == "cuda" else [Decoding.EAGER])
+    modes = decoding or ([Decoding.GENERATE, Decoding.GRAPH] if place.type == "cuda" else [Decoding.EAGER])
     if csv_file is not None:
         _check_writable(csv_file)
     held = {"packed": _load_packed(model, packed, number, trust_remote_code)}
@@ -80,9 +80,9 @@ def measure(
             print(f"surgeon: --cusparselt has no effect on this model on {place}: {needs}", file=sys.stderr)
         if "packed" in names and fuse:
             merge_packed_linears(held["packed"])
-        for way, size in itertools.product(ways, batch_sizes):
+        for mode, size in itertools.product(modes, batch_sizes):
             if not quiet:
-                console.print(f"{' and '.join(names)}, {way.value}, batch size {size} …")
+                console.print(f"{' and '.join(names)}, {mode.value}, batch size {size} …")
             with contextlib.ExitStack() as stack:
                 for name in names if fused_parts else ():
                     stack.enter_context(fused_pointwise(held[name]))
@@ -92,13 +92,13 @@ def measure(
                     prompt=prompt,
                     new_tokens=new_tokens,
                     repeats=repeats,
-                    decoding=way,
+                    decoding=mode,
                 )
             rows += [(name, disk[name], speed) for name, speed in zip(names, speeds, strict=True)]
     rows.sort(key=lambda row: row[0])
     how = _caption(place, together, fuse=fuse, cusparselt=cusparselt, fused_parts=fused_parts)
-    for way in ways:
-        console.print(_table(model, [row for row in rows if row[2].decoding is way], how, place))
+    for mode in modes:
+        console.print(_table(model, [row for row in rows if row[2].decoding is mode], how, place))
     if csv_file is not None:
         _write_csv(csv_file, model, rows, how, place)
 

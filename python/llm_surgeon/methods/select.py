@@ -71,8 +71,8 @@ def reselect(pruned: Tensor, cost: Tensor, config: PruneConfig) -> Tensor:
 
     N:M stays within the groups that are pruned already.
     """
-    if config.structure_record.m:
-        n, m = config.structure_record.n, config.structure_record.m
+    n, m = config.structure_record.n, config.structure_record.m
+    if m:
         groups = pruned.unflatten(1, (-1, m)).any(dim=2)
         return nm_select(cost, n, m) & groups.repeat_interleave(m, dim=1)
     return k_smallest([cost], int(pruned.sum()))[1][0]
@@ -87,9 +87,10 @@ def _select_masks(
 ) -> tuple[list[Tensor], float | None]:
     sizes = [cost.weight.numel() for cost in costs]
     limits, pattern, fraction = sizes, None, sparsity
-    if config.structure_record.m:
-        pattern, fraction = (config.structure_record.n, config.structure_record.m), sparsity / config.sparsity
-        limits = sizes = [size // config.structure_record.m for size in sizes]
+    n, m = config.structure_record.n, config.structure_record.m
+    if m:
+        pattern, fraction = (n, m), sparsity / config.sparsity
+        limits = sizes = [size // m for size in sizes]
     elif config.method_record.comparison == "row":
         masks = [_cheapest_in_rows(c, gone, sparsity) for c, gone in zip(costs, previous, strict=True)]
         return masks if out is None else [o.copy_(mask) for o, mask in zip(out, masks, strict=True)], None
@@ -102,7 +103,7 @@ def _select_masks(
     targets = [None] * len(costs) if out is None else [[mask] for mask in out]
     layers = zip(costs, previous, sizes, targets, strict=True)
     return [
-        k_cheapest([c], round(fraction * n), pattern=pattern, previous=[p], out=o)[1][0] for c, p, n, o in layers
+        k_cheapest([c], round(fraction * size), pattern=pattern, previous=[p], out=o)[1][0] for c, p, size, o in layers
     ], None
 
 

@@ -23,7 +23,7 @@ from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients
 from llm_surgeon.structures.reachable import reachable_dimensions
 from llm_surgeon.structures.reconstruct import reconstruct
-from llm_surgeon.structures.remove.groups import narrow
+from llm_surgeon.structures.remove.groups import remove_groups
 from llm_surgeon.structures.select import select_groups
 from surgeon_kernels import damp, objective, rows_columns_update
 
@@ -103,7 +103,7 @@ class GroupShots:
 
     def finish(self) -> None:
         """Take what is zero out of the model."""
-        narrow(self.run.model, self.decoder, list(zip(self.dimensions, self.removed, strict=True)))
+        remove_groups(self.run.model, self.decoder, list(zip(self.dimensions, self.removed, strict=True)))
 
     def _reconstruct(self) -> None:
         reconstruct(

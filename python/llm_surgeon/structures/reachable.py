@@ -14,7 +14,7 @@ from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.find.dimensions import find_dimensions
 from llm_surgeon.structures.narrowing import allowed, smallest_sizes
-from llm_surgeon.structures.remove.groups import narrow
+from llm_surgeon.structures.remove.groups import remove_groups
 from llm_surgeon.structures.remove.verify import undone
 
 
@@ -31,7 +31,7 @@ def reachable_dimensions(model: Any, decoder: Decoder, config: PruneConfig) -> l
     dimensions = find_dimensions(model, decoder)
     check_reachable(dimensions, config, decoder.weights)
     with undone(model):
-        narrow(model, decoder, _smallest_step(dimensions, config))
+        remove_groups(model, decoder, _smallest_step(dimensions, config))
     return dimensions
 
 

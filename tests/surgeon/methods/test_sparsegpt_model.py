@@ -52,7 +52,8 @@ def slow_model(model, calibration, config):
     positions = {}
     if mask is not None and model.config.model_type != "bloom":
         positions["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-    pattern = (config.structure_record.n, config.structure_record.m) if config.structure_record.m else None
+    structure = config.structure_record
+    pattern = (structure.n, structure.m) if structure.m else None
     masks = {}
     for depth in range(len(decoder.blocks)):
         linears = [linear for linear in decoder.linears if linear.depth == depth]

@@ -18,7 +18,7 @@ from llm_surgeon import NumericalError, UnsupportedModelError
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.find.dimensions import find_dimensions
-from llm_surgeon.structures.remove.groups import narrow
+from llm_surgeon.structures.remove.groups import remove_groups
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 IDS = torch.arange(24).view(2, 12) * 5 % VOCABULARY
@@ -78,7 +78,7 @@ def cut(name, chooser, dtype=torch.float64):
     removed = [(dimension, chooser(dimension)) for dimension in find_dimensions(model, decoder)]
     zero(removed)
     before = logits(model)
-    narrow(model, decoder, removed)
+    remove_groups(model, decoder, removed)
     return model, decoder, before
 
 
@@ -119,7 +119,7 @@ def test_removing_any_group_equals_zeroing_it(name):
             removed = [(bind(dimension, own), choose(dimension, group))]
             zero(removed)
             before = logits(own)
-            narrow(own, find_decoder(own), removed)
+            remove_groups(own, find_decoder(own), removed)
             torch.testing.assert_close(logits(own), before, rtol=0.0, atol=1e-8)
             lost = dimension.weights(dimension.groups, dimension.parts)
             lost -= dimension.weights(dimension.groups - 1, dimension.parts)
@@ -214,7 +214,7 @@ def test_a_model_can_be_narrowed_again():
     removed = [(dimension, choose(dimension, *range(dimension.groups - 32))) for dimension in dimensions[1::2]]
     zero(removed)
     before = logits(model)
-    narrow(model, decoder, removed)
+    remove_groups(model, decoder, removed)
     torch.testing.assert_close(logits(model), before, rtol=0.0, atol=1e-8)
     assert [config.intermediate_size for config in model.config.per_layer_config] == [32, 32]
 
@@ -255,7 +255,7 @@ def test_a_failed_cut_leaves_the_model_as_it_was(monkeypatch):
     before, names, config = logits(model), set(model.state_dict()), model.config.to_json_string()
     removed = [(dimension, uneven(dimension)) for dimension in find_dimensions(model, decoder)]
     with pytest.raises(NumericalError, match="differ"):
-        narrow(model, decoder, removed)  # the weights are not zero, and not masked
+        remove_groups(model, decoder, removed)  # the weights are not zero, and not masked
     assert type(model).__name__ == "LlamaForCausalLM"
     assert torch.equal(logits(model), before) and set(model.state_dict()) == names
     assert model.config.to_json_string() == config
@@ -270,7 +270,7 @@ def test_a_block_that_adds_in_place_to_what_a_linear_returns(tmp_path) -> None:
     removed = [(heads, torch.tensor([[True, False, False, False]])), (neurons, choose(neurons, 0, 7, 127))]
     zero(removed)
     before = logits(model)
-    narrow(model, decoder, removed)
+    remove_groups(model, decoder, removed)
     torch.testing.assert_close(logits(model), before, rtol=0.0, atol=1e-8)
     model.save_pretrained(tmp_path)  # its configuration computes the width of a head, and would not be told
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, trust_remote_code=True)

@@ -17,7 +17,7 @@ from llm_surgeon import UnsupportedModelError, prune, prune_checkpoint
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.rebuild import reloaded
 from llm_surgeon.structures.find.dimensions import find_dimensions
-from llm_surgeon.structures.remove.groups import narrow
+from llm_surgeon.structures.remove.groups import remove_groups
 from llm_surgeon.structures.remove.verify import check_reloads
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.structures.test_find import zero
@@ -61,7 +61,7 @@ def test_attention_with_a_mask_is_told_all_its_sizes():
     assert heads.parts == 2 and heads.rule.attributes["self_attn.num_key_value_groups"] == "repeats"
     removed = [(heads, torch.tensor([[False, True], [True, False]]))]  # a query head of each group
     zero(removed)
-    narrow(model, decoder, removed)
+    remove_groups(model, decoder, removed)
     assert [block.self_attn.num_key_value_groups for block in model.model.layers] == [1, 2]
     mask = torch.ones_like(TOKENS)
     mask[1, :4] = 0

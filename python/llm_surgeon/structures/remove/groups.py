@@ -20,7 +20,7 @@ from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.remove.verify import probe_logits, verified
 
 
-def narrow(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Dimension, Tensor]]) -> None:
+def remove_groups(model: PreTrainedModel, decoder: Decoder, removed: Sequence[tuple[Dimension, Tensor]]) -> None:
     """Remove parts whose weights are zero: matrices, configuration and, where blocks come to differ, the model's class.
 
     A model whose blocks keep equal sizes stays of its class; any other becomes a ``Pruned...`` of

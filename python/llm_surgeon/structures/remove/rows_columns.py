@@ -20,7 +20,7 @@ from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.find.dimensions import find_dimensions
-from llm_surgeon.structures.remove.groups import narrow
+from llm_surgeon.structures.remove.groups import remove_groups
 from llm_surgeon.structures.remove.verify import probe_logits, same_logits, verified
 
 
@@ -129,7 +129,7 @@ def _fold(model: PreTrainedModel, decoder: Decoder, multiple: int) -> int:
             break
         for linear, matrix in originals:
             linear.write(matrix)
-    narrow(model, decoder, removed)
+    remove_groups(model, decoder, removed)
     return sum(int(parts.sum()) for _, parts in removed)
 
 
