@@ -80,6 +80,7 @@ def test_every_public_name_is_there_and_listed():
         ("llm_surgeon.packed", "fuse_linears", "llm_surgeon.inference.merge_packed_linears"),
         ("llm_surgeon.packed", "pack_model", "llm_surgeon.inference.pack_model"),
         ("llm_surgeon.fused", "fused", "llm_surgeon.models.fused_pointwise.fused_pointwise"),
+        ("llm_surgeon.joined", "joined", "llm_surgeon.inference.merge_linears"),
     ],
 )
 def test_former_names_lead_to_the_new_ones_and_say_so(former, name, now):
@@ -88,3 +89,11 @@ def test_former_names_lead_to_the_new_ones_and_say_so(former, name, now):
         sys.modules.pop(former, None)
         module = importlib.import_module(former)
     assert getattr(module, name) is getattr(importlib.import_module(package), new)
+
+
+def test_the_former_place_of_calibrations_leads_to_the_new_one_and_says_so():
+    with pytest.warns(DeprecationWarning, match=r"llm_surgeon\.data\.Calibration is llm_surgeon\.Calibration now"):
+        from llm_surgeon.data import Calibration
+    assert Calibration is llm_surgeon.Calibration
+    with pytest.raises(AttributeError, match=r"module 'llm_surgeon\.data' has no attribute 'calibrations'"):
+        llm_surgeon.data.calibrations  # noqa: B018
