@@ -13,11 +13,14 @@ def resolve(value: str | Callable[..., Any], of: str) -> Callable[..., Any]:
     """``value`` itself, or what it names as ``"module:attribute"``, imported.
 
     Raises:
-        InputError: it cannot be imported; the message says whose it is, ``of``.
+        InputError: it cannot be imported or called; the message says whose it is, ``of``.
     """
     if not isinstance(value, str):
         return value
     try:
-        return pkgutil.resolve_name(value)
+        found = pkgutil.resolve_name(value)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{value!r} of {of} cannot be imported: {one_line(error)}") from error
+    if not callable(found):
+        raise InputError(f"{value!r} of {of} is neither function nor class: it is written module:attribute")
+    return found

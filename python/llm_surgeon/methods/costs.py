@@ -7,13 +7,14 @@ from torch import Tensor
 
 from llm_surgeon.config.methods import Method
 from llm_surgeon.curvature.factors import DampedFactors
+from llm_surgeon.errors import InputError
 from llm_surgeon.models.decoder import PrunableLinear
 from surgeon_kernels import WeightCosts, column_cost, element_cost, row_cost
 
 
 def element_costs(linear: PrunableLinear, method: Method, factors: DampedFactors | None) -> WeightCosts:
     """Cost of removing each weight of ``linear`` on its own, ``[R, C]`` (no bias column), not yet computed."""
-    costs = method.function("costs")(linear, factors)
+    costs = _own_costs(linear, method, factors)
     if isinstance(costs, Tensor):
         return WeightCosts(costs[:, : linear.columns].float())
     g, a = costs
@@ -27,10 +28,29 @@ def row_column_costs(linear: PrunableLinear, method: Method, factors: DampedFact
     """
     if method.line_costs is not None:
         return method.function("line_costs")(linear, factors)
-    costs = method.function("costs")(linear, factors)
+    costs = _own_costs(linear, method, factors)
     if not isinstance(costs, Tensor):
         costs = element_cost(linear.matrix(device=None if factors is None else factors.device), *costs)
     return costs.sum(dim=1), costs.sum(dim=0)[: linear.columns]
+
+
+def _own_costs(linear: PrunableLinear, method: Method, factors: DampedFactors | None) -> Tensor | tuple[Tensor, Tensor]:
+    """What the function of ``method`` returns: costs ``[R, C']``, or ``g`` ``[R]`` and ``a`` ``[C']``.
+
+    Raises:
+        InputError: it returns anything else.
+    """
+    costs = method.function("costs")(linear, factors)
+    R, C = linear.rows, linear.columns + linear.has_bias
+    parts = costs if isinstance(costs, tuple) else (costs,)
+    found = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    if found not in ([(R, C)], [(R,), (C,)]):
+        what = " and ".join(str(list(part)) if isinstance(part, tuple) else part for part in found) or "nothing"
+        raise InputError(
+            f"costs of method {method.name!r} for {linear.name} must be [{R}, {C}], or g [{R}] and a [{C}], not {what}"
+            + (" (its bias is the last column)" if linear.has_bias else "")
+        )
+    return costs
 
 
 def surgeon_costs(linear: PrunableLinear, factors: DampedFactors) -> tuple[Tensor, Tensor]:

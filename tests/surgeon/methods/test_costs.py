@@ -6,6 +6,7 @@ import torch
 from llm_surgeon.config.methods import Method, method
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.factors import DampedFactors
+from llm_surgeon.errors import InputError
 from llm_surgeon.methods.costs import element_costs, row_column_costs
 from tests.kernels import dense
 from tests.surgeon.one_layer import CPU, C, R, damped, layer
@@ -58,6 +59,26 @@ def test_a_method_s_own_costs_are_taken_as_they_are_and_summed_with_the_bias():
     rows, columns = row_column_costs(linear, toy, None)
     torch.testing.assert_close(rows, own.sum(dim=1))
     torch.testing.assert_close(columns, own.sum(dim=0)[:C])
+
+
+@pytest.mark.parametrize(
+    ("costs", "found"),
+    [
+        (None, "NoneType"),
+        (torch.ones(R, C), r"\[5, 8\]"),
+        (torch.ones(C + 1, R), r"\[9, 5\]"),
+        ((torch.ones(R), torch.ones(C)), r"\[5\] and \[8\]"),
+        ((None, torch.ones(C + 1)), r"NoneType and \[9\]"),
+        ((), "nothing"),
+    ],
+)
+def test_costs_of_other_sizes_are_refused_with_the_names_of_method_and_linear(costs, found):
+    linear, _ = layer(True)
+    toy = Method("toy", rows_columns=True, costs=lambda linear, factors: costs)
+    message = rf"costs of method 'toy' for layers\.0\.proj must be \[5, 9\], or g \[5\] and a \[9\], not {found} "
+    for function in (element_costs, row_column_costs):
+        with pytest.raises(InputError, match=message):
+            function(linear, toy, None)
 
 
 def test_row_and_column_costs_without_correlation_are_sums_of_element_costs():

@@ -157,6 +157,8 @@ def test_records_that_cannot_be_are_refused():
         register(Method("toy", costs=costs, rows_columns=True))
     with pytest.raises(InputError, match=r"'llm_surgeon\.nowhere:costs' of method 'toy' cannot be imported"):
         Method("toy", costs="llm_surgeon.nowhere:costs").function("costs")
+    with pytest.raises(InputError, match=r"'llm_surgeon\.methods' of method 'toy' is neither function nor class"):
+        Method("toy", costs="llm_surgeon.methods").function("costs")
 
 
 def test_functions_of_the_methods_that_come_along_are_there():
