@@ -23,8 +23,8 @@ def warnings_of(report: PruneReport, tokens: int) -> list[str]:
     found = []
     widest = max((layer.columns for layer in report.layers), default=0)
     used = method(report.config.get("method"))
-    solves = used.compensates or used.sweep is not None  # with A; the others read at most its diagonal
-    if solves and tokens < _TOKENS_PER_INPUT * widest:
+    reads = used.needs != "nothing" and used.comparison != "row"  # A, of which rows take its diagonal alone
+    if reads and tokens < _TOKENS_PER_INPUT * widest:
         found.append(
             f"{tokens:,} calibration tokens are few for layers of {widest:,} inputs: take "
             f"{_TOKENS_PER_INPUT * widest:,} at least (samples × seqlen)."

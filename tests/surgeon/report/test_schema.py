@@ -225,6 +225,8 @@ ENOUGH = 240  # tokens: eight for each of the 30 inputs of the widest layer
         (with_costs(0.0444, 0.05), ENOUGH, []),
         (with_costs(0.0444, 0.05), ENOUGH - 1, ["239 calibration tokens are few for layers of 30 inputs: take 240"]),
         (with_costs(0.0444, 0.05, method="magnitude"), 1, []),  # knows no second moments
+        (with_costs(0.0444, 0.05, method="wanda"), 1, []),  # compares the inputs of a row alone
+        *((with_costs(0.0444, 0.05, method=name), 1, ["tokens are few"]) for name in ("sparsegpt", "k-obd", "l-obd")),
         (with_costs(0.0444, 0.7450), ENOUGH, ["rose by 0.745 nats per token where 0.044 were predicted"]),
         (with_costs(0.001, 0.04), ENOUGH, []),  # forty times, and next to nothing
         (with_costs(0.5, 1.4), ENOUGH, []),  # much, and less than three times
