@@ -86,7 +86,7 @@ def _prune(
         record = RunRecord(run)
         shots = run.config.structure_record.shot_class(run)
         # Copying goes on beside the first shot, until weights will change.
-        copied = state.copy_weights(written(run), at_once=run.config.offload == "cpu")
+        copied = state.copy_weights(written(run), at_once=run.config.offloads)
         outcome = run_shots(shots, run, before_update=copied)
         record.shots_done()
         shots.finish()

@@ -233,9 +233,19 @@ class PruneConfig:
         return self._solved and self.shots != 1 and self.lora_rank == 0
 
     @property
+    def offloads(self) -> bool:
+        """True where weights and factors wait in main memory."""
+        return self.offload == "cpu"
+
+    @property
+    def sequential(self) -> bool:
+        """True where linears are updated in execution order, each at the inputs that the ones before it leave."""
+        return self.update == "sequential"
+
+    @property
     def selects_in_update(self) -> bool:
         """True where nothing is selected before the update: it selects anew, and N:M tells how much."""
-        return self.update == "sequential" and self.structure_record.m > 0
+        return self.sequential and self.structure_record.m > 0
 
     @property
     def skipped_layers(self) -> frozenset[int]:
@@ -275,7 +285,7 @@ class PruneConfig:
         fill("update", shared[0] if kronecker and shared else "none")
         fill("swaps", _SWAPS if self._solved and self.kron_rank == 1 else 0)
         fill("damp_g", structure.damp_g)
-        once = not record.gradients or not kronecker or self.update == "sequential"
+        once = not record.gradients or not kronecker or self.sequential
         fill("shots", 1 if once else structure.default_shots(self.sparsity))
         fill("allocation", "global" if kronecker else "local")
         fill("reconstruct", "reconstruct" in structure.options and self.update == "joint")
@@ -335,12 +345,12 @@ class PruneConfig:
             if given:
                 others = _quoted(methods_where(lambda other: "joint" in other.updates))
                 raise InputError(f"{name} needs method {others}, update 'joint' and a structure of single weights")
-        if self.update == "sequential":
+        if self.sequential:
             if self.shots != 1:
                 raise InputError(f"update 'sequential' goes through the layers once: shots must be 1, not {self.shots}")
             if self.kron_rank == 2 or self.gradient_steps or self.offload != "none":
                 raise InputError("update 'sequential' goes with neither kron_rank 2 nor gradient_steps nor offload")
-        for name in ("target_damping", "residual_weight", "token_weights") if self.update != "sequential" else ():
+        for name in ("target_damping", "residual_weight", "token_weights") if not self.sequential else ():
             if getattr(self, name) != getattr(PruneConfig, name):
                 raise InputError(f"{name} means nothing without update 'sequential'")
         held = self.checkpoint_activations or self.offload != "none"

@@ -147,7 +147,7 @@ class PruneJob:
         self.model, self.tokenizer, self.form = load_model(
             self.source,
             dtype=None if on_gpu else torch.float32,
-            device=torch.device("cpu") if config.offload == "cpu" else self.device,
+            device=torch.device("cpu") if config.offloads else self.device,
             trust_remote_code=trust_remote_code,
         )
         config = dataclasses.replace(config, seqlen=choose_seqlen(config.seqlen, self.model))
@@ -198,7 +198,7 @@ class PruneJob:
     def _require_resources(self, output: Output) -> None:
         """Raise :class:`InputError` where memory or disk are too small for the plan."""
         plan = self.plan
-        held = 0 if self.config.offload == "cpu" else plan.weights_bytes
+        held = 0 if self.config.offloads else plan.weights_bytes
         if plan.device.type == "cpu":  # the plan is of the whole process
             held = process_memory()
         require_memory(plan.memory_bytes - held, plan.device)

@@ -33,7 +33,7 @@ _STAGED = 2**26
 def compute_device(model: nn.Module, config: PruneConfig) -> torch.device:
     """Device of a run: the model's; with offloading the current GPU if there is one."""
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    if config.offload == "cpu" and device.type == "cpu" and torch.cuda.is_available():
+    if config.offloads and device.type == "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

@@ -50,7 +50,7 @@ class Memory:
         self.on_gpu = self.device.type == "cuda"
         self.method = config.method_record
         self.gradients, self.factored = self.method.gradients, self.method.needs != "nothing"
-        self.offload = config.offload == "cpu"
+        self.offload = config.offloads
         self.streamed = self.offload and self.on_gpu
         self.hosted = self.factored and self.on_gpu and (self.offload or config.curvature_layers is not None)
         self.checkpointed = self.gradients and (config.checkpoint_activations or self.offload)
@@ -179,7 +179,7 @@ class Memory:
     def _sweep(self, windows: int) -> int:
         """Hidden states of both models, a dense block, the linears of a stage and its activations, of a sequential
         update."""
-        if self.config.update != "sequential":
+        if not self.config.sequential:
             return 0
         assert self.kept is not None
         width = self.model.get_output_embeddings().weight.shape[1]  # type: ignore[operator]

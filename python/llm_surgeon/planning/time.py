@@ -72,7 +72,7 @@ def run_seconds(
         if not singly:
             seconds += 3 * products / (single * faster)
         elif config.update in ("joint", "sequential"):
-            seconds += _SWEEP_PASSES * forward * (config.update == "sequential")
+            seconds += _SWEEP_PASSES * forward * config.sequential
             iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
             # A first solution for the swaps; each of their further rounds; the solution.
             rounds = (iterations + (config.swaps - 1) * _ROUND_PRODUCTS) if config.swaps else 0

@@ -22,7 +22,7 @@ class AnchorWeights:
             return weight
         if linear.name not in self._dense:
             own = weight.to(linear.weight.dtype)
-            self._dense[linear.name] = self._memory.copy(own) if self._config.offload == "cpu" else own
+            self._dense[linear.name] = self._memory.copy(own) if self._config.offloads else own
             return weight
         return self._dense[linear.name].to(self._device, non_blocking=True).to(weight.dtype)
 

@@ -39,7 +39,7 @@ class ShotCurvature:
             return run.loss()
         self._memory.reuse()
         found = self._estimate(index)
-        if config.update == "sequential":
+        if config.sequential:
             self.estimated = found
         if config.selects_in_update:
             return found.loss
@@ -69,7 +69,7 @@ class ShotCurvature:
 
     def _estimate(self, index: int) -> Curvature:
         run, config = self._run, self._run.config
-        kept_apart = config.offload == "cpu" or config.curvature_layers is not None
+        kept_apart = config.offloads or config.curvature_layers is not None
         return estimate_curvature(
             run.model,
             run.decoder,
@@ -79,7 +79,7 @@ class ShotCurvature:
             seed=config.seed + index,  # sampled labels are fresh in every shot
             gradients=self._method.gradients,
             inputs=not config.selects_in_update,
-            squared_norms=config.update == "sequential" and config.token_weights,
+            squared_norms=config.sequential and config.token_weights,
             checkpoint_activations=run.plan.checkpoint_activations,
             blocks_per_pass=run.plan.blocks_per_pass,
             store=self._memory.store if kept_apart else None,

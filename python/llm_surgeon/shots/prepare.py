@@ -65,4 +65,4 @@ def written(run: Run) -> list[nn.Parameter]:
     if run.config.structure_record.whole_model:
         return list(run.model.parameters())
     parameters = [p for linear in run.decoder.linears for p in linear.module.parameters(recurse=False)]
-    return [p for p in parameters if p.device.type != "cpu"] if run.config.offload == "cpu" else parameters
+    return [p for p in parameters if p.device.type != "cpu"] if run.config.offloads else parameters

@@ -29,7 +29,7 @@ def run_shots(shots: Shots, run: Run, before_update: Callable[[], object] = lamb
     """
     outcome, losses = Outcome([], []), []
     with ExitStack() as resources, ExitStack() as home:
-        if run.config.offload == "cpu":
+        if run.config.offloads:
             home.enter_context(offloaded(run.model, run.decoder, run.plan.device))
         shots.begin(resources)
         _measure_held_out(run, outcome)

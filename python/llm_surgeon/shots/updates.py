@@ -18,8 +18,7 @@ from llm_surgeon.shots.sequential import SequentialUpdates
 
 def updates_of(run: Run, curvature: ShotCurvature, anchors: AnchorWeights) -> Updates | SequentialUpdates:
     """The object that writes the new weights of ``run``, by its option ``update``."""
-    sequential = run.config.update == "sequential"
-    return SequentialUpdates(run, curvature) if sequential else Updates(run, curvature, anchors)
+    return SequentialUpdates(run, curvature) if run.config.sequential else Updates(run, curvature, anchors)
 
 
 class Updates:
@@ -78,7 +77,7 @@ class Updates:
         """Take over what swaps changed; masks in main memory stay where they are."""
         if new.selection is selection:
             return
-        if self._run.config.offload == "cpu":
+        if self._run.config.offloads:
             mask = selection_of[linear.name].pruned
             mask.copy_(new.selection.pruned, non_blocking=mask.is_pinned())
         else:

@@ -56,7 +56,7 @@ class WeightShots:
         if self.config.structure_record.single_weights:
             costs = self.run.each_linear(self._curvature.costs)
             previous = [selection.pruned for selection in self.selections]
-            out = previous if self.config.offload == "cpu" else None
+            out = previous if self.config.offloads else None
             found = select_elements(costs, previous, self.config, target, out)
         else:
             line_costs = self.run.each_linear(self._curvature.line_costs)
@@ -84,7 +84,7 @@ class WeightShots:
 
     def _empty_selection(self, linear: PrunableLinear) -> Selection:
         """The start of a run: on the device, or in main memory where that keeps the weights."""
-        offload = self.config.offload == "cpu"
+        offload = self.config.offloads
         device = torch.device("cpu") if offload else self.run.plan.device
         if not self.config.structure_record.single_weights:
             rows, columns = (torch.zeros(n, dtype=torch.bool, device=device) for n in (linear.rows, linear.columns))
