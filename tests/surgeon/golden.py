@@ -16,7 +16,6 @@ import argparse
 import csv
 import hashlib
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 
+from bench.environment import append_row, environment
 from llm_surgeon import prune
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.errors import InputError
@@ -127,6 +127,7 @@ def main() -> int:
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    commit = environment("cpu")["commit"]  # before the first row makes the checkout another
     differing = 0
     for path, case in itertools.product(options.model, cases()):
         name, words = Path(path).name, [*label(case).values()]
@@ -136,26 +137,11 @@ def main() -> int:
             continue
         found = hashes(path, case)
         if before is None:
-            _append({"model": name, **label(case), **found, **machine(), "commit": _commit()})
+            append_row(RESULTS, {"model": name, **label(case), **found, **machine(), "commit": commit})
         same = before is None or found.items() <= before.items()
         differing += not same
         print(name, *words, *found.values(), "same" if same else "DIFFERS", sep=" | ", flush=True)
     return 1 if differing else 0
-
-
-def _append(row: dict[str, str]) -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
