@@ -49,16 +49,16 @@ def test_a_pruned_model_is_as_much_smaller_as_its_row_says(
 
 
 def test_methods_take_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    quality = bench("end_to_end.quality", monkeypatch)
-    assert quality.options_of("surgeon joint, swaps 2, schedule 1.5") == {
+    trials = bench("end_to_end.trials", monkeypatch)
+    assert trials.method_options("surgeon joint, swaps 2, schedule 1.5") == {
         "method": "surgeon",
         "update": "joint",
         "swaps": 2,
         "schedule": 1.5,
     }
     for wrong in ("surgeon", "surgeon joint, swaps"):
-        with pytest.raises(quality.argparse.ArgumentTypeError):
-            quality.options_of(wrong)
+        with pytest.raises(trials.argparse.ArgumentTypeError):
+            trials.method_options(wrong)
 
 
 def test_scripts_for_a_gpu_say_so_in_a_line_where_there_is_none(
@@ -69,7 +69,7 @@ def test_scripts_for_a_gpu_say_so_in_a_line_where_there_is_none(
     paths = [path for path in BENCH.glob("*/*.py") if "def main()" in path.read_text()]
     scripts = {f"{path.parent.name}.{path.stem}" for path in paths}
     on_a_cpu = {"studies.swaps", "studies.interleaved_lora", "studies.solver"}
-    on_a_cpu |= {"end_to_end.quality", "end_to_end.recover"}
+    on_a_cpu |= {"end_to_end.quality", "end_to_end.real_model", "end_to_end.recover"}
     assert len(scripts) >= 15 and on_a_cpu < scripts
     for name in scripts - on_a_cpu:
         with pytest.raises(SystemExit) as exit:
