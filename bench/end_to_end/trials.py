@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 
+from bench.end_to_end.admm import ADMM
 from llm_surgeon import InputError, PruneConfig, PruneReport, prune
 from llm_surgeon.config.methods import method as record
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
@@ -33,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "l-obd": {"method": "l-obd"},
     "k-obd": {"method": "k-obd"},
     "sparsegpt": {"method": "sparsegpt"},
+    "admm": {"method": ADMM.name},
     "surgeon none": {"method": "surgeon", "update": "none"},
     "surgeon independent": {"method": "surgeon", "update": "independent"},
     "surgeon chunked": {"method": "surgeon", "update": "chunked"},

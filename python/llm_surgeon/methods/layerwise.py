@@ -1,0 +1,139 @@
+"""Methods that prune each linear on its own, block after block, to reproduce what it computes of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.models.block_batches import BlockBatch, record_batch
+from llm_surgeon.models.decoder import Decoder, PrunableLinear
+from llm_surgeon.models.passes import evaluation_mode
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
+
+
+class LayerMethod(Protocol):
+    """Choice of the weights of one linear that go, and of the others' new values."""
+
+    def __call__(
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        *,
+        sparsity: float,
+        pattern: tuple[int, int] | None,
+        damp: float,
+        name: str,
+    ) -> tuple[Tensor, Tensor]:
+        """New weight ``[R, C]`` and ``pruned``, bool ``[R, C]``.
+
+        Args:
+            weight: ``[R, C]``, without its bias, which stays.
+            hessian: ``mean(a aᵀ)`` of the inputs, ``[C, C]``, undamped.
+            sparsity: fraction to remove, where there is no ``pattern``.
+            pattern: ``(n, m)`` to keep ``n`` of every ``m`` consecutive columns.
+            damp: damping of ``hessian``, relative to its mean diagonal.
+            name: names the linear in errors.
+        """
+
+
+@torch.no_grad()
+def prune_layers(
+    layer_method: LayerMethod,
+    model: PreTrainedModel,
+    decoder: Decoder,
+    calibration: Calibration,
+    config: PruneConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Prune every linear of the decoder in place with ``layer_method``, one block after the other.
+
+    A block's inputs are the outputs of the pruned blocks before it. The Hessians of all its linears are taken
+    in one pass through the block as it was, then all are pruned; a second pass gives the next block's inputs.
+
+    Args:
+        progress: called as ``progress(linears_pruned, linears)``.
+
+    Returns:
+        ``pruned`` of every linear by its name, bool ``[R, C]``, the bias not included.
+
+    Raises:
+        InputError: the width of a layer does not fit the N:M pattern; nothing has been changed then.
+        NumericalError: NaN or infinity met; the message names the layer. Earlier layers are already pruned.
+    """
+    structure = config.structure_record
+    pattern = (structure.n, structure.m) if structure.m else None
+    if pattern is not None:
+        for linear in decoder.linears:
+            check_pattern(pattern, linear.columns, linear.name)
+    batch_size = config.batch_size or max(1, 4096 // calibration.input_ids.shape[1])
+    masks: dict[str, Tensor] = {}
+    device = model.get_input_embeddings().weight.device
+    with evaluation_mode(model):
+        batches = [
+            record_batch(model, decoder, input_ids, mask) for input_ids, mask in calibration.batches(batch_size, device)
+        ]
+        for depth, block in enumerate(decoder.blocks):
+            linears = [linear for linear in decoder.linears if linear.depth == depth]
+            hessians = _hessians(block, linears, batches)
+            for linear in linears:
+                hessian = hessians[linear.input_group].full()
+                matrix = linear.matrix(hessian.dtype)  # [W | b]
+                matrix[:, : linear.columns], masks[linear.name] = layer_method(
+                    matrix[:, : linear.columns],
+                    hessian,
+                    sparsity=config.sparsity,
+                    pattern=pattern,
+                    damp=config.damp_a,
+                    name=linear.name,
+                )
+                linear.write(matrix)
+                if progress is not None:
+                    progress(len(masks), len(decoder.linears))
+            for batch in batches:
+                batch.hidden = batch.run(block)
+    return masks
+
+
+def _hessians(
+    block: nn.Module, linears: list[PrunableLinear], batches: list[BlockBatch]
+) -> dict[str, SymmetricAccumulator]:
+    """``H = mean(a aᵀ)`` of every input group of a block, over all tokens that are not padding."""
+    readers = [linear for linear in linears if linear.name == linear.input_group]
+    tokens = max(1, sum(batch.tokens for batch in batches))
+    hessians: dict[str, SymmetricAccumulator] = {}
+
+    def accumulate(linear: PrunableLinear, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        (a,) = args  # [batch, seqlen, C], or flat (OPT's feed-forward)
+        if linear.name not in hessians:
+            dtype = torch.promote_types(linear.module.get_parameter("weight").dtype, torch.float32)
+            hessians[linear.name] = SymmetricAccumulator.zeros(linear.columns, dtype=dtype, device=a.device)
+        H = hessians[linear.name]
+        mask = None if batch.mask is None else batch.mask.to(a.device).view(a.shape[:-1])
+        gram_accumulate_(H, a, mask=mask, alpha=1 / tokens)
+        if not H.diagonal().isfinite().all():
+            place = f"block {linear.depth}, batch {index} of {len(batches)}"
+            raise NumericalError(f"NaN or infinity in the inputs of {linear.name} ({place})")
+
+    with ExitStack() as hooks:
+        for linear in readers:
+            hooks.enter_context(linear.module.register_forward_pre_hook(partial(accumulate, linear)))
+        for index, batch in enumerate(batches, 1):  # noqa: B007, read by accumulate
+            batch.run(block)
+    return hessians
+
+
+def check_pattern(pattern: tuple[int, int], columns: int, name: str) -> None:
+    n, m = pattern
+    if not 0 < n < m:
+        raise InputError(f"{name}: an N:M pattern needs 0 < N < M, not {n}:{m}")
+    if columns % m:
+        raise InputError(f"{name}: {n}:{m} needs a number of inputs divisible by {m}, not {columns}")
