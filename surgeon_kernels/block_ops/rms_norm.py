@@ -13,7 +13,7 @@ from surgeon_kernels.runtime.triton_support import HALF_OR_SINGLE, has_kernels
 _MAX_COLUMNS = 16384
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Scale every row to root mean square 1, then by the weight (Zhang & Sennrich, 2019)::
 
         y = weight ∘ x / sqrt(mean(x²) + eps)
@@ -25,9 +25,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Args:
         x: ``[..., C]``.
         weight: ``[C]``.
+        dtype: of the result: where left out that of ``x``, or what it and the weight's promote to.
 
     Returns:
-        ``[..., C]`` in ``x``'s dtype.
+        ``[..., C]``.
 
     Raises:
         ValueError: the shapes do not fit; TypeError: ``x`` is not floating point.
@@ -46,30 +47,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         and x.numel() > 0
         and not (weight.requires_grad and torch.is_grad_enabled())
     ):
-        return _RmsNorm.apply(x, weight, eps)
-    return rms_norm_reference(x, weight, eps)
+        return _RmsNorm.apply(x, weight, eps, dtype or x.dtype)
+    return rms_norm_reference(x, weight, eps, dtype)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """In float32 (float64 for a float64 ``x``), rounded to ``x``'s dtype before the weight is multiplied."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    y = weight * wide.to(x.dtype)
+    return y if dtype is None else y.to(dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         from surgeon_kernels.block_ops import rms_norm_triton
 
         x, weight = x.contiguous(), weight.contiguous()
-        y, rstd = rms_norm_triton.forward(x, weight, eps)
+        y, rstd = rms_norm_triton.forward(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         from surgeon_kernels.block_ops import rms_norm_triton
 
-        return rms_norm_triton.backward(gradient.contiguous(), *ctx.saved_tensors), None, None
+        return rms_norm_triton.backward(gradient.contiguous(), *ctx.saved_tensors), None, None, None

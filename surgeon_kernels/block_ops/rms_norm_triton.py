@@ -1,6 +1,6 @@
 """Triton kernels of RMS norm, forward and backward: one program a row.
 
-Operands are read once and results written once, in the dtype of the model; in between all is float32.
+Operands are read once and results written once, each in its own dtype; in between all is float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def rms_norm_kernel(
     r = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / columns + eps)
     w = tl.load(weight + c, mask=inside, other=0.0)
     # Rounded before the weight is multiplied, as transformers does.
-    normalized = (value * r).to(y.dtype.element_ty).to(tl.float32)
+    normalized = (value * r).to(x.dtype.element_ty).to(tl.float32)
     tl.store(y + row * columns + c, normalized * w.to(tl.float32), mask=inside)
     tl.store(rstd + row, r)
 
@@ -56,10 +56,10 @@ def rms_norm_backward_kernel(
     tl.store(dx + row * columns + c, r * wg - r * r * r * mean * value, mask=inside)
 
 
-def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``y`` and the reciprocal root mean squares of the rows; ``x`` contiguous."""
+def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``y`` in ``dtype`` and the reciprocal root mean squares of the rows; ``x`` contiguous."""
     columns = x.shape[-1]
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     with torch.cuda.device_of(x):
         rms_norm_kernel[(rstd.numel(),)](

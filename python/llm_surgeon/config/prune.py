@@ -18,6 +18,7 @@ from llm_surgeon.errors import InputError
 
 Fisher = Literal["empirical", "sampled"]
 Offload = Literal["none", "cpu"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Importance = Literal["kronecker", "taylor1", "taylor2", "taylor-mix", "vector", "magnitude", "random"]
 Allocation = Literal["global", "local"]
 FISHERS: tuple[Fisher, ...] = get_args(Fisher)
@@ -168,6 +169,12 @@ class PruneConfig:
     )
     offload: Offload = option(
         "none", "Where weights and factors wait: cpu streams them through the GPU, block by block", panel=MEMORY
+    )
+    # Sums and reported losses of held-out text stay in float32.
+    compute_dtype: ComputeDtype = option(
+        "auto",
+        "Products of a float32 model's passes over the calibration windows; auto is bfloat16 on GPUs that have it",
+        panel=MEMORY,
     )
     curvature_layers: int | None = option(
         None, "Decoder blocks per curvature pass: all, or what fits when offloaded.", count(), panel=MEMORY

@@ -20,7 +20,7 @@ from llm_surgeon.errors import NumericalError, UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import count_tokens, next_token_loss
-from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at, to_list
+from llm_surgeon.models.passes import ForwardPasses, evaluation_mode, frozen, starting_at, to_list
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 
@@ -72,6 +72,7 @@ def estimate_curvature(
     gradients: bool = True,
     inputs: bool = True,
     squared_norms: bool = False,
+    dtype: torch.dtype | None = None,
     checkpoint_activations: bool = False,
     blocks_per_pass: int | None = None,
     store: Callable[[SymmetricAccumulator], SymmetricAccumulator] | None = None,
@@ -92,6 +93,8 @@ def estimate_curvature(
         gradients: without them only ``A`` and the loss are computed, by forward passes alone.
         inputs: without them ``A`` is left out.
         squared_norms: keep the squared norms of gradients, too.
+        dtype: of the products in the passes, see :class:`~llm_surgeon.models.passes.ForwardPasses`; the model's own
+            where left out. Of ``a`` and ``g``, too; their sums stay in float32.
         checkpoint_activations: keep only each decoder block's input and run the block again in the backward pass: a
             third more work for a fraction of the memory.
         blocks_per_pass: decoder blocks whose factors are accumulated in one pass over the data, in as many passes as
@@ -117,9 +120,10 @@ def estimate_curvature(
     total = 0.0
     again = _checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
     with frozen(model), evaluation_mode(model), fused_pointwise(model), again, torch.set_grad_enabled(gradients):
+        forward = ForwardPasses(model, device, dtype)
         for first in passes:
             linears = [linear for linear in decoder.linears if first <= linear.depth < first + per_pass]
-            sums = _Accumulators(linears, gradients, device, inputs=inputs, squared_norms=squared_norms)
+            sums = _Accumulators(linears, gradients, device, inputs=inputs, squared_norms=squared_norms, dtype=dtype)
             # Every pass draws the same labels.
             sampler = torch.Generator(device).manual_seed(seed) if fisher == "sampled" else None
             total = 0.0
@@ -127,13 +131,13 @@ def estimate_curvature(
             with sums.hooked(), starting_at(start) if gradients else contextlib.nullcontext():
                 for batch, (input_ids, mask) in enumerate(calibration.batches(batch_size, device), 1):
                     sums.mask, sums.recording = mask, True
-                    logits = run_model(model, input_ids, mask).logits
-                    loss, gradient = next_token_loss(logits, input_ids, mask, sampler, with_gradient=gradients)
+                    logits = forward.logits(input_ids, mask, with_gradient=gradients)
+                    loss = next_token_loss(logits, input_ids, mask, sampler)
                     sums.recording = False  # a block that runs again for its activations must not count again
-                    if gradient is not None:
-                        logits.register_hook(_first_on_device)
-                        logits.backward(gradient)
-                    del logits, gradient
+                    if logits.gradient is not None:
+                        logits.source.register_hook(_first_on_device)
+                        logits.source.backward(logits.gradient)
+                    del logits
                     total += sums.check(loss, f"batch {batch} of {batches}")
                     if progress is not None:
                         progress(first // per_pass * batches + batch, len(passes) * batches)
@@ -157,24 +161,25 @@ class _Accumulators:
         *,
         inputs: bool,
         squared_norms: bool,
+        dtype: torch.dtype | None,
     ) -> None:
         self.mask: Tensor | None = None  # of the batch that is running
         self.recording = True
         self.inputs: dict[str, SymmetricAccumulator] = {}
         self.gradients: dict[str, SymmetricAccumulator] = {}
         self.squared_norms: dict[str, list[Tensor]] = {x.name: [] for x in linears} if squared_norms else {}
-        self._linears = linears
+        self._linears, self._dtype = linears, dtype
         self._reached: set[str] = set()
         self._with_ones = {linear.input_group for linear in linears if linear.has_bias}
         for linear in linears:
             weight = linear.module.get_parameter("weight")
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            wide = torch.promote_types(weight.dtype, torch.float32)
             home = device if weight.device.type == "cpu" else weight.device  # weights may wait in main memory
             if inputs and linear.input_group == linear.name:
                 size = linear.columns + (linear.name in self._with_ones)
-                self.inputs[linear.name] = SymmetricAccumulator.zeros(size, dtype=dtype, device=home)
+                self.inputs[linear.name] = SymmetricAccumulator.zeros(size, dtype=wide, device=home)
             if gradients:
-                self.gradients[linear.name] = SymmetricAccumulator.zeros(linear.rows, dtype=dtype, device=home)
+                self.gradients[linear.name] = SymmetricAccumulator.zeros(linear.rows, dtype=wide, device=home)
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -195,8 +200,10 @@ class _Accumulators:
         # Some models flatten [batch, length] to one dimension on the way.
         mask = None if self.mask is None else self.mask.to(x.device).reshape(x.shape[:-1])
         if linear.name in self.inputs:
+            a = x.detach() if self._dtype is None else x.detach().to(self._dtype)  # as the linear itself reads it
             ones_column = linear.name in self._with_ones
-            gram_accumulate_(self.inputs[linear.name], x.detach(), mask=mask, ones_column=ones_column)
+            with torch.autocast(a.device.type, enabled=False):
+                gram_accumulate_(self.inputs[linear.name], a, mask=mask, ones_column=ones_column)
         if self.gradients:
             if not y.requires_grad:
                 raise UnsupportedModelError(f"no gradient can flow through {linear.name}")

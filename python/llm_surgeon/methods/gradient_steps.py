@@ -22,7 +22,7 @@ from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import count_tokens, next_token_loss
-from llm_surgeon.models.passes import evaluation_mode, frozen, mean_loss, run_model, to_list
+from llm_surgeon.models.passes import ForwardPasses, evaluation_mode, frozen, mean_loss, to_list
 from llm_surgeon.report.schema import GradientStep
 from surgeon_kernels import joint_update
 
@@ -68,9 +68,11 @@ def mean_gradients(
         _summed(parameters) as sums,
         torch.enable_grad(),
     ):
+        forward = ForwardPasses(model, device, None)
         for input_ids, mask in calibration.batches(batch_size, device):
-            logits = run_model(model, input_ids, mask).logits
-            logits.backward(next_token_loss(logits, input_ids, mask, with_gradient=True)[1])
+            logits = forward.logits(input_ids, mask, with_gradient=True)
+            next_token_loss(logits, input_ids, mask)
+            logits.source.backward(logits.gradient)
             del logits
     found = {linear.name: _matrix(linear, sums).div_(targets) for linear in decoder.linears}
     for name, finite in zip(found, to_list([gradient.sum().isfinite() for gradient in found.values()]), strict=True):

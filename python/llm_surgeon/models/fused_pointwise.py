@@ -31,7 +31,8 @@ def fused_pointwise(model: nn.Module) -> Iterator[None]:
     A part is replaced where it is built like one of these three and computes the same, which is tried on a few
     numbers. Every other part, and any module whose ``forward`` somebody has replaced already, runs as it is. Linear
     layers are called as before: hooks on them see what they saw. A rotary embedding is a function of the module that
-    defines the model's class, and so replaced for all models of that class. Everything is restored on exit.
+    defines the model's class, and so replaced for all models of that class. Under autocast norms return its dtype, and
+    rotations that of what is rotated. Everything is restored on exit.
     """
     with contextlib.ExitStack() as stack:
         for module in model.modules():
@@ -101,7 +102,11 @@ def _rotates(function: Callable[..., tuple[Tensor, Tensor]]) -> bool:
 
 
 def _rms_norm(module: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, _epsilon(module))
+    dtype = _autocast_dtype(x)
+    if dtype is None:
+        return rms_norm(x, module.weight, _epsilon(module))
+    # Linears that follow would round the result, each for itself.
+    return rms_norm(x, module.weight.to(x.dtype), _epsilon(module), dtype)
 
 
 def _swiglu(module: Any, x: Tensor) -> Tensor:
@@ -116,10 +121,17 @@ def _replace_rotary(source: ModuleType | None, stack: contextlib.ExitStack) -> N
         # Some functions also rotate a part of each head only, or take other layouts: those calls are theirs.
         if args or options or q.dim() != 4 or cos.dim() != 3 or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
             return original(q, k, cos, sin, *args, **options)
+        if _autocast_dtype(q) is not None:
+            cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         return rotary(q, cos, sin), rotary(k, cos, sin)
 
     stack.callback(setattr, source, _ROTARY, original)
     setattr(source, _ROTARY, both)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Dtype that products of ``x`` are computed in under autocast; None without it."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
 def _epsilon(module: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -40,43 +43,95 @@ def _precedes_real(real: Tensor) -> Tensor:
     return out
 
 
+class Logits(Protocol):
+    """Logits at the end of a forward pass as rows of tokens, ``[N, V]``, of which a chunk is asked for at a time.
+
+    Attributes:
+        source: tensor that the backward pass starts from.
+        gradient: of the loss with respect to ``source``, once it was put for all chunks; ``None`` if it is not wanted.
+    """
+
+    source: Tensor
+    gradient: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and V."""
+
+    def rows(self, chunk: slice) -> Tensor:
+        """Logits of some tokens, of any floating dtype."""
+
+    def put(self, chunk: slice, gradient: Tensor) -> None:
+        """Take the loss's gradient with respect to the logits of some tokens, and make that of ``source`` of it."""
+
+
+class WholeLogits:
+    """Logits that a model has computed at once: a :class:`Logits`.
+
+    Their gradient is written over those that the backward pass does not need: they are the largest tensor of all.
+    """
+
+    def __init__(self, logits: Tensor, *, with_gradient: bool = False) -> None:
+        self.source, self._rows = logits, logits.detach().flatten(0, 1)
+        own = self._rows if _overwritable(logits) else None
+        self._gradient = (torch.empty_like(self._rows) if own is None else own) if with_gradient else None
+        self.gradient = None if self._gradient is None else self._gradient.view_as(logits)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._rows.shape[0], self._rows.shape[1]
+
+    def rows(self, chunk: slice) -> Tensor:
+        return self._rows[chunk]
+
+    def put(self, chunk: slice, gradient: Tensor) -> None:
+        assert self._gradient is not None
+        self._gradient[chunk] = gradient
+
+
 @torch.no_grad()
 def next_token_loss(
-    logits: Tensor,
+    logits: Logits,
     input_ids: Tensor,
     mask: Tensor | None,
     sampler: torch.Generator | None = None,
-    *,
-    with_gradient: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Sum of the data's token cross-entropies, and the gradient of the sum with respect to the logits.
+) -> Tensor:
+    """Sum of the data's token cross-entropies; the gradient of the sum is put into ``logits``, where it is wanted.
 
     The gradient, ``softmax(z) - onehot(label)`` at every position with a label, is written down instead of derived by
-    autograd: the logits are the largest tensor of all, and so only a chunk of them is ever held in float32. It is
-    written over logits that the backward pass does not need. With ``sampler`` the gradient's labels (not the loss's)
+    autograd, and so only a chunk of it is ever held in float32. With ``sampler`` the gradient's labels (not the loss's)
     are drawn from the softmax, at every real position.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
     has_target = _precedes_real(real)
     used = has_target if sampler is None else real
-    labels, has_target, used = (t.flatten().to(logits.device) for t in (input_ids.roll(-1, dims=1), has_target, used))
-    z = logits.detach().flatten(0, 1)
-    gradient = (z if _overwritable(logits) else torch.empty_like(z)) if with_gradient else None
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    loss = torch.zeros((), dtype=dtype, device=z.device)
-    tokens = max(1, CHUNK // z.shape[1])
-    for start in range(0, z.shape[0], tokens):
-        chunk = slice(start, start + tokens)
-        log_p = z[chunk].to(dtype).log_softmax(dim=1)
+    device = logits.source.device
+    labels, has_target, used = (t.flatten().to(device) for t in (input_ids.roll(-1, dims=1), has_target, used))
+    loss = torch.zeros((), dtype=torch.promote_types(logits.source.dtype, torch.float32), device=device)
+    for chunk in chunks(logits):
+        log_p = log_probabilities(logits, chunk)
         label = labels[chunk, None]
         loss -= log_p.gather(1, label)[:, 0].masked_fill(~has_target[chunk], 0.0).sum()
-        if gradient is not None:
+        if logits.gradient is not None:
             p = log_p.exp_()
             if sampler is not None:
                 label = _sample(p, sampler)
             p.scatter_add_(1, label, p.new_full(label.shape, -1.0))
-            gradient[chunk] = p.masked_fill_(~used[chunk, None], 0.0)
-    return loss, None if gradient is None else gradient.view_as(logits)
+            logits.put(chunk, p.masked_fill_(~used[chunk, None], 0.0))
+    return loss
+
+
+def chunks(logits: Logits) -> Iterator[slice]:
+    """Ranges of tokens whose logits are held in float32 at once."""
+    tokens, vocabulary = logits.shape
+    step = max(1, CHUNK // vocabulary)
+    return (slice(start, start + step) for start in range(0, tokens, step))
+
+
+def log_probabilities(logits: Logits, chunk: slice) -> Tensor:
+    """``log softmax`` of some tokens' logits, float32 (float64 for float64 ones), a new tensor."""
+    z = logits.rows(chunk)
+    return z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(dim=1)
 
 
 def differentiable_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None, reduction: str) -> Tensor:

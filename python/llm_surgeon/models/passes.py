@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_surgeon.config.prune import ComputeDtype
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.models.fused_pointwise import fused_pointwise
-from llm_surgeon.models.loss import count_tokens, next_token_loss
+from llm_surgeon.models.head import HeadLogits, left_out, plain_head
+from llm_surgeon.models.loss import Logits, WholeLogits, count_tokens, next_token_loss
 
 
 @contextlib.contextmanager
@@ -78,9 +80,49 @@ def run_model(module: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:
     return module(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
 
 
+def compute_dtype(choice: ComputeDtype, model: nn.Module, device: torch.device) -> torch.dtype | None:
+    """Dtype that passes through a float32 model multiply in, by autocast; None for that of the model.
+
+    bfloat16 where ``choice`` is ``"bfloat16"``, or ``"auto"`` on a GPU whose tensor cores know it.
+    """
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        return None
+    if choice == "auto":
+        choice = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+    return torch.bfloat16 if choice == "bfloat16" else None
+
+
+class ForwardPasses:
+    """Forward passes of a causal LM that end in logits.
+
+    With a ``dtype`` under autocast: linears and attention multiply in it, norms and the residual stream stay in
+    float32, and so do the logits, which are computed chunk by chunk where the model's head allows it.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> None:
+        self._model, self._device, self._dtype = model, device, dtype
+        self._head = None if dtype is None else plain_head(model)
+
+    def logits(self, input_ids: Tensor, mask: Tensor | None, *, with_gradient: bool = False) -> Logits:
+        """Logits of a batch, with room for their gradient where it is wanted."""
+        if self._dtype is None:
+            return WholeLogits(run_model(self._model, input_ids, mask).logits, with_gradient=with_gradient)
+        with torch.autocast(self._device.type, self._dtype):
+            if self._head is None:
+                return WholeLogits(run_model(self._model, input_ids, mask).logits, with_gradient=with_gradient)
+            with left_out(self._head):
+                hidden = run_model(self._model, input_ids, mask).logits
+        return HeadLogits(hidden, self._head, self._dtype, with_gradient=with_gradient)
+
+
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int) -> float:
+def mean_loss(
+    model: PreTrainedModel, calibration: Calibration, batch_size: int, dtype: torch.dtype | None = None
+) -> float:
     """Mean cross-entropy of the data's tokens under the model, nats per token, by forward passes alone.
+
+    Args:
+        dtype: of the passes, see :class:`ForwardPasses`.
 
     Raises:
         InputError: as :func:`estimate_curvature`.
@@ -90,8 +132,9 @@ def mean_loss(model: PreTrainedModel, calibration: Calibration, batch_size: int)
     device = model.get_input_embeddings().weight.device
     losses = []
     with evaluation_mode(model), fused_pointwise(model):
+        forward = ForwardPasses(model, device, dtype)
         for input_ids, mask in calibration.batches(batch_size, device):
-            losses.append(next_token_loss(run_model(model, input_ids, mask).logits, input_ids, mask)[0])
+            losses.append(next_token_loss(forward.logits(input_ids, mask), input_ids, mask))
     for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses]), 1):
         if not finite:
             raise NumericalError(f"NaN or infinity in the loss (batch {batch} of {len(losses)})")

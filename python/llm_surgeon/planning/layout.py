@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 from llm_surgeon.planning.memory import Memory
 
-# Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things.
-_CPU_TOKENS, _GPU_TOKENS = 4096, 8192
+# Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things. A GPU needs the more of
+# them the narrower a model is, until its kernels take longer than the host does to launch them: so many numbers in a
+# hidden state, within bounds (estimates).
+_CPU_TOKENS, _GPU_TOKENS, _MOST_GPU_TOKENS = 4096, 8192, 32768
+_GPU_NUMBERS = 2**25
 
 
 class Layout(NamedTuple):
@@ -25,7 +28,8 @@ class Layout(NamedTuple):
 def choose_layout(memory: Memory) -> Layout:
     """The layout as configured, else as it fits ``memory``."""
     config, blocks = memory.config, len(memory.blocks)
-    wanted = config.batch_size or max(1, (_GPU_TOKENS if memory.on_gpu else _CPU_TOKENS) // memory.seqlen)
+    tokens = max(_GPU_TOKENS, min(_MOST_GPU_TOKENS, _GPU_NUMBERS // memory.width)) if memory.on_gpu else _CPU_TOKENS
+    wanted = config.batch_size or max(1, tokens // memory.seqlen)
     windows, per_pass = min(config.samples, wanted), min(blocks, config.curvature_layers or blocks)
     if memory.on_gpu:
         free = memory.free()

@@ -39,6 +39,7 @@ class Memory:
         hosted: whether factors lie in main memory between the passes over the data and the layers' turns.
         streamed: whether weights are streamed to the device block by block.
         checkpointed: whether activations are computed again in the backward pass.
+        width: of the hidden states.
         blocks: bytes of every block's parameters.
         snapshot: of a copy of the linears' weights.
     """
@@ -56,6 +57,7 @@ class Memory:
         self.checkpointed = self.gradients and (config.checkpoint_activations or self.offload)
         self.sizes = [(linear.rows, linear.columns + linear.has_bias) for linear in decoder.linears]
         self.weights = decoder.weights
+        self.vocabulary, self.width = model.get_output_embeddings().weight.shape  # type: ignore[operator]
         self.itemsize = next(model.parameters()).element_size()
         self.blocks = [sum(p.nbytes for p in block.parameters()) for block in decoder.blocks]
         self.snapshot = self.itemsize * sum(R * C for R, C in self.sizes)
@@ -100,13 +102,12 @@ class Memory:
     def curvature(self, windows: int, per_pass: int) -> int:
         """A pass: activations, logits and their gradient; also the factors of its blocks where these do not stay."""
         tokens = windows * self.seqlen
-        vocabulary, hidden = self.model.get_output_embeddings().weight.shape  # type: ignore[operator]
         # The loss is computed before the backward pass begins: the larger of the two counts.
-        loss = _FLOAT * min(tokens * vocabulary, CHUNK) * (1 if self.itemsize >= _FLOAT else 2)
+        loss = _FLOAT * min(tokens * self.vocabulary, CHUNK) * (1 if self.itemsize >= _FLOAT else 2)
         widest = max(max(R, C) for R, C in self.sizes)
-        logits = vocabulary * self.itemsize * tokens
+        logits = self.vocabulary * self.itemsize * tokens
         if self.kept is None:  # forward only: the widest linear's input and output
-            activations = int(tokens * self.itemsize * (hidden + 2 * widest)) + logits + loss
+            activations = int(tokens * self.itemsize * (self.width + 2 * widest)) + logits + loss
         else:
             backward = _BACKWARD_COPIES * widest * self.itemsize * tokens
             if self.checkpointed:  # a block's activations are there only once the loss has been computed
@@ -182,8 +183,7 @@ class Memory:
         if not self.config.sequential:
             return 0
         assert self.kept is not None
-        width = self.model.get_output_embeddings().weight.shape[1]  # type: ignore[operator]
-        states = 2 * self.config.samples * self.seqlen * width * self.itemsize
+        states = 2 * self.config.samples * self.seqlen * self.width * self.itemsize
         stage = _STAGE_MATRICES * _FLOAT * max(R * C for R, C in self.sizes)
         return states + max(self.blocks) + stage + int(windows * self.seqlen * self.kept.largest_block)
 

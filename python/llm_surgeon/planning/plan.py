@@ -9,6 +9,7 @@ from torch import nn
 
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.models.passes import compute_dtype
 from llm_surgeon.planning.layout import Layout, choose_layout
 from llm_surgeon.planning.memory import Memory
 from llm_surgeon.planning.time import PINNING_RATE, run_seconds
@@ -104,8 +105,9 @@ def make_plan(
 ) -> Plan:
     """Plan a run of ``config`` on a loaded model: two passes over a few tokens and a few timed matrix products.
 
-    Windows go through the model in batches of about 4096 tokens, on a GPU of up to 8192, as far as their activations
-    fit beside everything else; blocks are accumulated together as far as their factors fit once they are offloaded.
+    Windows go through the model in batches of about 4096 tokens, on a GPU of up to 8192, and of narrow models up to
+    32768, as far as their activations, counted in the model's own dtype, fit beside everything else; blocks are
+    accumulated together as far as their factors fit once they are offloaded.
     Where not even one window and one block fit, the plan says what they take.
 
     Args:
@@ -146,7 +148,8 @@ def _seconds(memory: Memory, layout: Layout, held_out: int, inverted_once: bool)
     """Seconds of all shots, and of pinning main memory."""
     config, device = memory.config, memory.device
     batches = -(-config.samples // layout.windows)
-    dtype = next(memory.model.parameters()).dtype if memory.on_gpu else torch.float32
+    own = next(memory.model.parameters()).dtype if memory.on_gpu else torch.float32
+    dtype = compute_dtype(config.compute_dtype, memory.model, device) or own
     return (
         run_seconds(
             config,

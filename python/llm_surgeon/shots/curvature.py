@@ -80,6 +80,7 @@ class ShotCurvature:
             gradients=self._method.gradients,
             inputs=not config.selects_in_update,
             squared_norms=config.sequential and config.token_weights,
+            dtype=run.compute_dtype,
             checkpoint_activations=run.plan.checkpoint_activations,
             blocks_per_pass=run.plan.blocks_per_pass,
             store=self._memory.store if kept_apart else None,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from llm_surgeon.models.passes import mean_loss
+from llm_surgeon.models.passes import compute_dtype, mean_loss
 from llm_surgeon.planning.plan import Plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
@@ -45,10 +46,19 @@ class Run:
     held_out: Calibration | None = None
 
     def loss(self, windows: Calibration | None = None) -> float:
-        """Mean token loss of ``windows``, or of the calibration windows, nats per token, as many tokens at once."""
+        """Mean token loss of ``windows``, or of the calibration windows, nats per token, as many tokens at once.
+
+        Of the calibration windows in the dtype that curvature passes, whose losses it is compared with, compute in.
+        """
+        dtype = self.compute_dtype if windows is None else None
         windows = self.calibration if windows is None else windows
         tokens = self.plan.batch_size * self.calibration.input_ids.shape[1]
-        return mean_loss(self.model, windows, max(1, tokens // windows.input_ids.shape[1]))
+        return mean_loss(self.model, windows, max(1, tokens // windows.input_ids.shape[1]), dtype)
+
+    @cached_property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Dtype of the products in passes over the calibration windows; None for the model's own."""
+        return compute_dtype(self.config.compute_dtype, self.model, self.plan.device)
 
     def each(self, items: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
         """Yield ``items``, and tell which is under way."""

@@ -72,6 +72,7 @@ class GroupShots:
                 fisher=config.fisher,
                 seed=config.seed + shot.index,
                 gradients=config.importance == "kronecker",
+                dtype=run.compute_dtype,
                 checkpoint_activations=run.plan.checkpoint_activations,
                 progress=run.progress.step,
             )

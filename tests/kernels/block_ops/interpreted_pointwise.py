@@ -19,7 +19,9 @@ def main() -> None:
     x, weight = torch.randn(5, 100, requires_grad=True), torch.randn(100)
     y = rms_norm_reference(x, weight, 1e-5)
     gradient = torch.randn_like(y)
-    ours, rstd = rms_norm_triton.forward(x.detach(), weight, 1e-5)
+    ours, rstd = rms_norm_triton.forward(x.detach(), weight, 1e-5, torch.float32)
+    half, _ = rms_norm_triton.forward(x.detach(), weight, 1e-5, torch.float16)
+    assert torch.equal(half, ours.half())
     backward = rms_norm_triton.backward(gradient, x.detach(), weight, rstd)
     close((ours, y), (backward, *torch.autograd.grad(y, x, gradient)))
 

@@ -46,6 +46,16 @@ def test_rms_norm(dtype, shape):
     check(rms_norm, rms_norm_reference, x, constants=(weight, 1e-5))
 
 
+def test_rms_norm_with_a_result_of_another_dtype():
+    x, weight = randn(6, 200, dtype=torch.float32).requires_grad_(), randn(200, dtype=torch.float32, seed=1)
+    y = rms_norm(x, weight, 1e-5, torch.bfloat16)
+    assert torch.equal(y, rms_norm(x, weight, 1e-5).bfloat16())
+    gradient = randn(6, 200, dtype=torch.bfloat16, seed=9)
+    (found,) = torch.autograd.grad(y, x, gradient)
+    (expected,) = torch.autograd.grad(rms_norm(x, weight, 1e-5), x, gradient.float())
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 5, 11008), (3, 100), (1,)])
 def test_swiglu(dtype, shape):

@@ -158,6 +158,49 @@ def test_bfloat16_models_accumulate_in_float32() -> None:
             assert (factor - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_models_in_bfloat16_passes(name: str, checkpoint: bool) -> None:
+    model = build(name)
+    decoder = find_decoder(model)
+    mask = torch.ones(16, 12, dtype=torch.bool)
+    mask[3, 8:] = False
+    data = Calibration(tokens(16, 12), mask)
+    options = {"batch_size": 5, "squared_norms": True, "checkpoint_activations": checkpoint}
+    expected = estimate_curvature(model, decoder, data, **options)
+    rounded = build(name, torch.bfloat16)
+    half = all_factors(estimate_curvature(rounded, find_decoder(rounded), data, **options), decoder)
+    seen: set[torch.dtype] = set()
+    hook = decoder.linears[-1].module.register_forward_hook(lambda _, args, y: seen.add(y.dtype))
+    found = estimate_curvature(model, decoder, data, **options, dtype=torch.bfloat16)
+    hook.remove()
+    assert torch.bfloat16 in seen and not torch.is_autocast_enabled("cpu")
+    assert found.loss == pytest.approx(expected.loss, rel=1e-3)
+    assert mean_loss(model, data, 3, torch.bfloat16) == pytest.approx(found.loss, rel=1e-4)
+    errors, of_rounded = [], []
+    for linear in decoder.linears:
+        triples = zip(found.factors(linear), expected.factors(linear), half[linear.name], strict=True)
+        for factor, exact, worse in triples:
+            assert factor is not None and exact is not None and factor.dtype == torch.float32
+            errors.append(float((factor - exact).norm() / exact.norm()))
+            of_rounded.append(float((worse - exact).norm() / exact.norm()))
+        norms, exact = found.squared_norms[linear.name], expected.squared_norms[linear.name]
+        assert (norms - exact).norm() < 0.15 * exact.norm() and bool((norms[3, 8:] == 0.0).all())
+    assert 0 < min(errors) < max(errors) < 0.1 and sum(errors) < sum(of_rounded)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), build(name).parameters(), strict=True))
+
+
+def test_heads_that_cap_their_logits_in_bfloat16_passes() -> None:
+    model = build("llama")
+    model.lm_head.register_forward_hook(lambda _, args, z: 0.5 * torch.tanh(z / 0.5))
+    decoder, data = find_decoder(model), Calibration(tokens(16, 12))
+    expected, found = (estimate_curvature(model, decoder, data, batch_size=4, dtype=d) for d in (None, torch.bfloat16))
+    for linear in decoder.linears:
+        for factor, exact in zip(found.factors(linear), expected.factors(linear), strict=True):
+            assert factor is not None and exact is not None
+            assert (factor - exact).norm() < 0.05 * exact.norm(), linear.name
+
+
 def test_factors_are_new_tensors() -> None:
     model = build("qwen2")
     decoder = find_decoder(model)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.passes import compute_dtype, mean_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,3 +38,28 @@ def test_factors_are_those_of_the_cpu(config, padded):
     for linear in find_decoder(model).linears:
         for computed, wanted in zip(actual.factors(linear), on_cpu[linear.name], strict=True):
             assert (computed.cpu() - wanted).norm() <= 1e-4 * wanted.norm(), linear.name
+
+
+# A label that is drawn otherwise, where two were about as likely, changes the gradients of its token altogether.
+@pytest.mark.parametrize(("fisher", "close"), [("empirical", 0.03), ("sampled", 0.3)])
+@pytest.mark.parametrize(("config", "padded"), [(LLAMA, False), (OPT, True)], ids=["llama", "opt, padded"])
+def test_bfloat16_passes_of_a_float32_model(config, padded, fisher, close):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval().cuda()
+    ids = torch.randint(3, 100, (6, 60))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[3, 50:] = not padded
+    decoder, calibration = find_decoder(model), Calibration(ids, mask if padded else None)
+    options = {"batch_size": 3, "fisher": fisher, "squared_norms": True}
+    expected = estimate_curvature(model, decoder, calibration, **options)
+    dtype = compute_dtype("auto", model, torch.device("cuda"))
+    assert dtype == torch.bfloat16
+    actual = estimate_curvature(model, decoder, calibration, **options, dtype=dtype)
+    assert actual.loss == pytest.approx(expected.loss, rel=1e-3)
+    assert mean_loss(model, calibration, 4, dtype) == pytest.approx(actual.loss, rel=1e-5)
+    for linear in decoder.linears:
+        for computed, wanted in zip(actual.factors(linear), expected.factors(linear), strict=True):
+            assert computed.dtype == torch.float32 and not torch.equal(computed, wanted)
+            assert (computed - wanted).norm() <= close * wanted.norm(), linear.name
+        norms, wanted = actual.squared_norms[linear.name], expected.squared_norms[linear.name]
+        assert (norms - wanted).norm() <= close * wanted.norm(), linear.name

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llm_surgeon.models.loss import differentiable_loss, next_token_loss
+from llm_surgeon.models.loss import WholeLogits, differentiable_loss, next_token_loss
 
 VOCABULARY = 11
 
@@ -34,7 +34,8 @@ def test_loss_and_gradient_are_those_of_autograd(kind: str, padded: bool, monkey
     (expected_gradient,) = torch.autograd.grad(expected, x)
 
     logits = head(kind, x)
-    loss, gradient = next_token_loss(logits, ids, mask if padded else None, with_gradient=True)
+    whole = WholeLogits(logits, with_gradient=True)
+    loss, gradient = next_token_loss(whole, ids, mask if padded else None), whole.gradient
     assert gradient is not None
     # The gradient of a soft cap is computed from what it returned; with a bias the logits are a view.
     assert (gradient.data_ptr() == logits.data_ptr()) == (kind == "plain")
@@ -47,8 +48,9 @@ def test_loss_and_gradient_are_those_of_autograd(kind: str, padded: bool, monkey
 def test_logits_are_left_alone_without_a_gradient() -> None:
     logits = nn.Linear(4, VOCABULARY)(torch.randn(2, 3, 4))
     before = logits.detach().clone()
-    loss, gradient = next_token_loss(logits, torch.zeros(2, 3, dtype=torch.long), None)
-    assert gradient is None and loss.isfinite()
+    whole = WholeLogits(logits)
+    loss = next_token_loss(whole, torch.zeros(2, 3, dtype=torch.long), None)
+    assert whole.gradient is None and loss.isfinite()
     assert torch.equal(logits, before)
 
 
@@ -58,7 +60,8 @@ def test_the_loss_that_autograd_derives_is_the_same(padded: bool) -> None:
     ids = torch.arange(15).view(3, 5) % VOCABULARY
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[0, :2] = not padded
-    expected, gradient = next_token_loss(head("plain", x), ids, mask, with_gradient=True)
+    whole = WholeLogits(head("plain", x), with_gradient=True)
+    expected, gradient = next_token_loss(whole, ids, mask), whole.gradient
     logits = head("plain", x)
     total = differentiable_loss(logits, ids, mask if padded else None, "sum")
     (found,) = torch.autograd.grad(total, logits, retain_graph=True)

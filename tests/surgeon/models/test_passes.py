@@ -9,7 +9,7 @@ from torch.nn import functional
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.models.passes import evaluation_mode, frozen, mean_loss, run_model, starting_at, to_list
+from llm_surgeon.models.passes import compute_dtype, evaluation_mode, frozen, mean_loss, run_model, starting_at, to_list
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 IDS = torch.randint(0, VOCABULARY, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -81,3 +81,10 @@ def test_the_mean_loss_is_of_all_tokens(batch_size: int) -> None:
 
 def test_values_of_scalars() -> None:
     assert to_list([torch.tensor(1.5), torch.tensor(2.0)]) == [1.5, 2.0] and to_list([]) == []
+
+
+def test_the_dtype_of_passes() -> None:
+    model, cpu = build("llama"), torch.device("cpu")
+    assert compute_dtype("auto", model, cpu) is compute_dtype("float32", model, cpu) is None
+    assert compute_dtype("bfloat16", model, cpu) == torch.bfloat16
+    assert compute_dtype("bfloat16", model.half(), cpu) is compute_dtype("bfloat16", model.double(), cpu) is None

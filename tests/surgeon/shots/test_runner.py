@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from llm_surgeon import Calibration, PruneConfig
 from llm_surgeon.methods.select import Selection
@@ -63,16 +64,18 @@ class FakeShots:
 
 
 def run_of(log, monkeypatch, held_out=None, **options):
-    """A run of no model: the mean loss after the last shot is 10, that of what is held out 7."""
+    """A run of a model without weights: the mean loss after the last shot is 10, that of what is held out 7."""
 
-    def mean_loss(model, windows, batch_size):
+    def mean_loss(model, windows, batch_size, dtype):
         assert batch_size == (2 if windows is held_out else 1)  # as many tokens at once
         return 7.0 if windows is held_out else 10.0
 
     monkeypatch.setattr("llm_surgeon.shots.run.mean_loss", mean_loss)
     config = PruneConfig(structure="unstructured", method="magnitude", sparsity=0.8, **options)
     plan = SimpleNamespace(batch_size=1, device=torch.device("cpu"))
-    return Run(None, None, Calibration(torch.zeros(2, 4, dtype=torch.long)), config, plan, log, held_out=held_out)
+    return Run(
+        nn.Module(), None, Calibration(torch.zeros(2, 4, dtype=torch.long)), config, plan, log, held_out=held_out
+    )
 
 
 def test_every_shot_is_measured_selected_and_updated_in_phases(monkeypatch):
