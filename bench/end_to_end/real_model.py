@@ -8,8 +8,8 @@
 dropped, the model in float32 throughout. Structures and methods are those of bench/end_to_end/trials.py.
 
 Every trial loads the model from its folder, and is appended to ``real_model_trials.csv`` as it ends, with what went
-wrong if it failed; trials that did not fail are not run again. ``real_model.csv`` is made anew from it: the means over
-the seeds. A model that ``--save`` keeps is in the dtype of its folder.
+wrong if it failed; trials that did not fail are not run again without ``--again``. ``real_model.csv`` is made anew from
+it: the means over the seeds. A model that ``--save`` keeps is in the dtype of its folder.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
+    parser.add_argument("--again", action="store_true", help="also trials that have rows, which count no more")
     parser.add_argument("--save", type=Path, help="folder for the pruned models, each in one of its own")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results", help="folder of the tables")
     options = parser.parse_args()
@@ -176,15 +177,16 @@ def main() -> None:
 def planned(model: str, protocol: Protocol, options: argparse.Namespace, rows: list[Row]) -> list[Row]:
     """Trials that are asked for and not among ``rows``, the dense model first."""
     trials = plan([model], options.structures, options.methods, options.seeds)
-    return undone([{**trial, **protocol.described()} for trial in trials], rows)
+    return undone([{**trial, **protocol.described()} for trial in trials], [] if options.again else rows)
 
 
 def succeeded(path: Path, protocol: Protocol) -> list[Row]:
-    """Rows of trials that did not fail; :class:`InputError` where they are of other evaluation texts."""
+    """Last rows of trials that did not fail; :class:`InputError` where they are of other evaluation texts."""
     rows = read(path)
     if rows and not set(protocol.evaluation) <= set(rows[0]):
         raise InputError(f"{str(path)!r} is of other evaluation texts: choose another --out")
-    return [row for row in rows if not row["error"]]
+    fields = (*TRIAL_FIELDS, *protocol.described())
+    return list({tuple(row[field] for field in fields): row for row in rows if not row["error"]}.values())
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ class Method:
         rows_columns: whether whole rows and columns have a cost.
         coupled: whether coupled groups, which make the model smaller, have a cost.
         updates: how the surviving weights can compensate, the default first. All but ``"none"`` need gradients, and
-            invert the damped factors.
+            invert the damped factors. Of a ``sweep``, which compensates by itself, ``"none"``, and ``"sequential"``
+            where it can aim at what the dense model computes.
         costs: function ``(linear, factors)`` of a :class:`~llm_surgeon.models.decoder.PrunableLinear` ``[R, C']`` (C' =
             C + 1 with a bias) and :class:`~llm_surgeon.curvature.factors.DampedFactors`, None where nothing is needed.
             These know their ``diagonals``; with gradients also ``inverse_diagonals`` and the matrices, ``of``. It
@@ -89,7 +90,7 @@ class Method:
     @property
     def compensates(self) -> bool:
         """True where surviving weights can be updated, which takes the inverses of the damped factors."""
-        return any(update != "none" for update in self.updates)
+        return self.sweep is None and any(update != "none" for update in self.updates)
 
     def function(self, field: Literal["costs", "line_costs", "sweep"]) -> Callable[..., Any]:
         """The function that ``field`` gives or names, imported.
@@ -122,6 +123,7 @@ _methods = Registry(
             "SparseGPT: layer-wise reconstruction, layer after layer",
             "SparseGPT (Frantar and Alistarh, ICML 2023)",
             needs="activations",
+            updates=("none", "sequential"),
             sweep="llm_surgeon.methods.sparsegpt:prune_sparsegpt",
         ),
         Method(

@@ -274,7 +274,8 @@ class PruneConfig:
     @property
     def _solved(self) -> bool:
         """True where the joint solver updates single weights."""
-        return self.update in ("joint", "sequential") and self.structure_record.single_weights
+        solver = self.update in ("joint", "sequential") and self.method_record.sweep is None
+        return solver and self.structure_record.single_weights
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Protocol
@@ -74,33 +74,38 @@ def prune_layers(
     if pattern is not None:
         for linear in decoder.linears:
             check_pattern(pattern, linear.columns, linear.name)
-    batch_size = config.batch_size or max(1, 4096 // calibration.input_ids.shape[1])
     masks: dict[str, Tensor] = {}
-    device = model.get_input_embeddings().weight.device
     with evaluation_mode(model):
-        batches = [
-            record_batch(model, decoder, input_ids, mask) for input_ids, mask in calibration.batches(batch_size, device)
-        ]
-        for depth, block in enumerate(decoder.blocks):
-            linears = [linear for linear in decoder.linears if linear.depth == depth]
-            hessians = _hessians(block, linears, batches)
-            for linear in linears:
-                hessian = hessians[linear.input_group].full()
-                matrix = linear.matrix(hessian.dtype)  # [W | b]
-                matrix[:, : linear.columns], masks[linear.name] = layer_method(
-                    matrix[:, : linear.columns],
-                    hessian,
-                    sparsity=config.sparsity,
-                    pattern=pattern,
-                    damp=config.damp_a,
-                    name=linear.name,
-                )
-                linear.write(matrix)
-                if progress is not None:
-                    progress(len(masks), len(decoder.linears))
-            for batch in batches:
-                batch.hidden = batch.run(block)
+        for linear, matrix, hessian in _problems(model, decoder, calibration, config):
+            matrix[:, : linear.columns], masks[linear.name] = layer_method(
+                matrix[:, : linear.columns],
+                hessian,
+                sparsity=config.sparsity,
+                pattern=pattern,
+                damp=config.damp_a,
+                name=linear.name,
+            )
+            linear.write(matrix)
+            if progress is not None:
+                progress(len(masks), len(decoder.linears))
     return masks
+
+
+def _problems(
+    model: PreTrainedModel, decoder: Decoder, calibration: Calibration, config: PruneConfig
+) -> Iterator[tuple[PrunableLinear, Tensor, Tensor]]:
+    """Every linear with ``[W | b]`` and its Hessian; it has its new weights when the next one is asked for."""
+    batch_size = config.batch_size or max(1, 4096 // calibration.input_ids.shape[1])
+    device = model.get_input_embeddings().weight.device
+    batches = [record_batch(model, decoder, *batch) for batch in calibration.batches(batch_size, device)]
+    for depth, block in enumerate(decoder.blocks):
+        linears = [linear for linear in decoder.linears if linear.depth == depth]
+        hessians = _hessians(block, linears, batches)
+        for linear in linears:
+            hessian = hessians[linear.input_group].full()
+            yield linear, linear.matrix(hessian.dtype), hessian
+        for batch in batches:
+            batch.hidden = batch.run(block)
 
 
 def _hessians(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.end_to_end import real_model, trials
 from llm_surgeon import prune
 from llm_surgeon.checkpoint import load_model
 from tests.surgeon.checkpoints import save_folder
@@ -29,8 +30,6 @@ def tokens(tmp_path):
 
 
 def main(monkeypatch, tmp_path, tokens, *more):
-    from bench.end_to_end import real_model
-
     folder = tmp_path / "tiny"
     if not folder.exists():
         save_folder(folder, build("llama"))
@@ -82,21 +81,25 @@ def test_nothing_is_run_twice_and_the_summary_has_the_means(monkeypatch, tmp_pat
     main(monkeypatch, tmp_path, tokens, *options, 0)
     before = rows(tmp_path, "real_model_trials.csv")
     main(monkeypatch, tmp_path, tokens, *options, 0, 1)
-    trials = rows(tmp_path, "real_model_trials.csv")
-    assert [(row["method"], row["seed"]) for row in trials] == [
+    made = rows(tmp_path, "real_model_trials.csv")
+    assert [(row["method"], row["seed"]) for row in made] == [
         ("dense", "0"), ("wanda", "0"), ("magnitude", "0"), ("wanda", "1"),
     ]  # fmt: skip
-    assert trials[:3] == before
+    assert made[:3] == before
     summary = {row["method"]: row for row in rows(tmp_path, "real_model.csv")}
     assert list(summary) == ["magnitude", "wanda", "dense"]
-    of_wanda = [float(row["wt_test"]) for row in trials if row["method"] == "wanda"]
+    of_wanda = [float(row["wt_test"]) for row in made if row["method"] == "wanda"]
     assert float(summary["wanda"]["wt_test"]) == pytest.approx(sum(of_wanda) / 2, abs=1e-3)
     assert summary["wanda"]["seeds"] == "0 1"
+    with monkeypatch.context() as patch:
+        patch.setattr(real_model, "perplexity", lambda *_: 2.0)
+        main(monkeypatch, tmp_path, tokens, *options, 0, "--again")
+    assert len(rows(tmp_path, "real_model_trials.csv")) == 7
+    (again,) = [row for row in rows(tmp_path, "real_model.csv") if row["method"] == "wanda"]
+    assert again["wt_test_by_seed"].split() == ["2.0000", made[3]["wt_test"]]
 
 
 def test_a_failure_is_a_row_and_is_tried_again(monkeypatch, tmp_path, tokens):
-    from bench.end_to_end import trials
-
     options = ("--structures", "2:4", "--methods", "wanda", "magnitude", "--seeds", 0)
 
     def fail(*_, config, **__):

@@ -201,7 +201,7 @@ def test_the_sequential_update_has_options_of_its_own():
         ({"shots": 5}, r"goes through the layers once: shots must be 1, not 5"),
         ({"structure": "rows-columns"}, r"has no meaning for rows-columns"),
         ({"structure": "groups"}, r"has no meaning for groups"),
-        ({"method": "sparsegpt"}, r"needs method 'surgeon', not 'sparsegpt'"),
+        ({"method": "wanda"}, r"needs method 'surgeon' or 'sparsegpt', not 'wanda'"),
         ({"kron_rank": 2, "swaps": 0}, r"goes with neither kron_rank 2 nor gradient_steps nor offload"),
         ({"gradient_steps": 1}, r"goes with neither kron_rank 2 nor gradient_steps nor offload"),
         ({"offload": "cpu"}, r"goes with neither kron_rank 2 nor gradient_steps nor offload"),
