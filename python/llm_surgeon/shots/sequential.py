@@ -34,6 +34,7 @@ class SequentialUpdates:
             run.config,
             writers=find_writers(run.model, run.decoder),
             batch_size=run.plan.batch_size,
+            compute_dtype=run.compute_dtype,
             progress=run.progress.step,
         )
         report.predicted_increase = total_increase({name: each.increase for name, each in done.items()})

@@ -9,7 +9,8 @@ import torch
 from llm_surgeon import prune
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
+from llm_surgeon.curvature.estimate import estimate_curvature
+from llm_surgeon.curvature.stages import Stage, stages
 from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows
 from llm_surgeon.data.documents import read_text
 from llm_surgeon.data.tokens import tokenize
@@ -17,11 +18,9 @@ from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.methods import sequential
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.sequential import token_weights, update_sequentially
-from llm_surgeon.models.block_batches import record_batch
 from llm_surgeon.models.decoder import PrunableLinear, find_decoder
 from llm_surgeon.models.passes import run_model
 from llm_surgeon.models.writers import find_writers
-from surgeon_kernels import SymmetricAccumulator
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 DOUBLE = torch.float64
@@ -166,16 +165,15 @@ def test_the_objective_is_that_of_the_joint_update_around_the_target():
         return torch.randn(*shape, generator=generator, dtype=DOUBLE)
 
     R, C, N, damping = 4, 5, 40, 0.3
-    W, lack, x, root = random(R, C), random(N, R), random(N, C), random(N, 1)
+    W, e, x, dense, root = random(R, C), random(N, R), random(N, C), random(N, C), random(N, 1)
     G = random(R, R)
     G = G @ G.T
-    linear = one_linear(W)
-    A, cross = (root * x).T @ (root * x) / N, (root * lack).T @ (root * x) / N
-    config = PruneConfig(update="sequential", target_damping=damping)
-    curvature = Curvature(0.0, 1, {}, {"l": SymmetricAccumulator.of(G)})
-    ((_, T, factors),) = sequential._targets([linear], A, {"l": cross}, curvature, config)
-    torch.testing.assert_close(factors.g.undamped(), G)
-    wanted, ridge = x @ W.T + lack, damping * A.diagonal().mean()
+    A, cross, residual = ((root * each).T @ (root * x) / N for each in (x, dense, e))
+    stage = Stage([one_linear(W)], A, cross, {"l": residual})
+    config = PruneConfig(update="sequential", target_damping=damping, residual_weight=0.7)
+    ((_, T, factor),) = sequential.targets(stage, config)
+    torch.testing.assert_close(factor.undamped(), A)
+    wanted, ridge = dense @ W.T + 0.7 * e, damping * A.diagonal().mean()
 
     def objective(V):
         error = root * (x @ V.T - wanted)
@@ -183,7 +181,7 @@ def test_the_objective_is_that_of_the_joint_update_around_the_target():
 
     # The stationary point of the same objective as one system in vec(V).
     F = torch.kron(G, A + ridge * torch.eye(C, dtype=DOUBLE))
-    right = G @ (W @ A + cross + ridge * W)
+    right = G @ (W @ cross + 0.7 * residual + ridge * W)
     torch.testing.assert_close(T, torch.linalg.solve(F, right.flatten()).view(R, C), rtol=1e-9, atol=1e-9)
     V = random(R, C)
     excess = 0.5 * (V - T).flatten() @ F @ (V - T).flatten()
@@ -262,21 +260,20 @@ def test_the_sweep_follows_the_dense_model_more_closely():
     assert errors["sequential"] < 0.8 * errors["joint"]
 
 
-def moments(name, dtype, device="cpu"):
-    """Moments of a block's last stage, in a block whose linears all have an output too small by a tenth."""
+def moments(name, dtype, device="cpu", **options):
+    """Moments of a block's last stage, in a block whose other linears are too small by a tenth."""
     model = build(name, dtype).to(device)
     decoder = find_decoder(model)
-    linears = [linear for linear in decoder.linears if linear.depth == 0]
-    data = padded_tokens()
-    batches = [record_batch(model, decoder, *batch) for batch in data.batches(4, torch.device(device))]
-    scales = {kind: 1.0 for kind in KINDS[name]}
-    pair = sequential._BlockPair(decoder.blocks[0], scales, batches, [batch.hidden for batch in batches])
-    for linear in linears[:-1]:
-        linear.write(0.9 * linear.matrix())
-    weights = token_weights([torch.arange(TOKENS.numel(), device=device).view(TOKENS.shape).float()], data)
-    with torch.no_grad():
-        A, lack = pair.moments(linears[-1:], weights * data.attention_mask.to(device), 1.0)
-    return A.double().cpu(), lack[linears[-1].name].double().cpu()
+    data, last = padded_tokens(), [linear for linear in decoder.linears if linear.depth == 0][-1]
+    w = token_weights([torch.arange(TOKENS.numel(), device=device).view(TOKENS.shape).float()], data)
+    w *= data.attention_mask.to(device)
+    scales = dict.fromkeys((f"{decoder.linears[0].name.split('.0.')[0]}.0.{kind}" for kind in KINDS[name]), 1.0)
+    for stage in stages(model, decoder, data, lambda _: w, writers=scales, batch_size=4, **options):
+        if last in stage.readers:
+            return [part.double().cpu() for part in (stage.A, stage.cross, *stage.residual.values())]
+        for linear in stage.readers:
+            linear.write(0.9 * linear.matrix())
+    raise AssertionError
 
 
 def relative_error(actual, expected):
@@ -288,6 +285,14 @@ def test_moments_are_summed_in_float32(name):
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
         for actual, expected in zip(moments(name, dtype), moments(name, DOUBLE), strict=True):
             assert relative_error(actual, expected) < bound
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_blocks_may_compute_in_16_bits(name):
+    exact, rounded = moments(name, torch.float32), moments(name, torch.float32, compute_dtype=torch.bfloat16)
+    assert len(exact) == 3
+    for actual, expected in zip(rounded, exact, strict=True):
+        assert 1e-5 < relative_error(actual, expected) < 0.03
 
 
 @pytest.mark.slow
