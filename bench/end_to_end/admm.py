@@ -118,6 +118,7 @@ ADMM = Method(
     "ALPS: layer-wise reconstruction by ADMM, layer after layer",
     "ALPS (Meng et al., NeurIPS 2024)",
     needs="activations",
+    updates=("none", "sequential"),
     sweep=partial(prune_layers, admm_layer),
 )
 register(ADMM)

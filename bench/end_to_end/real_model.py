@@ -49,7 +49,16 @@ from llm_surgeon.data.calibration import Calibration, evaluation_windows
 from llm_surgeon.jobs.prune import write_pruned
 
 STRUCTURES = ("2:4", "unstructured 50%", "unstructured 70%", "groups 20%")
-BASELINES = ("magnitude", "wanda", "sparsegpt", "surgeon joint", "surgeon sequential", "taylor1 local")
+COMPARED = (
+    "magnitude",
+    "wanda",
+    "sparsegpt",
+    "sparsegpt sequential",
+    "admm",
+    "surgeon joint",
+    "surgeon sequential",
+    "taylor1 local",
+)
 FIGURES = ("shots", "sparsity", "solver_iterations", "seconds")
 OF_REPORT = ("loss_before", "loss_after", "predicted_increase", "peak_gb")
 
@@ -138,7 +147,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="c4_train", help="array that is calibrated on")
     parser.add_argument("--evaluation", nargs="+", default=["wt_test", "c4_test"], help="arrays that are evaluated on")
     parser.add_argument("--structures", nargs="+", type=known_structure, default=STRUCTURES)
-    parser.add_argument("--methods", nargs="+", type=known_method, default=BASELINES, help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--methods", nargs="+", type=known_method, default=COMPARED, help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)

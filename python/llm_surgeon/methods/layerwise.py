@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Protocol
 
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.curvature.stages import stages
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError
+from llm_surgeon.methods.sequential import targets, token_weights
 from llm_surgeon.models.block_batches import BlockBatch, record_batch
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.passes import evaluation_mode
+from llm_surgeon.models.writers import find_writers
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 
@@ -59,6 +62,10 @@ def prune_layers(
     A block's inputs are the outputs of the pruned blocks before it. The Hessians of all its linears are taken
     in one pass through the block as it was, then all are pruned; a second pass gives the next block's inputs.
 
+    With ``update="sequential"`` the inputs of every linear are those that all linears before it leave, and it aims at
+    what the dense model computes: it is pruned around the target of :mod:`~llm_surgeon.methods.sequential`, where every
+    token counts alike, as GPTAQ (Li et al., ICML 2025) does for rounding.
+
     Args:
         progress: called as ``progress(linears_pruned, linears)``.
 
@@ -75,8 +82,9 @@ def prune_layers(
         for linear in decoder.linears:
             check_pattern(pattern, linear.columns, linear.name)
     masks: dict[str, Tensor] = {}
-    with evaluation_mode(model):
-        for linear, matrix, hessian in _problems(model, decoder, calibration, config):
+    problems = (_corrected_problems if config.sequential else _problems)(model, decoder, calibration, config)
+    with evaluation_mode(model), closing(problems):
+        for linear, matrix, hessian in problems:
             matrix[:, : linear.columns], masks[linear.name] = layer_method(
                 matrix[:, : linear.columns],
                 hessian,
@@ -93,11 +101,11 @@ def prune_layers(
 
 def _problems(
     model: PreTrainedModel, decoder: Decoder, calibration: Calibration, config: PruneConfig
-) -> Iterator[tuple[PrunableLinear, Tensor, Tensor]]:
+) -> Generator[tuple[PrunableLinear, Tensor, Tensor], None, None]:
     """Every linear with ``[W | b]`` and its Hessian; it has its new weights when the next one is asked for."""
-    batch_size = config.batch_size or max(1, 4096 // calibration.input_ids.shape[1])
     device = model.get_input_embeddings().weight.device
-    batches = [record_batch(model, decoder, *batch) for batch in calibration.batches(batch_size, device)]
+    of_windows = calibration.batches(_batch_size(calibration, config), device)
+    batches = [record_batch(model, decoder, *batch) for batch in of_windows]
     for depth, block in enumerate(decoder.blocks):
         linears = [linear for linear in decoder.linears if linear.depth == depth]
         hessians = _hessians(block, linears, batches)
@@ -106,6 +114,29 @@ def _problems(
             yield linear, linear.matrix(hessian.dtype), hessian
         for batch in batches:
             batch.hidden = batch.run(block)
+
+
+def _corrected_problems(
+    model: PreTrainedModel, decoder: Decoder, calibration: Calibration, config: PruneConfig
+) -> Generator[tuple[PrunableLinear, Tensor, Tensor], None, None]:
+    """As :func:`_problems`, with what makes up for the losses of the linears before in place of ``[W | b]``."""
+    weights = token_weights([], calibration)
+    every = stages(
+        model,
+        decoder,
+        calibration,
+        lambda readers: weights,
+        writers=find_writers(model, decoder),
+        batch_size=_batch_size(calibration, config),
+    )
+    with closing(every):
+        for stage in every:
+            for linear, target, a in targets(stage, config):
+                yield linear, target, a.undamped()[: linear.columns, : linear.columns]
+
+
+def _batch_size(calibration: Calibration, config: PruneConfig) -> int:
+    return config.batch_size or max(1, 4096 // calibration.input_ids.shape[1])
 
 
 def _hessians(

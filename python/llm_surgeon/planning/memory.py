@@ -63,7 +63,8 @@ class Memory:
         self.snapshot = self.itemsize * sum(R * C for R, C in self.sizes)
         self.factor_sizes = factor_sizes(decoder, config)
         self.factor_bytes = [_FLOAT * sum(map(SymmetricAccumulator.elements, sizes)) for sizes in self.factor_sizes]
-        self.kept = measure_activations(model, decoder, self.seqlen) if self.gradients else None
+        in_blocks = self.gradients or config.sequential
+        self.kept = measure_activations(model, decoder, self.seqlen) if in_blocks else None
 
     def model_weights(self) -> int:
         """The model's weights on the device; of streamed blocks those that are there at once."""
@@ -106,7 +107,7 @@ class Memory:
         loss = _FLOAT * min(tokens * self.vocabulary, CHUNK) * (1 if self.itemsize >= _FLOAT else 2)
         widest = max(max(R, C) for R, C in self.sizes)
         logits = self.vocabulary * self.itemsize * tokens
-        if self.kept is None:  # forward only: the widest linear's input and output
+        if self.kept is None or not self.gradients:  # forward only: the widest linear's input and output
             activations = int(tokens * self.itemsize * (self.width + 2 * widest)) + logits + loss
         else:
             backward = _BACKWARD_COPIES * widest * self.itemsize * tokens

@@ -120,3 +120,16 @@ def test_layers_of_a_model_are_pruned_on_the_inputs_that_the_blocks_before_leave
     assert torch.equal(linear.weight == 0, pruned)
     torch.testing.assert_close(linear.weight, new, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(linear.matrix()[:, linear.columns :], dense[linear.name][:, linear.columns :])
+
+
+def test_it_may_aim_at_the_dense_model_too():
+    tokens = torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for method in (None, "admm", "admm sequential"):
+        model = build("llama")
+        if method is not None:
+            assert prune(model, tokens, structure="2:4", **METHODS[method]).sparsity == 0.5
+        with torch.no_grad():
+            outputs.append(model.model(tokens).last_hidden_state)
+    dense, own, corrected = outputs
+    assert (corrected - dense).norm() < 0.9 * (own - dense).norm()
