@@ -312,3 +312,17 @@ def test_a_trained_model_loses_less_than_by_an_update_of_all_at_once(structure, 
             results[update] = perplexity(model, evaluation_windows(tokenize(test, tokenizer), 256)[:64])
     assert results["joint"] == pytest.approx(at_once, rel=0.01)
     assert results["sequential"] < (1.0 - gain) * results["joint"]
+
+
+def test_the_model_is_as_it_was_after_a_failure(monkeypatch):
+    model = build("llama").train()
+    forwards = [module.forward for module in model.modules()]
+
+    def fail(*_):
+        raise RuntimeError("no update")
+
+    monkeypatch.setattr(sequential, "_update", fail)
+    with pytest.raises(RuntimeError, match="no update") as caught:  # which keeps what was under way alive
+        sweep(model, Calibration(TOKENS), PruneConfig(update="sequential"))
+    assert caught.tb is not None and model.training
+    assert [module.forward for module in model.modules()] == forwards
