@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,10 +51,8 @@ def stages(
     writers: Mapping[str, float],
     batch_size: int,
     compute_dtype: torch.dtype | None = None,
-) -> Generator[Stage, None, None]:
+) -> Iterator[Stage]:
     """Yield the stages of every block; the caller may write new weights of its readers before it asks for the next one.
-
-    The model is in evaluation mode, its pointwise operations fused, until the generator ends or is closed.
 
     The dense model is ``model`` as it is at first: its hidden states go ahead by a block. Of each block they are kept
     with the inputs of its stages, and every module of the other model runs twice at most: up to its last linear, and

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Protocol
 
@@ -82,9 +82,9 @@ def prune_layers(
         for linear in decoder.linears:
             check_pattern(pattern, linear.columns, linear.name)
     masks: dict[str, Tensor] = {}
-    problems = (_corrected_problems if config.sequential else _problems)(model, decoder, calibration, config)
-    with evaluation_mode(model), closing(problems):
-        for linear, matrix, hessian in problems:
+    problems = _corrected_problems if config.sequential else _problems
+    with evaluation_mode(model):
+        for linear, matrix, hessian in problems(model, decoder, calibration, config):
             matrix[:, : linear.columns], masks[linear.name] = layer_method(
                 matrix[:, : linear.columns],
                 hessian,
@@ -101,7 +101,7 @@ def prune_layers(
 
 def _problems(
     model: PreTrainedModel, decoder: Decoder, calibration: Calibration, config: PruneConfig
-) -> Generator[tuple[PrunableLinear, Tensor, Tensor], None, None]:
+) -> Iterator[tuple[PrunableLinear, Tensor, Tensor]]:
     """Every linear with ``[W | b]`` and its Hessian; it has its new weights when the next one is asked for."""
     device = model.get_input_embeddings().weight.device
     of_windows = calibration.batches(_batch_size(calibration, config), device)
@@ -118,21 +118,19 @@ def _problems(
 
 def _corrected_problems(
     model: PreTrainedModel, decoder: Decoder, calibration: Calibration, config: PruneConfig
-) -> Generator[tuple[PrunableLinear, Tensor, Tensor], None, None]:
+) -> Iterator[tuple[PrunableLinear, Tensor, Tensor]]:
     """As :func:`_problems`, with what makes up for the losses of the linears before in place of ``[W | b]``."""
     weights = token_weights([], calibration)
-    every = stages(
+    for stage in stages(
         model,
         decoder,
         calibration,
         lambda readers: weights,
         writers=find_writers(model, decoder),
         batch_size=_batch_size(calibration, config),
-    )
-    with closing(every):
-        for stage in every:
-            for linear, target, a in targets(stage, config):
-                yield linear, target, a.undamped()[: linear.columns, : linear.columns]
+    ):
+        for linear, target, a in targets(stage, config):
+            yield linear, target, a.undamped()[: linear.columns, : linear.columns]
 
 
 def _batch_size(calibration: Calibration, config: PruneConfig) -> int:

@@ -18,7 +18,6 @@ and up to a constant the objective is ``½ tr((Ŵ - T)ᵀ G (Ŵ - T) A)``: that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +88,7 @@ def update_sequentially(
         norms = [curvature.squared_norms[linear.name] for linear in readers] if config.token_weights else []
         return token_weights(norms, calibration)
 
-    every = stages(
+    for stage in stages(
         model,
         decoder,
         calibration,
@@ -97,9 +96,8 @@ def update_sequentially(
         writers=writers,
         batch_size=batch_size,
         compute_dtype=compute_dtype,
-    )
-    with closing(every):
-        for linear, target, a in (each for stage in every for each in targets(stage, config)):
+    ):
+        for linear, target, a in targets(stage, config):
             if progress is not None:
                 progress(len(done), len(decoder.linears), linear.name)
             G = curvature.output_factor(linear).to(target.device)
