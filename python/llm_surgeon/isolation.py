@@ -52,7 +52,7 @@ def isolated() -> Iterator[None]:
     """:func:`plain_arithmetic`, compiled modules running eagerly, and random states put back; one thread at a time.
 
     Other threads that come here wait: parts of models are replaced for all models of a class (:mod:`fused_pointwise`),
-    as transformers does while it loads one, and Trainer keeps state of the whole process.
+    as transformers does while it loads one.
     """
     with _lock, plain_arithmetic(), ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled: hooks do not run in graphs

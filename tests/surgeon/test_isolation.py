@@ -191,7 +191,7 @@ def test_random_states_and_settings_of_the_process_are_kept(run):
 
 
 def test_threads_prune_one_after_the_other():
-    """Different models of one class, a part of which is replaced for all of them, and a correction by Trainer."""
+    """Different models of one class, a part of which is replaced for all of them, and a correction that is trained."""
     runs = [("2:4", {"shots": 1}), ("2:4", {"shots": 1, "lora_rank": 1, "lora_steps": 1}), GROUPS]
     models = [build("llama", seed=seed) for seed in range(len(runs))]
     expected = [pruned(build("llama", seed=seed), run) for seed, run in enumerate(runs)]

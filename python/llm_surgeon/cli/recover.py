@@ -23,6 +23,7 @@ from llm_surgeon.config.recover import PRESETS, RecoverConfig
 from llm_surgeon.errors import InputError, printable
 
 app = typer.Typer()
+_DISTILLATION = {"temperature", "block_weight", "label_weight"}
 
 
 @app.command(
@@ -53,10 +54,10 @@ def recover(
     given = {name: value for name, value in options.items() if value is not None}
     config = RecoverConfig.from_mapping({"preset": preset, **given})
     unused = set() if config.lora else {"rank", "alpha", "dropout"}
-    unused |= {"temperature"} if teacher is None else set()
+    unused |= _DISTILLATION if teacher is None else set()
     for name in sorted(unused & given.keys()):
-        needs = "a --teacher" if name == "temperature" else "--method lora"
-        raise InputError(f"--{name} means nothing without {needs}")
+        needs = "a --teacher" if name in _DISTILLATION else "--method lora"
+        raise InputError(f"--{name.replace('_', '-')} means nothing without {needs}")
     with progress_bars(quiet) as progress:
         progress.phase("loading")
         quiet_libraries()

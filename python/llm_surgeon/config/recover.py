@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llm_surgeon.checks import require_choice
+from llm_surgeon.checks import LARGEST_COUNT, require_choice
 from llm_surgeon.config.fields import check_options, count, number, option, options, present_names
 from llm_surgeon.errors import InputError
 
 _HELD_OUT_WINDOWS = 64
-LARGEST_SEED = 2**32 - 1  # numpy's generators, which Trainer seeds, take no more
+LARGEST_SEED = 2**32 - 1
 
 # LLM-Pruner (Ma et al., NeurIPS 2023): its post-training; the steps are its 2 epochs of 50 thousand instructions.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -40,8 +40,9 @@ class RecoverConfig:
     method: Literal["lora", "full"] = option(
         "lora", "A low-rank correction of every linear that is absorbed at the end, or every parameter is trained"
     )
-    # AdamW; the learning rate falls to zero along a cosine.
-    steps: int = option(200, "Optimizer steps.", count())
+    # The learning rate falls to zero along a cosine.
+    steps: int = option(None, "Optimizer steps: 200, or with minutes as many as fit.", count())
+    minutes: float | None = option(None, "Minutes that it may take; the learning rate falls to zero by then.", number())
     batch_size: int = option(32, "Sequences a step.", count())
     micro_batch_size: int | None = option(
         None, "Sequences at once: about 16384 tokens; gradients are accumulated.", count()
@@ -49,12 +50,32 @@ class RecoverConfig:
     # Left out, a run fills it in once the model is known.
     seqlen: int = option(None, "Tokens a sequence: 512 or the model's limit.", count())
     learning_rate: float = option(None, "Peak learning rate: 2e-3 for lora, 5e-4 for full.", number())
+    trial_steps: int = option(
+        0,
+        "Steps of a trial each of a third, one and three times the learning rate, of which the best is taken; 0: none.",
+        count(0),
+    )
     warmup_steps: int = option(None, "Steps it takes to rise: steps / 20.", count(0))
+    optimizer: Literal["adamw", "natural"] = option(
+        "adamw",
+        "Full training: AdamW, or for linears the natural gradient, by the curvature of the model at the start",
+    )
+    ema: float = option(
+        0.0,
+        "Decay a step of a mean of the weights; it is kept where the held-out loss says so; 0: none.",
+        number(0.0, 1.0, low_allowed=True),
+    )
     weight_decay: float = option(0.0, "AdamW's.", number(low_allowed=True))
     rank: int = option(16, "LoRA: rank of a correction.", count())
     alpha: float = option(32.0, "LoRA: a correction is alpha / rank · B A, with B [R, rank] and A [rank, C].", number())
     dropout: float = option(0.0, "LoRA: dropout before A.", number(0.0, 1.0, low_allowed=True))
     temperature: float = option(1.0, "Distillation: T of T² KL(teacher ‖ student), logits divided by T.", number())
+    block_weight: float = option(
+        0.0, "Distillation: weight of the blocks' outputs, mean |h - h*|² / |h*|².", number(low_allowed=True)
+    )
+    label_weight: float = option(
+        0.0, "Distillation: share of the tokens' own cross-entropy.", number(0.0, 1.0, low_allowed=True)
+    )
     eval_every: int = option(None, "Steps between held-out losses: steps / 10.", count())
     # Fewer where all evaluations together, the ones before and after the training included, would see more sequences
     # than the training.
@@ -64,19 +85,21 @@ class RecoverConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        resolved = {
-            "learning_rate": 2e-3 if self.lora else 5e-4,
-            "warmup_steps": self.steps // 20,
-            "eval_every": max(1, self.steps // 10),
-        }
-        for name, value in resolved.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        self._fill("steps", 200 if self.minutes is None else LARGEST_COUNT)
+        self._fill("learning_rate", 2e-3 if self.lora else 5e-4)
+        self._fill("warmup_steps", self.steps // 20)
+        self._fill("eval_every", max(1, self.steps // 10))
+        if self.lora and self.optimizer == "natural":
+            raise InputError("optimizer 'natural' needs method 'full'")
         if self.warmup_steps >= self.steps:
             raise InputError(f"warmup_steps {self.warmup_steps} leave nothing of the {self.steps} steps: take fewer")
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise InputError(f"batch_size {self.batch_size} is not divisible by micro_batch_size {micro}")
+
+    def _fill(self, name: str, value: float) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
 
     @property
     def lora(self) -> bool:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from llm_surgeon.checkpoint import claimed_output, load_model, require_model
 from llm_surgeon.checkpoint.output_checks import output_path
 from llm_surgeon.config.recover import RecoverConfig
-from llm_surgeon.data.calibration import calibration_windows, evaluation_windows, require_room
+from llm_surgeon.data.calibration import Calibration, evaluation_windows, require_room
 from llm_surgeon.data.documents import read_documents
 from llm_surgeon.data.record import data_record
 from llm_surgeon.data.tokens import token_stream
+from llm_surgeon.data.training import MOST_ROUNDS, training_windows
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.models.decoder import find_decoder
@@ -88,7 +89,8 @@ def recover_checkpoint(
         dense = None if teacher is None else _load_teacher(teacher, made.tokenizer, place, trust_remote_code)
         limit = choose_seqlen(None, made.model)
         config = replace(config, seqlen=choose_seqlen(config.seqlen or min(512, limit), made.model))
-        require_room(config.steps * config.batch_size, config.seqlen)
+        if config.minutes is None:
+            require_room(config.steps * config.batch_size, config.seqlen)
         ids, digest = token_stream(documents, made.tokenizer)
         windows, held_out = _split(ids, config)
         # Epochs are usual where a model is trained.
@@ -102,7 +104,7 @@ def recover_checkpoint(
                 progress=progress,
             )  # fmt: skip
         except BaseException:
-            if not any(state.glob("checkpoint-*")):
+            if not any(state.glob("checkpoint-*.pt")):
                 shutil.rmtree(state)  # nothing to go on from
             raise
         report = replace(report, data={"training": record})
@@ -138,20 +140,25 @@ def _text(config: RecoverConfig, report: RecoveryReport, data: str, teacher: str
 
 
 def _state_bytes(model: nn.Module, config: RecoverConfig, state: Path) -> int:
-    """Bytes that the training state will still take: what is trained and AdamW's two moments, float32, three times."""
+    """Bytes that the training state will still take: three times weights, their best and mean, two moments, float32."""
     trained = sum(parameter.numel() for parameter in model.parameters())
     if config.lora:
         linears = find_decoder(model).linears
         trained = config.rank * sum(linear.rows + linear.columns for linear in linears)
     there = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
-    return max(0, 3 * 3 * 4 * trained - there)
+    return max(0, 3 * (4 + bool(config.ema)) * 4 * trained - there)
 
 
 def _split(ids: Tensor, config: RecoverConfig) -> tuple[Tensor, Tensor]:
-    """Training windows at random places of the stream ``ids``, held-out windows from its end."""
+    """Training windows of the stream ``ids``, held-out windows from its end."""
     wanted = max(1, min(config.held_out_windows, int(_HELD_OUT_FRACTION * len(ids)) // config.seqlen))
     cut = len(ids) - wanted * config.seqlen
     if cut < config.seqlen:
         raise InputError(f"the text has {len(ids)} tokens: training and held-out data need {2 * config.seqlen}")
-    windows = calibration_windows(ids[:cut], config.steps * config.batch_size, config.seqlen, config.seed)
-    return windows.input_ids, evaluation_windows(ids[cut:], config.seqlen)
+    return windows_for(config, ids[:cut]).input_ids, evaluation_windows(ids[cut:], config.seqlen)
+
+
+def windows_for(config: RecoverConfig, ids: Tensor, apart: Tensor | None = None) -> Calibration:
+    """Training windows of the stream ``ids``: enough for all steps, or of minutes some rounds to go through again."""
+    count, rounds = config.steps * config.batch_size, None if config.minutes is None else MOST_ROUNDS
+    return training_windows(ids, count, config.seqlen, config.seed, apart=apart, rounds=rounds)

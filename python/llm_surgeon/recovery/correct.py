@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from torch import nn
 
 from llm_surgeon.config.prune import PruneConfig
@@ -13,7 +10,6 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.lora import low_rank_corrections
-from llm_surgeon.recovery.traces import traceless
 from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, zero_masks
 
@@ -45,12 +41,8 @@ def correct(
         batch_size=max(1, _BATCH_TOKENS // calibration.input_ids.shape[1]),
         seed=(config.seed + shot) % (LARGEST_SEED + 1),
     )
-    with (
-        traceless(model),
-        tempfile.TemporaryDirectory() as folder,
-        low_rank_corrections(
-            model, decoder, settings.rank, settings.alpha, settings.dropout, settings.seed
-        ) as corrected,
-    ):
-        train(corrected, calibration, None, settings, Path(folder), progress=progress)
+    with low_rank_corrections(
+        model, decoder, settings.rank, settings.alpha, settings.dropout, settings.seed
+    ) as corrected:
+        train(corrected, calibration, None, settings, progress=progress)
     check_zeros(masks)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from llm_surgeon.config.recover import RecoverConfig
@@ -17,15 +16,14 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
-from llm_surgeon.models.decoder import check_finite, check_rank, find_decoder
+from llm_surgeon.models.decoder import Decoder, check_finite, check_rank, find_decoder
 from llm_surgeon.models.footprint import is_compact
 from llm_surgeon.models.limits import require_fit
 from llm_surgeon.models.passes import evaluation_mode, mean_loss
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.models.wrappers import unwrapped
 from llm_surgeon.progress import Progress
-from llm_surgeon.recovery.lora import low_rank_corrections
-from llm_surgeon.recovery.traces import traceless
+from llm_surgeon.recovery.objective import Distillation
 from llm_surgeon.recovery.training import train
 from llm_surgeon.recovery.zeros import check_zeros, count_zeros, zero_masks, zeros_kept
 from llm_surgeon.report.format import perplexity_of
@@ -42,7 +40,7 @@ class RecoveryReport:
         zeros: weights of the linear layers that were and still are zero.
         steps, tokens: of the training that was done.
         loss_before, loss_after: held-out token cross-entropy, nats.
-        log: what Trainer logged: losses and learning rates by step.
+        log: losses and learning rates by step, see :func:`llm_surgeon.recovery.training.train`.
         seconds: of training.
         data: what it was trained on, the entry "training"; none where token ids were given.
     """
@@ -103,8 +101,8 @@ def recover(
     being absorbed, some layers have theirs already); every zero is a zero.
 
     Raises:
-        InputError: the model is quantized, frozen, not on the first GPU, or in float16 where all of it is trained; the
-            rank is larger than every layer; the teacher has another vocabulary; data or an option is at fault.
+        InputError: the model is quantized or frozen; the rank is larger than every layer; the teacher has another
+            vocabulary, or other blocks where these are compared; data or an option is at fault.
         NumericalError: a loss that is not a number; weights are then those of the last step.
     """
     if config is not None and options:
@@ -145,19 +143,22 @@ def _recover(
     begun, progress = time.perf_counter(), progress or Progress()
     progress.phase("held-out loss before the training")
     before = _loss(model, held_out, config)
+    measured = time.perf_counter()
     progress.phase("training")
-    with traceless(model), tempfile.TemporaryDirectory() as scratch, evaluation_mode(teacher or nn.Identity()):
-        folder = Path(state_folder or scratch)
-        if config.lora:
-            with low_rank_corrections(
-                model, decoder, config.rank, config.alpha, config.dropout, config.seed
-            ) as trained:
-                log = train(
-                    trained, windows, held_out, config, folder, teacher=teacher, resume=resume, progress=progress
-                )
-        else:
-            with zeros_kept(masks):
-                log = train(model, windows, held_out, config, folder, teacher=teacher, resume=resume, progress=progress)
+    distilled = None if teacher is None else Distillation(model, teacher, config)
+    kept = _corrected(model, decoder, config) if config.lora else zeros_kept(masks, model)
+    with evaluation_mode(teacher or nn.Identity()), kept as trained:
+        log = train(
+            trained,
+            windows,
+            held_out,
+            config,
+            None if state_folder is None else Path(state_folder),
+            objective=distilled,
+            seconds=_seconds(config, begun, measured),
+            resume=resume,
+            progress=progress,
+        )
     check_zeros(masks)
     progress.phase("held-out loss after the training")
     steps = int(max((entry["step"] for entry in log), default=0))
@@ -174,6 +175,17 @@ def _recover(
     )
 
 
+def _corrected(model: nn.Module, decoder: Decoder, config: RecoverConfig) -> AbstractContextManager[nn.Module]:
+    from llm_surgeon.recovery.lora import low_rank_corrections  # brings peft: only where it is needed
+
+    return low_rank_corrections(model, decoder, config.rank, config.alpha, config.dropout, config.seed)
+
+
+def _seconds(config: RecoverConfig, begun: float, measured: float) -> float | None:
+    """Seconds of the minutes that the training may take: the held-out loss, ``measured`` once, is taken twice more."""
+    return None if config.minutes is None else 60 * config.minutes - 3 * (measured - begun)
+
+
 def _loss(model: nn.Module, data: Calibration, config: RecoverConfig) -> float:
     return mean_loss(model, data, config.micro_batch_size or max(1, 8192 // data.input_ids.shape[1]))
 
@@ -183,11 +195,9 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None, config: Recove
         raise InputError("the model is quantized or packed: recover the checkpoint it was made from")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("the model is frozen: none of its parameters requires gradients")
-    device = next(model.parameters()).device
-    if device.type == "cuda" and device.index:
-        raise InputError(f"recovery trains on the first visible GPU, not on {device}: set CUDA_VISIBLE_DEVICES")
-    if next(model.parameters()).dtype == torch.float16 and not config.lora:
-        raise InputError("float16 cannot hold AdamW's moments: recover model.float(), or by method 'lora'")
+    for name in ("block_weight", "label_weight") if teacher is None else ():
+        if getattr(config, name):
+            raise InputError(f"{name} means nothing without a teacher")
     if teacher is not None:
         ours, theirs = (m.get_input_embeddings().num_embeddings for m in (model, teacher))  # type: ignore[operator]
         if ours != theirs:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pickle
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,20 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerState
-from transformers.trainer_pt_utils import safe_globals
 
 from llm_surgeon.checks import shown
 from llm_surgeon.errors import InputError, first_line
-from llm_surgeon.formats.safetensors_headers import read_headers
 
 _logger = logging.getLogger(__name__)
 
 _NOTE = "run.json"
 _REPORT = "report.json"
-_CHECKSUMS = "checksums.json"
-# What torch.save writes has checksums of its own.
-_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_KEPT = 2  # states of a training: the newer one may turn out to be damaged
 
 
 def fingerprint(tensors: Iterator[tuple[str, Tensor]]) -> str:
@@ -113,71 +107,62 @@ def finished(state: Path, out: Path) -> str | None:
     return report if report == written else None
 
 
-def seal(checkpoint: Path) -> None:
-    """Write checksums beside the files of a checkpoint of Trainer's, once all are there."""
-    _write(checkpoint / _CHECKSUMS, json.dumps(_sha256(checkpoint), indent=2) + "\n")
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write the state of a training after ``step``, whole or not at all; the two newest ones stay.
+
+    Args:
+        state: tensors, numbers and texts, in lists and dictionaries.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    path = folder / f"checkpoint-{step}.pt"
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+        raise InputError(f"the training state cannot be written to {str(folder)!r}: {first_line(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    for old in _newest_first(folder)[_KEPT:]:
+        old.unlink()
 
 
-def _sha256(checkpoint: Path) -> dict[str, str]:
-    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (_CHECKSUMS, *_ARCHIVES))
-    found = {}
-    for path in sorted(files):
-        with path.open("rb") as file:
-            whole = hashlib.sha256()
-            while piece := file.read(2**20):
-                whole.update(piece)
-        found[str(path.relative_to(checkpoint))] = whole.hexdigest()
-    return found
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole state of a training in ``folder``, or ``None``: then it begins anew.
 
-
-def latest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of Trainer's in ``folder``, or ``None``: then the training begins anew.
-
-    One that a kill left half-written, or that a disk did not keep, is removed and named in the log; the one before it
-    is taken. Where the best state so far went that way, the best one is looked for from here on.
+    One that a disk did not keep is removed and named in the log; the one before it is taken.
     """
     for path in _newest_first(folder):
-        if reason := _damage(path):
-            _logger.warning("the training state %r is damaged (%s) and not gone on from", str(path), reason)
-            shutil.rmtree(path)
-    for path in _newest_first(folder):
-        file = path / "trainer_state.json"
-        state = json.loads(file.read_text(encoding="utf-8"))
-        best = state.get("best_model_checkpoint")
-        if best is not None and not Path(best).is_dir():
-            state |= {"best_model_checkpoint": None, "best_metric": None, "best_global_step": None}
-            _write(file, json.dumps(state, indent=2) + "\n")
-            seal(path)
-        return str(path)
+        if (reason := _damage(path)) is None:
+            return path
+        _logger.warning("the training state %r is damaged (%s) and not gone on from", str(path), reason)
+        path.unlink()
     return None
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    numbered = [path for path in folder.glob("checkpoint-*.pt") if path.stem.rpartition("-")[2].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.stem.rpartition("-")[2]), reverse=True)
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """Name what is wrong with the files of a checkpoint, if anything is; their checksums are written last."""
+    """Name what is wrong with a file that torch.save wrote, if anything is."""
     try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        weights = list(checkpoint.glob("*.safetensors"))
-        if not weights:
-            return "no weights"
-        read_headers(weights)
-        if json.loads((checkpoint / _CHECKSUMS).read_text(encoding="utf-8")) != _sha256(checkpoint):
-            return "files differ from their checksums"
-        for name in _ARCHIVES:
-            with zipfile.ZipFile(checkpoint / name) as archive:  # its directory is at the end, with checksums
-                if archive.testzip() is not None:
-                    return f"{name} is damaged"
-            with safe_globals():  # nothing but tensors, arrays and plain values is ever unpickled, by Trainer neither
-                torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
+        with zipfile.ZipFile(checkpoint) as archive:  # its directory is at the end, with checksums
+            if (name := archive.testzip()) is not None:
+                return f"{name} differs from its checksum"
+        # Nothing but tensors and plain values is ever unpickled.
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     # Whatever readers of damaged files raise; a RecursionError is a RuntimeError.
     except (
-        InputError, OSError, ValueError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile
+        OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile
     ) as error:  # fmt: skip
         return first_line(error)
     return None

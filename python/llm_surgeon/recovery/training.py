@@ -1,121 +1,40 @@
-"""Training through transformers' Trainer: language-modelling loss, or distillation from the dense model."""
+"""Training of what pruning left, with its state on disk where it is to go on after an interruption."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from torch.optim import Optimizer
 
 from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.errors import InputError, NumericalError, first_line
-from llm_surgeon.models.passes import run_model
+from llm_surgeon.errors import NumericalError
+from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.loss import count_tokens, next_token_loss
+from llm_surgeon.models.passes import evaluation_mode, run_model, to_list
+from llm_surgeon.models.state import ModelState
 from llm_surgeon.progress import Progress
-from llm_surgeon.recovery.state import latest_checkpoint, seal
+from llm_surgeon.recovery.masters import float32_masters
+from llm_surgeon.recovery.objective import TokenLoss
+from llm_surgeon.recovery.optimizers import NaturalGradient, adamw, preconditioners
+from llm_surgeon.recovery.state import latest_checkpoint, save_checkpoint
 
 _MICRO_TOKENS = 16384
+_LARGEST_NORM = 1.0  # gradients that are larger together are cut down to it
+_TRIAL_RATES = (1 / 3, 1.0, 3.0)
 
 
-class Windows(Dataset[dict[str, Tensor]]):
-    """Token sequences as a dataset of labelled examples.
+class Objective(Protocol):
+    """Loss of a batch, for autograd to go back through."""
 
-    Labelled -100, which no loss counts, is padding, and so is the token after it: a padded position does not predict.
-    """
-
-    def __init__(self, data: Calibration) -> None:
-        ids, mask = data.input_ids, data.attention_mask
-        self._columns = {"input_ids": ids, "labels": ids}
-        if mask is not None:
-            predicted = mask & F.pad(mask[:, :-1], (1, 0))
-            self._columns |= {"labels": ids.masked_fill(~predicted, -100), "attention_mask": mask}
-
-    def __len__(self) -> int:
-        return len(self._columns["input_ids"])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: column[index] for name, column in self._columns.items()}
-
-
-class RecoveryTrainer(Trainer):
-    """Trainer whose training loss is ``T² KL(teacher ‖ student)`` per token where there is a teacher.
-
-    Held-out loss is the token cross-entropy in any case, so that runs compare.
-    """
-
-    def __init__(self, *arguments: Any, teacher: nn.Module | None, temperature: float, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.model_accepts_loss_kwargs = False  # compute_loss gives the mean of its own micro-batch
-        self._teacher, self._temperature = teacher, temperature
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        ids, mask, targets = inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"][:, 1:].flatten()
-        logits = run_model(model, ids, mask).logits[:, :-1].flatten(0, 1)
-        if self._teacher is None or not model.training:
-            loss = F.cross_entropy(logits.float(), targets)
-        else:
-            with torch.no_grad():
-                wanted = run_model(self._teacher, ids, mask).logits[:, :-1].flatten(0, 1)
-            counted = targets != -100
-            loss = distillation_loss(logits[counted], wanted[counted], self._temperature)
-        # Trainer's evaluation wants outputs beside the loss; it drops them where only the loss is asked for.
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
-
-    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
-        try:
-            super()._save_checkpoint(*arguments, **options)
-            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a RuntimeError of torch's writer
-            place = repr(self.args.output_dir)
-            raise InputError(f"the training state cannot be written to {place}: {first_line(error)}") from error
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T² Σ_v p_v (log p_v − log q_v)``, p and q the softmax of ``teacher / T`` and ``student / T``; mean over tokens.
-
-    Args:
-        student, teacher: logits ``[tokens, vocabulary]``, computed in float32.
-
-    The factor T² keeps gradients of the same size at every temperature (Hinton, Vinyals, Dean 2015).
-    """
-    q = F.log_softmax(student.float() / temperature, dim=-1)
-    p = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(q, p, log_target=True, reduction="batchmean")
-
-
-class _Report(TrainerCallback):
-    """Tells progress, and stops on a loss that is not a number."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
-    ) -> None:
-        self._progress.step(state.global_step, state.max_steps)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:
-        for name in ("loss", "eval_loss"):
-            value = state.log_history[-1].get(name, 0.0) if state.log_history else 0.0
-            if value != value:
-                raise NumericalError(f"the {name} is not a number after {state.global_step} steps: lower learning_rate")
+    def __call__(self, model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor: ...
 
 
 def train(
@@ -123,75 +42,276 @@ def train(
     windows: Calibration,
     held_out: Calibration | None,
     config: RecoverConfig,
-    folder: Path,
+    folder: Path | None = None,
     *,
-    teacher: nn.Module | None = None,
+    objective: Objective | None = None,
+    seconds: float | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place on ``windows`` and leave it in its best state on ``held_out``.
+    """Train ``model`` in place on ``windows``, gone through in random order, and leave it in its best state.
+
+    Computes with bfloat16 products on a GPU that has them, with float32 weights. The learning rate rises and falls with
+    the share that is done, of the steps or of the time, whichever is more.
 
     Args:
         held_out: sequences whose loss decides which state is best and when to stop; ``None``: train to the end.
-        folder: where Trainer keeps its state, one checkpoint an evaluation, so that ``resume`` can go on.
-        teacher: the dense model to distil from.
+        folder: where the state is kept at every evaluation, so that ``resume`` can go on; ``None``: nowhere.
+        objective: the loss; left out, that of the tokens.
+        seconds: that the training may take, beside its last evaluation.
 
     Returns:
-        Trainer's log: losses, learning rates and held-out losses by step.
+        For every evaluation its ``step``, the ``learning_rate`` of that step, the mean ``loss`` since the one before,
+        and the held-out ``eval_loss`` (with ``ema`` also ``average_loss``).
 
     Raises:
         NumericalError: a loss that is not a number; InputError: ``folder`` cannot be written.
     """
-    device = next(model.parameters()).device
-    micro = config.micro_batch_size or _micro_batch(config.batch_size, windows.input_ids.shape[1])
-    evaluated = held_out is not None
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=config.batch_size // micro,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        eval_strategy="steps" if evaluated else "no",
-        eval_steps=config.eval_every,
-        save_strategy="steps" if evaluated else "no",
-        save_steps=config.eval_every,
-        save_total_limit=2,
-        load_best_model_at_end=evaluated,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        prediction_loss_only=True,
-        logging_steps=config.eval_every,
-        disable_tqdm=True,
-        report_to=[],
-        use_cpu=device.type == "cpu",
-        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # Trainer would spread a step over all visible GPUs by DataParallel
-    callbacks: list[TrainerCallback] = [_Report(progress or Progress())]
-    if evaluated:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
-    trainer = RecoveryTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Windows(windows),
-        eval_dataset=Windows(held_out) if held_out is not None else None,
-        callbacks=callbacks,
-        teacher=teacher,
-        temperature=config.temperature,
-    )
-    trainer.remove_callback(PrinterCallback)  # progress is ours to show
-    trainer.train(resume_from_checkpoint=latest_checkpoint(folder) if resume else None)
-    return trainer.state.log_history
+    before = ModelState(model)
+    full = nullcontext() if config.lora else float32_masters(model)
+    try:
+        with full:
+            training = _Training(model, windows, held_out, config, objective or TokenLoss(), seconds)
+            return training.run(folder, resume, progress or Progress())
+    finally:
+        before.restore_around_weights()
 
 
-def _micro_batch(batch_size: int, seqlen: int) -> int:
+class _Training:
+    """A training under way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Calibration,
+        held_out: Calibration | None,
+        config: RecoverConfig,
+        objective: Objective,
+        seconds: float | None,
+    ) -> None:
+        self._begun = time.perf_counter()
+        self._model, self._windows, self._held_out = model, windows, held_out
+        self._config, self._objective, self._seconds = config, objective, seconds
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._device = next(model.parameters()).device
+        self._micro = config.micro_batch_size or micro_batch(config.batch_size, windows.input_ids.shape[1])
+        self._order = _Order(len(windows.input_ids), config.seed)
+        self._step, self._evaluations, self._worse = 0, 0, 0
+        self._learning_rate = config.learning_rate
+        self._log: list[dict[str, float]] = []
+        self._losses: list[Tensor] = []
+        self._best: dict[str, Tensor] | None = None
+        self._best_loss = math.inf
+        self._average = self._copy() if config.ema and held_out is not None else None
+        self._optimizers: list[Optimizer] = []
+
+    def run(self, folder: Path | None, resume: bool, progress: Progress) -> list[dict[str, float]]:
+        config = self._config
+        state = None if folder is None or not resume else latest_checkpoint(folder)
+        if state is None and config.trial_steps and self._held_out is not None:
+            self._choose_learning_rate()
+        self._optimizers = self._make_optimizers()
+        if state is not None:
+            self._load(state)
+        self._model.train()
+        while (done := self._done()) < config.steps and self._worse < config.patience:
+            rate = self._learning_rate * share_of_peak(done, config)
+            self._take_step(rate)
+            done = self._done()
+            if self._seconds is None:
+                progress.step(self._step, config.steps)
+            else:
+                progress.step(int(self._elapsed), int(self._seconds), "seconds")
+            due = int(done // config.eval_every)
+            if due > self._evaluations or done >= config.steps:
+                self._evaluations = due
+                self._evaluate(rate)
+                if folder is not None and self._held_out is not None:
+                    save_checkpoint(folder, self._step, self._state())
+        if self._best is not None:
+            self._write(self._best)
+        return self._log
+
+    @property
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def _done(self) -> float:
+        """Steps that are done, or that stand for the time that is over where that is more."""
+        spent = 0.0 if self._seconds is None else self._elapsed / max(self._seconds, 1e-9)
+        return max(self._step, self._config.steps * min(spent, 1.0))
+
+    def _take_step(self, rate: float) -> None:
+        config = self._config
+        torch.manual_seed((config.seed + self._step) % 2**32)  # of dropout: going on from any step gives the same
+        rows = self._order.rows(self._step, config.batch_size)
+        parts = rows.split(self._micro)
+        for part in parts:
+            ids, mask = self._batch(part)
+            with self._autocast():
+                loss = self._objective(self._model, ids, mask) / len(parts)
+            loss.backward()
+            self._losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), _LARGEST_NORM)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        self._step += 1
+        if self._average is not None:
+            decay = min(config.ema, self._step / (self._step + 10))  # the first weights are forgotten soon
+            values = [p.detach() for p in self._trained.values()]
+            torch._foreach_lerp_(list(self._average.values()), values, 1 - decay)
+
+    def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Windows on the device, which the host does not wait for."""
+
+        def moved(values: Tensor) -> Tensor:
+            chosen = values[rows]
+            return chosen.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else chosen
+
+        mask = self._windows.attention_mask
+        return moved(self._windows.input_ids), None if mask is None else moved(mask)
+
+    def _evaluate(self, rate: float) -> None:
+        """Note the losses, and keep the weights, or their mean, where they are the best so far."""
+        steps = len(self._losses) * self._micro / self._config.batch_size
+        entry = {"step": self._step, "learning_rate": rate, "loss": sum(to_list(self._losses)) / steps}
+        self._losses.clear()
+        self._log.append(entry)
+        self._check(entry["loss"], "loss")
+        if self._held_out is None:
+            return
+        entry["eval_loss"] = self._held_out_loss(self._held_out)
+        better = self._keep_if_best(entry["eval_loss"])
+        if self._average is not None:
+            own = self._copy()
+            self._write(self._average)
+            entry["average_loss"] = self._held_out_loss(self._held_out)
+            better |= self._keep_if_best(entry["average_loss"])
+            self._write(own)
+        self._worse = 0 if better else self._worse + 1
+
+    def _keep_if_best(self, loss: float) -> bool:
+        if loss >= self._best_loss:
+            return False
+        self._best, self._best_loss = self._copy(), loss
+        return True
+
+    @torch.no_grad()
+    def _held_out_loss(self, held_out: Calibration) -> float:
+        inner = self._base()
+        losses, (_, targets) = [], count_tokens(inner, held_out)
+        with evaluation_mode(self._model), self._autocast():
+            for ids, mask in held_out.batches(self._micro, self._device):
+                losses.append(next_token_loss(run_model(self._model, ids, mask).logits, ids, mask)[0])
+        loss: float = sum(to_list(losses)) / targets
+        self._check(loss, "eval_loss")
+        return loss
+
+    def _check(self, value: float, name: str) -> None:
+        if not math.isfinite(value):
+            raise NumericalError(f"the {name} is not a number after {self._step} steps: lower learning_rate")
+
+    def _choose_learning_rate(self) -> None:
+        """Take the best of some learning rates, each tried from the same weights on the same windows."""
+        start, config = self._copy(), self._config
+        assert config.trial_steps and self._held_out is not None
+        losses = {}
+        for factor in _TRIAL_RATES:
+            rate = factor * config.learning_rate
+            settings = dataclasses.replace(
+                config, learning_rate=rate, steps=config.trial_steps, eval_every=config.trial_steps,
+                warmup_steps=config.trial_steps // 5, trial_steps=0, minutes=None, ema=0.0,
+            )  # fmt: skip
+            trial = _Training(self._model, self._windows, self._held_out, settings, self._objective, None)
+            try:
+                losses[rate] = trial.run(None, False, Progress())[-1]["eval_loss"]
+            except NumericalError:
+                losses[rate] = math.inf
+            self._write(start)
+            self._log.append({"step": 0, "trial_rate": rate, "trial_loss": losses[rate]})
+        self._learning_rate = min(losses, key=lambda rate: losses[rate])
+
+    def _make_optimizers(self) -> list[Optimizer]:
+        config, others = self._config, dict.fromkeys(self._trained.values())
+        found: list[Optimizer] = []
+        if config.optimizer == "natural":
+            base = self._base()
+            linears = preconditioners(base, find_decoder(base), self._windows, self._micro, config.seed)
+            found.append(NaturalGradient(linears, config.learning_rate))
+            others = dict.fromkeys(p for p in others if p not in linears)
+        return [*found, adamw(others, config)] if others else found
+
+    def _base(self) -> Any:
+        """The model itself, without adapters around it."""
+        return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model  # type: ignore[operator]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._device.type == "cuda" and torch.cuda.is_bf16_supported():
+            return torch.autocast("cuda", torch.bfloat16)
+        return nullcontext()
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._trained.items():
+            parameter.copy_(values[name])
+
+    def _state(self) -> dict[str, Any]:
+        """All that going on takes: tensors, numbers, and lists and dictionaries of these."""
+        return {
+            "weights": {name: parameter.detach() for name, parameter in self._trained.items()},
+            "best": self._best,
+            "average": self._average,
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "numbers": {
+                name: getattr(self, name) for name in
+                ("_step", "_evaluations", "_worse", "_learning_rate", "_best_loss", "_log")
+            },
+            "elapsed": self._elapsed,
+        }  # fmt: skip
+
+    def _load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self._device, weights_only=True)
+        self._write(state["weights"])
+        self._best, self._average = state["best"], state["average"]
+        for optimizer, its_state in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
+        vars(self).update(state["numbers"])
+        self._begun = time.perf_counter() - state["elapsed"]
+
+
+class _Order:
+    """Windows in random order, in another one each time that all have been."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._round, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def rows(self, step: int, batch_size: int) -> Tensor:
+        """Rows of the batch of ``step`` (from 0), int64 ``[batch_size]``."""
+        return torch.stack([self._row(index) for index in range(step * batch_size, (step + 1) * batch_size)])
+
+    def _row(self, index: int) -> Tensor:
+        if index // self._count != self._round:
+            self._round = index // self._count
+            generator = torch.Generator().manual_seed(self._seed + self._round)
+            self._permutation = torch.randperm(self._count, generator=generator)
+        return self._permutation[index % self._count]
+
+
+def share_of_peak(done: float, config: RecoverConfig) -> float:
+    """Learning rate after ``done`` steps as a share of the peak: a straight rise, and half a cosine down to zero."""
+    if done < config.warmup_steps:
+        return done / config.warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (done - config.warmup_steps) / (config.steps - config.warmup_steps)))
+
+
+def micro_batch(batch_size: int, seqlen: int) -> int:
     """The largest divisor of ``batch_size`` that holds at most about 16384 tokens."""
     fitting = [size for size in range(1, batch_size + 1) if batch_size % size == 0 and size * seqlen <= _MICRO_TOKENS]
     return max(fitting, default=1)

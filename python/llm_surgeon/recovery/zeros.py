@@ -20,8 +20,8 @@ def zero_masks(decoder: Decoder) -> dict[nn.Module, Tensor]:
 
 
 @contextmanager
-def zeros_kept(masks: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Inside, gradients of zero weights are zero.
+def zeros_kept(masks: dict[nn.Module, Tensor], model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, gradients of ``model``'s zero weights are zero; yields the model.
 
     AdamW then leaves these weights exactly zero: its moments stay zero, and decay multiplies.
     """
@@ -36,7 +36,7 @@ def zeros_kept(masks: dict[nn.Module, Tensor]) -> Iterator[None]:
         if weight_of(module).requires_grad
     ]
     try:
-        yield
+        yield model
     finally:
         for hook in hooks:
             hook.remove()

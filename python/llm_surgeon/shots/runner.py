@@ -75,7 +75,7 @@ def _carry_out(shots: Shots, run: Run, shot: Shot, before_update: Callable[[], o
     shots.update(shot)
     if config.lora_rank:
         shot.phase("correction")
-        from llm_surgeon.recovery.correct import correct  # brings peft and Trainer: only where they are used
+        from llm_surgeon.recovery.correct import correct  # brings peft: only where it is used
 
         data = run.calibration if run.correction_data is None else run.correction_data
         correct(run.model, run.decoder, data, config, shot.index, run.progress)

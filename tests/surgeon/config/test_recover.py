@@ -14,7 +14,7 @@ COUNTS = {field.name for field in dataclasses.fields(RecoverConfig) if str(field
 
 
 def test_the_counts_are_those_that_the_limits_are_tested_for():
-    assert len(COUNTS) == 9 and {"steps", "warmup_steps", "rank", "eval_windows"} <= COUNTS
+    assert len(COUNTS) == 10 and {"steps", "warmup_steps", "rank", "eval_windows"} <= COUNTS
 
 
 @pytest.mark.parametrize("option", sorted(COUNTS))

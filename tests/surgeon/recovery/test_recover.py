@@ -6,12 +6,11 @@ import torch.nn.functional as F
 
 from llm_surgeon import prune
 from llm_surgeon.config.recover import RecoverConfig
-from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.recovery.lora import low_rank_corrections
+from llm_surgeon.recovery.objective import distillation_loss
 from llm_surgeon.recovery.recover import recover
-from llm_surgeon.recovery.training import Windows, distillation_loss
 from llm_surgeon.recovery.zeros import zero_masks
 from llm_surgeon.structures.remove.rows_columns import compact
 from tests.surgeon.half_zero import HELD_OUT, OPTIONS, WINDOWS, half_zero, weights
@@ -151,15 +150,6 @@ def test_preset_is_the_papers_and_gives_way_to_options():
     assert config.steps * config.batch_size == pytest.approx(2 * 49_600, rel=0.01)  # epochs of cleaned Alpaca
     config = RecoverConfig.from_mapping({"preset": "llm-pruner", "steps": 7, "warmup_steps": 1})
     assert (config.rank, config.alpha, config.learning_rate, config.steps) == (8, 16.0, 1e-4, 7)
-
-
-def test_neither_padding_nor_what_follows_it_is_a_label() -> None:
-    ids = torch.arange(1, 11).view(2, 5)
-    mask = torch.tensor([[False, False, True, True, True], [True, True, True, False, False]])
-    first, second = Windows(Calibration(ids, mask))
-    assert first["labels"].tolist() == [-100, -100, -100, 4, 5]
-    assert second["labels"][1:].tolist() == [7, 8, -100, -100]  # the first one predicts nothing in any case
-    assert torch.equal(first["attention_mask"], mask[0]) and torch.equal(second["input_ids"], ids[1])
 
 
 def test_a_compact_model_is_not_trained():

@@ -1,4 +1,4 @@
-"""Recovery on a GPU, where Trainer computes in bfloat16 by wrapping the model's forward pass."""
+"""Recovery on a GPU."""
 
 import pytest
 import torch
