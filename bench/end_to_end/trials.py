@@ -146,8 +146,8 @@ _device = "cpu"  # of this process
 def _bind(devices: Sequence[str]) -> None:
     global _device
     (_device,) = devices
-    if torch.device(_device).type == "cuda":
-        torch.cuda.set_device(torch.device(_device))
+    if torch.device(_device).index is not None:
+        torch.cuda.set_device(_device)
 
 
 def _bind_next(queue: Any) -> None:
@@ -156,7 +156,7 @@ def _bind_next(queue: Any) -> None:
 
 def _run_bound(run: Callable[[Row, str], Row], trial: Row) -> Row:
     row = run(trial, _device)
-    gc.collect()  # the model is in circles
+    gc.collect()  # models refer to themselves
     if torch.device(_device).type == "cuda":
         torch.cuda.empty_cache()
     return row
