@@ -21,8 +21,8 @@ def test_the_baselines_run_and_follow_the_cpu(monkeypatch, tmp_path, tokens):  #
     for expected, actual in zip(*by_device, strict=True):
         assert actual["error"] == "" and actual["device"] != "CPU"
         assert (actual["structure"], actual["method"]) == (expected["structure"], expected["method"])
-        # Where costs nearly agree, another weight may go.
-        assert float(actual["c4_test"]) == pytest.approx(float(expected["c4_test"]), rel=0.05)
+        # Where costs nearly agree, or passes are in 16 bits, other weights may go.
+        assert float(actual["c4_test"]) == pytest.approx(float(expected["c4_test"]), rel=0.15)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
