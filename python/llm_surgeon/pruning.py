@@ -25,6 +25,7 @@ def prune(
     config: PruneConfig | None = None,
     correction_data: Any = None,
     held_out: Any = None,
+    step_windows: Any = None,
     plan: Plan | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -46,6 +47,8 @@ def prune(
             learn from where it is left out.
         held_out: sequences that pruning does not see, given like ``calibration``: the report's ``held_out`` has the
             losses on them before and after.
+        step_windows: sequences that the lengths of gradient steps are found on, given like ``calibration``, whose last
+            ``gradient_samples`` (an eighth) they are where left out.
         plan: the run's layout, where :func:`~llm_surgeon.planning.plan.make_plan` was asked for it already.
         progress: receiver of progress; none by default.
         **options: fields of :class:`PruneConfig`.
@@ -64,7 +67,7 @@ def prune(
     config = PruneConfig.given(config, {**named, **options})
     state = ModelState(model)
     try:
-        return _prune(model, state, calibration, config, correction_data, held_out, plan, progress)
+        return _prune(model, state, calibration, config, correction_data, held_out, step_windows, plan, progress)
     except BaseException:
         state.restore()
         raise
@@ -78,11 +81,13 @@ def _prune(
     config: PruneConfig,
     correction_data: Any,
     held_out: Any,
+    step_windows: Any,
     plan: Plan | None,
     progress: Progress | None,
 ) -> PruneReport:
     """:func:`prune`, whose caller puts the model's ``state`` back if anything is raised."""
-    with prepared(model, calibration, config, correction_data, held_out, plan, progress or Progress()) as run:
+    data = calibration, correction_data, held_out, step_windows
+    with prepared(model, config, *data, plan, progress or Progress()) as run:
         record = RunRecord(run)
         shots = run.config.structure_record.shot_class(run)
         # Copying goes on beside the first shot, until weights will change.

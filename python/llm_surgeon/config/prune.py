@@ -18,6 +18,7 @@ from llm_surgeon.errors import InputError
 
 Fisher = Literal["empirical", "sampled"]
 Offload = Literal["none", "cpu"]
+GradientTarget = Literal["dense", "labels"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Importance = Literal["kronecker", "taylor1", "taylor2", "taylor-mix", "vector", "magnitude", "random"]
 Allocation = Literal["global", "local"]
@@ -103,12 +104,23 @@ class PruneConfig:
         panel=COMPENSATION,
         aliases=("exchanges",),
     )
-    # As far as windows that are held out tell (the last eighth): steps make up for what the curvature of single layers
-    # does not see, and train on the calibration data, too.
+    # As far as windows that are held out tell: steps make up for what the curvature of single layers does not see.
     gradient_steps: int = option(
         0,
-        "Natural-gradient steps of the kept weights after each shot (joint updates of single weights).",
+        "Natural-gradient steps of the kept weights after each shot (joint and sequential updates of single weights).",
         count(0, _MOST_ROUNDS),
+        panel=COMPENSATION,
+    )
+    # Labels train on the calibration data, too; what the dense model predicts there teaches nothing but itself.
+    gradient_target: GradientTarget = option(
+        None,
+        "Towards what they go, outputs of the dense model (as after a sequential update) or the data's labels",
+        panel=COMPENSATION,
+    )
+    gradient_samples: int | None = option(
+        None,
+        "Windows that tell how long they are, besides the calibration windows: an eighth as many.",
+        count(),
         panel=COMPENSATION,
     )
     damp_g: float = option(
@@ -292,6 +304,7 @@ class PruneConfig:
         shared = [update for update in record.updates if update in structure.updates]
         fill("update", shared[0] if kronecker and shared else "none")
         fill("swaps", _SWAPS if self._solved and self.kron_rank == 1 else 0)
+        fill("gradient_target", "dense" if self.sequential else "labels")
         fill("damp_g", structure.damp_g)
         once = not record.gradients or not kronecker or self.sequential
         fill("shots", 1 if once else structure.default_shots(self.sparsity))
@@ -356,11 +369,15 @@ class PruneConfig:
         if self.sequential:
             if self.shots != 1:
                 raise InputError(f"update 'sequential' goes through the layers once: shots must be 1, not {self.shots}")
-            if self.kron_rank == 2 or self.gradient_steps or self.offload != "none":
-                raise InputError("update 'sequential' goes with neither kron_rank 2 nor gradient_steps nor offload")
+            if self.kron_rank == 2 or self.offload != "none":
+                raise InputError("update 'sequential' goes with neither kron_rank 2 nor offload")
         for name in ("target_damping", "residual_weight", "token_weights") if not self.sequential else ():
             if getattr(self, name) != getattr(PruneConfig, name):
                 raise InputError(f"{name} means nothing without update 'sequential'")
+        idle = {"gradient_target": "dense" if self.sequential else "labels", "gradient_samples": None}
+        for name, value in idle.items():
+            if not self.gradient_steps and getattr(self, name) != value:
+                raise InputError(f"{name} means nothing without gradient_steps")
         held = self.checkpoint_activations or self.offload != "none"
         if self.kron_rank == 2 and (held or self.swaps):
             raise InputError("kron_rank 2 goes with neither checkpoint_activations nor offload nor swaps")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -59,6 +59,11 @@ class Curvature:
     def output_factor(self, linear: PrunableLinear) -> Tensor:
         """``G`` alone, see :meth:`factors`: it must have been captured."""
         return self._gradients[linear.name].full().div_(self.tokens)
+
+    def with_inputs_of(self, other: Curvature) -> Curvature:
+        """Factors ``G`` of this and ``A`` of ``other``, of as many tokens, both shared with them."""
+        assert self.tokens == other.tokens
+        return replace(self, _inputs=other._inputs)
 
 
 def estimate_curvature(

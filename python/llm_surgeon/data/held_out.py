@@ -1,4 +1,5 @@
-"""Windows of the calibration text that pruning never sees, to measure what it cost on."""
+"""Windows of the calibration text that no calibration window shares a token with: to measure what pruning cost on,
+which it never sees, and further ones, which tell how far to go."""
 
 from __future__ import annotations
 
@@ -27,13 +28,30 @@ def split(ids: Tensor, samples: int, seqlen: int, seed: int) -> tuple[Calibratio
     require_length(ids, seqlen)
     between = _between(window_starts(len(ids), samples, seqlen, seed), len(ids), seqlen)
     if len(between) >= _FEWEST:
-        chosen = between[torch.linspace(0, len(between) - 1, min(MOST, len(between))).long()]
+        chosen = between[_spread(len(between), MOST)]
         return calibration_windows(ids, samples, seqlen, seed), Calibration(ids[chosen[:, None] + torch.arange(seqlen)])
     count = min(MOST, int(_END * len(ids)) // seqlen)
     if count == 0:
         return calibration_windows(ids, samples, seqlen, seed), None
     cut = len(ids) - count * seqlen
     return calibration_windows(ids[:cut], samples, seqlen, seed), Calibration(ids[cut:].view(count, seqlen))
+
+
+def further(ids: Tensor, samples: int, seqlen: int, seed: int, count: int) -> Calibration | None:
+    """At most ``count`` windows more between those of :func:`split`, spread over the text; None where none fit."""
+    between = _between(window_starts(len(ids), samples, seqlen, seed), len(ids), seqlen)
+    left = torch.ones(len(between), dtype=torch.bool)
+    left[_spread(len(between), MOST)] = False
+    between = between[left]
+    if len(between) == 0:
+        return None
+    chosen = between[_spread(len(between), count)]
+    return Calibration(ids[chosen[:, None] + torch.arange(seqlen)])
+
+
+def _spread(length: int, most: int) -> Tensor:
+    """At most ``most`` indices from the first to the last of ``length``."""
+    return torch.linspace(0, length - 1, min(most, length)).long()
 
 
 def _between(starts: Tensor, length: int, seqlen: int) -> Tensor:

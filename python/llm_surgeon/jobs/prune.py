@@ -27,10 +27,11 @@ from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration, calibration_windows, require_room
 from llm_surgeon.data.documents import Documents, read_documents
-from llm_surgeon.data.held_out import split
+from llm_surgeon.data.held_out import further, split
 from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.errors import InputError
+from llm_surgeon.methods.gradient_steps import HELD_OUT
 from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
@@ -181,6 +182,7 @@ class PruneJob:
                 config=self.config,
                 correction_data=windows.correction,
                 held_out=windows.held_out,
+                step_windows=windows.steps,
                 plan=self.plan,
                 progress=progress,
             )
@@ -222,6 +224,7 @@ class _Windows:
     """Token sequences that a run reads of its texts.
 
     Attributes:
+        steps: what the lengths of gradient steps are found on, where they are asked for and the text is long enough.
         correction: what low-rank corrections learn from, where they have a text of their own.
         tokens: of the calibration text.
         records: of the texts, by their use.
@@ -229,6 +232,7 @@ class _Windows:
 
     calibration: Calibration
     held_out: Calibration | None
+    steps: Calibration | None
     correction: Calibration | None
     tokens: int
     records: dict[str, DataRecord]
@@ -245,6 +249,8 @@ def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, conf
     streams = {name: token_stream(text, tokenizer) for name, text in texts.items()}
     ids, digest = streams["calibration"]
     calibration, held_out = split(ids, *shape)
+    further_samples = config.gradient_samples or max(1, round(HELD_OUT * config.samples))
+    steps = further(ids, *shape, further_samples) if config.gradient_steps else None
     windows = {"calibration": calibration}
     if "lora_data" in streams:
         more, other = streams["lora_data"]
@@ -255,7 +261,7 @@ def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, conf
         require_fit(each.input_ids, model, f"the tokens of {name}")
         stream, digest = streams[name]
         records[name] = data_record(texts[name], tokenizer, digest, stream, each.input_ids)
-    return _Windows(calibration, held_out, windows.get("lora_data"), len(ids), records)
+    return _Windows(calibration, held_out, steps, windows.get("lora_data"), len(ids), records)
 
 
 def write_pruned(

@@ -108,8 +108,8 @@ def next_token_loss(
     device = logits.source.device
     labels, has_target, used = (t.flatten().to(device) for t in (input_ids.roll(-1, dims=1), has_target, used))
     loss = torch.zeros((), dtype=torch.promote_types(logits.source.dtype, torch.float32), device=device)
-    for chunk in chunks(logits):
-        log_p = log_probabilities(logits, chunk)
+    for chunk in _chunks(logits):
+        log_p = _log_probabilities(logits, chunk)
         label = labels[chunk, None]
         loss -= log_p.gather(1, label)[:, 0].masked_fill(~has_target[chunk], 0.0).sum()
         if logits.gradient is not None:
@@ -121,14 +121,35 @@ def next_token_loss(
     return loss
 
 
-def chunks(logits: Logits) -> Iterator[slice]:
+@torch.no_grad()
+def divergence(logits: Logits, wanted: Logits, mask: Tensor | None) -> Tensor:
+    """Sum over real tokens of ``KL(p ‖ q)``, ``p = softmax(wanted)``, ``q = softmax(logits)``.
+
+    Its gradient ``q - p`` is put into ``logits``, where it is wanted.
+    """
+    device = logits.source.device
+    padding = None if mask is None else ~mask.flatten().to(device)[:, None]
+    loss = torch.zeros((), dtype=torch.promote_types(logits.source.dtype, torch.float32), device=device)
+    for chunk in _chunks(logits):
+        log_p, log_q = _log_probabilities(wanted, chunk), _log_probabilities(logits, chunk)
+        p = log_p.exp()
+        # Logits of minus infinity, of tokens that cannot be, add nothing.
+        terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0.0, 0.0)
+        loss += (terms if padding is None else terms.masked_fill_(padding[chunk], 0.0)).sum()
+        if logits.gradient is not None:
+            gradient = log_q.exp_().sub_(p)
+            logits.put(chunk, gradient if padding is None else gradient.masked_fill_(padding[chunk], 0.0))
+    return loss
+
+
+def _chunks(logits: Logits) -> Iterator[slice]:
     """Ranges of tokens whose logits are held in float32 at once."""
     tokens, vocabulary = logits.shape
     step = max(1, CHUNK // vocabulary)
     return (slice(start, start + step) for start in range(0, tokens, step))
 
 
-def log_probabilities(logits: Logits, chunk: slice) -> Tensor:
+def _log_probabilities(logits: Logits, chunk: slice) -> Tensor:
     """``log softmax`` of some tokens' logits, float32 (float64 for float64 ones), a new tensor."""
     z = logits.rows(chunk)
     return z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(dim=1)

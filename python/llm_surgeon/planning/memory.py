@@ -78,8 +78,10 @@ class Memory:
         return 0 if self.streamed else self.weights
 
     def dense(self) -> int:
-        """The dense weights, where later shots go back to them and they stay on the device."""
-        return 0 if self.streamed else self.snapshot * self.config.around_dense_weights
+        """The dense weights, where later shots or gradient steps go back to them and they stay on the device."""
+        config = self.config
+        copies = config.around_dense_weights + (config.gradient_steps > 0 and config.gradient_target == "dense")
+        return 0 if self.streamed else self.snapshot * copies
 
     def factors(self) -> int:
         """Packed factors that stay on the device."""
@@ -135,7 +137,8 @@ class Memory:
     def inverses(self, windows: int) -> int:
         """All inverses, where the update after passes of ``windows`` needs them and they fit beside what stays."""
         config = self.config
-        needed = config.structure_record.single_weights and config.update not in ("none", "sequential")
+        used = config.update != "none" and (not config.sequential or config.gradient_steps > 0)
+        needed = config.structure_record.single_weights and used
         if not self.on_gpu or self.hosted or not needed or config.kron_rank > 1:
             return 0
         inverses = sum(self.factor_bytes)

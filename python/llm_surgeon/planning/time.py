@@ -19,8 +19,9 @@ _SOLVER_CHECKS, _CHECK_COST = 2, 3.0
 # Products of a further round of swaps: its iterations, its start and its solution, and as long as three take to
 # choose.
 _ROUND_PRODUCTS = 9
-# Forward passes over all data that a gradient step costs: three over seven eighths, six over what is held out.
-_STEP_PASSES = 27 / 8
+# Forward passes over all data that a gradient step costs: three over seven eighths, six over what is held out; beside
+# every forward pass one of the dense model, where that is the target.
+_STEP_PASSES, _DENSE_STEP_PASSES = 27 / 8, 27 / 8 + 13 / 8
 # Forward passes of a sequential update: both models to each of a block's stages and through it, and the products of
 # what outputs lack with inputs.
 _SWEEP_PASSES = 9
@@ -78,6 +79,7 @@ def run_seconds(
             rounds = (iterations + (config.swaps - 1) * _ROUND_PRODUCTS) if config.swaps else 0
             # A gradient step: forward, twice as much backward, losses of what is held out, and a direction.
             product = products / (single * faster)
-            seconds += config.gradient_steps * (_STEP_PASSES * forward + (iterations + checks) * product)
+            passes = _DENSE_STEP_PASSES if config.gradient_target == "dense" else _STEP_PASSES
+            seconds += config.gradient_steps * (passes * forward + (iterations + checks) * product)
             seconds += (rounds + iterations + checks) * product
     return config.shots * seconds + (1 + 2 * held_out / config.samples) * max(forward, transfer) + _START * on_gpu

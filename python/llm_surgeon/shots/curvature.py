@@ -63,6 +63,24 @@ class ShotCurvature:
         """Both factors of a linear; ``None`` where the method estimates none, or A alone."""
         return self.factors.of(linear) if self.factors is not None and self._method.gradients else None
 
+    def after_update(self) -> DampedFactors:
+        """Factors for gradient steps: the shot's; after a sequential update its ``G``, with ``A`` of pruned inputs."""
+        run, config = self._run, self._run.config
+        if self.factors is not None:
+            return self.factors
+        assert self.estimated is not None
+        inputs = estimate_curvature(
+            run.model,
+            run.decoder,
+            run.calibration,
+            batch_size=run.plan.batch_size,
+            gradients=False,
+            dtype=run.compute_dtype,
+            progress=run.progress.step,
+        )
+        found, keep = self.estimated.with_inputs_of(inputs), run.plan.inverses_bytes > 0
+        return DampedFactors(found, config, run.decoder.linears, run.plan.device, keep_inverses=keep)
+
     def free(self) -> None:
         """Let go of the shot's curvature."""
         self.factors = self.estimated = self.two_terms = None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from llm_surgeon.curvature.factors import DampedFactors
-from llm_surgeon.methods.gradient_steps import direction, mean_gradients, split_windows, step
+from llm_surgeon.methods.gradient_steps import direction, split_windows, step
 from llm_surgeon.methods.select import Selection
+from llm_surgeon.methods.step_objective import StepObjective
 from llm_surgeon.models.decoder import PrunableLinear
+from llm_surgeon.models.dense_weights import DenseWeights
 from llm_surgeon.report.schema import GradientStep
 from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.run import Run
@@ -18,12 +20,24 @@ class GradientSteps:
 
     def __init__(self, run: Run, anchors: AnchorWeights) -> None:
         self._run, self._anchors = run, anchors
-        self._for_gradients, self._for_lengths = split_windows(run.calibration)
+        self._for_gradients, self._for_lengths = (
+            split_windows(run.calibration, run.config.gradient_samples)
+            if run.step_windows is None
+            else (run.calibration, run.step_windows)
+        )
+        self._dense: DenseWeights | None = None
+
+    def begin(self) -> None:
+        """Keep the weights of the dense model, where it is the target."""
+        if self._run.config.gradient_target == "dense":
+            self._dense = DenseWeights(self._run.decoder)
 
     def take(self, selections: list[Selection], factors: DampedFactors) -> list[GradientStep]:
         """Take as many steps as are asked for, or until none helps."""
-        run, batch_size = self._run, self._run.plan.batch_size
-        linears = run.decoder.linears
+        run, linears = self._run, self._run.decoder.linears
+        objective = StepObjective(
+            run.model, run.decoder, run.plan.batch_size, dense=self._dense, dtype=run.compute_dtype
+        )
         pruned = {
             linear.name: selection.with_bias(linear.columns + linear.has_bias)
             for linear, selection in zip(linears, selections, strict=True)
@@ -37,10 +51,12 @@ class GradientSteps:
 
         taken: list[GradientStep] = []
         for _ in range(run.config.gradient_steps):
-            # Weights that need gradients keep their inputs: half as many windows at once.
-            gradients = mean_gradients(run.model, run.decoder, self._for_gradients, max(1, batch_size // 2))
+            gradients = objective.gradients(self._for_gradients)
             run.each_linear(towards)
-            taken.append(step(run.model, linears, directions, self._for_lengths, batch_size, self._anchors.follow))
+            first = {"first": taken[-1].length} if taken else {}
+            taken.append(
+                step(linears, directions, lambda: objective.mean(self._for_lengths), self._anchors.follow, **first)
+            )
             if taken[-1].length == 0.0:
                 break
         return taken

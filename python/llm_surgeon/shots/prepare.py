@@ -23,10 +23,11 @@ from llm_surgeon.shots.windows import Windows
 @contextmanager
 def prepared(
     model: Any,
-    calibration: Any,
     config: PruneConfig,
+    calibration: Any,
     correction_data: Any,
     held_out: Any,
+    step_windows: Any,
     plan: Plan | None,
     progress: Progress,
 ) -> Iterator[Run]:
@@ -36,7 +37,7 @@ def prepared(
         InputError: the model, the sequences or ``config`` do not go together; nothing was changed.
         NumericalError: a weight is NaN or infinite.
     """
-    windows = Windows.of(config, calibration, correction_data, held_out)
+    windows = Windows.of(config, calibration, correction_data, held_out, step_windows)
     samples, seqlen = windows.calibration.input_ids.shape
     config = dataclasses.replace(config, samples=samples, seqlen=seqlen)
     model, decoder, config = checked(model, config)
@@ -54,6 +55,7 @@ def prepared(
             progress,
             correction_data=windows.correction,
             held_out=windows.held_out,
+            step_windows=windows.steps,
         )
 
 

@@ -34,6 +34,8 @@ class Run:
         plan: the layout: device, windows per batch, blocks per pass, what is kept.
         correction_data: what low-rank corrections learn from; the calibration windows where left out.
         held_out: windows that the loss is measured on before the first and after the last shot.
+        step_windows: windows that the lengths of gradient steps are found on; some of the calibration windows where
+            left out.
     """
 
     model: Any
@@ -44,6 +46,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     correction_data: Calibration | None = None
     held_out: Calibration | None = None
+    step_windows: Calibration | None = None
 
     def loss(self, windows: Calibration | None = None) -> float:
         """Mean token loss of ``windows``, or of the calibration windows, nats per token, as many tokens at once.

@@ -42,6 +42,8 @@ class WeightShots:
         resources.callback(self._memory.close)
         resources.callback(self._shot_memory.close)
         self.selections = [self._empty_selection(linear) for linear in self.run.decoder.linears]
+        if self._steps is not None:
+            self._steps.begin()
 
     def pruned(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -71,12 +73,11 @@ class WeightShots:
             self.selections = [Selection(masks[linear.name]) for linear in run.decoder.linears]
             return
         self.selections = self._updates.write(self.selections, report)
-        factors = self._curvature.factors
-        if factors is not None:
-            if self._steps is not None:
-                shot.phase("gradient steps")
-                report.gradient_steps = self._steps.take(self.selections, factors)
-            report.jitter = factors.jitter
+        if self._steps is not None:
+            shot.phase("gradient steps")
+            report.gradient_steps = self._steps.take(self.selections, self._curvature.after_update())
+        if self._curvature.factors is not None:
+            report.jitter = self._curvature.factors.jitter
         self._curvature.free()  # what follows needs the memory
 
     def finish(self) -> None:

@@ -1,4 +1,7 @@
-"""The token sequences of a run: what curvature is estimated on, what corrections learn from, what is held out."""
+"""The token sequences of a run: what curvature is estimated on, what corrections learn from, what is held out.
+
+Held out are windows for losses, before and after, and windows for the lengths of gradient steps.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,12 @@ class Windows:
     calibration: Calibration
     correction: Calibration | None
     held_out: Calibration | None
+    steps: Calibration | None
 
     @classmethod
-    def of(cls, config: PruneConfig, calibration: Any, correction: Any = None, held_out: Any = None) -> Windows:
+    def of(
+        cls, config: PruneConfig, calibration: Any, correction: Any = None, held_out: Any = None, steps: Any = None
+    ) -> Windows:
         """Read what :meth:`Calibration.of` takes.
 
         Raises:
@@ -31,12 +37,19 @@ class Windows:
         """
         if correction is not None and not config.lora_rank:
             raise InputError("data for low-rank corrections mean nothing without lora_rank")
-        others = (None if value is None else _own(Calibration.of(value)) for value in (correction, held_out))
+        if steps is not None and not config.gradient_steps:
+            raise InputError("windows for the lengths of gradient steps mean nothing without gradient_steps")
+        others = (None if value is None else _own(Calibration.of(value)) for value in (correction, held_out, steps))
         return cls(_own(Calibration.of(calibration)), *others)
 
     def require_fit(self, model: Any) -> None:
         """Raise :class:`InputError` where sequences hold tokens or positions that ``model`` lacks."""
-        uses = {"calibration": self.calibration, "held-out": self.held_out, "correction": self.correction}
+        uses = {
+            "calibration": self.calibration,
+            "held-out": self.held_out,
+            "correction": self.correction,
+            "gradient step": self.steps,
+        }
         for use, windows in uses.items():
             if windows is not None:
                 require_fit(windows.input_ids, model, f"{use} sequences")

@@ -180,6 +180,15 @@ def test_swaps_left_out_are_resolved(options, swaps):
     assert PruneConfig(**options).swaps == swaps
 
 
+def test_gradient_steps_go_towards_the_dense_model_after_a_sequential_update():
+    assert PruneConfig(gradient_steps=1).gradient_target == "labels"
+    assert PruneConfig(gradient_steps=1, update="sequential").gradient_target == "dense"
+    assert PruneConfig(gradient_steps=1, gradient_target="dense", gradient_samples=4).gradient_target == "dense"
+    for options in ({"gradient_target": "dense"}, {"gradient_samples": 4}):
+        with pytest.raises(InputError, match=f"{next(iter(options))} means nothing without gradient_steps"):
+            PruneConfig(**options)
+
+
 @pytest.mark.parametrize(
     "options", [{"update": "chunked"}, {"structure": "rows-columns"}, {"lora_rank": 4}, {"shots": 1}]
 )
@@ -202,9 +211,9 @@ def test_the_sequential_update_has_options_of_its_own():
         ({"structure": "rows-columns"}, r"has no meaning for rows-columns"),
         ({"structure": "groups"}, r"has no meaning for groups"),
         ({"method": "wanda"}, r"needs method 'surgeon' or 'sparsegpt', not 'wanda'"),
-        ({"kron_rank": 2, "swaps": 0}, r"goes with neither kron_rank 2 nor gradient_steps nor offload"),
-        ({"gradient_steps": 1}, r"goes with neither kron_rank 2 nor gradient_steps nor offload"),
-        ({"offload": "cpu"}, r"goes with neither kron_rank 2 nor gradient_steps nor offload"),
+        ({"kron_rank": 2, "swaps": 0}, r"goes with neither kron_rank 2 nor offload"),
+        ({"offload": "cpu"}, r"goes with neither kron_rank 2 nor offload"),
+        ({"method": "sparsegpt", "gradient_steps": 1}, r"gradient_steps needs method 'surgeon'"),
         ({"target_damping": 0.0}, r"target_damping must be a number .* 0.0"),
         ({"residual_weight": -1.0}, r"residual_weight must be a number of at least 0"),
         ({"token_weights": 1}, r"token_weights must be true or false"),
@@ -339,7 +348,7 @@ COUNTS = {field.name for field in dataclasses.fields(PruneConfig) if str(field.t
 
 
 def test_the_counts_are_those_that_the_limits_are_tested_for():
-    assert len(COUNTS) == 13 and {"samples", "shots", "lora_rank", "max_iterations", "round_to"} <= COUNTS
+    assert len(COUNTS) == 14 and {"samples", "shots", "lora_rank", "max_iterations", "round_to"} <= COUNTS
 
 
 @pytest.mark.parametrize("option", sorted(COUNTS))

@@ -7,7 +7,7 @@ import torch
 
 from llm_surgeon import Calibration, InputError, prune, prune_checkpoint
 from llm_surgeon.data.calibration import calibration_windows
-from llm_surgeon.data.held_out import split
+from llm_surgeon.data.held_out import further, split
 from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.checkpoints import save_folder
@@ -27,6 +27,21 @@ def test_a_long_text_is_held_out_between_the_calibration_windows_whose_draw_stay
     assert torch.equal(apart, apart[:, :1] + torch.arange(seqlen))
     assert len(apart.unique()) == apart.numel()
     assert not set(apart.flatten().tolist()) & set(windows.input_ids.flatten().tolist())
+
+
+@pytest.mark.parametrize("length, samples, seqlen, count", [(10_000, 32, 64, 4), (10_000, 8, 64, 100)])
+def test_further_windows_share_no_token_with_any_other(length, samples, seqlen, count):
+    ids = torch.arange(length)
+    windows, held_out = split(ids, samples, seqlen, seed=3)
+    more = further(ids, samples, seqlen, 3, count).input_ids
+    assert 4 <= len(more) <= count and more.shape[1] == seqlen and len(more.unique()) == more.numel()
+    for others in (windows, held_out):
+        assert not set(more.flatten().tolist()) & set(others.input_ids.flatten().tolist())
+
+
+def test_a_short_text_has_no_further_windows():
+    assert further(torch.arange(400), 1000, 10, 0, 4) is None
+    assert further(torch.arange(700), 8, 30, 3, 4) is None  # all between the others are held out
 
 
 def test_as_many_windows_as_fit_are_held_out_up_to_sixteen_and_spread_over_the_text():

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from llm_surgeon import InputError, PruneConfig, prune
-from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors
+from llm_surgeon.curvature.estimate import estimate_curvature
+from llm_surgeon.curvature.factors import DampedFactor, DampedFactors, KroneckerFactors
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.methods.gradient_steps import _least_of_parabola, direction, mean_gradients, split_windows, step
+from llm_surgeon.methods.gradient_steps import _least_of_parabola, direction, split_windows, step
+from llm_surgeon.methods.step_objective import StepObjective
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.models.dense_weights import DenseWeights
 from llm_surgeon.models.passes import mean_loss
+from llm_surgeon.shots.gradient_steps import GradientSteps
 from surgeon_kernels import damp
 from tests.surgeon.tiny_models import VOCABULARY, build
 
@@ -35,7 +41,7 @@ def test_gradients_are_those_of_the_mean_loss(kind: str) -> None:
     data = Calibration(windows(), mask)
     own = next(model.parameters())
     own.grad = torch.ones_like(own)
-    found = mean_gradients(model, decoder, data, batch_size=3)
+    found = StepObjective(model, decoder, 6).gradients(data)
     assert bool((own.grad == 1.0).all())
     assert all(p.grad is None for p in model.parameters() if p is not own)
     for linear in decoder.linears[:: max(1, len(decoder.linears) // 4)]:
@@ -48,6 +54,51 @@ def test_gradients_are_those_of_the_mean_loss(kind: str) -> None:
         linear.write(W)
         expected = (losses[0] - losses[1]) / 2e-5
         assert float((found[linear.name] * towards).sum()) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def divergence_from(dense: PreTrainedModel, model: PreTrainedModel, data: Calibration) -> float:
+    """Mean ``KL(dense ‖ model)`` of the tokens of all windows, which have no padding."""
+    with torch.no_grad():
+        log_p, log_q = (m(input_ids=data.input_ids).logits.double().log_softmax(-1) for m in (dense, model))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
+def test_gradients_of_the_divergence_from_the_dense_model(kind: str) -> None:
+    dense, model = build(kind).double(), build(kind).double()
+    decoder, data = find_decoder(model), Calibration(windows())
+    objective = StepObjective(model, decoder, 3, dense=DenseWeights(decoder))
+    for gradient in objective.gradients(data).values():
+        assert float(gradient.abs().max()) < 1e-15  # an optimum
+    for linear in decoder.linears:
+        linear.write(1.1 * linear.matrix())
+    assert objective.mean(data) == pytest.approx(divergence_from(dense, model, data), rel=1e-5)
+    found = objective.gradients(data)
+    for linear in decoder.linears[:: max(1, len(decoder.linears) // 4)]:
+        W = linear.matrix()
+        towards = torch.randn(W.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        losses = []
+        for sign in (1.0, -1.0):
+            linear.write(W + sign * 1e-5 * towards)
+            losses.append(objective.mean(data))
+        linear.write(W)
+        expected = (losses[0] - losses[1]) / 2e-5
+        assert float((found[linear.name] * towards).sum()) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("target", ["dense", "labels"])
+def test_gradients_in_bfloat16_passes(target: str) -> None:
+    model = build("llama")
+    decoder, data = find_decoder(model), Calibration(windows())
+    dense = DenseWeights(decoder) if target == "dense" else None
+    for linear in decoder.linears:
+        linear.write(1.3 * linear.matrix())
+    exact, rounded = (StepObjective(model, decoder, 6, dense=dense, dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert rounded.mean(data) == pytest.approx(exact.mean(data), rel=0.02)
+    for name, gradient in rounded.gradients(data).items():
+        expected = exact.gradients(data)[name]
+        assert gradient.dtype == torch.float32
+        assert 0 < (gradient - expected).norm() < 0.2 * expected.norm(), name
 
 
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
@@ -69,18 +120,17 @@ def test_a_direction_is_the_newton_step_of_the_kept_weights(density: float) -> N
 
 
 @pytest.mark.parametrize("least", [0.0, 2e-5, 4e-4, 0.0021, 0.07, 5.0])
-def test_a_step_has_the_best_length(least: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_has_the_best_length(least: float) -> None:
     linear = find_decoder(build("llama")).linears[0]
     weight, towards = linear.matrix(), torch.zeros_like(linear.matrix())
     towards[0, 0] = 1.0
     moves = []
 
-    def loss(*_: object) -> float:
+    def loss() -> float:
         length = float((weight - linear.matrix())[0, 0])
         return 3.0 + (length - least) ** 2
 
-    monkeypatch.setattr("llm_surgeon.methods.gradient_steps.mean_loss", loss)
-    taken = step(None, [linear], {linear.name: towards}, None, 1, lambda *move: moves.append(move))  # type: ignore[arg-type]
+    taken = step([linear], {linear.name: towards}, loss, lambda *move: moves.append(move))
     if least == 0.0:
         assert taken.length == 0.0 and not moves and torch.equal(linear.matrix(), weight)
         return
@@ -98,8 +148,58 @@ def test_the_least_of_a_parabola() -> None:
     assert _least_of_parabola({0.0: 1.0, 1.0: 2.0}) is None and _least_of_parabola({0.0: 1.0, 1.0: 0.0}) is None
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_steps_after_a_sequential_update_go_towards_the_dense_model(kind: str, apart: bool) -> None:
+    data, lengths, others = (windows(24, seed=seed) for seed in (0, 2, 3))
+    dense, plain, stepped = build(kind), build(kind), build(kind)
+    config = PruneConfig(structure="2:4", update="sequential")
+    prune(plain, data, config=config)
+    config = dataclasses.replace(config, gradient_steps=3, gradient_samples=4)
+    report = prune(stepped, data, config=config, step_windows=lengths if apart else None)
+    (shot,) = report.shots
+    assert shot.gradient_steps[0].length > 0.0
+    for earlier, later in itertools.pairwise(shot.gradient_steps):
+        assert later.loss_before == earlier.loss_after < earlier.loss_before
+    measured_on = Calibration(lengths if apart else data[-4:])
+    for found, model in ((shot.gradient_steps[0].loss_before, plain), (shot.gradient_steps[-1].loss_after, stepped)):
+        assert found == pytest.approx(divergence_from(dense, model, measured_on), rel=1e-4)
+    before, after = (divergence_from(dense, model, Calibration(others)) for model in (plain, stepped))
+    assert after < 0.95 * before
+    for linear in find_decoder(stepped).linears:
+        assert bool(((linear.weight == 0.0).unflatten(1, (-1, 4)).sum(dim=2) == 2).all())
+
+
+def test_factors_of_steps_after_a_sequential_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = windows(24), build("llama")
+    seen = []
+
+    def take(self: GradientSteps, selections: object, factors: DampedFactors) -> list[object]:
+        seen.extend(factors.of(linear) for linear in self._run.decoder.linears)
+        return []
+
+    monkeypatch.setattr(GradientSteps, "take", take)
+    prune(model, data, structure="2:4", update="sequential", gradient_steps=1)
+    of_dense, of_pruned = (
+        (estimate_curvature(m, find_decoder(m), Calibration(data), batch_size=8), find_decoder(m).linears)
+        for m in (build("llama"), model)
+    )
+    for found, linear, pruned in zip(seen, of_dense[1], of_pruned[1], strict=True):
+        torch.testing.assert_close(found.g.undamped(), of_dense[0].factors(linear)[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.a.undamped(), of_pruned[0].factors(pruned)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_windows_for_lengths_need_steps() -> None:
+    with pytest.raises(InputError, match="windows for the lengths of gradient steps mean nothing without"):
+        prune(build("llama"), windows(8), step_windows=windows(2))
+
+
 def test_windows_are_held_out() -> None:
-    first, last = split_windows(Calibration(windows(17)))
+    first, last = split_windows(Calibration(windows(17)), 5)
+    assert (len(first.input_ids), len(last.input_ids)) == (12, 5)
+    with pytest.raises(InputError, match="at least 18 calibration windows, not 17"):
+        split_windows(Calibration(windows(17)), 17)
+    first, last = split_windows(Calibration(windows(17)), None)
     assert (len(first.input_ids), len(last.input_ids)) == (15, 2)
     assert torch.equal(torch.cat([first.input_ids, last.input_ids]), windows(17))
     with pytest.raises(InputError, match="at least 2 calibration windows"):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llm_surgeon.models.loss import WholeLogits, differentiable_loss, next_token_loss
+from llm_surgeon.models.loss import WholeLogits, differentiable_loss, divergence, next_token_loss
 
 VOCABULARY = 11
 
@@ -69,3 +69,23 @@ def test_the_loss_that_autograd_derives_is_the_same(padded: bool) -> None:
     torch.testing.assert_close(found, gradient)
     targets = 12 - 2 * padded
     torch.testing.assert_close(differentiable_loss(logits, ids, mask, "mean"), total / targets)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_divergence_and_its_gradient_are_those_of_autograd(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_surgeon.models.loss.CHUNK", 4 * VOCABULARY)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, 5, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0, :2] = not padded
+    z = head("plain", x).requires_grad_()
+    wanted = head("plain", y)
+    wanted[..., 3] = -torch.inf  # a token that cannot be
+    terms = functional.kl_div(z.log_softmax(-1), wanted.softmax(-1), reduction="none").sum(-1)
+    expected = terms[mask].sum()
+    (expected_gradient,) = torch.autograd.grad(expected, z)
+    logits = WholeLogits(z.detach(), with_gradient=True)
+    found = divergence(logits, WholeLogits(wanted), mask if padded else None)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits.gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+    assert divergence(WholeLogits(wanted), WholeLogits(wanted.clone()), mask) == 0.0
