@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.block_batches import BlockBatch, record_batch
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
-from llm_surgeon.models.passes import evaluation_mode
+from llm_surgeon.models.passes import autocast, evaluation_mode
 from llm_surgeon.models.replay import Replay
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 from surgeon_kernels.linalg.half_products import addmm_half_
@@ -161,15 +161,12 @@ class _BlockPair:
                 batch.hidden = self._run(batch)
 
     def _run(self, batch: BlockBatch) -> Tensor:
-        with self._autocast(batch.hidden):
+        with autocast(batch.hidden.device, self._dtype):
             return batch.run(self._block)
 
     def _output(self, linear: PrunableLinear, x: Tensor) -> Tensor:
-        with self._autocast(x):
+        with autocast(x.device, self._dtype):
             return linear.module(x)
-
-    def _autocast(self, x: Tensor) -> AbstractContextManager[None]:
-        return nullcontext() if self._dtype is None else torch.autocast(x.device.type, self._dtype)
 
     def _writer(self, readers: Sequence[PrunableLinear]) -> PrunableLinear | None:
         """The one of ``readers`` that makes up for what the stream lacks: several would do it over again."""

@@ -26,13 +26,13 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature
-from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors, numerical_errors
+from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors
 from llm_surgeon.curvature.stages import Stage, stages
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.select import Selection, reselect
 from llm_surgeon.methods.update import LayerUpdate, remove_and_compensate
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from surgeon_kernels import cholesky_with_jitter, element_cost
+from surgeon_kernels import element_cost
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,14 @@ def targets(stage: Stage, config: PruneConfig) -> Iterator[tuple[PrunableLinear,
         W = linear.matrix()
         size = W.shape[1]
         if size not in shared:
-            A = stage.A[:size, :size]
-            with numerical_errors(f"target of {linear.name}"):
-                cholesky, _ = cholesky_with_jitter(A, config.target_damping, name="A")
-            lost = torch.cholesky_solve((stage.cross[:size, :size] - A).T, cholesky).T
-            shared[size] = cholesky, lost, DampedFactor.checked(A.clone(), config.damp_a, f"A of {linear.name}")
-        cholesky, lost, a = shared[size]
+            A, place = stage.A[:size, :size], f"A of {linear.name}"
+            inverse = DampedFactor.checked(A.clone(), config.target_damping, place).inverse
+            lost = (stage.cross[:size, :size] - A) @ inverse
+            shared[size] = inverse, lost, DampedFactor.checked(A.clone(), config.damp_a, place)
+        inverse, lost, a = shared[size]
         target = torch.addmm(W, W, lost)
         if linear.name in stage.residual:
-            residual = stage.residual[linear.name][:, :size]
-            target += config.residual_weight * torch.cholesky_solve(residual.T, cholesky).T
+            target.addmm_(stage.residual[linear.name][:, :size], inverse, alpha=config.residual_weight)
         yield linear, target, a
 
 

@@ -92,6 +92,15 @@ def compute_dtype(choice: ComputeDtype, model: nn.Module, device: torch.device) 
     return torch.bfloat16 if choice == "bfloat16" else None
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
+    """Autocast to ``dtype``, if there is one, without its cache: inside a context of a caller's, in which it lives on,
+    it would go on giving weights as they were before an update.
+    """
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
 class ForwardPasses:
     """Forward passes of a causal LM that end in logits.
 
@@ -107,7 +116,7 @@ class ForwardPasses:
         """Logits of a batch, with room for their gradient where it is wanted."""
         if self._dtype is None:
             return WholeLogits(run_model(self._model, input_ids, mask).logits, with_gradient=with_gradient)
-        with torch.autocast(self._device.type, self._dtype):
+        with autocast(self._device, self._dtype):
             if self._head is None:
                 return WholeLogits(run_model(self._model, input_ids, mask).logits, with_gradient=with_gradient)
             with left_out(self._head):
