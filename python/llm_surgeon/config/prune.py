@@ -262,11 +262,6 @@ class PruneConfig:
         return self.update == "sequential"
 
     @property
-    def selects_in_update(self) -> bool:
-        """True where nothing is selected before the update: it selects anew, and N:M tells how much."""
-        return self.sequential and self.structure_record.m > 0
-
-    @property
     def skipped_layers(self) -> frozenset[int]:
         """The decoder blocks that ``skip_layers`` names."""
         return parse_blocks("skip_layers", self.skip_layers)
@@ -306,7 +301,7 @@ class PruneConfig:
         fill("swaps", _SWAPS if self._solved and self.kron_rank == 1 else 0)
         fill("gradient_target", "dense" if self.sequential else "labels")
         fill("damp_g", structure.damp_g)
-        once = not record.gradients or not kronecker or self.sequential
+        once = not record.gradients or not kronecker or (self.sequential and structure.m > 0)
         fill("shots", 1 if once else structure.default_shots(self.sparsity))
         fill("allocation", "global" if kronecker else "local")
         fill("reconstruct", "reconstruct" in structure.options and self.update == "joint")
@@ -366,11 +361,10 @@ class PruneConfig:
             if given:
                 others = _quoted(methods_where(lambda other: "joint" in other.updates))
                 raise InputError(f"{name} needs method {others}, update 'joint' and a structure of single weights")
-        if self.sequential:
-            if self.shots != 1:
-                raise InputError(f"update 'sequential' goes through the layers once: shots must be 1, not {self.shots}")
-            if self.kron_rank == 2 or self.offload != "none":
-                raise InputError("update 'sequential' goes with neither kron_rank 2 nor offload")
+        if self.sequential and (self.kron_rank == 2 or self.offload != "none"):
+            raise InputError("update 'sequential' goes with neither kron_rank 2 nor offload")
+        if self.sequential and self.shots > 1 and self.lora_rank:
+            raise InputError("update 'sequential' begins at the dense weights: with lora_rank it takes one shot")
         for name in ("target_damping", "residual_weight", "token_weights") if not self.sequential else ():
             if getattr(self, name) != getattr(PruneConfig, name):
                 raise InputError(f"{name} means nothing without update 'sequential'")

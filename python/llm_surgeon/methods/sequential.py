@@ -146,7 +146,7 @@ def _update(
     g, a = factors.inverse_diagonals
     cost = element_cost(target[:, : linear.columns], 1.0 / g, 1.0 / a[: linear.columns])
     # Of all groups of N:M.
-    previous = torch.ones_like(before.pruned) if config.selects_in_update else before.pruned
+    previous = torch.ones_like(before.pruned) if config.structure_record.m else before.pruned
     selection = Selection(reselect(previous, cost, config))
     update = remove_and_compensate(target, selection, factors, config, linear.name)
     linear.write(update.weight)

@@ -32,16 +32,22 @@ class ShotCurvature:
         self.estimated: Curvature | None = None
         self.two_terms: TwoTermCurvature | None = None
 
-    def estimate(self, index: int) -> float:
-        """Estimate the curvature of shot ``index``; the mean loss of the calibration windows."""
+    def estimate(self, index: int, *, sweeps: bool, selects: bool) -> float:
+        """Estimate the curvature of shot ``index``; the mean loss of the calibration windows.
+
+        Args:
+            sweeps: the shot's update is sequential.
+            selects: costs are asked for.
+        """
         run, config = self._run, self._run.config
         if not self._method.curvature:
             return run.loss()
         self._memory.reuse()
-        found = self._estimate(index)
-        if config.sequential:
+        norms = sweeps and config.token_weights
+        found = self._estimate(index, inputs=selects, squared_norms=norms)
+        if sweeps:
             self.estimated = found
-        if config.selects_in_update:
+        if not selects:
             return found.loss
         keep = run.plan.inverses_bytes > 0
         self.factors = DampedFactors(found, config, run.decoder.linears, run.plan.device, keep_inverses=keep)
@@ -85,7 +91,7 @@ class ShotCurvature:
         """Let go of the shot's curvature."""
         self.factors = self.estimated = self.two_terms = None
 
-    def _estimate(self, index: int) -> Curvature:
+    def _estimate(self, index: int, *, inputs: bool = True, squared_norms: bool = False) -> Curvature:
         run, config = self._run, self._run.config
         kept_apart = config.offloads or config.curvature_layers is not None
         return estimate_curvature(
@@ -96,8 +102,8 @@ class ShotCurvature:
             fisher=config.fisher,
             seed=config.seed + index,  # sampled labels are fresh in every shot
             gradients=self._method.gradients,
-            inputs=not config.selects_in_update,
-            squared_norms=config.sequential and config.token_weights,
+            inputs=inputs,
+            squared_norms=squared_norms,
             dtype=run.compute_dtype,
             checkpoint_activations=run.plan.checkpoint_activations,
             blocks_per_pass=run.plan.blocks_per_pass,

@@ -7,15 +7,19 @@ from llm_surgeon.methods.sequential import update_sequentially
 from llm_surgeon.methods.update import total_increase
 from llm_surgeon.models.writers import find_writers
 from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.run import Run
 
 
 class SequentialUpdates:
-    """New weights of all linears, in execution order, from ``curvature`` and the inputs of both models."""
+    """New weights of all linears, in execution order, from ``curvature``, inputs of both models and dense weights.
 
-    def __init__(self, run: Run, curvature: ShotCurvature) -> None:
-        self._run, self._curvature = run, curvature
+    Shots before the last one tell how many weights of each linear go: what they pruned is made dense again.
+    """
+
+    def __init__(self, run: Run, curvature: ShotCurvature, anchors: AnchorWeights) -> None:
+        self._run, self._curvature, self._anchors = run, curvature, anchors
 
     def write(self, selections: list[Selection], report: ShotReport) -> list[Selection]:
         """Write new weights as :meth:`~llm_surgeon.shots.updates.Updates.write` does.
@@ -25,6 +29,9 @@ class SequentialUpdates:
         run, estimated = self._run, self._curvature.estimated
         assert estimated is not None
         self._curvature.factors = None  # the costs have been computed
+        if run.config.shots > 1:
+            for linear in run.decoder.linears:
+                linear.write(self._anchors.of(linear, linear.matrix()))
         done = update_sequentially(
             run.model,
             run.decoder,

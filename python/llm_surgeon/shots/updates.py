@@ -13,12 +13,6 @@ from llm_surgeon.report.schema import ShotReport, SolverTrace
 from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.run import Run
-from llm_surgeon.shots.sequential import SequentialUpdates
-
-
-def updates_of(run: Run, curvature: ShotCurvature, anchors: AnchorWeights) -> Updates | SequentialUpdates:
-    """The object that writes the new weights of ``run``, by its option ``update``."""
-    return SequentialUpdates(run, curvature) if run.config.sequential else Updates(run, curvature, anchors)
 
 
 class Updates:

@@ -13,15 +13,16 @@ from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.gradient_steps import GradientSteps
 from llm_surgeon.shots.run import Run, Shot
-from llm_surgeon.shots.updates import updates_of
+from llm_surgeon.shots.sequential import SequentialUpdates
+from llm_surgeon.shots.updates import Updates
 
 
 class WeightShots:
     """Prunes single weights, or whole rows and columns, which stay as zeros.
 
     Curvature -> costs -> selection -> update -> weights, a layer at a time; costs share one global threshold where
-    those of layers compare. A method that sweeps through the layers selects while it updates, and so does a sequential
-    update, within as many weights of each layer.
+    those of layers compare. A method that sweeps through the layers selects while it updates, and so does the last
+    shot's sequential update, within as many weights of each layer.
     """
 
     def __init__(self, run: Run) -> None:
@@ -30,7 +31,8 @@ class WeightShots:
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._curvature = ShotCurvature(run, self._shot_memory)
         anchors = AnchorWeights(run, self._memory)
-        self._updates = updates_of(run, self._curvature, anchors)
+        self._updates = Updates(run, self._curvature, anchors)
+        self._sweep = SequentialUpdates(run, self._curvature, anchors)
         self._steps = GradientSteps(run, anchors) if self.config.gradient_steps else None
 
     def removal(self) -> str:
@@ -49,11 +51,11 @@ class WeightShots:
         return nullcontext()
 
     def measure(self, shot: Shot) -> float:
-        return self._curvature.estimate(shot.index)
+        return self._curvature.estimate(shot.index, sweeps=self._sweeps(shot), selects=self._selects(shot))
 
     def select(self, shot: Shot) -> None:
         target = shot.report.target_sparsity
-        if self.method.sweep is not None or self.config.selects_in_update:
+        if not self._selects(shot):
             return
         if self.config.structure_record.single_weights:
             costs = self.run.each_linear(self._curvature.costs)
@@ -72,7 +74,8 @@ class WeightShots:
             masks = sweep(run.model, run.decoder, run.calibration, self.config, progress=run.progress.step)
             self.selections = [Selection(masks[linear.name]) for linear in run.decoder.linears]
             return
-        self.selections = self._updates.write(self.selections, report)
+        updates = self._sweep if self._sweeps(shot) else self._updates
+        self.selections = updates.write(self.selections, report)
         if self._steps is not None:
             shot.phase("gradient steps")
             report.gradient_steps = self._steps.take(self.selections, self._curvature.after_update())
@@ -82,6 +85,14 @@ class WeightShots:
 
     def finish(self) -> None:
         """Zeros stay where weights were."""
+
+    def _sweeps(self, shot: Shot) -> bool:
+        return self.config.sequential and shot.last
+
+    def _selects(self, shot: Shot) -> bool:
+        """True where costs are compared before the update; of N:M a sweep knows how many weights go."""
+        known = self._sweeps(shot) and self.config.structure_record.m > 0
+        return self.method.sweep is None and not known
 
     def _empty_selection(self, linear: PrunableLinear) -> Selection:
         """The start of a run: on the device, or in main memory where that keeps the weights."""

@@ -153,7 +153,7 @@ def test_surgeon_has_every_update_but_chunked_rows_and_columns(update):
         ({"structure": "rows-columns", "method": "magnitude"}, 1),
         ({"shots": 3}, 3),
         ({"update": "sequential"}, 1),
-        ({"update": "sequential", "structure": "unstructured"}, 1),
+        ({"update": "sequential", "structure": "unstructured"}, 5),
         ({"method": "magnitude", "shots": 2}, 2),
         ({"method": "sparsegpt", "shots": 1}, 1),
     ],
@@ -207,7 +207,7 @@ def test_the_sequential_update_has_options_of_its_own():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"shots": 5}, r"goes through the layers once: shots must be 1, not 5"),
+        ({"shots": 2, "lora_rank": 4}, r"begins at the dense weights: with lora_rank it takes one shot"),
         ({"structure": "rows-columns"}, r"has no meaning for rows-columns"),
         ({"structure": "groups"}, r"has no meaning for groups"),
         ({"method": "wanda"}, r"needs method 'surgeon' or 'sparsegpt', not 'wanda'"),

@@ -248,6 +248,27 @@ def test_single_weights_keep_the_counts_of_one_threshold(dtype):
     assert len(set(removed[0])) > 2
 
 
+def test_shots_before_the_sweep_tell_how_many_weights_go(monkeypatch):
+    """They leave no other trace: the sweep begins at the dense weights."""
+    dense, removed, first = build("opt"), [], []
+    update = sequential._update
+    monkeypatch.setattr(
+        sequential,
+        "_update",
+        lambda linear, target, *rest: first.append((linear.matrix(), target)) or update(linear, target, *rest),
+    )
+    for name in ("joint", "sequential"):
+        model = copy.deepcopy(dense)
+        report = prune(model, TOKENS, structure="unstructured", sparsity=0.6, update=name, shots=3)
+        removed.append([layer.removed for layer in report.layers])
+    assert removed[0] == removed[1]
+    linears = find_decoder(dense).linears
+    assert len(first) == len(linears)
+    for linear, (W, _) in zip(linears, first, strict=True):
+        assert torch.equal(W, linear.matrix())
+    assert torch.equal(*first[0])
+
+
 def test_the_sweep_follows_the_dense_model_more_closely():
     """The hidden states after the last block are nearer to the dense model's than by an update of all at once."""
     dense = build("llama")
