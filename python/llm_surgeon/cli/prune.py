@@ -49,6 +49,10 @@ def prune(
         str | None,
         typer.Option(help="Text that low-rank corrections learn from (default: the windows).", rich_help_panel=SHOTS),
     ] = None,
+    recover_minutes: Annotated[
+        float | None,
+        typer.Option(help="Then train what is left for so long, by distillation from MODEL on the calibration text."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options; flags given here win.")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -87,7 +91,7 @@ def prune(
         print_plan(console, job, out)
         return
     if not quiet:
-        show(report.summary())
+        show("\n".join([report.summary(), *report.history]))
         shown = printable(str(out))
         console.print(f"\nwritten to {shown}: the model, surgeon_report.json, report.html", soft_wrap=True)
         if settings.structure_record.packs:

@@ -3,6 +3,8 @@ which it never sees, and further ones, which tell how far to go."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,19 @@ MOST, _FEWEST = 16, 4
 _END = 1 / 8
 
 
-def split(ids: Tensor, samples: int, seqlen: int, seed: int) -> tuple[Calibration, Calibration | None]:
+class Split(NamedTuple):
+    """Calibration windows and held-out ones of a stream.
+
+    Attributes:
+        apart: bool ``[len(ids)]``, True at the tokens of ``held_out``.
+    """
+
+    calibration: Calibration
+    held_out: Calibration | None
+    apart: Tensor
+
+
+def split(ids: Tensor, samples: int, seqlen: int, seed: int) -> Split:
     """Calibration windows of the stream ``ids``, and windows ``[at most 16, seqlen]`` that share no token with them.
 
     The calibration windows are those of :func:`~llm_surgeon.data.calibration.calibration_windows`, and the others lie
@@ -26,15 +40,16 @@ def split(ids: Tensor, samples: int, seqlen: int, seed: int) -> tuple[Calibratio
         InputError: the text is shorter than a window.
     """
     require_length(ids, seqlen)
-    between = _between(window_starts(len(ids), samples, seqlen, seed), len(ids), seqlen)
-    if len(between) >= _FEWEST:
-        chosen = between[_spread(len(between), MOST)]
-        return calibration_windows(ids, samples, seqlen, seed), Calibration(ids[chosen[:, None] + torch.arange(seqlen)])
-    count = min(MOST, int(_END * len(ids)) // seqlen)
-    if count == 0:
-        return calibration_windows(ids, samples, seqlen, seed), None
-    cut = len(ids) - count * seqlen
-    return calibration_windows(ids[:cut], samples, seqlen, seed), Calibration(ids[cut:].view(count, seqlen))
+    end, starts = len(ids), _between(window_starts(len(ids), samples, seqlen, seed), len(ids), seqlen)
+    if len(starts) >= _FEWEST:
+        starts = starts[_spread(len(starts), MOST)]
+    else:
+        end -= min(MOST, int(_END * len(ids)) // seqlen) * seqlen
+        starts = torch.arange(end, len(ids) - seqlen + 1, seqlen) if end < len(ids) else starts[:0]
+    places, apart = starts[:, None] + torch.arange(seqlen), torch.zeros(len(ids), dtype=torch.bool)
+    apart[places.flatten()] = True
+    held_out = Calibration(ids[places]) if len(starts) else None
+    return Split(calibration_windows(ids[:end], samples, seqlen, seed), held_out, apart)
 
 
 def further(ids: Tensor, samples: int, seqlen: int, seed: int, count: int) -> Calibration | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import (
     Output,
@@ -23,19 +24,24 @@ from llm_surgeon.checkpoint import (
     require_model,
     save_checkpoint,
 )
-from llm_surgeon.checks import require_bool
+from llm_surgeon.checks import require_bool, require_number
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.config.recover import LARGEST_SEED, RecoverConfig
 from llm_surgeon.data.calibration import Calibration, calibration_windows, require_room
 from llm_surgeon.data.documents import Documents, read_documents
 from llm_surgeon.data.held_out import further, split
 from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.errors import InputError
+from llm_surgeon.jobs.derived import Derived
+from llm_surgeon.jobs.recover import load_teacher, recovery_text, training_record, windows_for
 from llm_surgeon.methods.gradient_steps import HELD_OUT
 from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import prune
+from llm_surgeon.recovery.recover import recover
+from llm_surgeon.report.card import Records
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.resources import choose_device, human_bytes, process_memory, require_disk, require_memory
 from llm_surgeon.shots.checks import checked
@@ -43,6 +49,8 @@ from llm_surgeon.shots.run import Run
 
 _logger = logging.getLogger(__name__)
 
+# Tokens of a training sequence, of at most as many as there are in a calibration window.
+_RECOVERY_SEQLEN = 512
 # Options about a GPU's memory alone.
 _GPU_OPTIONS = ("offload", "gpu_memory")
 
@@ -55,6 +63,7 @@ def prune_checkpoint(
     calibration: str = "wikitext2",
     lora_data: str | None = None,
     text_field: str | None = None,
+    recover_minutes: float | None = None,
     config_file: str | Path | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -76,6 +85,9 @@ def prune_checkpoint(
             :func:`~llm_surgeon.data.documents.read_documents`.
         lora_data: the same for what low-rank corrections learn from (left out: the calibration windows).
         text_field: the field of both's rows to read (left out: chosen by the file's fields).
+        recover_minutes: then train what is left, for so many minutes, by distillation from ``source`` on the
+            calibration text, without what is held out. ``out`` holds the pruned model until that is done, and if it
+            fails.
         config_file: the file that options came from, which ``out`` must not replace.
         overwrite: replace an ``out`` that is not empty.
         trust_remote_code: run model code that comes with the checkpoint.
@@ -94,6 +106,7 @@ def prune_checkpoint(
             calibration=calibration,
             lora_data=lora_data,
             text_field=text_field,
+            recover_minutes=recover_minutes,
             trust_remote_code=trust_remote_code,
             device=device,
         )
@@ -120,6 +133,7 @@ class PruneJob:
         calibration: str,
         lora_data: str | None = None,
         text_field: str | None = None,
+        recover_minutes: float | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
     ) -> None:
@@ -128,13 +142,26 @@ class PruneJob:
             raise InputError("lora_data means nothing without lora_rank")
         if text_field is not None and not isinstance(text_field, str):
             raise InputError(f"text_field must be text, not {text_field!r}")
-        self.source = str(source)
+        if recover_minutes is not None:
+            require_number("recover_minutes", recover_minutes, 0.0, math.inf)
+            if config.offloads:
+                raise InputError("recover_minutes needs the whole model on one device: leave offload out")
+        self.source, self._trust_remote_code = str(source), trust_remote_code
         require_model(self.source)
         sources = {"calibration": calibration} | ({} if lora_data is None else {"lora_data": lora_data})
         texts = {name: read_documents(str(data), "calibration", text_field) for name, data in sources.items()}
         self.device = choose_device(device)
         self._load(config, trust_remote_code)
         self.windows = _draw(texts, self.model, self.tokenizer, self.config)
+        self._recovery: RecoverConfig | None = None
+        if recover_minutes is not None:
+            if self.windows.held_out is None:
+                raise InputError(
+                    f"recover_minutes needs {8 * self.config.seqlen} tokens of text, of which some are held out: there "
+                    f"are {self.windows.tokens}"
+                )
+            seqlen, seed = min(_RECOVERY_SEQLEN, self.config.seqlen), self.config.seed % (LARGEST_SEED + 1)
+            self._recovery = RecoverConfig(method="full", minutes=recover_minutes, seqlen=seqlen, seed=seed)
 
     def _load(self, config: PruneConfig, trust_remote_code: bool) -> None:
         """Load the model where ``config`` wants it, and resolve what depends on it."""
@@ -195,7 +222,28 @@ class PruneJob:
         report.data, report.revision = windows.records, getattr(self.model.config, "_commit_hash", None)
         report.warnings += filter(None, map(too_little_text, windows.records.values()))
         write_pruned(self.model, self.tokenizer, output, self.form, report, self.source)
+        if self._recovery is not None:
+            report.history.append(self._recover(output, self._recovery, progress))
         return report
+
+    def _recover(self, output: Output, config: RecoverConfig, progress: Progress | None) -> str:
+        """Train what was pruned and written, and write that in its place; what was done, as the card tells it."""
+        windows = self.windows
+        dense = load_teacher(self.source, self.tokenizer, self.device, self._trust_remote_code)
+        training = windows_for(config, windows.ids, windows.apart)
+        record = training_record(windows.text, self.tokenizer, windows.digest, windows.ids, training.input_ids)
+        try:
+            done = recover(self.model, training, windows.held_out, teacher=dense, config=config, progress=progress)
+        except BaseException:
+            _logger.warning("the recovery did not end: %s holds the pruned model", output.given)
+            raise
+        done = dataclasses.replace(done, data={"training": record})
+        text = recovery_text(config, done, windows.text.source, self.source)
+        written = dataclasses.replace(output, overwrite=True)
+        records = Records.read(output.path)
+        made = Derived(self.source, written, records, self.model, self.tokenizer, self.form)
+        made.save("recovered", text, files={"surgeon_recovery.json": done.to_json()})
+        return text
 
     def _require_resources(self, output: Output) -> None:
         """Raise :class:`InputError` where memory or disk are too small for the plan."""
@@ -226,7 +274,8 @@ class _Windows:
     Attributes:
         steps: what the lengths of gradient steps are found on, where they are asked for and the text is long enough.
         correction: what low-rank corrections learn from, where they have a text of their own.
-        tokens: of the calibration text.
+        text, ids, digest: the calibration text, its tokens ``[tokens]`` and the SHA-256 of its characters.
+        apart: bool ``[tokens]``, True at those that are held out.
         records: of the texts, by their use.
     """
 
@@ -234,8 +283,15 @@ class _Windows:
     held_out: Calibration | None
     steps: Calibration | None
     correction: Calibration | None
-    tokens: int
+    text: Documents
+    ids: Tensor
+    digest: str
+    apart: Tensor
     records: dict[str, DataRecord]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
 
 def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, config: PruneConfig) -> _Windows:
@@ -248,7 +304,7 @@ def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, conf
     require_room(config.samples, config.seqlen)
     streams = {name: token_stream(text, tokenizer) for name, text in texts.items()}
     ids, digest = streams["calibration"]
-    calibration, held_out = split(ids, *shape)
+    calibration, held_out, apart = split(ids, *shape)
     further_samples = config.gradient_samples or max(1, round(HELD_OUT * config.samples))
     steps = further(ids, *shape, further_samples) if config.gradient_steps else None
     windows = {"calibration": calibration}
@@ -259,9 +315,10 @@ def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, conf
     records = {}
     for name, each in windows.items():
         require_fit(each.input_ids, model, f"the tokens of {name}")
-        stream, digest = streams[name]
-        records[name] = data_record(texts[name], tokenizer, digest, stream, each.input_ids)
-    return _Windows(calibration, held_out, steps, windows.get("lora_data"), len(ids), records)
+        stream, its_digest = streams[name]
+        records[name] = data_record(texts[name], tokenizer, its_digest, stream, each.input_ids)
+    text, correction = texts["calibration"], windows.get("lora_data")
+    return _Windows(calibration, held_out, steps, correction, text, ids, digest, apart, records)
 
 
 def write_pruned(

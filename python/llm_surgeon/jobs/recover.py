@@ -16,8 +16,8 @@ from llm_surgeon.checkpoint import claimed_output, load_model, require_model
 from llm_surgeon.checkpoint.output_checks import output_path
 from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration, evaluation_windows, require_room
-from llm_surgeon.data.documents import read_documents
-from llm_surgeon.data.record import data_record
+from llm_surgeon.data.documents import Documents, read_documents
+from llm_surgeon.data.record import DataRecord, data_record
 from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.data.training import MOST_ROUNDS, training_windows
 from llm_surgeon.errors import InputError
@@ -34,8 +34,8 @@ _logger = logging.getLogger(__name__)
 
 # Of the text at most; there is always one window.
 _HELD_OUT_FRACTION = 0.02
-# More are said to be much.
-_USUAL_EPOCHS = 4
+# Epochs are usual where a model is trained: more are said to be much.
+_USUAL_EPOCHS = MOST_ROUNDS + 1
 
 
 def recover_checkpoint(
@@ -86,15 +86,14 @@ def recover_checkpoint(
         documents = read_documents(data, "calibration", text_field)
         place = choose_device(device)
         made = Derived.load(source, output, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
-        dense = None if teacher is None else _load_teacher(teacher, made.tokenizer, place, trust_remote_code)
+        dense = None if teacher is None else load_teacher(teacher, made.tokenizer, place, trust_remote_code)
         limit = choose_seqlen(None, made.model)
         config = replace(config, seqlen=choose_seqlen(config.seqlen or min(512, limit), made.model))
         if config.minutes is None:
             require_room(config.steps * config.batch_size, config.seqlen)
         ids, digest = token_stream(documents, made.tokenizer)
         windows, held_out = _split(ids, config)
-        # Epochs are usual where a model is trained.
-        record = data_record(documents, made.tokenizer, digest, ids, windows, passes=_USUAL_EPOCHS)
+        record = training_record(documents, made.tokenizer, digest, ids, windows)
         made.require_disk(_state_bytes(made.model, config, state))
         run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **asdict(config)}
         claim(state, run, contents(model=made.model, teacher=dense, data=ids))
@@ -111,13 +110,13 @@ def recover_checkpoint(
         note_report(state, report.to_json())
         if progress is not None:
             progress.phase("writing")
-        text = _text(config, report, data, run["teacher"])
+        text = recovery_text(config, report, data, run["teacher"])
         made.save("recovered", text, files={"surgeon_recovery.json": report.to_json()})
         shutil.rmtree(state)
     return report
 
 
-def _load_teacher(teacher: str | Path, tokenizer: Any, place: torch.device, trust_remote_code: bool) -> nn.Module:
+def load_teacher(teacher: str | Path, tokenizer: Any, place: torch.device, trust_remote_code: bool) -> nn.Module:
     """The frozen dense model; :class:`InputError` where its tokenizer is not ``tokenizer``."""
     half = torch.bfloat16 if place.type == "cuda" else torch.float32
     dense, its_own, _ = load_model(teacher, dtype=half, device=place, trust_remote_code=trust_remote_code)
@@ -126,7 +125,7 @@ def _load_teacher(teacher: str | Path, tokenizer: Any, place: torch.device, trus
     return dense.requires_grad_(False)
 
 
-def _text(config: RecoverConfig, report: RecoveryReport, data: str, teacher: str | None) -> str:
+def recovery_text(config: RecoverConfig, report: RecoveryReport, data: str, teacher: str | None) -> str:
     """Section of the model card on what a recovery did; of paths in ``data`` and ``teacher`` the last parts show."""
     before, after = (two_decimals(perplexity_of(loss)) for loss in (report.loss_before, report.loss_after))
     trained = "low-rank corrections were trained and merged" if config.lora else "all weights were trained"
@@ -156,6 +155,11 @@ def _split(ids: Tensor, config: RecoverConfig) -> tuple[Tensor, Tensor]:
     if cut < config.seqlen:
         raise InputError(f"the text has {len(ids)} tokens: training and held-out data need {2 * config.seqlen}")
     return windows_for(config, ids[:cut]).input_ids, evaluation_windows(ids[cut:], config.seqlen)
+
+
+def training_record(documents: Documents, tokenizer: Any, sha256: str, ids: Tensor, windows: Tensor) -> DataRecord:
+    """The record of the training windows that :func:`windows_for` gave."""
+    return data_record(documents, tokenizer, sha256, ids, windows, passes=_USUAL_EPOCHS)
 
 
 def windows_for(config: RecoverConfig, ids: Tensor, apart: Tensor | None = None) -> Calibration:

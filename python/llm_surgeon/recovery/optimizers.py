@@ -99,9 +99,13 @@ def preconditioners(
     decoder: Decoder,
     windows: Calibration,
     batch_size: int,
+    dtype: torch.dtype | None,
     seed: int,
 ) -> dict[nn.Parameter, Preconditioner]:
     """Preconditioners of the weights of all linears that are trained, by the curvature on the first ``windows``.
+
+    Args:
+        batch_size, dtype, seed: see :func:`~llm_surgeon.curvature.estimate.estimate_curvature`.
 
     Raises:
         NumericalError: a factor has no inverse; the message names it.
@@ -109,7 +113,9 @@ def preconditioners(
     ids, mask = windows.input_ids, windows.attention_mask
     count = max(1, _CURVATURE_TOKENS // ids.shape[1])
     some = Calibration(ids[:count], None if mask is None else mask[:count])
-    curvature = estimate_curvature(model, decoder, some, batch_size=batch_size, fisher="sampled", seed=seed)
+    curvature = estimate_curvature(
+        model, decoder, some, batch_size=batch_size, dtype=dtype, fisher="sampled", seed=seed
+    )
     found: dict[nn.Parameter, Preconditioner] = {}
     inverses: dict[tuple[str, int], Tensor] = {}  # linears that share their input follow each other
     for linear in decoder.linears:

@@ -17,8 +17,7 @@ from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.models.loss import count_tokens, next_token_loss
-from llm_surgeon.models.passes import evaluation_mode, run_model, to_list
+from llm_surgeon.models.passes import mean_loss, to_list
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.masters import float32_masters
@@ -94,6 +93,8 @@ class _Training:
         self._config, self._objective, self._seconds = config, objective, seconds
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(model.parameters()).device
+        half = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self._dtype = torch.bfloat16 if half else None  # of products
         self._micro = config.micro_batch_size or micro_batch(config.batch_size, windows.input_ids.shape[1])
         self._order = _Order(len(windows.input_ids), config.seed)
         self._step, self._evaluations, self._worse = 0, 0, 0
@@ -180,7 +181,8 @@ class _Training:
         entry = {"step": self._step, "learning_rate": rate, "loss": sum(to_list(self._losses)) / steps}
         self._losses.clear()
         self._log.append(entry)
-        self._check(entry["loss"], "loss")
+        if not math.isfinite(entry["loss"]):
+            raise self._no_number("loss")
         if self._held_out is None:
             return
         entry["eval_loss"] = self._held_out_loss(self._held_out)
@@ -199,20 +201,14 @@ class _Training:
         self._best, self._best_loss = self._copy(), loss
         return True
 
-    @torch.no_grad()
     def _held_out_loss(self, held_out: Calibration) -> float:
-        inner = self._base()
-        losses, (_, targets) = [], count_tokens(inner, held_out)
-        with evaluation_mode(self._model), self._autocast():
-            for ids, mask in held_out.batches(self._micro, self._device):
-                losses.append(next_token_loss(run_model(self._model, ids, mask).logits, ids, mask)[0])
-        loss: float = sum(to_list(losses)) / targets
-        self._check(loss, "eval_loss")
-        return loss
+        try:
+            return mean_loss(self._base(), held_out, self._micro, self._dtype)
+        except NumericalError as error:
+            raise self._no_number("eval_loss") from error
 
-    def _check(self, value: float, name: str) -> None:
-        if not math.isfinite(value):
-            raise NumericalError(f"the {name} is not a number after {self._step} steps: lower learning_rate")
+    def _no_number(self, name: str) -> NumericalError:
+        return NumericalError(f"the {name} is not a number after {self._step} steps: lower learning_rate")
 
     def _choose_learning_rate(self) -> None:
         """Take the best of some learning rates, each tried from the same weights on the same windows."""
@@ -239,7 +235,7 @@ class _Training:
         found: list[Optimizer] = []
         if config.optimizer == "natural":
             base = self._base()
-            linears = preconditioners(base, find_decoder(base), self._windows, self._micro, config.seed)
+            linears = preconditioners(base, find_decoder(base), self._windows, self._micro, self._dtype, config.seed)
             found.append(NaturalGradient(linears, config.learning_rate))
             others = dict.fromkeys(p for p in others if p not in linears)
         return [*found, adamw(others, config)] if others else found
@@ -249,9 +245,7 @@ class _Training:
         return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model  # type: ignore[operator]
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self._device.type == "cuda" and torch.cuda.is_bf16_supported():
-            return torch.autocast("cuda", torch.bfloat16)
-        return nullcontext()
+        return nullcontext() if self._dtype is None else torch.autocast(self._device.type, self._dtype)
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._trained.items()}

@@ -20,19 +20,19 @@ APART = torch.randint(0, VOCABULARY, (5, 12), generator=torch.Generator().manual
 @pytest.mark.parametrize("length, samples, seqlen", [(10_000, 32, 64), (3000, 16, 50), (700, 8, 30)])
 def test_a_long_text_is_held_out_between_the_calibration_windows_whose_draw_stays(length, samples, seqlen):
     ids = torch.arange(length)  # a token tells where it stands
-    windows, held_out = split(ids, samples, seqlen, seed=3)
+    windows, held_out, apart = split(ids, samples, seqlen, seed=3)
     assert torch.equal(windows.input_ids, calibration_windows(ids, samples, seqlen, seed=3).input_ids)
-    apart = held_out.input_ids
-    assert 4 <= len(apart) <= 16 and apart.shape[1] == seqlen
-    assert torch.equal(apart, apart[:, :1] + torch.arange(seqlen))
-    assert len(apart.unique()) == apart.numel()
-    assert not set(apart.flatten().tolist()) & set(windows.input_ids.flatten().tolist())
+    found = held_out.input_ids
+    assert 4 <= len(found) <= 16 and found.shape[1] == seqlen
+    assert torch.equal(found, found[:, :1] + torch.arange(seqlen))
+    assert found.flatten().tolist() == apart.nonzero().flatten().tolist()
+    assert not set(found.flatten().tolist()) & set(windows.input_ids.flatten().tolist())
 
 
 @pytest.mark.parametrize("length, samples, seqlen, count", [(10_000, 32, 64, 4), (10_000, 8, 64, 100)])
 def test_further_windows_share_no_token_with_any_other(length, samples, seqlen, count):
     ids = torch.arange(length)
-    windows, held_out = split(ids, samples, seqlen, seed=3)
+    windows, held_out, _ = split(ids, samples, seqlen, seed=3)
     more = further(ids, samples, seqlen, 3, count).input_ids
     assert 4 <= len(more) <= count and more.shape[1] == seqlen and len(more.unique()) == more.numel()
     for others in (windows, held_out):
@@ -53,15 +53,16 @@ def test_as_many_windows_as_fit_are_held_out_up_to_sixteen_and_spread_over_the_t
 @pytest.mark.parametrize("length, count", [(100, 1), (400, 5), (80, 1), (1300, 16)])
 def test_of_a_short_text_the_end_is_held_out(length, count):
     ids = torch.arange(length)
-    windows, held_out = split(ids, 1000, 10, seed=0)
+    windows, held_out, apart = split(ids, 1000, 10, seed=0)
     assert held_out.input_ids.flatten().tolist() == list(range(length - 10 * count, length))
+    assert torch.equal(apart, ids >= length - 10 * count)
     assert windows.input_ids.shape == (1000, 10) and int(windows.input_ids.max()) < length - 10 * count
 
 
 def test_nothing_is_held_out_of_a_text_of_fewer_than_eight_windows():
     ids = torch.arange(79)
-    windows, held_out = split(ids, 1000, 10, seed=0)
-    assert held_out is None
+    windows, held_out, apart = split(ids, 1000, 10, seed=0)
+    assert held_out is None and not apart.any()
     assert torch.equal(windows.input_ids, calibration_windows(ids, 1000, 10, seed=0).input_ids)
     with pytest.raises(InputError, match="the text has 79 tokens and one sequence needs 80"):
         split(ids, 4, 80, seed=0)

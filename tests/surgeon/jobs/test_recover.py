@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from llm_surgeon import prune_checkpoint
 from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.errors import InputError
-from llm_surgeon.jobs.recover import _split, _text, recover_checkpoint
+from llm_surgeon.jobs.recover import _split, recover_checkpoint, recovery_text
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.recovery.recover import RecoveryReport
 from llm_surgeon.report.schema import PruneReport
@@ -96,7 +96,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(folders):
 def test_a_recovery_is_told_with_its_losses(tmp_path):
     config, teacher = RecoverConfig(method="full"), str(tmp_path / "dense")
     report = RecoveryReport({}, {}, 2_000, 200, 819_200, 3.7206, 3.3026, [], 1.0)
-    text = _text(config, report, "wikitext2", teacher)
+    text = recovery_text(config, report, "wikitext2", teacher)
     assert text == (
         "After pruning all weights were trained for 200 steps on 819,200 tokens of `wikitext2`, distilling from "
         "`dense`; all 2,000 zeros stayed. Perplexity on held-out text of the same source: 41.29 before the recovery, "

@@ -102,7 +102,7 @@ def test_preconditioners_divide_by_the_damped_curvature(name):
     """``(G + 0.1 mean(diag G) I) D' (A + 0.1 mean(diag A) I) = ∇``, D' before it is masked."""
     model = half_zero(name)
     decoder, data = find_decoder(model), Calibration(WINDOWS)
-    found = preconditioners(model, decoder, data, 16, seed=3)
+    found = preconditioners(model, decoder, data, 16, None, seed=3)
     curvature = estimate_curvature(model, decoder, data, batch_size=16, fisher="sampled", seed=3)
     assert len(found) == len(decoder.linears)
     for linear in decoder.linears:
@@ -212,12 +212,14 @@ def test_the_learning_rate_is_found_by_trials_from_the_same_start():
 
 
 def test_a_trial_that_diverges_is_passed_over(monkeypatch):
-    check = training._Training._check
+    evaluate = training._Training._evaluate
 
-    def diverges(self, value, name):
-        check(self, math.nan if self._config.learning_rate > 0.05 and self._config.steps == 2 else value, name)
+    def diverges(self, rate):
+        if self._config.learning_rate > 0.05 and self._config.steps == 2:
+            raise self._no_number("loss")
+        evaluate(self, rate)
 
-    monkeypatch.setattr(training._Training, "_check", diverges)
+    monkeypatch.setattr(training._Training, "_evaluate", diverges)
     report = recover(half_zero("llama"), WINDOWS, HELD_OUT, trial_steps=2, **FULL | {"learning_rate": 0.06})
     assert [entry["trial_loss"] for entry in report.log[:3]][1:] == [math.inf, math.inf]
     assert max(entry["learning_rate"] for entry in report.log[3:]) <= 0.02

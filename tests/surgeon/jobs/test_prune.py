@@ -1,0 +1,107 @@
+"""Pruning with a recovery after it, in one job."""
+
+import json
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llm_surgeon import prune_checkpoint
+from llm_surgeon.cli.app import main
+from llm_surgeon.errors import InputError
+from llm_surgeon.jobs import prune as job
+from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.report.schema import PruneReport
+from tests.surgeon.checkpoints import save_folder, tree
+from tests.surgeon.half_zero import text_windows
+from tests.surgeon.tiny_models import build
+
+OPTIONS = {"method": "magnitude", "samples": 4, "seqlen": 16, "device": "cpu"}
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A dense checkpoint, an output and a text."""
+    words = " ".join(f"w{int(token)}" for token in text_windows(100).flatten())
+    (tmp_path / "text.txt").write_text(words)
+    return save_folder(tmp_path / "dense", build("llama")), tmp_path / "out", str(tmp_path / "text.txt")
+
+
+def test_what_is_pruned_is_recovered_and_both_are_told_of(places, monkeypatch):
+    source, out, text = places
+    seen = {}
+    recover = job.recover
+
+    def watching(model, windows, held_out, **options):
+        seen.update(zeros=[linear.module.weight == 0 for linear in find_decoder(model).linears])
+        return recover(model, windows, held_out, **options)
+
+    monkeypatch.setattr(job, "recover", watching)
+    report = prune_checkpoint(source, out, calibration=text, recover_minutes=0.05, **OPTIONS)
+    done = json.loads((out / "surgeon_recovery.json").read_text())
+    assert done["loss_after"] < done["loss_before"] and done["steps"] > 0
+    assert (done["config"]["method"], done["config"]["minutes"]) == ("full", 0.05)
+    assert done["data"]["training"]["source"] == text and done["data"]["training"]["seqlen"] == 16
+    assert PruneReport.read(out / "surgeon_report.json") == report and len(report.history) == 1
+    assert f"for {done['steps']} steps on {done['tokens']:,} tokens of" in report.history[0]
+    card = " ".join((out / "README.md").read_text().split())
+    assert "## Recovered After pruning all weights were trained" in card and "distilling from `dense`" in card
+    for linear, zero in zip(
+        find_decoder(AutoModelForCausalLM.from_pretrained(out)).linears, seen["zeros"], strict=True
+    ):
+        assert zero.float().mean() == 0.5 and torch.equal(linear.module.weight == 0, zero)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["dense", "out", "text.txt"]
+
+
+def test_no_token_that_is_held_out_is_trained_on(places):
+    source, _, text = places
+    windows = job.PruneJob(source, job.PruneConfig(**_config()), calibration=text, device="cpu").windows
+    config = job.RecoverConfig(method="full", minutes=1.0, seqlen=16)
+    places = torch.arange(len(windows.ids))  # a token tells where it stands
+    trained = job.windows_for(config, places, windows.apart).input_ids
+    held_out = places[windows.apart]
+    assert not set(trained.flatten().tolist()) & set(held_out.tolist())
+    assert torch.equal(windows.ids[held_out].view(-1, 16), windows.held_out.input_ids)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, InputError])
+def test_a_recovery_that_does_not_end_leaves_the_pruned_model(places, monkeypatch, caplog, error):
+    source, out, text = places
+
+    def fails(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(job, "recover", fails)
+    with caplog.at_level(logging.WARNING), pytest.raises(error):
+        prune_checkpoint(source, out, calibration=text, recover_minutes=1, **OPTIONS)
+    assert f"the recovery did not end: {out} holds the pruned model" in caplog.text
+    assert sorted(path.name for path in out.parent.iterdir()) == ["dense", "out", "text.txt"]
+    assert not PruneReport.read(out / "surgeon_report.json").history
+    plain = out.with_name("plain")
+    prune_checkpoint(source, plain, calibration=text, **OPTIONS)
+    assert tree(out)["model.safetensors"] == tree(plain)["model.safetensors"]
+
+
+def test_what_cannot_be_recovered_is_refused_before_the_work(places, tmp_path):
+    source, out, text = places
+    for value in (0, -1.0, "five", True, float("nan")):
+        with pytest.raises(InputError, match=r"^recover_minutes must be a number greater than 0, not "):
+            prune_checkpoint(source, out, calibration=text, recover_minutes=value, **OPTIONS)
+    (tmp_path / "short.txt").write_text("w1 w2 w3 " * 30)
+    with pytest.raises(InputError, match=r"recover_minutes needs 128 tokens of text, of which some are held out"):
+        prune_checkpoint(source, out, calibration=str(tmp_path / "short.txt"), recover_minutes=1, **OPTIONS)
+    assert not out.exists()
+
+
+def test_the_command_says_what_the_recovery_did(places, capsys):
+    source, out, text = places
+    given = ["--calibration", text, "--method", "magnitude", "--samples", "4", "--seqlen", "16", "--device", "cpu"]
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", str(source), str(out), *given, "--recover-minutes", "0.02"])
+    assert not ended.value.code
+    assert "After pruning all weights were trained for" in capsys.readouterr().out.replace("\n", " ")
+
+
+def _config():
+    return {name: value for name, value in OPTIONS.items() if name != "device"}
