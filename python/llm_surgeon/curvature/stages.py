@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,6 +50,7 @@ def stages(
     *,
     writers: Mapping[str, float],
     batch_size: int,
+    skipped: Collection[int] = (),
     compute_dtype: torch.dtype | None = None,
 ) -> Iterator[Stage]:
     """Yield the stages of every block; the caller may write new weights of its readers before it asks for the next one.
@@ -62,15 +63,20 @@ def stages(
         token_weights: weights ``[samples, seqlen]`` of tokens for linears, zero at padding; of any positive sum.
         writers: name and scale ``s`` of linears that write to the residual stream.
         batch_size: windows per forward pass.
+        skipped: depths of blocks that the dense model alone goes through; the last writer before them lacks what they add.
         compute_dtype: blocks run under autocast to it, and inputs are rounded to it; as they are where left out.
     """
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), fused_pointwise(model):
         batches = [record_batch(model, decoder, *batch) for batch in calibration.batches(batch_size, device)]
         streams = [batch.hidden for batch in batches]  # the dense model's
-        for depth, block in enumerate(decoder.blocks):
+        kept = [depth for depth in range(len(decoder.blocks)) if depth not in skipped]
+        for block in decoder.blocks[: kept[0]]:
+            streams = [_run(block, replace(b, hidden=h), compute_dtype) for b, h in zip(batches, streams, strict=True)]
+        for depth, following in zip(kept, [*kept[1:], len(decoder.blocks)], strict=True):
             linears = [linear for linear in decoder.linears if linear.depth == depth]
-            pair = _BlockPair(block, linears, writers, batches, streams, compute_dtype)
+            blocks = decoder.blocks[depth:following]
+            pair = _BlockPair(blocks, linears, writers, batches, streams, compute_dtype)
             for group in dict.fromkeys(linear.input_group for linear in linears):
                 readers = [linear for linear in linears if linear.input_group == group]
                 yield pair.reach(readers, token_weights(readers))
@@ -85,26 +91,32 @@ class _Dense:
     Attributes:
         inputs: by input group, of stages that are still to come.
         lack: ``h - ĥ`` where the next writer adds to the stream.
+        skipped: what blocks that the other model goes without add to the stream after this one; ``None`` of none.
     """
 
     inputs: dict[str, Tensor]
     lack: Tensor
+    skipped: Tensor | None = None
 
 
 class _BlockPair:
-    """A block that is being changed beside the dense model's, whose ``streams`` by batch go through it at once."""
+    """A block that is being changed beside the dense model's, whose ``streams`` by batch go through it at once.
+
+    The first of ``blocks`` is the one, and those after it the other model goes without.
+    """
 
     def __init__(
         self,
-        block: nn.Module,
+        blocks: Sequence[nn.Module],
         linears: Sequence[PrunableLinear],
         writers: Mapping[str, float],
         batches: Sequence[BlockBatch],
         streams: list[Tensor],
         dtype: torch.dtype | None,
     ) -> None:
-        self._block, self._writers, self._batches, self._dtype = block, writers, batches, dtype
+        self._block, self._writers, self._batches, self._dtype = blocks[0], writers, batches, dtype
         self._replay, self._left = Replay(len(batches)), {linear.kind for linear in linears}
+        self._last = next((linear.name for linear in reversed(linears) if linear.name in writers), None)
         self._inputs: list[Tensor] = []  # by batch: of the writers of the stage under way
         self._dense = []
         for index, batch in enumerate(batches):
@@ -114,7 +126,10 @@ class _BlockPair:
                     if linear.name == linear.input_group:
                         note = partial(self._note, known.inputs, linear.input_group)
                         hooks.enter_context(linear.module.register_forward_pre_hook(note))
-                streams[index] = self._run(replace(batch, hidden=streams[index]))
+                own = streams[index] = _run(blocks[0], replace(batch, hidden=streams[index]), dtype)
+            for block in blocks[1:]:
+                streams[index] = _run(block, replace(batch, hidden=streams[index]), dtype)
+                known.skipped = _difference(streams[index], own)
             self._dense.append(known)
 
     def reach(self, readers: Sequence[PrunableLinear], weights: Tensor) -> Stage:
@@ -135,6 +150,8 @@ class _BlockPair:
             _add_product_(cross, _weighted(x, root, ones), inputs)
             if writer is not None:
                 scale = self._writers[writer.name]
+                if known.skipped is not None and writer.name == self._last:
+                    known.lack += known.skipped
                 lack = _weighted(known.lack, root).div_(scale).to(inputs.dtype)
                 _add_product_(residual[writer.name], lack, inputs)
                 known.lack.add_(self._output(writer, x).view_as(known.lack), alpha=scale)
@@ -158,11 +175,7 @@ class _BlockPair:
         """Take the hidden states of the model that is being changed through the block."""
         for index, batch in enumerate(self._batches):
             with self._replay.running(index):
-                batch.hidden = self._run(batch)
-
-    def _run(self, batch: BlockBatch) -> Tensor:
-        with autocast(batch.hidden.device, self._dtype):
-            return batch.run(self._block)
+                batch.hidden = _run(self._block, batch, self._dtype)
 
     def _output(self, linear: PrunableLinear, x: Tensor) -> Tensor:
         with autocast(x.device, self._dtype):
@@ -182,7 +195,7 @@ class _BlockPair:
         handle = linear.module.register_forward_pre_hook(stop)
         try:
             with self._replay.running(index), suppress(_Reached):
-                self._run(self._batches[index])
+                _run(self._block, self._batches[index], self._dtype)
         finally:
             handle.remove()
         return found[linear.kind]
@@ -193,6 +206,11 @@ class _BlockPair:
 
 class _Reached(Exception):
     """Ends a block's forward pass at a linear whose input is known."""
+
+
+def _run(block: nn.Module, batch: BlockBatch, dtype: torch.dtype | None) -> Tensor:
+    with autocast(batch.hidden.device, dtype):
+        return batch.run(block)
 
 
 def _difference(x: Tensor, y: Tensor) -> Tensor:

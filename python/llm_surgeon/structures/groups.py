@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
@@ -22,7 +21,7 @@ from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients
 from llm_surgeon.structures.reachable import reachable_dimensions
-from llm_surgeon.structures.reconstruct import reconstruct
+from llm_surgeon.structures.reconstruct import fit_to_dense
 from llm_surgeon.structures.remove.groups import remove_groups
 from llm_surgeon.structures.select import select_groups
 from surgeon_kernels import damp, objective, rows_columns_update
@@ -42,7 +41,7 @@ class GroupShots:
             torch.zeros(d.groups, d.parts, dtype=torch.bool, device=d.columns.device) for d in self.dimensions
         ]
         self.selections: list[Selection] = []
-        self._dense: list[nn.Module] = []  # blocks before pruning, where the rest is fitted to them
+        self._dense: list[Tensor] = []  # weights of the linears before pruning, where the rest is fitted to these
         self._generator = torch.Generator().manual_seed(run.config.seed)
         # Of the shot that is under way:
         self._curvature: Curvature | None = None
@@ -54,8 +53,8 @@ class GroupShots:
 
     def begin(self, resources: ExitStack) -> None:
         self.selections = self._as_selections()
-        # Targets are computed without dropout, whatever mode the model is in.
-        self._dense = [copy.deepcopy(block).eval() for block in self.decoder.blocks] if self.config.reconstruct else []
+        linears = self.decoder.linears if self.config.reconstruct else []
+        self._dense = [linear.matrix(linear.weight.dtype) for linear in linears]
 
     def pruned(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -107,16 +106,10 @@ class GroupShots:
         remove_groups(self.run.model, self.decoder, list(zip(self.dimensions, self.removed, strict=True)))
 
     def _reconstruct(self) -> None:
-        reconstruct(
-            self.run.model,
-            self.decoder,
-            self._dense,
-            {dimension.kind for dimension in self.dimensions},
-            self.run.calibration,
-            damping=self.config.damp_a,
-            batch_size=self.run.plan.batch_size,
-            progress=self.run.progress.step,
-        )
+        for linear, dense in zip(self.decoder.linears, self._dense, strict=True):
+            linear.write(dense)
+        self._dense.clear()
+        fit_to_dense(self.run, self.selections)
 
     def _costs(self, dimension: Dimension, removed: Tensor, jitter: dict[str, float]) -> DimensionCosts:
         config, consumer = self.config, dimension.consumer

@@ -15,7 +15,7 @@ from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.shots.run import Run, Shot
 from llm_surgeon.structures.find.residual import find_ends
 from llm_surgeon.structures.importance import line_importance, weight_gradients
-from llm_surgeon.structures.reconstruct import reconstruct
+from llm_surgeon.structures.reconstruct import fit_to_dense
 from llm_surgeon.structures.remove.blocks import remove_blocks, skipped
 from llm_surgeon.structures.remove.verify import undone
 
@@ -71,7 +71,7 @@ class BlockShots:
     def update(self, shot: Shot) -> None:
         if self.config.reconstruct and shot.last:
             shot.phase("reconstruction")
-            self._reconstruct()
+            fit_to_dense(self.run, self.selections, skipped=self.removed)
 
     def finish(self) -> None:
         """Take the blocks out of the model."""
@@ -98,20 +98,6 @@ class BlockShots:
             return [] if self.removed else [min(left, key=lambda depth: weights[depth])]
         enough = [d for d in nearer if not _out_of_reach(missing - weights[d], weights, set(left) - {d}, self.config)]
         return enough or nearer
-
-    def _reconstruct(self) -> None:
-        writers = {writer.kind for writer in find_ends(self.run.model, self.decoder)[1]}
-        reconstruct(
-            self.run.model,
-            self.decoder,
-            self.decoder.blocks,
-            writers,
-            self.run.calibration,
-            damping=self.config.damp_a,
-            batch_size=self.run.plan.batch_size,
-            skipped=self.removed,
-            progress=self.run.progress.step,
-        )
 
     def _costs(self, left: list[int]) -> dict[int, float]:
         importance = self.config.importance

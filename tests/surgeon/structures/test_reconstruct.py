@@ -1,4 +1,4 @@
-"""Least-squares reconstruction of the dense model's activations."""
+"""Least-squares fit of pruned linears to what the dense model computes."""
 
 import copy
 
@@ -7,12 +7,15 @@ import torch
 
 from llm_surgeon import InputError, PruneConfig, prune
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.passes import mean_loss
+from llm_surgeon.models.writers import find_writers
 from llm_surgeon.structures.reconstruct import reconstruct
 from llm_surgeon.structures.remove.blocks import skipped
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
+DOUBLE = torch.float64
 TOKENS = torch.randint(0, VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(0))
 WRITERS = {
     "llama": ("self_attn.o_proj", "mlp.down_proj"),
@@ -26,45 +29,102 @@ def logits(model):
         return model(TOKENS).logits
 
 
-def fit(model, dense, name, mask=None):
+def selections(decoder, rows=None, columns=None):
+    """Lines that go, by the linears' names; of others none."""
+    chosen = []
+    for linear in decoder.linears:
+        masks = [torch.zeros(size, dtype=torch.bool) for size in (linear.rows, linear.columns)]
+        for mask, numbers in zip(masks, (rows, columns), strict=True):
+            mask[(numbers or {}).get(linear.name, [])] = True
+        chosen.append(Selection.of_rows_columns(*masks))
+    return chosen
+
+
+def fit(model, chosen=None, weights=None, **options):
     decoder = find_decoder(model)
-    data = Calibration(TOKENS, mask)
-    blocks = find_decoder(dense).blocks
-    reconstruct(model, decoder, blocks, set(WRITERS[name]), data, damping=1e-12, batch_size=5)
+    weights = torch.ones(TOKENS.shape, dtype=DOUBLE) if weights is None else weights
+    options = {"damping": 1e-12, "batch_size": 5, "writers": find_writers(model, decoder), **options}
+    mask = None if bool((weights > 0).all()) else weights > 0
+    chosen = selections(decoder) if chosen is None else chosen
+    reconstruct(model, decoder, chosen, Calibration(TOKENS, mask), lambda _: weights, **options)
+
+
+def inputs_and_stream(model, linear, mask):
+    """A linear's inputs ``[tokens, C']`` and what the residual stream is where it adds to it ``[tokens, R]``."""
+    decoder, seen = find_decoder(model), {}
+    block = decoder.blocks[linear.depth]
+    writers = find_writers(model, decoder)
+    upto = [x.name for x in decoder.linears].index(linear.name) if linear.name in writers else 0
+    before = [x for x in decoder.linears[:upto] if x.depth == linear.depth and x.name in writers]
+    handles = [linear.module.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].clone()))]
+    handles += [block.register_forward_pre_hook(lambda _, args: seen.update(h=args[0].clone()))]
+    for writer in before:
+        handles += [writer.module.register_forward_hook(lambda m, _, y: seen.update({m: y.clone()}))]
+    with torch.no_grad():
+        model(TOKENS, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    x = seen["x"].reshape(TOKENS.numel(), -1)
+    if linear.has_bias:
+        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    stream = seen["h"].reshape(TOKENS.numel(), -1)
+    return x, stream + sum(seen[writer.module].reshape(stream.shape) for writer in before)
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("padded", [False, True])
-def test_damage_that_can_be_undone_is_undone(name, padded):
-    """Every linear is disturbed: the fit finds the dense model again, through norms, attention and shared inputs."""
-    dense = build(name, torch.float64)
-    model = copy.deepcopy(dense)
+def test_every_linear_solves_its_weighted_least_squares_problem(name):
+    """Linear after linear against one dense solve, at inputs that runs of both whole models give."""
+    damping, rho = 0.03, 0.7
     generator = torch.Generator().manual_seed(1)
-    for linear in find_decoder(model).linears:
-        matrix = linear.matrix(torch.float64)
-        linear.write(matrix * (1 + 0.3 * torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype)))
-    mask = None
-    if padded:
-        mask = torch.ones_like(TOKENS, dtype=torch.bool)
-        mask[::2, 20:] = False
-    assert float((logits(model) - logits(dense)).abs().max()) > 0.1
-    fit(model, dense, name, mask)
-    # RMS norms and softmax compute in float32.
-    torch.testing.assert_close(logits(model), logits(dense), rtol=0.0, atol=1e-3)
+    weights = torch.rand(TOKENS.shape, generator=generator, dtype=DOUBLE) + 0.1
+    weights[::2, 20:] = 0.0
+    model, dense, expected = (build(name, DOUBLE) for _ in range(3))
+    decoder = find_decoder(model)
+    gone = {x.name: torch.randperm(x.columns, generator=generator)[:3].tolist() for x in decoder.linears[2::3]}
+    rows = {decoder.linears[0].name: [1, 5]}
+    fit(model, selections(decoder, rows, gone), weights, damping=damping, residual_weight=rho)
+    w = weights.flatten()[:, None] / weights.sum()
+    mask = weights > 0
+    actual = {linear.name: linear.matrix() for linear in decoder.linears}
+    pairs = zip(find_decoder(dense).linears, find_decoder(expected).linears, strict=True)
+    for linear, own in pairs:
+        x, h = inputs_and_stream(dense, linear, mask)
+        y, k = inputs_and_stream(expected, own, mask)
+        W = linear.matrix()
+        wanted = x @ W.T
+        if linear.kind in WRITERS[name]:
+            wanted += rho * (h - k)
+        kept = torch.ones(W.shape[1], dtype=torch.bool)
+        kept[gone.get(linear.name, [])] = False
+        y = y[:, kept]
+        ridge = damping * (w * y.square()).sum(dim=0).mean()
+        right = (w * wanted).T @ y + ridge * W[:, kept]
+        new = torch.zeros_like(W)
+        new[:, kept] = torch.linalg.solve((w * y).T @ y + ridge * torch.eye(y.shape[1], dtype=DOUBLE), right.T).T
+        new[rows.get(linear.name, [])] = 0.0
+        # RMS norms and softmax compute in float32.
+        torch.testing.assert_close(actual[linear.name], new, rtol=0.0, atol=1e-6)
+        own.write(actual[linear.name])
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_model_that_loses_nothing_stays_as_it_is(name):
+    model, dense = build(name, DOUBLE), build(name, DOUBLE)
+    fit(model, damping=1e-3)
+    for linear, own in zip(find_decoder(model).linears, find_decoder(dense).linears, strict=True):
+        torch.testing.assert_close(linear.matrix(), own.matrix(), rtol=0.0, atol=1e-6)
 
 
 def test_writers_make_up_for_what_the_stream_lacked_before_them():
     """The first block's attention is gone for good; its feed-forward layer takes over what a linear map can."""
-    dense = build("llama", torch.float64)
-    model = copy.deepcopy(dense)
-    for linear in find_decoder(model).linears:
-        if linear.kind == "self_attn.o_proj" and linear.depth == 0:
-            linear.write(torch.zeros_like(linear.matrix(torch.float64)))
-    before = float((logits(model) - logits(dense)).norm())
-    fit(model, dense, "llama")
-    gone = model.model.layers[0].self_attn.o_proj.weight
-    assert bool((gone == 0.0).all())
-    assert float((logits(model) - logits(dense)).norm()) < 0.8 * before
+    dense, cut, model = (build("llama", DOUBLE) for _ in range(3))
+    decoder = find_decoder(model)
+    writer = next(linear for linear in decoder.linears if linear.kind == "self_attn.o_proj")
+    chosen = selections(decoder, rows={writer.name: list(range(writer.rows))})
+    find_decoder(cut).linears[decoder.linears.index(writer)].write(torch.zeros_like(writer.matrix()))
+    fit(model, chosen)
+    assert bool((writer.matrix() == 0.0).all())
+    assert float((logits(model) - logits(dense)).norm()) < 0.8 * float((logits(cut) - logits(dense)).norm())
 
 
 def test_post_norm_blocks_are_fitted_output_by_output():
@@ -76,21 +136,30 @@ def test_post_norm_blocks_are_fitted_output_by_output():
     )  # fmt: skip
     torch.manual_seed(0)
     dense = OPTForCausalLM(config).double().eval()
-    model = copy.deepcopy(dense)
-    for linear in find_decoder(model).linears:
-        linear.write(linear.matrix(torch.float64) * 1.5)
-    fit(model, dense, "opt")
-    torch.testing.assert_close(logits(model), logits(dense), rtol=0.0, atol=1e-6)
+    distances = []
+    for zeroed in (True, False):
+        model = copy.deepcopy(dense)
+        decoder = find_decoder(model)
+        columns = {linear.name: list(range(0, 64, 4)) for linear in decoder.linears if linear.kind == "fc2"}
+        if zeroed:
+            for linear in decoder.linears:
+                matrix = linear.matrix()
+                matrix[:, columns.get(linear.name, [])] = 0.0
+                linear.write(matrix)
+        else:
+            fit(model, selections(decoder, columns=columns))
+        distances.append(float((logits(model) - logits(dense)).norm()))
+    assert distances[1] < 0.8 * distances[0]
 
 
 @pytest.mark.parametrize("depth, left", [(1, 1e-6), (0, 0.1)])
 def test_blocks_that_stay_take_over_what_a_skipped_one_added(depth, left):
     """An OPT block that adds a constant: biases before it make up for all, after it (behind a norm) for most of it."""
-    dense = build("opt", torch.float64)
+    dense = build("opt", DOUBLE)
     linears = {linear.name: linear for linear in find_decoder(dense).linears if linear.depth == depth}
     for linear in linears.values():
         if linear.kind in WRITERS["opt"]:
-            constant = torch.zeros_like(linear.matrix(torch.float64))
+            constant = torch.zeros_like(linear.matrix())
             constant[:, -1] = torch.linspace(-1.0, 1.0, linear.rows)
             linear.write(constant)
     model = copy.deepcopy(dense)
@@ -98,8 +167,7 @@ def test_blocks_that_stay_take_over_what_a_skipped_one_added(depth, left):
     with skipped(decoder.blocks, [depth]):
         before = float((logits(model) - logits(dense)).norm())
     own = copy.deepcopy(decoder.blocks[depth].state_dict())
-    data = Calibration(TOKENS)
-    reconstruct(model, decoder, decoder.blocks, set(WRITERS["opt"]), data, damping=1e-12, batch_size=5, skipped=[depth])
+    fit(model, skipped=[depth])
     with skipped(decoder.blocks, [depth]):
         assert float((logits(model) - logits(dense)).norm()) < left * before
     assert all(torch.equal(value, own[name]) for name, value in decoder.blocks[depth].state_dict().items())
