@@ -164,8 +164,8 @@ class PruneConfig:
     skip_layers: str = option("", "Blocks left alone, 0-3,30,31.", parse_blocks, panel=SMALLER)
     reconstruct: bool = option(
         None,
-        "Fit linears to the dense model's activations at last, by least squares with damp_a: yes with update joint.",
-        panel=SMALLER,
+        "Fit what is left to the dense model's activations at last, linear by linear: yes for update joint.",
+        panel=COMPENSATION,
     )
 
     samples: int = option(128, "Calibration windows.", count(), panel=CALIBRATION)
@@ -217,7 +217,9 @@ class PruneConfig:
         panel=RESEARCH,
     )
     token_weights: bool = option(
-        True, "Weigh tokens by their gradients in a sequential update, clipped at the mean.", panel=RESEARCH
+        None,
+        "Weigh tokens by their gradients where the dense model is aimed at: yes in a sequential update.",
+        panel=RESEARCH,
     )
 
     def __post_init__(self) -> None:
@@ -262,6 +264,11 @@ class PruneConfig:
         return self.update == "sequential"
 
     @property
+    def aims_at_dense(self) -> bool:
+        """True where linears are at last fitted to what the dense model computes, at the inputs that they then get."""
+        return self.sequential or self.reconstruct
+
+    @property
     def skipped_layers(self) -> frozenset[int]:
         """The decoder blocks that ``skip_layers`` names."""
         return parse_blocks("skip_layers", self.skip_layers)
@@ -304,7 +311,8 @@ class PruneConfig:
         once = not record.gradients or not kronecker or (self.sequential and structure.m > 0)
         fill("shots", 1 if once else structure.default_shots(self.sparsity))
         fill("allocation", "global" if kronecker else "local")
-        fill("reconstruct", "reconstruct" in structure.options and self.update == "joint")
+        fill("reconstruct", structure.coupled and "reconstruct" in structure.options and self.update == "joint")
+        fill("token_weights", self.sequential)
 
     def _check(self, structure: Structure, record: Method) -> None:
         """Refuse options that do not go together."""
@@ -343,8 +351,9 @@ class PruneConfig:
         self._check_update(structure, record)
         if record.sweep is not None and self.shots != 1:
             raise InputError(f"method {self.method!r} goes through the layers once: shots must be 1, not {self.shots}")
-        if self.offload != "none" and self.lora_rank:
-            raise InputError("lora_rank needs the whole model on one device: leave offload out")
+        for name in ("lora_rank", "reconstruct") if self.offload != "none" else ():
+            if getattr(self, name):
+                raise InputError(f"{name} needs the whole model on one device: leave offload out")
         for name in ("lora_steps", "lora_learning_rate") if self.lora_rank == 0 else ():
             if self._given(name):
                 raise InputError(f"{name} means nothing without lora_rank")
@@ -365,9 +374,9 @@ class PruneConfig:
             raise InputError("update 'sequential' goes with neither kron_rank 2 nor offload")
         if self.sequential and self.shots > 1 and self.lora_rank:
             raise InputError("update 'sequential' begins at the dense weights: with lora_rank it takes one shot")
-        for name in ("target_damping", "residual_weight", "token_weights") if not self.sequential else ():
-            if getattr(self, name) != getattr(PruneConfig, name):
-                raise InputError(f"{name} means nothing without update 'sequential'")
+        for name in ("target_damping", "residual_weight", "token_weights") if not self.aims_at_dense else ():
+            if self._given(name):
+                raise InputError(f"{name} means nothing without update 'sequential' or reconstruct")
         idle = {"gradient_target": "dense" if self.sequential else "labels", "gradient_samples": None}
         for name, value in idle.items():
             if not self.gradient_steps and getattr(self, name) != value:

@@ -153,7 +153,7 @@ _structures = Registry(
             _WEIGHTS,
             "whole rows and columns of the weight matrices",
             updates=("joint", "independent", "none"),
-            options=_OF_WEIGHTS,
+            options=_OF_WEIGHTS | {"reconstruct"},
             default_shots=lambda sparsity: max(1, round(80 * sparsity)),
         ),
         Structure(

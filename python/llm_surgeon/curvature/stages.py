@@ -61,10 +61,10 @@ def stages(
 
     Args:
         token_weights: weights ``[samples, seqlen]`` of tokens for linears, zero at padding; of any positive sum.
-        writers: name and scale ``s`` of linears that write to the residual stream.
-        batch_size: windows per forward pass.
-        skipped: depths of blocks that the dense model alone goes through; the last writer before them lacks what they add.
-        compute_dtype: blocks run under autocast to it, and inputs are rounded to it; as they are where left out.
+        writers: name and scale ``s`` of linears that write to the residual stream. batch_size: windows per forward
+        pass. skipped: depths of blocks that the dense model alone goes through; the last writer before them lacks what
+        they add. compute_dtype: blocks run under autocast to it, and inputs are rounded to it; as they are where left
+        out.
     """
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), fused_pointwise(model):

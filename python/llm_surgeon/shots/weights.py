@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
+from torch import Tensor
 
 from llm_surgeon.methods.select import Selection, select_elements, select_rows_columns
 from llm_surgeon.models.decoder import PrunableLinear
@@ -12,6 +13,7 @@ from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.gradient_steps import GradientSteps
+from llm_surgeon.shots.reconstruct import fit_to_dense
 from llm_surgeon.shots.run import Run, Shot
 from llm_surgeon.shots.sequential import SequentialUpdates
 from llm_surgeon.shots.updates import Updates
@@ -28,6 +30,7 @@ class WeightShots:
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.method = run, run.config, run.config.method_record
         self.selections: list[Selection] = []
+        self._dense: list[Tensor] = []  # weights before pruning, where the rest is fitted to what these compute
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._curvature = ShotCurvature(run, self._shot_memory)
         anchors = AnchorWeights(run, self._memory)
@@ -43,7 +46,9 @@ class WeightShots:
     def begin(self, resources: ExitStack) -> None:
         resources.callback(self._memory.close)
         resources.callback(self._shot_memory.close)
-        self.selections = [self._empty_selection(linear) for linear in self.run.decoder.linears]
+        linears = self.run.decoder.linears
+        self.selections = [self._empty_selection(linear) for linear in linears]
+        self._dense = [linear.matrix(linear.weight.dtype) for linear in linears if self.config.reconstruct]
         if self._steps is not None:
             self._steps.begin()
 
@@ -82,6 +87,10 @@ class WeightShots:
         if self._curvature.factors is not None:
             report.jitter = self._curvature.factors.jitter
         self._curvature.free()  # what follows needs the memory
+        if self.config.reconstruct and shot.last:
+            shot.phase("reconstruction")
+            fit_to_dense(run, self.selections, self._dense)
+            self._dense.clear()
 
     def finish(self) -> None:
         """Zeros stay where weights were."""

@@ -16,12 +16,12 @@ from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors, numeri
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.shots.reconstruct import fit_to_dense
 from llm_surgeon.shots.run import Run, Shot
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
 from llm_surgeon.structures.find.dimension import Dimension
 from llm_surgeon.structures.importance import WeightGradients, group_importance, weight_gradients
 from llm_surgeon.structures.reachable import reachable_dimensions
-from llm_surgeon.structures.reconstruct import fit_to_dense
 from llm_surgeon.structures.remove.groups import remove_groups
 from llm_surgeon.structures.select import select_groups
 from surgeon_kernels import damp, objective, rows_columns_update
@@ -41,7 +41,7 @@ class GroupShots:
             torch.zeros(d.groups, d.parts, dtype=torch.bool, device=d.columns.device) for d in self.dimensions
         ]
         self.selections: list[Selection] = []
-        self._dense: list[Tensor] = []  # weights of the linears before pruning, where the rest is fitted to these
+        self._dense: list[Tensor] = []  # weights before pruning, where the rest is fitted to what these compute
         self._generator = torch.Generator().manual_seed(run.config.seed)
         # Of the shot that is under way:
         self._curvature: Curvature | None = None
@@ -99,17 +99,12 @@ class GroupShots:
         self._curvature = self._gradients = None  # what follows needs the memory
         if self.config.reconstruct and shot.last:
             shot.phase("reconstruction")
-            self._reconstruct()
+            fit_to_dense(self.run, self.selections, self._dense)
+            self._dense.clear()
 
     def finish(self) -> None:
         """Take what is zero out of the model."""
         remove_groups(self.run.model, self.decoder, list(zip(self.dimensions, self.removed, strict=True)))
-
-    def _reconstruct(self) -> None:
-        for linear, dense in zip(self.decoder.linears, self._dense, strict=True):
-            linear.write(dense)
-        self._dense.clear()
-        fit_to_dense(self.run, self.selections)
 
     def _costs(self, dimension: Dimension, removed: Tensor, jitter: dict[str, float]) -> DimensionCosts:
         config, consumer = self.config, dimension.consumer

@@ -12,10 +12,10 @@ from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.shots.reconstruct import fit_to_dense
 from llm_surgeon.shots.run import Run, Shot
 from llm_surgeon.structures.find.residual import find_ends
 from llm_surgeon.structures.importance import line_importance, weight_gradients
-from llm_surgeon.structures.reconstruct import fit_to_dense
 from llm_surgeon.structures.remove.blocks import remove_blocks, skipped
 from llm_surgeon.structures.remove.verify import undone
 

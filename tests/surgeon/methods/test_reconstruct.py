@@ -7,11 +7,11 @@ import torch
 
 from llm_surgeon import InputError, PruneConfig, prune
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.methods.reconstruct import reconstruct
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.models.writers import find_writers
-from llm_surgeon.structures.reconstruct import reconstruct
 from llm_surgeon.structures.remove.blocks import skipped
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
@@ -40,13 +40,13 @@ def selections(decoder, rows=None, columns=None):
     return chosen
 
 
-def fit(model, chosen=None, weights=None, **options):
+def fit(model, chosen=None, weights=None, output_factor=lambda _: None, **options):
     decoder = find_decoder(model)
     weights = torch.ones(TOKENS.shape, dtype=DOUBLE) if weights is None else weights
     options = {"damping": 1e-12, "batch_size": 5, "writers": find_writers(model, decoder), **options}
     mask = None if bool((weights > 0).all()) else weights > 0
     chosen = selections(decoder) if chosen is None else chosen
-    reconstruct(model, decoder, chosen, Calibration(TOKENS, mask), lambda _: weights, **options)
+    reconstruct(model, decoder, chosen, Calibration(TOKENS, mask), lambda _: weights, output_factor, **options)
 
 
 def inputs_and_stream(model, linear, mask):
@@ -105,6 +105,28 @@ def test_every_linear_solves_its_weighted_least_squares_problem(name):
         # RMS norms and softmax compute in float32.
         torch.testing.assert_close(actual[linear.name], new, rtol=0.0, atol=1e-6)
         own.write(actual[linear.name])
+
+
+def test_rows_that_others_read_are_made_up_for_in_the_norm_of_G():
+    """The first linear's kept weights against one solve of the Kronecker system around the dense ones."""
+    model, dense = build("llama", DOUBLE), build("llama", DOUBLE)
+    linear = find_decoder(model).linears[0]
+    rows, columns = [0, 4, 9], [2, 3]
+    factor = torch.randn(linear.rows, linear.rows, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
+    G = factor @ factor.T
+    chosen = selections(find_decoder(model), {linear.name: rows}, {linear.name: columns})
+    fit(model, chosen, None, lambda other: G if other.name == linear.name else None, damping=0.02)
+    own = find_decoder(dense).linears[0]
+    x, _ = inputs_and_stream(dense, own, None)
+    A = x.T @ x / len(x)
+    W, kept = own.matrix(), torch.ones(linear.rows, linear.columns, dtype=torch.bool)
+    kept[rows], kept[:, columns] = False, False
+    inputs = [column for column in range(linear.columns) if column not in columns]
+    A += 0.02 * A[inputs][:, inputs].diagonal().mean() * torch.eye(len(A), dtype=DOUBLE)
+    F, free = torch.kron(G, A), kept.flatten()
+    expected = torch.zeros_like(W)
+    expected[kept] = torch.linalg.solve(F[free][:, free], (F @ W.flatten())[free])
+    torch.testing.assert_close(linear.matrix(), expected, rtol=0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -206,6 +228,7 @@ def test_it_is_the_default_where_groups_are_compensated_for_and_refused_elsewher
     assert PruneConfig(structure="2:4").reconstruct is False
     assert PruneConfig(structure="layers").reconstruct is True
     assert PruneConfig(structure="layers", importance="taylor1").reconstruct is False
+    assert PruneConfig(structure="rows-columns").reconstruct is False
     for structure in ("2:4", "width"):
         with pytest.raises(InputError, match="reconstruct"):
             PruneConfig(structure=structure, reconstruct=True)

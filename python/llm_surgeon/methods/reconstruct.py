@@ -14,29 +14,7 @@ from llm_surgeon.curvature.stages import stages
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from llm_surgeon.models.writers import find_writers
-from llm_surgeon.shots.run import Run
-from surgeon_kernels import cholesky_with_jitter
-
-
-def fit_to_dense(run: Run, selections: Sequence[Selection], skipped: Collection[int] = ()) -> None:
-    """:func:`reconstruct` as the options of ``run`` say; its model must be dense again."""
-    real = run.calibration.attention_mask
-    weights = torch.ones(run.calibration.input_ids.shape) if real is None else real.float()
-    reconstruct(
-        run.model,
-        run.decoder,
-        selections,
-        run.calibration,
-        lambda _: weights,
-        writers=find_writers(run.model, run.decoder),
-        damping=run.config.target_damping,
-        residual_weight=run.config.residual_weight,
-        batch_size=run.plan.batch_size,
-        skipped=skipped,
-        compute_dtype=run.compute_dtype,
-        progress=run.progress.step,
-    )
+from surgeon_kernels import cholesky_with_jitter, rows_columns_update
 
 
 @torch.no_grad()
@@ -45,7 +23,8 @@ def reconstruct(
     decoder: Decoder,
     selections: Sequence[Selection],
     calibration: Calibration,
-    token_weights: Callable[[Sequence[PrunableLinear]], Tensor],
+    weights_of: Callable[[Sequence[PrunableLinear]], Tensor],
+    output_factor: Callable[[PrunableLinear], Tensor | None] = lambda _: None,
     *,
     writers: Mapping[str, float],
     damping: float,
@@ -61,12 +40,15 @@ def reconstruct(
 
         Ŵ[:, k] = (W X + ρ E + λ W)[:, k] (A[k, k] + λ I)⁻¹,    λ = damping mean(diag A[k, k]),
 
-    which minimises ``Σ w ‖Ŵ x̂ - (W x + ρ e)‖² + λ ‖Ŵ - W‖²``: the sequential update of whole lines, where G says
-    nothing, as every row is solved for by itself.
+    which minimises ``Σ w ‖Ŵ x̂ - (W x + ρ e)‖² + λ ‖Ŵ - W‖²``, row by row. Rows whose outputs nothing reads any more go
+    from that; where these are zeros that others read, kept rows ``r`` make up for them by ``G[r, r]⁻¹ G[r, :]``, so
+    that the norm is that of G.
 
     Args:
         selections: one per linear, of rows and columns.
-        token_weights, writers, batch_size, skipped, compute_dtype: see :func:`~llm_surgeon.curvature.stages.stages`.
+        weights_of: weights of tokens for linears, see :func:`~llm_surgeon.curvature.stages.stages`, like ``writers``,
+            ``batch_size``, ``skipped`` and ``compute_dtype``.
+        output_factor: damped G ``[R, R]`` of linears whose removed rows others make up for; ``None`` of others.
         damping: towards the dense weights.
         residual_weight: ρ.
         progress: called as ``progress(linears_done, linears, name)``.
@@ -80,7 +62,7 @@ def reconstruct(
         model,
         decoder,
         calibration,
-        token_weights,
+        weights_of,
         writers=writers,
         batch_size=batch_size,
         skipped=skipped,
@@ -103,4 +85,9 @@ def reconstruct(
                 cholesky, _ = cholesky_with_jitter(A, damping, name="A")
             new = torch.zeros_like(W)
             new[:, kept] = torch.cholesky_solve((wanted + shift * W[:, kept]).T, cholesky).T
+            G = output_factor(linear)
+            if G is not None:
+                no_columns = torch.zeros_like(new[0], dtype=torch.bool)
+                with numerical_errors(f"update of {linear.name}"):
+                    new += rows_columns_update(new, G.to(new), None, rows, no_columns, name=linear.name)
             linear.write(new.masked_fill(rows[:, None], 0.0))

@@ -1,0 +1,71 @@
+"""Fit of what a run leaves of its linears to what they computed before it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
+
+from llm_surgeon.curvature.estimate import estimate_curvature
+from llm_surgeon.methods.reconstruct import reconstruct
+from llm_surgeon.methods.select import Selection
+from llm_surgeon.methods.sequential import token_weights
+from llm_surgeon.models.decoder import PrunableLinear
+from llm_surgeon.models.writers import find_writers
+from llm_surgeon.shots.run import Run
+from surgeon_kernels import damp
+
+
+def fit_to_dense(
+    run: Run, selections: Sequence[Selection], dense: Sequence[Tensor] = (), skipped: Collection[int] = ()
+) -> None:
+    """:func:`~llm_surgeon.methods.reconstruct.reconstruct` the dense model as the options of ``run`` say.
+
+    Gradients, for weights of tokens or rows that become zeros, take a pass through the dense model.
+
+    Args:
+        selections: one per linear, of rows and columns.
+        dense: ``[W | b]`` of every linear before pruning, which is put back first; left out where nothing has changed.
+        skipped: depths of the blocks that the pruned model goes without.
+    """
+    config, curvature = run.config, None
+    for linear, matrix in zip(run.decoder.linears if dense else (), dense, strict=True):
+        linear.write(matrix)
+    with_G = not config.structure_record.coupled
+    if config.token_weights or with_G:
+        curvature = estimate_curvature(
+            run.model,
+            run.decoder,
+            run.calibration,
+            batch_size=run.plan.batch_size,
+            fisher=config.fisher,
+            seed=config.seed,
+            inputs=False,
+            squared_norms=config.token_weights,
+            dtype=run.compute_dtype,
+            checkpoint_activations=run.plan.checkpoint_activations,
+            progress=run.progress.step,
+        )
+
+    def weights_of(readers: Sequence[PrunableLinear]) -> Tensor:
+        norms = curvature.squared_norms if curvature is not None and config.token_weights else {}
+        return token_weights([norms[linear.name] for linear in readers if norms], run.calibration)
+
+    def output_factor(linear: PrunableLinear) -> Tensor | None:
+        return damp(curvature.output_factor(linear), config.damp_g) if curvature is not None and with_G else None
+
+    reconstruct(
+        run.model,
+        run.decoder,
+        selections,
+        run.calibration,
+        weights_of,
+        output_factor,
+        writers=find_writers(run.model, run.decoder),
+        damping=config.target_damping,
+        residual_weight=config.residual_weight,
+        batch_size=run.plan.batch_size,
+        skipped=skipped,
+        compute_dtype=run.compute_dtype,
+        progress=run.progress.step,
+    )
