@@ -78,10 +78,10 @@ class Memory:
         return 0 if self.streamed else self.weights
 
     def dense(self) -> int:
-        """The dense weights, where later shots or gradient steps go back to them and they stay on the device."""
+        """The dense weights, where later shots, gradient steps or a last fit go back to them, on the device."""
         config = self.config
         copies = config.around_dense_weights + (config.gradient_steps > 0 and config.gradient_target == "dense")
-        return 0 if self.streamed else self.snapshot * copies
+        return 0 if self.streamed else self.snapshot * (copies + config.reconstruct)
 
     def factors(self) -> int:
         """Packed factors that stay on the device."""
@@ -183,10 +183,9 @@ class Memory:
 
     def _sweep(self, windows: int) -> int:
         """Hidden states of both models, a dense block, the linears of a stage and its activations, of a sequential
-        update."""
-        if not self.config.sequential:
+        update or a last fit."""
+        if not self.config.aims_at_dense or self.kept is None:
             return 0
-        assert self.kept is not None
         states = 2 * self.config.samples * self.seqlen * self.width * self.itemsize
         stage = _STAGE_MATRICES * _FLOAT * max(R * C for R, C in self.sizes)
         return states + max(self.blocks) + stage + int(windows * self.seqlen * self.kept.largest_block)
