@@ -9,13 +9,14 @@ here (128 calibration windows; kept in ``--save`` for later). Every trial recove
 from MODEL of all its weights. It reads ``name=value name=value ...``: options of
 :class:`~llm_surgeon.config.recover.RecoverConfig`, ``teacher=false`` to learn from the tokens alone, and ``share`` of
 windows from the stream that is calibrated and held out on, where there are two (left out: as it is long). None takes
-longer than ``--minutes`` or sees more than ``--budget`` tokens.
+longer than ``--minutes`` or sees more than ``--budget`` tokens. One that fails is a row, too, with what went wrong.
 
 ``--tokens`` is a file of token ids, arrays ``c4_train`` and ``wt_train`` to train on, ``wt_test`` and ``c4_test`` for
-the two perplexities, in non-overlapping windows of 2048; calibration windows are drawn from ``c4_train`` by numpy's
-``default_rng(seed)``. Otherwise ``--data`` is text with a train and a test part, and all of ``--other`` is evaluated
-on, in windows of 1024. The last windows of the stream that is calibrated on, 32 of 512 tokens, are held out of the
-training. The model is evaluated in float32. Rows, with what was trained on, are appended to results/recover.csv.
+the two perplexities, in non-overlapping windows of 2048, by the protocol of bench/end_to_end/real_model.py, whose
+``--save`` keeps folders for this. Otherwise ``--data`` is text with a train and a test part, and all of ``--other`` is
+evaluated on, in windows of 1024. The last windows of the stream that is calibrated on, 32 of 512 tokens
+(``--held-out``), are held out of the training. The model is evaluated in float32. Rows, with what was trained on, are
+appended to results/recover.csv.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench.end_to_end.real_model import Protocol
 from bench.environment import append_row, environment
 from llm_surgeon import PruneConfig, perplexity, prune
 from llm_surgeon.checkpoint import load_model
@@ -46,7 +48,7 @@ from llm_surgeon.errors import SurgeonError
 from llm_surgeon.progress import LineProgress
 from llm_surgeon.recovery.recover import recover
 
-SAMPLES, HELD_OUT, HELD_OUT_SEQLEN = 128, 32, 512
+SAMPLES, HELD_OUT_SEQLEN = 128, 512
 TRIALS = ["learning_rate=5e-4", "learning_rate=1e-3", "learning_rate=5e-4 teacher=false", "method=lora"]
 
 
@@ -66,11 +68,10 @@ class Text:
     @classmethod
     def of_tokens(cls, path: Path, seed: int) -> Text:
         arrays = {name: torch.from_numpy(array).long() for name, array in numpy.load(path).items()}
-        c4, seqlen = arrays["c4_train"], 2048
-        starts = torch.from_numpy(numpy.random.default_rng(seed).integers(0, len(c4) - seqlen, SAMPLES))
-        tests = [evaluation_windows(arrays[name], seqlen) for name in ("wt_test", "c4_test")]
-        calibration = Calibration(c4.unfold(0, seqlen, 1)[starts])
-        return cls({"c4_train": c4, "wt_train": arrays["wt_train"]}, (tests[0], tests[1]), calibration)
+        protocol = Protocol(path, "c4_train", ("wt_test", "c4_test"), SAMPLES, 2048)
+        first, second = (evaluation_windows(arrays[name], protocol.seqlen) for name in protocol.evaluation)
+        streams = {name: arrays[name] for name in (protocol.calibration, "wt_train")}
+        return cls(streams, (first, second), protocol.calibration_windows(seed))
 
     @classmethod
     def of_files(cls, data: str, other: str, tokenizer: Any, seed: int) -> Text:
@@ -79,13 +80,14 @@ class Text:
         calibration = calibration_windows(train, SAMPLES, seqlen, seed)
         return cls({f"{Path(data).stem} train": train}, (tests[0], tests[1]), calibration)
 
-    def held_out(self) -> Tensor:
-        return evaluation_windows(self._first()[1][-HELD_OUT * HELD_OUT_SEQLEN :], HELD_OUT_SEQLEN)
+    def held_out(self, count: int) -> Tensor:
+        """The last ``count`` windows of the first stream."""
+        return evaluation_windows(self._first()[1][-count * HELD_OUT_SEQLEN :], HELD_OUT_SEQLEN)
 
-    def training(self, config: RecoverConfig, share: float | None) -> tuple[Tensor, str]:
+    def training(self, config: RecoverConfig, share: float | None, held_out: int) -> tuple[Tensor, str]:
         """Windows of a training, a ``share`` of them from the first stream, and their description."""
         name, first = self._first()
-        streams = self.streams | {name: first[: -HELD_OUT * HELD_OUT_SEQLEN]}
+        streams = self.streams | {name: first[: -held_out * HELD_OUT_SEQLEN]}
         total = config.steps * config.batch_size
         shares = {each: len(ids) / sum(map(len, streams.values())) for each, ids in streams.items()}
         if share is not None and len(streams) > 1:
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--trials", nargs="*", default=TRIALS)
     parser.add_argument("--minutes", type=float, help="of every training")
     parser.add_argument("--budget", type=int, default=10_000_000, help="tokens of every training")
+    parser.add_argument("--held-out", type=int, default=32, help="windows held out of the training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save", type=Path, help="folder for models that are pruned here")
@@ -125,20 +128,19 @@ def main() -> None:
         text = Text.of_tokens(options.tokens, options.seed)
 
     def record(pruned: str, trial: str, model: PreTrainedModel, **more: object) -> None:
-        first, second = (perplexity(model, windows) for windows in text.tests)
+        figures = ["", ""] if more.get("error") else [f"{perplexity(model, each):.3f}" for each in text.tests]
         row = {
             "model": options.model.name,
             "pruned": pruned,
             "trial": trial,
             "seed": options.seed,
             **{name: more.get(name, "") for name in ("tokens", "trained_on", "held_out_perplexity")},
-            "perplexity": f"{first:.3f}",
-            "other_perplexity": f"{second:.3f}",
-            "seconds": more.get("seconds", ""),
+            **dict(zip(("perplexity", "other_perplexity"), figures, strict=True)),
+            **{name: more.get(name, "") for name in ("seconds", "error")},
             **environment(options.device),
         }
         append_row(options.out / "recover.csv", row)
-        print(*list(row.values())[:10], sep=" | ", flush=True)
+        print(*list(row.values())[:11], sep=" | ", flush=True)
 
     record("", "dense", dense)
     for index, given in enumerate(options.pruned):
@@ -159,7 +161,7 @@ def main() -> None:
 
 
 def _recover(model: Any, dense: Any, text: Text, trial: str, options: argparse.Namespace, record: Any) -> None:
-    """One trial; one that fails is a row without figures."""
+    """One trial and its row."""
     given: dict[str, Any] = {"method": "full", "seqlen": 512, "seed": options.seed, "minutes": options.minutes}
     for word in trial.split():
         name, _, value = word.partition("=")
@@ -168,11 +170,12 @@ def _recover(model: Any, dense: Any, text: Text, trial: str, options: argparse.N
     batch = given.setdefault("batch_size", 32)
     given.setdefault("steps", options.budget // (batch * given["seqlen"]))
     config = RecoverConfig(**given)
-    windows, description = text.training(config, share)
+    windows, description = text.training(config, share, options.held_out)
+    held_out = text.held_out(options.held_out)
     try:
-        report = recover(model, windows, text.held_out(), teacher=teacher, config=config, progress=LineProgress())
+        report = recover(model, windows, held_out, teacher=teacher, config=config, progress=LineProgress())
     except SurgeonError as error:
-        print(f"{trial}: {error}", flush=True)
+        record(trial, model, trained_on=description, error=str(error))
         return
     for entry in report.log:
         print("  ", *(f"{name} {value:.5g}" for name, value in entry.items()), flush=True)
