@@ -35,7 +35,9 @@ def plain_arithmetic() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         for kind in {"cpu"} if accelerator is None else {"cpu", accelerator.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            # Nor do autocasts in here keep weights that they have cast: weights change, and only the end of the
+            # outermost autocast would forget them.
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if torch.get_default_device().type != "cpu":

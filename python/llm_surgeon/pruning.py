@@ -37,7 +37,8 @@ def prune(
 
     Args:
         model: a decoder-only Hugging Face causal LM; computed in evaluation mode, in the dtype and on the device it is
-            in (float32 is recommended: bfloat16 weights round every update). Inside a compiled model, DataParallel or
+            in, but that passes of a float32 model multiply in bfloat16 on a GPU where ``compute_dtype`` says nothing
+            else (float32 is recommended: bfloat16 weights round every update). Inside a compiled model, DataParallel or
             DistributedDataParallel it is pruned in place, running eagerly; what is compiled compiles itself anew.
         calibration: a :class:`~llm_surgeon.data.calibration.Calibration`, token ids ``[samples, seqlen]``, or
             a sequence of mappings with ``input_ids`` and, optionally, ``attention_mask``.

@@ -107,7 +107,7 @@ class PruneConfig:
     # As far as windows that are held out tell: steps make up for what the curvature of single layers does not see.
     gradient_steps: int = option(
         0,
-        "Natural-gradient steps of the kept weights after each shot (joint and sequential updates of single weights).",
+        "Natural-gradient steps of the kept weights after each shot's joint update, or after a sequential one.",
         count(0, _MOST_ROUNDS),
         panel=COMPENSATION,
     )

@@ -75,7 +75,7 @@ def prune_checkpoint(
     """Prune the checkpoint ``source`` (a folder or hub id) into the new folder ``out``.
 
     Computes on ``device`` (a GPU where there is one): the weights in the checkpoint's own dtype on a GPU and in float32
-    elsewhere, everything else in float32. Writes safetensors in the checkpoint's own dtype
+    elsewhere, everything else in float32, but for ``compute_dtype``. Writes safetensors in the checkpoint's own dtype
     that load in plain ``AutoModelForCausalLM``, with tokenizer, config, a model card, ``surgeon_report.json`` and
     ``report.html``. ``out`` appears only when it is complete. The losses before and after are also measured on windows
     of the calibration text that are held out, see :func:`llm_surgeon.data.held_out.split`.

@@ -70,7 +70,10 @@ class SolverTrace:
 
 @dataclass(frozen=True)
 class GradientStep:
-    """A step along the natural gradient: its length, 0 where none helped, and the held-out loss without and with it."""
+    """A step along the natural gradient: its length, 0 where none helped, and what it lowers without and with it.
+
+    That is the loss of held-out windows, or their divergence from the dense model, nats per token.
+    """
 
     length: float
     loss_before: float
@@ -290,7 +293,8 @@ class PruneReport:
             gains = ", ".join(
                 signed(sum(s.loss_after - s.loss_before for s in shot.gradient_steps)) for shot in self.shots
             )
-            lines[-1] = f"Gradient steps after each shot, held-out loss: {gains}\n{lines[-1]}"
+            lowered = "divergence" if self.config.get("gradient_target") == "dense" else "loss"
+            lines[-1] = f"Gradient steps after each shot, held-out {lowered}: {gains}\n{lines[-1]}"
         for shot in self.shots:
             predicted, measured = signed(shot.predicted_increase), signed(shot.measured_increase)
             lines.append(f"{shot.index:>4}  {percent(shot.sparsity):>8}  {predicted:>9}  {measured:>9}")

@@ -75,15 +75,7 @@ class ShotCurvature:
         if self.factors is not None:
             return self.factors
         assert self.estimated is not None
-        inputs = estimate_curvature(
-            run.model,
-            run.decoder,
-            run.calibration,
-            batch_size=run.plan.batch_size,
-            gradients=False,
-            dtype=run.compute_dtype,
-            progress=run.progress.step,
-        )
+        inputs = self._estimate(1, gradients=False)
         found, keep = self.estimated.with_inputs_of(inputs), run.plan.inverses_bytes > 0
         return DampedFactors(found, config, run.decoder.linears, run.plan.device, keep_inverses=keep)
 
@@ -91,7 +83,9 @@ class ShotCurvature:
         """Let go of the shot's curvature."""
         self.factors = self.estimated = self.two_terms = None
 
-    def _estimate(self, index: int, *, inputs: bool = True, squared_norms: bool = False) -> Curvature:
+    def _estimate(
+        self, index: int, *, gradients: bool = True, inputs: bool = True, squared_norms: bool = False
+    ) -> Curvature:
         run, config = self._run, self._run.config
         kept_apart = config.offloads or config.curvature_layers is not None
         return estimate_curvature(
@@ -101,7 +95,7 @@ class ShotCurvature:
             batch_size=run.plan.batch_size,
             fisher=config.fisher,
             seed=config.seed + index,  # sampled labels are fresh in every shot
-            gradients=self._method.gradients,
+            gradients=gradients and self._method.gradients,
             inputs=inputs,
             squared_norms=squared_norms,
             dtype=run.compute_dtype,

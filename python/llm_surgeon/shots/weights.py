@@ -81,7 +81,8 @@ class WeightShots:
             return
         updates = self._sweep if self._sweeps(shot) else self._updates
         self.selections = updates.write(self.selections, report)
-        if self._steps is not None:
+        # A sweep makes dense again what shots before it changed.
+        if self._steps is not None and self._sweeps(shot) == self.config.sequential:
             shot.phase("gradient steps")
             report.gradient_steps = self._steps.take(self.selections, self._curvature.after_update())
         if self._curvature.factors is not None:

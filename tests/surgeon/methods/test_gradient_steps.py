@@ -170,6 +170,12 @@ def test_steps_after_a_sequential_update_go_towards_the_dense_model(kind: str, a
         assert bool(((linear.weight == 0.0).unflatten(1, (-1, 4)).sum(dim=2) == 2).all())
 
 
+def test_shots_before_a_sequential_update_take_no_steps() -> None:
+    options = {"structure": "unstructured", "update": "sequential", "shots": 2, "gradient_steps": 1}
+    first, last = prune(build("llama"), windows(16), **options).shots
+    assert not first.gradient_steps and len(last.gradient_steps) == 1
+
+
 def test_factors_of_steps_after_a_sequential_update(monkeypatch: pytest.MonkeyPatch) -> None:
     data, model = windows(24), build("llama")
     seen = []

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
+from llm_surgeon.isolation import plain_arithmetic
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.passes import compute_dtype, evaluation_mode, frozen, mean_loss, run_model, starting_at, to_list
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
@@ -81,6 +82,19 @@ def test_the_mean_loss_is_of_all_tokens(batch_size: int) -> None:
 
 def test_values_of_scalars() -> None:
     assert to_list([torch.tensor(1.5), torch.tensor(2.0)]) == [1.5, 2.0] and to_list([]) == []
+
+
+def test_passes_in_bfloat16_see_weights_that_changed() -> None:
+    model, data = build("llama"), Calibration(IDS)
+    losses = []
+    with plain_arithmetic():
+        for _ in range(2):
+            losses.append([mean_loss(model, data, 2, dtype) for dtype in (None, torch.bfloat16)])
+            with torch.no_grad():
+                model.model.layers[0].mlp.down_proj.weight.mul_(3.0)
+    assert losses[0][0] != pytest.approx(losses[1][0], rel=1e-2)
+    for exact, rounded in losses:
+        assert rounded == pytest.approx(exact, rel=2e-3) and rounded != exact
 
 
 def test_the_dtype_of_passes() -> None:
