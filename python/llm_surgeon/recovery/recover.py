@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from llm_surgeon.config.recover import RecoverConfig
@@ -108,9 +109,10 @@ def recover(
     if config is not None and options:
         raise InputError("give either config or single options, not both")
     config = config or RecoverConfig.from_mapping(options)
-    state = ModelState(model)
+    state, device = ModelState(model), next(model.parameters()).device
     try:
-        return _recover(model, windows, held_out, teacher, config, state_folder, resume, progress)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return _recover(model, windows, held_out, teacher, config, state_folder, resume, progress)
     except BaseException:
         state.restore()
         raise

@@ -169,8 +169,10 @@ class _Training:
         """Windows on the device, which the host does not wait for."""
 
         def moved(values: Tensor) -> Tensor:
-            chosen = values[rows]
-            return chosen.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else chosen
+            chosen = values[rows.to(values.device)]
+            if self._device.type == "cuda" and chosen.device.type == "cpu":
+                chosen = chosen.pin_memory()
+            return chosen.to(self._device, non_blocking=True)
 
         mask = self._windows.attention_mask
         return moved(self._windows.input_ids), None if mask is None else moved(mask)
