@@ -209,15 +209,19 @@ def test_whole_blocks_are_made_up_for(name):
     assert report.shots[-1].measured_increase == pytest.approx(rise, abs=1e-5)
 
 
-def test_pruned_groups_come_closer_to_the_dense_model_and_stay_removed():
+@pytest.mark.parametrize("structure", ["groups", "rows-columns"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pruned_lines_come_closer_to_the_dense_model_and_stay_removed(structure, weighted):
     dense = build("llama")
     distances, sizes = [], []
-    for chosen in (False, True):
+    for options in ({"reconstruct": False}, {"reconstruct": True, "token_weights": weighted}):
         model = build("llama")
-        report = prune(model, TOKENS, structure="groups", sparsity=0.3, shots=1, reconstruct=chosen)
+        report = prune(model, TOKENS, structure=structure, sparsity=0.3, shots=2, **options)
         distances.append(float((logits(model) - logits(dense)).norm()))
         sizes.append(report.removed)
-        assert ("reconstruction" in report.shots[-1].seconds) == chosen
+        assert ("reconstruction" in report.shots[-1].seconds) == options["reconstruct"]
+        zeros = sum(int((x.matrix() == 0.0).sum()) for x in find_decoder(model).linears)
+        assert zeros == (report.removed if structure == "rows-columns" else 0)
     assert sizes[0] == sizes[1] and distances[1] < distances[0]
 
 
