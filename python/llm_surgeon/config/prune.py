@@ -306,13 +306,13 @@ class PruneConfig:
         shared = [update for update in record.updates if update in structure.updates]
         fill("update", shared[0] if kronecker and shared else "none")
         fill("swaps", _SWAPS if self._solved and self.kron_rank == 1 else 0)
-        fill("gradient_target", "dense" if self.sequential else "labels")
         fill("damp_g", structure.damp_g)
         once = not record.gradients or not kronecker or (self.sequential and structure.m > 0)
         fill("shots", 1 if once else structure.default_shots(self.sparsity))
         fill("allocation", "global" if kronecker else "local")
         fill("reconstruct", structure.coupled and "reconstruct" in structure.options and self.update == "joint")
         fill("token_weights", self.sequential)
+        fill("gradient_target", "dense" if self.aims_at_dense else "labels")
 
     def _check(self, structure: Structure, record: Method) -> None:
         """Refuse options that do not go together."""
@@ -365,7 +365,8 @@ class PruneConfig:
         if self.update not in structure.updates:
             choices = _quoted(structure.updates)
             raise InputError(f"update {self.update!r} has no meaning for {structure.name}: choose {choices}")
-        needs = {"swaps": self.swaps, "gradient_steps": self.gradient_steps, "kron_rank 2": self.kron_rank == 2}
+        steps = self.gradient_steps > 0 and not self.reconstruct
+        needs = {"swaps": self.swaps, "gradient_steps": steps, "kron_rank 2": self.kron_rank == 2}
         for name, given in needs.items() if not self._solved else ():
             if given:
                 others = _quoted(methods_where(lambda other: "joint" in other.updates))
@@ -377,7 +378,7 @@ class PruneConfig:
         for name in ("target_damping", "residual_weight", "token_weights") if not self.aims_at_dense else ():
             if self._given(name):
                 raise InputError(f"{name} means nothing without update 'sequential' or reconstruct")
-        idle = {"gradient_target": "dense" if self.sequential else "labels", "gradient_samples": None}
+        idle = {"gradient_target": "dense" if self.aims_at_dense else "labels", "gradient_samples": None}
         for name, value in idle.items():
             if not self.gradient_steps and getattr(self, name) != value:
                 raise InputError(f"{name} means nothing without gradient_steps")

@@ -20,6 +20,7 @@ SPECIAL_OPTIONS = (
     "skip_layers",
     "reconstruct",
     "lora_rank",
+    "gradient_steps",
     "offload",
     "curvature_layers",
 )
@@ -144,7 +145,7 @@ _structures = Registry(
             "single weights, anywhere in a matrix",
             single_weights=True,
             updates=("joint", "chunked", "independent", "none", "sequential"),
-            options=_OF_WEIGHTS,
+            options=_OF_WEIGHTS | {"gradient_steps"},
             default_sparsity=0.5,
             damp_g=0.1,
         ),
@@ -161,7 +162,9 @@ _structures = Registry(
             "llm_surgeon.structures.groups:GroupShots",
             "neurons and attention heads, taken out of the model",
             coupled=True,
-            options=frozenset({"importance", "round_to", "uniform", "skip_layers", "reconstruct", "lora_rank"}),
+            options=frozenset(
+                {"importance", "round_to", "uniform", "skip_layers", "reconstruct", "lora_rank", "gradient_steps"}
+            ),
         ),
         Structure(
             "width",

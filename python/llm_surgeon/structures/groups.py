@@ -12,10 +12,13 @@ from torch import Tensor
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
-from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors, numerical_errors
+from llm_surgeon.curvature.factors import DampedFactor, DampedFactors, KroneckerFactors, numerical_errors
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.models.offload import PinnedMemory
+from llm_surgeon.shots.anchors import AnchorWeights
+from llm_surgeon.shots.gradient_steps import GradientSteps
 from llm_surgeon.shots.reconstruct import fit_to_dense
 from llm_surgeon.shots.run import Run, Shot
 from llm_surgeon.structures.costs import DimensionCosts, kronecker_costs
@@ -42,6 +45,9 @@ class GroupShots:
         ]
         self.selections: list[Selection] = []
         self._dense: list[Tensor] = []  # weights before pruning, where the rest is fitted to what these compute
+        # All shots go on from the last one's weights: no anchors move.
+        anchors = AnchorWeights(run, PinnedMemory())
+        self._steps = GradientSteps(run, anchors) if run.config.gradient_steps else None
         self._generator = torch.Generator().manual_seed(run.config.seed)
         # Of the shot that is under way:
         self._curvature: Curvature | None = None
@@ -53,6 +59,8 @@ class GroupShots:
 
     def begin(self, resources: ExitStack) -> None:
         self.selections = self._as_selections()
+        if self._steps is not None:
+            self._steps.begin()
         linears = self.decoder.linears if self.config.reconstruct else []
         self._dense = [linear.matrix(linear.weight.dtype) for linear in linears]
 
@@ -101,6 +109,25 @@ class GroupShots:
             shot.phase("reconstruction")
             fit_to_dense(self.run, self.selections, self._dense)
             self._dense.clear()
+        if self._steps is not None and shot.last:
+            shot.phase("gradient steps")
+            shot.report.gradient_steps = self._steps.take(self.selections, self._factors())
+
+    def _factors(self) -> DampedFactors:
+        """Factors of all linears, where nothing but zeros has gone yet."""
+        run, config = self.run, self.config
+        found = estimate_curvature(
+            run.model,
+            self.decoder,
+            run.calibration,
+            batch_size=run.plan.batch_size,
+            fisher=config.fisher,
+            seed=config.seed + config.shots,
+            dtype=run.compute_dtype,
+            checkpoint_activations=run.plan.checkpoint_activations,
+            progress=run.progress.step,
+        )
+        return DampedFactors(found, config, self.decoder.linears, run.plan.device)
 
     def finish(self) -> None:
         """Take what is zero out of the model."""

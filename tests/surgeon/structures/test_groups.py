@@ -210,3 +210,20 @@ def test_checkpoints_of_uneven_models_load_with_the_code_of_the_package(tmp_path
     assert type(model).__name__ == "PrunedLlamaForCausalLM"
     weights = sum(x.rows * x.columns for x in find_decoder(model).linears)
     assert weights == report.weights - report.removed
+
+
+def test_gradient_steps_after_the_fit_bring_the_outputs_nearer_to_the_dense_ones():
+    dense = build("llama")
+    tokens = torch.randint(0, VOCABULARY, (24, 32), generator=torch.Generator().manual_seed(0))
+    divergences, sizes = [], []
+    for steps in (0, 2):
+        model = build("llama")
+        report = prune(model, tokens, structure="groups", sparsity=0.3, shots=2, gradient_steps=steps)
+        with torch.no_grad():
+            ours, wanted = (torch.log_softmax(each(tokens).logits, dim=-1) for each in (model, dense))
+        divergences.append(float((wanted.exp() * (wanted - ours)).sum(dim=-1).mean()))
+        sizes.append(report.removed)
+        assert [len(shot.gradient_steps) for shot in report.shots] == [0, steps]
+    assert report.config["gradient_target"] == "dense"
+    assert report.shots[-1].gradient_steps[0].loss_after < report.shots[-1].gradient_steps[0].loss_before
+    assert sizes[0] == sizes[1] and divergences[1] < 0.97 * divergences[0]
