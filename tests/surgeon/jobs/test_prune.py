@@ -38,10 +38,10 @@ def test_what_is_pruned_is_recovered_and_both_are_told_of(places, monkeypatch):
         return recover(model, windows, held_out, **options)
 
     monkeypatch.setattr(job, "recover", watching)
-    report = prune_checkpoint(source, out, calibration=text, recover_minutes=0.05, **OPTIONS)
+    report = prune_checkpoint(source, out, calibration=text, recover_minutes=0.1, **OPTIONS)
     done = json.loads((out / "surgeon_recovery.json").read_text())
     assert done["loss_after"] < done["loss_before"] and done["steps"] > 0
-    assert (done["config"]["method"], done["config"]["minutes"]) == ("full", 0.05)
+    assert (done["config"]["method"], done["config"]["minutes"]) == ("full", 0.1)
     assert done["data"]["training"]["source"] == text and done["data"]["training"]["seqlen"] == 16
     assert PruneReport.read(out / "surgeon_report.json") == report and len(report.history) == 1
     assert f"for {done['steps']} steps on {done['tokens']:,} tokens of" in report.history[0]
@@ -98,7 +98,7 @@ def test_the_command_says_what_the_recovery_did(places, capsys):
     source, out, text = places
     given = ["--calibration", text, "--method", "magnitude", "--samples", "4", "--seqlen", "16", "--device", "cpu"]
     with pytest.raises(SystemExit) as ended:
-        main(["prune", str(source), str(out), *given, "--recover-minutes", "0.02"])
+        main(["prune", str(source), str(out), *given, "--recover-minutes", "0.1"])
     assert not ended.value.code
     assert "After pruning all weights were trained for" in capsys.readouterr().out.replace("\n", " ")
 

@@ -1,7 +1,6 @@
 """Training: its objective, optimizers, budget, trials of learning rates, and mean of the weights."""
 
 import math
-import time
 
 import pytest
 import torch
@@ -190,12 +189,25 @@ def test_steps_that_are_done_before_the_time_is_over_end_it(monkeypatch):
     assert log[-1]["step"] == 12 and clock.now == 12 + 3 * 2
 
 
-def test_minutes_count_everything(monkeypatch):
-    """Held-out losses before and after, too: a minute is not exceeded by more than a step."""
-    begun = time.perf_counter()
-    report = recover(half_zero("llama"), WINDOWS, HELD_OUT, minutes=0.02, method="full", batch_size=4)
-    assert report.tokens == report.log[-1]["step"] * 4 * 16 > 0
-    assert report.config["minutes"] == 0.02 and time.perf_counter() >= begun
+def test_minutes_count_held_out_losses_too(monkeypatch):
+    """A training ends when its steps and three held-out losses, before, at the end and after, have taken the time."""
+    given = {}
+
+    def noting(*arguments, seconds, **options):
+        given["seconds"] = seconds
+        return [{"step": 3}]
+
+    ticks = iter([100.0, 104.0, 200.0])  # begun, after the first held-out loss, at the end
+    monkeypatch.setattr("llm_surgeon.recovery.recover.train", noting)
+    monkeypatch.setattr("llm_surgeon.recovery.recover.time.perf_counter", lambda: next(ticks))
+    report = recover(half_zero("llama"), WINDOWS, HELD_OUT, minutes=1.0, method="full", batch_size=4)
+    assert given["seconds"] == 60.0 - 3 * 4.0 and report.seconds == 100.0
+    assert (report.steps, report.tokens) == (3, 3 * 4 * 16)
+
+
+def test_too_few_minutes_are_one_sentence():
+    with pytest.raises(InputError, match=r"^minutes 1e-06 are over before the first step of the training: give more$"):
+        recover(half_zero("llama"), WINDOWS, HELD_OUT, minutes=1e-6, method="full")
 
 
 def test_the_learning_rate_is_found_by_trials_from_the_same_start():
