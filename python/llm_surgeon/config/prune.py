@@ -164,7 +164,7 @@ class PruneConfig:
     skip_layers: str = option("", "Blocks left alone, 0-3,30,31.", parse_blocks, panel=SMALLER)
     reconstruct: bool = option(
         None,
-        "Fit what is left to the dense model's activations at last, linear by linear: yes for update joint.",
+        "Fit what is left to the dense model's activations at last: by default with update joint, without lora_rank.",
         panel=COMPENSATION,
     )
 
@@ -310,7 +310,9 @@ class PruneConfig:
         once = not record.gradients or not kronecker or (self.sequential and structure.m > 0)
         fill("shots", 1 if once else structure.default_shots(self.sparsity))
         fill("allocation", "global" if kronecker else "local")
-        fill("reconstruct", structure.coupled and "reconstruct" in structure.options and self.update == "joint")
+        # A fit to the dense model would undo what corrections between the shots have learned.
+        fitted = structure.coupled and "reconstruct" in structure.options and self.lora_rank == 0
+        fill("reconstruct", fitted and self.update == "joint")
         fill("token_weights", self.sequential)
         fill("gradient_target", "dense" if self.aims_at_dense else "labels")
 

@@ -232,7 +232,10 @@ def test_it_is_the_default_where_groups_are_compensated_for_and_refused_elsewher
     assert PruneConfig(structure="2:4").reconstruct is False
     assert PruneConfig(structure="layers").reconstruct is True
     assert PruneConfig(structure="layers", importance="taylor1").reconstruct is False
+    assert PruneConfig(structure="groups", lora_rank=2).reconstruct is False
     assert PruneConfig(structure="rows-columns").reconstruct is False
+    with pytest.raises(InputError, match="reconstruct needs the whole model on one device"):
+        PruneConfig(structure="rows-columns", offload="cpu", reconstruct=True)
     for structure in ("2:4", "width"):
         with pytest.raises(InputError, match="reconstruct"):
             PruneConfig(structure=structure, reconstruct=True)
