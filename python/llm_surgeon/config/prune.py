@@ -33,6 +33,8 @@ CALIBRATION, MEMORY, RESEARCH = "Calibration", "Memory", "Research"
 
 # Rounds of swaps in a joint update of single weights: more hardly lower its objective any further.
 _SWAPS = 4
+# Damping of what a linear aims at in a sequential update, and in a last fit.
+_SWEEP_DAMPING, _FIT_DAMPING = 0.3, 0.1
 # Rounds of work beyond these are a slip of the keyboard, and would run for ever.
 _MOST_ROUNDS = 10_000
 _MOST_BLOCKS = 100_000
@@ -208,7 +210,16 @@ class PruneConfig:
     )
     max_iterations: int = option(200, "Cap on the joint solver's iterations.", count(), panel=RESEARCH)
     target_damping: float = option(
-        0.1, "Damping towards the dense weights of what a sequential update aims at.", number(), panel=RESEARCH
+        None,
+        "Damping towards the dense weights of what makes up for changed inputs: 0.3 in a sequential update, else 0.1.",
+        number(),
+        panel=RESEARCH,
+    )
+    residual_damping: float = option(
+        0.1,
+        "The same of what makes up for the residual stream's error in a sequential update.",
+        number(),
+        panel=RESEARCH,
     )
     residual_weight: float = option(
         1.0,
@@ -315,6 +326,7 @@ class PruneConfig:
         fill("reconstruct", fitted and self.update == "joint")
         fill("token_weights", self.sequential)
         fill("gradient_target", "dense" if self.aims_at_dense else "labels")
+        fill("target_damping", _SWEEP_DAMPING if self.sequential else _FIT_DAMPING)
 
     def _check(self, structure: Structure, record: Method) -> None:
         """Refuse options that do not go together."""
@@ -377,9 +389,12 @@ class PruneConfig:
             raise InputError("update 'sequential' goes with neither kron_rank 2 nor offload")
         if self.sequential and self.shots > 1 and self.lora_rank:
             raise InputError("update 'sequential' begins at the dense weights: with lora_rank it takes one shot")
-        for name in ("target_damping", "residual_weight", "token_weights") if not self.aims_at_dense else ():
-            if self._given(name):
+        unused = {"target_damping": _FIT_DAMPING, "residual_weight": 1.0, "token_weights": False}
+        for name, default in unused.items() if not self.aims_at_dense else ():
+            if getattr(self, name) != default:
                 raise InputError(f"{name} means nothing without update 'sequential' or reconstruct")
+        if self._given("residual_damping") and not self.sequential:
+            raise InputError("residual_damping means nothing without update 'sequential'")
         idle = {"gradient_target": "dense" if self.aims_at_dense else "labels", "gradient_samples": None}
         for name, value in idle.items():
             if not self.gradient_steps and getattr(self, name) != value:

@@ -9,10 +9,10 @@ where ``h`` is the residual stream to which ``s`` times the output is added, bef
 that do not write to it. With ``A = Σ w x̂ x̂ᵀ``, ``X = Σ w x x̂ᵀ`` and ``E = Σ w e x̂ᵀ`` the free optimum, damped towards
 ``W``, is
 
-    T = W + (W (X - A) + ρ E)(A + λ mean(diag A) I)⁻¹,
+    T = W + W (X - A)(A + λ I)⁻¹ + ρ E (A + μ I)⁻¹,
 
-and up to a constant the objective is ``½ tr((Ŵ - T)ᵀ G (Ŵ - T) A)``: that of the joint update, around ``T`` in place of
-``W``. A bias is the weight of a constant 1 appended to ``x`` and ``x̂``.
+with ``λ`` and ``μ`` relative to ``mean(diag A)``. Up to a constant the objective is ``½ tr((Ŵ - T)ᵀ G (Ŵ - T) A)``:
+that of the joint update, around ``T`` in place of ``W``. A bias is the weight of a constant 1 appended to ``x``, ``x̂``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from llm_surgeon.methods.select import Selection, reselect
 from llm_surgeon.methods.update import LayerUpdate, remove_and_compensate
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from surgeon_kernels import element_cost
+
+# Largest weight of a token for a linear, where the root mean square is 1.
+_LARGEST = 4.0
 
 
 @dataclass(frozen=True)
@@ -107,36 +110,51 @@ def update_sequentially(
 
 
 def token_weights(squared_norms: Sequence[Tensor], calibration: Calibration) -> Tensor:
-    """Weights of tokens ``[samples, seqlen]``, zero at padding: ``Σ min(1, |g|² / mean |g|²)`` over linears.
+    """Weights of tokens ``[samples, seqlen]``, zero at padding: ``Σ min(4, |g| / √(mean |g|²))`` over linears.
 
     Attention sinks have large inputs and no gradient: unweighted they would bend the moments towards themselves.
-    Clipped, so that no few tokens rule. Without norms, or any gradient, every token counts alike.
+    Roots, and clipped, so that no few tokens rule. Without norms, or any gradient, every token counts alike.
     """
     ids, mask = calibration.input_ids, calibration.attention_mask
     real = torch.ones(ids.shape) if mask is None else mask.float()
     total = torch.zeros_like(real)
     for norms in squared_norms:
         mean = norms.sum() / real.sum()
-        total = total.to(norms) + (norms / mean.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
+        total = total.to(norms) + (norms / mean.clamp_min(torch.finfo(norms.dtype).tiny)).sqrt().clamp_max(_LARGEST)
     return torch.where(total.sum() > 0, total, real.to(total))
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Of linears that share their input: A's inverses damped for a target's two parts, and its first part over W."""
+
+    lost: Tensor
+    for_residual: Tensor | None
+    a: DampedFactor
+
+
 def targets(stage: Stage, config: PruneConfig) -> Iterator[tuple[PrunableLinear, Tensor, DampedFactor]]:
-    """Every linear of a stage, ``T = W + (W (X - A) + ρ E)(A + λ mean(diag A) I)⁻¹`` ``[R, C']``, and damped ``A``."""
-    shared: dict[int, tuple[Tensor, Tensor, DampedFactor]] = {}  # by C': of the linears with a bias, and without one
+    """Every linear of a stage, ``T = W + W (X - A)(A + λ I)⁻¹ + ρ E (A + μ I)⁻¹`` ``[R, C']``, and damped ``A``."""
+    shared: dict[int, _Shared] = {}  # by C': of the linears with a bias, and of those without one
     for linear in stage.readers:
         W = linear.matrix()
         size = W.shape[1]
         if size not in shared:
-            A, place = stage.A[:size, :size], f"A of {linear.name}"
-            inverse = DampedFactor.checked(A.clone(), config.target_damping, place).inverse
-            lost = (stage.cross[:size, :size] - A) @ inverse
-            shared[size] = inverse, lost, DampedFactor.checked(A.clone(), config.damp_a, place)
-        inverse, lost, a = shared[size]
-        target = torch.addmm(W, W, lost)
-        if linear.name in stage.residual:
-            target.addmm_(stage.residual[linear.name][:, :size], inverse, alpha=config.residual_weight)
-        yield linear, target, a
+            shared[size] = _share(stage, size, f"A of {linear.name}", config)
+        own = shared[size]
+        target = torch.addmm(W, W, own.lost)
+        if own.for_residual is not None and linear.name in stage.residual:
+            target.addmm_(stage.residual[linear.name][:, :size], own.for_residual, alpha=config.residual_weight)
+        yield linear, target, own.a
+
+
+def _share(stage: Stage, size: int, name: str, config: PruneConfig) -> _Shared:
+    A = stage.A[:size, :size]
+    damped = (config.target_damping, config.residual_damping)[: 1 + bool(stage.residual)]
+    inverses = [DampedFactor.checked(A.clone(), damping, name).inverse for damping in damped]
+    lost = (stage.cross[:size, :size] - A) @ inverses[0]
+    a = DampedFactor.checked(A.clone(), config.damp_a, name)
+    return _Shared(lost, inverses[1] if stage.residual else None, a)
 
 
 def _update(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -14,12 +16,17 @@ from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.run import Run
 
+# Options of updates that need not come near to their optimum.
+_ROUGH: dict[str, Any] = {"swaps": 0, "max_iterations": 8}
+
 
 class Updates:
     """New weights of all linears, from ``curvature``, around ``anchors``."""
 
     def __init__(self, run: Run, curvature: ShotCurvature, anchors: AnchorWeights) -> None:
         self._run, self._curvature, self._anchors = run, curvature, anchors
+        # A sequential update follows, before which weights are only counted.
+        self._options = replace(run.config, **_ROUGH) if run.config.sequential else run.config
 
     def write(self, selections: list[Selection], report: ShotReport) -> list[Selection]:
         """Write every linear's new weights, and into ``report`` the predicted increase (where G is known) and traces.
@@ -43,7 +50,7 @@ class Updates:
         traces: list[SolverTrace],
         linear: PrunableLinear,
     ) -> None:
-        config, device, factors = self._run.config, self._run.plan.device, self._curvature.factors
+        device, factors = self._run.plan.device, self._curvature.factors
         weight, selection = linear.matrix(device=device), selection_of[linear.name].to(device)
         anchor = self._anchors.of(linear, weight)
         known = self._curvature.factors_of(linear)
@@ -52,7 +59,7 @@ class Updates:
         else:
             two_terms = self._curvature.two_terms
             if two_terms is None:
-                new = remove_and_compensate(anchor, selection, known, config, linear.name)
+                new = remove_and_compensate(anchor, selection, known, self._options, linear.name)
             else:
                 new = two_terms.compensate(linear, anchor, selection)
             factors.note_jitter(linear, new.jitter)

@@ -13,11 +13,11 @@ from tests.surgeon.methods.test_sequential import (
     DOUBLE,
     KINDS,
     TOKENS,
-    least_squares,
     padded_tokens,
     places,
     seen,
     stream_before,
+    target_of,
 )
 from tests.surgeon.tiny_models import build
 
@@ -35,13 +35,13 @@ def slowly(name, data, config):
         for linear in [linear for linear in decoder.linears if linear.input_group == group]:
             key, C = f"{linear.depth} {linear.kind}", linear.columns
             inputs, wanted = after[key][0][real], dense[key][1][real]
+            ones = torch.ones(len(inputs), linear.has_bias, dtype=DOUBLE)
+            lack = None
             if linear.kind in KINDS[name]:
                 streams = [stream_before(name, linear.kind, linear.depth, found)[real] for found in (dense, after)]
-                wanted = wanted + config.residual_weight * (streams[0] - streams[1])
-            ones = torch.ones(len(inputs), linear.has_bias, dtype=DOUBLE)
+                lack = streams[0] - streams[1]
             weights = torch.ones(len(inputs), dtype=DOUBLE)
-            damping = config.target_damping
-            target = least_squares(linear.matrix(), torch.cat([inputs, ones], dim=1), wanted, weights, damping)
+            target = target_of(linear.matrix(), torch.cat([inputs, ones], dim=1), wanted, lack, weights, config)
             target[:, :C], masks[linear.name] = sparsegpt_layer(
                 target[:, :C],
                 inputs.T @ inputs / len(inputs),

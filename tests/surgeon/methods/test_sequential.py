@@ -98,12 +98,21 @@ def least_squares(W, inputs, wanted, w, damping):
     return torch.linalg.lstsq(torch.cat([X, ridge]), torch.cat([Y, ridge @ W.T])).solution.T
 
 
+def target_of(W, inputs, wanted, lack, w, config):
+    """What a linear aims at: one fit to its dense outputs, and one to the stream's ``lack``, if it writes to it."""
+    target = least_squares(W, inputs, wanted, w, config.target_damping)
+    if lack is None:
+        return target
+    return target + config.residual_weight * least_squares(0.0 * W, inputs, lack, w, config.residual_damping)
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("padded, weighted, rho", [(False, True, 1.0), (True, True, 0.6), (True, False, 1.0)])
 def test_targets_are_least_squares_solutions(name, padded, weighted, rho, monkeypatch):
     """At its turn a linear aims at the dense model's output and stream, everything before it being pruned already."""
     data = padded_tokens() if padded else Calibration(TOKENS)
-    config = PruneConfig(update="sequential", token_weights=weighted, residual_weight=rho, target_damping=0.05)
+    damping = {"target_damping": 0.05, "residual_damping": 0.02}
+    config = PruneConfig(update="sequential", token_weights=weighted, residual_weight=rho, **damping)
     model = build(name, DOUBLE)
     dense = copy.deepcopy(model)
     before = seen(dense, data, places(dense, name))
@@ -115,11 +124,12 @@ def test_targets_are_least_squares_solutions(name, padded, weighted, rho, monkey
         inputs, wanted = after[key][0], before[key][1]
         if linear.has_bias:
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
+        lack = None
         if linear.kind in KINDS[name]:
             streams = [stream_before(name, linear.kind, linear.depth, found) for found in (before, after)]
-            wanted = wanted + rho * (streams[0] - streams[1])
+            lack = (streams[0] - streams[1])[weights[linear.input_group].reshape(-1) > 0]
         w = weights[linear.input_group].reshape(-1)
-        expected = least_squares(linear.matrix(), inputs[w > 0], wanted[w > 0], w[w > 0], 0.05)
+        expected = target_of(linear.matrix(), inputs[w > 0], wanted[w > 0], lack, w[w > 0], config)
         torch.testing.assert_close(target, expected, rtol=1e-5, atol=1e-5)
         A = (inputs * w[:, None]).nan_to_num().T @ inputs.nan_to_num() / w.sum()
         torch.testing.assert_close(factors.a.undamped(), A, rtol=1e-5, atol=1e-6)
@@ -132,7 +142,7 @@ def test_targets_are_least_squares_solutions(name, padded, weighted, rho, monkey
     weights = {linear.input_group: torch.zeros(TOKENS.shape, dtype=DOUBLE) for linear in decoder.linears}
     for linear in decoder.linears:
         norms = curvature.squared_norms[linear.name]
-        weights[linear.input_group] += (norms / norms[real].mean()).clamp_max(1.0) if weighted else real.double()
+        weights[linear.input_group] += (norms / norms[real].mean()).sqrt().clamp_max(4.0) if weighted else real.double()
     monkeypatch.setattr(sequential, "_update", compare)
     sweep(model, data, config)
     assert compared == [linear.name for linear in decoder.linears]
@@ -170,7 +180,8 @@ def test_the_objective_is_that_of_the_joint_update_around_the_target():
     G = G @ G.T
     A, cross, residual = ((root * each).T @ (root * x) / N for each in (x, dense, e))
     stage = Stage([one_linear(W)], A, cross, {"l": residual})
-    config = PruneConfig(update="sequential", target_damping=damping, residual_weight=0.7)
+    options = {"target_damping": damping, "residual_damping": damping, "residual_weight": 0.7}
+    config = PruneConfig(update="sequential", **options)
     ((_, T, factor),) = sequential.targets(stage, config)
     torch.testing.assert_close(factor.undamped(), A)
     wanted, ridge = dense @ W.T + 0.7 * e, damping * A.diagonal().mean()
@@ -197,10 +208,14 @@ def one_linear(W):
 def test_weights_of_tokens():
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     data = Calibration(torch.ones(2, 4, dtype=torch.long), mask)
-    first = torch.tensor([[0.0, 1.0, 1.0, 10.0], [0.0, 0.0, 0.0, 0.0]])  # mean 2
-    second = torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])  # mean 1
-    expected = torch.tensor([[1.0, 0.5, 0.5, 1.0], [0.0, 1.0, 0.0, 0.0]])
-    assert torch.equal(token_weights([first, second], data), expected)
+    first = torch.tensor([[0.0, 1.0, 4.0, 31.0], [0.0, 0.0, 0.0, 0.0]])  # mean 6
+    second = torch.tensor([[24.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])  # mean 4
+    many = Calibration(torch.ones(2, 64, dtype=torch.long))
+    spike = torch.zeros(2, 64)
+    spike[0, 5] = 128.0  # mean 1
+    expected = torch.tensor([[6**0.5, (1 / 6) ** 0.5, (4 / 6) ** 0.5, (31 / 6) ** 0.5], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(token_weights([first, second], data), expected)
+    assert float(token_weights([spike], many)[0, 5]) == 4.0
     assert torch.equal(token_weights([first, torch.zeros(2, 4)], data)[1], torch.zeros(4))
     for nothing in ([], [torch.zeros(2, 4)]):
         assert torch.equal(token_weights(nothing, data), mask.float())
@@ -257,9 +272,9 @@ def test_shots_before_the_sweep_tell_how_many_weights_go(monkeypatch):
         "_update",
         lambda linear, target, *rest: first.append((linear.matrix(), target)) or update(linear, target, *rest),
     )
-    for name in ("joint", "sequential"):
+    for options in ({"update": "joint", "swaps": 0, "max_iterations": 8}, {"update": "sequential"}):
         model = copy.deepcopy(dense)
-        report = prune(model, TOKENS, structure="unstructured", sparsity=0.6, update=name, shots=3)
+        report = prune(model, TOKENS, structure="unstructured", sparsity=0.6, shots=3, **options)
         removed.append([layer.removed for layer in report.layers])
     assert removed[0] == removed[1]
     linears = find_decoder(dense).linears
