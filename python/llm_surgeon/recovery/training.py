@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.models.passes import mean_loss, to_list
+from llm_surgeon.models.passes import autocast, compute_dtype, mean_loss, to_list
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.masters import float32_masters
@@ -93,8 +93,7 @@ class _Training:
         self._config, self._objective, self._seconds = config, objective, seconds
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(model.parameters()).device
-        half = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self._dtype = torch.bfloat16 if half else None  # of products
+        self._dtype = _dtype_of_products(self._device)
         self._micro = config.micro_batch_size or micro_batch(config.batch_size, windows.input_ids.shape[1])
         self._order = _Order(len(windows.input_ids), config.seed)
         self._step, self._evaluations, self._worse = 0, 0, 0
@@ -149,7 +148,7 @@ class _Training:
         parts = rows.split(self._micro)
         for part in parts:
             ids, mask = self._batch(part)
-            with self._autocast():
+            with autocast(self._device, self._dtype):
                 loss = self._objective(self._model, ids, mask) / len(parts)
             loss.backward()
             self._losses.append(loss.detach())
@@ -204,8 +203,9 @@ class _Training:
         return True
 
     def _held_out_loss(self, held_out: Calibration) -> float:
+        base = self._base()
         try:
-            return mean_loss(self._base(), held_out, self._micro, self._dtype)
+            return mean_loss(base, held_out, self._micro, compute_dtype("auto", base, self._device))
         except NumericalError as error:
             raise self._no_number("eval_loss") from error
 
@@ -245,9 +245,6 @@ class _Training:
     def _base(self) -> Any:
         """The model itself, without adapters around it."""
         return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model  # type: ignore[operator]
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._dtype is None else torch.autocast(self._device.type, self._dtype)
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._trained.items()}
@@ -305,6 +302,11 @@ def share_of_peak(done: float, config: RecoverConfig) -> float:
     if done < config.warmup_steps:
         return done / config.warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (done - config.warmup_steps) / (config.steps - config.warmup_steps)))
+
+
+def _dtype_of_products(device: torch.device) -> torch.dtype | None:
+    """``None``: that of the weights."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
 
 
 def micro_batch(batch_size: int, seqlen: int) -> int:

@@ -342,3 +342,13 @@ def test_overfitting_is_stopped_and_the_best_state_kept():
     losses = [entry["eval_loss"] for entry in report.log]
     assert len(losses) < 20 and losses[-1] > min(losses)
     assert mean_loss(model, held_out, 8) == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_products_in_bfloat16_are_of_the_weights_of_each_step(monkeypatch):
+    """Autocast keeps none of an earlier step: the losses follow those in float32."""
+    losses = []
+    for dtype in (None, torch.bfloat16):
+        monkeypatch.setattr(training, "_dtype_of_products", lambda _, dtype=dtype: dtype)
+        report = recover(half_zero("llama"), WINDOWS, HELD_OUT, teacher=build("llama"), **FULL | {"eval_every": 12})
+        losses.append((report.log[-1]["loss"], report.loss_after))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
