@@ -68,8 +68,10 @@ def update_sequentially(
     batch_size: int,
     compute_dtype: torch.dtype | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, SequentialUpdate]:
-    """Select and update the weights of every linear in execution order, in place, and return what became of them.
+) -> Iterator[tuple[PrunableLinear, SequentialUpdate]]:
+    """Select and update the weights of every linear in execution order, in place, and yield what became of them.
+
+    The updates are as large as the weights, in float32: the caller keeps what it needs of them.
 
     Args:
         curvature: of the dense model, with ``G`` of every linear and, for weights of tokens, the squared norms of
@@ -85,7 +87,7 @@ def update_sequentially(
             layers are already pruned.
     """
     before = dict(zip((linear.name for linear in decoder.linears), selections, strict=True))
-    done: dict[str, SequentialUpdate] = {}
+    done = 0
 
     def weights_of(readers: Sequence[PrunableLinear]) -> Tensor:
         norms = [curvature.squared_norms[linear.name] for linear in readers] if config.token_weights else []
@@ -102,11 +104,11 @@ def update_sequentially(
     ):
         for linear, target, a in targets(stage, config):
             if progress is not None:
-                progress(len(done), len(decoder.linears), linear.name)
+                progress(done, len(decoder.linears), linear.name)
             G = curvature.output_factor(linear).to(target.device)
             factors = KroneckerFactors(DampedFactor.checked(G, config.damp_g, f"G of {linear.name}"), a)
-            done[linear.name] = _update(linear, target, factors, before[linear.name], config)
-    return done
+            yield linear, _update(linear, target, factors, before[linear.name], config)
+            done += 1
 
 
 def token_weights(squared_norms: Sequence[Tensor], calibration: Calibration) -> Tensor:

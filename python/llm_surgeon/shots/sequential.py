@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.sequential import update_sequentially
 from llm_surgeon.methods.update import total_increase
@@ -32,7 +34,9 @@ class SequentialUpdates:
         if run.config.shots > 1:
             for linear in run.decoder.linears:
                 linear.write(self._anchors.of(linear, linear.matrix()))
-        done = update_sequentially(
+        selection_of = dict(zip((linear.name for linear in run.decoder.linears), selections, strict=True))
+        increases: dict[str, Tensor] = {}
+        for linear, new in update_sequentially(
             run.model,
             run.decoder,
             run.calibration,
@@ -43,11 +47,11 @@ class SequentialUpdates:
             batch_size=run.plan.batch_size,
             compute_dtype=run.compute_dtype,
             progress=run.progress.step,
-        )
-        report.predicted_increase = total_increase({name: each.increase for name, each in done.items()})
-        report.jitter = {name: each.jitter for name, each in done.items() if each.jitter > 0.0}
-        updates = {name: each.update for name, each in done.items()}
-        report.solver += [
-            SolverTrace(name, new.objective, new.gap, new.bound) for name, new in updates.items() if new.objective
-        ]
-        return [updates[linear.name].selection for linear in run.decoder.linears]
+        ):
+            selection_of[linear.name], increases[linear.name] = new.update.selection, new.increase
+            if new.jitter > 0.0:
+                report.jitter[linear.name] = new.jitter
+            if new.update.objective:
+                report.solver.append(SolverTrace(linear.name, new.update.objective, new.update.gap, new.update.bound))
+        report.predicted_increase = total_increase(increases)
+        return list(selection_of.values())
