@@ -385,8 +385,8 @@ class PruneConfig:
             if given:
                 others = _quoted(methods_where(lambda other: "joint" in other.updates))
                 raise InputError(f"{name} needs method {others}, update 'joint' and a structure of single weights")
-        if self.sequential and (self.kron_rank == 2 or self.offload != "none"):
-            raise InputError("update 'sequential' goes with neither kron_rank 2 nor offload")
+        if self.sequential and self.kron_rank == 2:
+            raise InputError("update 'sequential' does not go with kron_rank 2")
         if self.sequential and self.shots > 1 and self.lora_rank:
             raise InputError("update 'sequential' begins at the dense weights: with lora_rank it takes one shot")
         unused = {"target_damping": _FIT_DAMPING, "residual_weight": 1.0, "token_weights": False}

@@ -56,9 +56,12 @@ class Curvature:
         A = self._inputs[linear.input_group].full()[:size, :size].div_(self.tokens)
         return self.output_factor(linear) if linear.name in self._gradients else None, A
 
-    def output_factor(self, linear: PrunableLinear) -> Tensor:
-        """``G`` alone, see :meth:`factors`: it must have been captured."""
-        return self._gradients[linear.name].full().div_(self.tokens)
+    def output_factor(self, linear: PrunableLinear, device: torch.device | None = None) -> Tensor:
+        """``G`` alone, see :meth:`factors`, on ``device``, or where it is kept: it must have been captured."""
+        G = self._gradients[linear.name]
+        if device is not None:
+            G = SymmetricAccumulator(G.n, G.storage.to(device, non_blocking=True))
+        return G.full().div_(self.tokens)
 
     def with_inputs_of(self, other: Curvature) -> Curvature:
         """Factors ``G`` of this and ``A`` of ``other``, of as many tokens, both shared with them."""

@@ -6,15 +6,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.models.batch_tensors import BatchTensors
 from llm_surgeon.models.block_batches import BlockBatch, record_batch
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
+from llm_surgeon.models.offload import PinnedMemory, resident
 from llm_surgeon.models.passes import autocast, evaluation_mode
 from llm_surgeon.models.replay import Replay
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
@@ -52,6 +55,7 @@ def stages(
     batch_size: int,
     skipped: Collection[int] = (),
     compute_dtype: torch.dtype | None = None,
+    memory: PinnedMemory | None = None,
 ) -> Iterator[Stage]:
     """Yield the stages of every block; the caller may write new weights of its readers before it asks for the next one.
 
@@ -64,43 +68,62 @@ def stages(
         writers: name and scale ``s`` of linears that write to the residual stream. batch_size: windows per forward
         pass. skipped: depths of blocks that the dense model alone goes through; the last writer before them lacks what
         they add. compute_dtype: blocks run under autocast to it, and inputs are rounded to it; as they are where left
+        out. memory: takes the hidden states and inputs of the batches that are not at work; on the device where left
         out.
     """
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), fused_pointwise(model):
-        batches = [record_batch(model, decoder, *batch) for batch in calibration.batches(batch_size, device)]
-        streams = [batch.hidden for batch in batches]  # the dense model's
-        kept = [depth for depth in range(len(decoder.blocks)) if depth not in skipped]
-        for block in decoder.blocks[: kept[0]]:
-            streams = [_run(block, replace(b, hidden=h), compute_dtype) for b, h in zip(batches, streams, strict=True)]
-        for depth, following in zip(kept, [*kept[1:], len(decoder.blocks)], strict=True):
+        run, kept = _BlockRuns(compute_dtype), BatchTensors(device, memory)
+        for index, window in enumerate(calibration.batches(batch_size, device)):
+            batch = record_batch(model, decoder, *window)
+            kept.put(index, _STREAM, batch.hidden)
+            kept.put(index, _OWN, batch.hidden)
+            run.add(batch)
+        depths = [depth for depth in range(len(decoder.blocks)) if depth not in skipped]
+        for block in decoder.blocks[: depths[0]]:
+            for index, held in enumerate(kept.turns(_STREAM)):
+                kept.put(index, _STREAM, run(block, index, held[_STREAM]))
+        for depth, following in zip(depths, [*depths[1:], len(decoder.blocks)], strict=True):
             linears = [linear for linear in decoder.linears if linear.depth == depth]
             blocks = decoder.blocks[depth:following]
-            pair = _BlockPair(blocks, linears, writers, batches, streams, compute_dtype)
-            for group in dict.fromkeys(linear.input_group for linear in linears):
-                readers = [linear for linear in linears if linear.input_group == group]
-                yield pair.reach(readers, token_weights(readers))
-                pair.changed(readers)
-            pair.advance()
+            with resident(blocks[0], device):
+                pair = _BlockPair(blocks, linears, writers, kept, run)
+                for group in dict.fromkeys(linear.input_group for linear in linears):
+                    readers = [linear for linear in linears if linear.input_group == group]
+                    yield pair.reach(readers, token_weights(readers))
+                    pair.changed(readers)
+                pair.advance()
 
 
-@dataclass
-class _Dense:
-    """Of a batch: a block's inputs in the dense model, and what the other model's residual stream lacks.
+# What is kept of a batch: hidden states of the dense model and of the other one, what the latter lack where the next
+# writer adds to them, what blocks that it goes without add after this one, and inputs of the writer under way. Besides
+# the dense model's inputs of stages that are still to come, by the names of their groups, and modules' answers.
+_STREAM, _OWN, _LACK, _SKIPPED, _READ = range(5)
+
+
+class _BlockRuns:
+    """Runs of blocks with the arguments of a batch, under autocast to ``dtype`` if there is one.
 
     Attributes:
-        inputs: by input group, of stages that are still to come.
-        lack: ``h - ĥ`` where the next writer adds to the stream.
-        skipped: what blocks that the other model goes without add to the stream after this one; ``None`` of none.
+        sizes: windows of every batch.
     """
 
-    inputs: dict[str, Tensor]
-    lack: Tensor
-    skipped: Tensor | None = None
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype, self.sizes = dtype, list[int]()
+        self._batches: list[BlockBatch] = []
+
+    def add(self, batch: BlockBatch) -> None:
+        """Run the next batch, too, whose hidden states are kept elsewhere."""
+        self.sizes.append(len(batch.hidden))
+        self._batches.append(replace(batch, hidden=batch.hidden.new_empty(0)))
+
+    def __call__(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        with autocast(hidden.device, self.dtype):
+            return replace(self._batches[index], hidden=hidden).run(block)
 
 
 class _BlockPair:
-    """A block that is being changed beside the dense model's, whose ``streams`` by batch go through it at once.
+    """A block that is being changed beside the dense model's, whose hidden states go through it at once.
 
     The first of ``blocks`` is the one, and those after it the other model goes without.
     """
@@ -110,61 +133,65 @@ class _BlockPair:
         blocks: Sequence[nn.Module],
         linears: Sequence[PrunableLinear],
         writers: Mapping[str, float],
-        batches: Sequence[BlockBatch],
-        streams: list[Tensor],
-        dtype: torch.dtype | None,
+        kept: BatchTensors,
+        run: _BlockRuns,
     ) -> None:
-        self._block, self._writers, self._batches, self._dtype = blocks[0], writers, batches, dtype
-        self._replay, self._left = Replay(len(batches)), {linear.kind for linear in linears}
+        self._block, self._writers, self._kept, self._run = blocks[0], writers, kept, run
+        self._replay, self._left = Replay(kept), {linear.kind for linear in linears}
         self._last = next((linear.name for linear in reversed(linears) if linear.name in writers), None)
-        self._inputs: list[Tensor] = []  # by batch: of the writers of the stage under way
-        self._dense = []
-        for index, batch in enumerate(batches):
-            known = _Dense({}, _difference(streams[index], batch.hidden))
+        for index, held in enumerate(kept.turns(_STREAM, _OWN)):
+            inputs: dict[str, Tensor] = {}
+            kept.put(index, _LACK, _difference(held[_STREAM], held[_OWN]))
+            kept.drop(index, _SKIPPED)
             with ExitStack() as hooks:
                 for linear in linears:
                     if linear.name == linear.input_group:
-                        note = partial(self._note, known.inputs, linear.input_group)
+                        note = partial(self._note, inputs, linear.input_group)
                         hooks.enter_context(linear.module.register_forward_pre_hook(note))
-                own = streams[index] = _run(blocks[0], replace(batch, hidden=streams[index]), dtype)
+                own = stream = run(blocks[0], index, held[_STREAM])
             for block in blocks[1:]:
-                streams[index] = _run(block, replace(batch, hidden=streams[index]), dtype)
-                known.skipped = _difference(streams[index], own)
-            self._dense.append(known)
+                stream = run(block, index, stream)
+            if len(blocks) > 1:
+                kept.put(index, _SKIPPED, _difference(stream, own))
+            for group, x in inputs.items():
+                kept.put(index, group, x)
+            kept.put(index, _STREAM, stream)
 
     def reach(self, readers: Sequence[PrunableLinear], weights: Tensor) -> Stage:
         """The moments of ``readers``, which share their input and are the dense model's still."""
         first, ones = readers[0], any(linear.has_bias for linear in readers)
         dtype, device = torch.promote_types(first.weight.dtype, torch.float32), first.weight.device
-        size, writer = first.columns + ones, self._writer(readers)
+        size, writer, group = first.columns + ones, self._writer(readers), first.input_group
         A = SymmetricAccumulator.zeros(size, dtype=dtype, device=device)
         cross = torch.zeros(size, size, dtype=dtype, device=device)
         residual = {} if writer is None else {writer.name: cross.new_zeros(writer.rows, size)}
         weights = weights.to(device, dtype)
-        of_batches = (weights / weights.sum()).split([len(batch.hidden) for batch in self._batches])
-        for index, (known, w) in enumerate(zip(self._dense, of_batches, strict=True)):
-            root = w.sqrt().reshape(-1, 1)
-            x, own = known.inputs.pop(first.input_group), self._input_of(first, index)
+        of_batches = (weights / weights.sum()).split(self._run.sizes)
+        for index, held in enumerate(self._kept.turns(_OWN, group, *self._added(writer), *self._replay.modules)):
+            x, own = held[group], self._input_of(first, index, held)
+            root = of_batches[index].sqrt().reshape(-1, 1)
             inputs = _weighted(own, root, ones)
             gram_accumulate_(A, inputs)
             _add_product_(cross, _weighted(x, root, ones), inputs)
+            self._kept.drop(index, group)
             if writer is not None:
-                scale = self._writers[writer.name]
-                if known.skipped is not None and writer.name == self._last:
-                    known.lack += known.skipped
-                lack = _weighted(known.lack, root).div_(scale).to(inputs.dtype)
-                _add_product_(residual[writer.name], lack, inputs)
-                known.lack.add_(self._output(writer, x).view_as(known.lack), alpha=scale)
-                self._inputs.append(own)
+                scale, lack = self._writers[writer.name], held[_LACK].to(device)
+                if _SKIPPED in held:
+                    lack = lack + held[_SKIPPED].to(device)
+                wanted = _weighted(lack, root).div_(scale).to(inputs.dtype)
+                _add_product_(residual[writer.name], wanted, inputs)
+                self._kept.put(index, _LACK, lack.add(self._output(writer, x).view_as(lack), alpha=scale))
+                self._kept.put(index, _READ, own)
         return Stage(readers, A.full(), cross, residual)
 
     def changed(self, readers: Sequence[PrunableLinear]) -> None:
         """Take note that ``readers`` have their new weights."""
         writer = self._writer(readers)
-        for known, own in zip(self._dense, self._inputs, strict=False):
-            assert writer is not None
-            known.lack.sub_(self._output(writer, own).view_as(known.lack), alpha=self._writers[writer.name])
-        self._inputs.clear()
+        if writer is not None:
+            for index, held in enumerate(self._kept.turns(_LACK, _READ)):
+                lack, output = held[_LACK], self._output(writer, held[_READ])
+                self._kept.put(index, _LACK, lack.sub(output.view_as(lack), alpha=self._writers[writer.name]))
+                self._kept.drop(index, _READ)
         self._left -= {linear.kind for linear in readers}
         for name, child in self._block.named_children():
             inside = {linear.kind for linear in readers if f"{linear.kind}.".startswith(f"{name}.")}
@@ -173,19 +200,26 @@ class _BlockPair:
 
     def advance(self) -> None:
         """Take the hidden states of the model that is being changed through the block."""
-        for index, batch in enumerate(self._batches):
-            with self._replay.running(index):
-                batch.hidden = _run(self._block, batch, self._dtype)
+        for index, held in enumerate(self._kept.turns(_OWN, *self._replay.modules)):
+            with self._replay.running(index, held, last=True):
+                self._kept.put(index, _OWN, self._run(self._block, index, held[_OWN]))
+        self._replay.clear()
+
+    def _added(self, writer: PrunableLinear | None) -> list[int]:
+        """What a writer's addend makes up for."""
+        if writer is None:
+            return []
+        return [_LACK, _SKIPPED] if writer.name == self._last else [_LACK]
 
     def _output(self, linear: PrunableLinear, x: Tensor) -> Tensor:
-        with autocast(x.device, self._dtype):
+        with autocast(x.device, self._run.dtype):
             return linear.module(x)
 
     def _writer(self, readers: Sequence[PrunableLinear]) -> PrunableLinear | None:
         """The one of ``readers`` that makes up for what the stream lacks: several would do it over again."""
         return next((linear for linear in readers if linear.name in self._writers), None)
 
-    def _input_of(self, linear: PrunableLinear, index: int) -> Tensor:
+    def _input_of(self, linear: PrunableLinear, index: int, held: Mapping[Any, Any]) -> Tensor:
         found: dict[str, Tensor] = {}
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -194,29 +228,24 @@ class _BlockPair:
 
         handle = linear.module.register_forward_pre_hook(stop)
         try:
-            with self._replay.running(index), suppress(_Reached):
-                _run(self._block, self._batches[index], self._dtype)
+            with self._replay.running(index, held), suppress(_Reached):
+                self._run(self._block, index, held[_OWN])
         finally:
             handle.remove()
         return found[linear.kind]
 
     def _note(self, found: dict[str, Tensor], name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[name] = args[0] if self._dtype is None else args[0].to(self._dtype)
+        found[name] = args[0] if self._run.dtype is None else args[0].to(self._run.dtype)
 
 
 class _Reached(Exception):
     """Ends a block's forward pass at a linear whose input is known."""
 
 
-def _run(block: nn.Module, batch: BlockBatch, dtype: torch.dtype | None) -> Tensor:
-    with autocast(batch.hidden.device, dtype):
-        return batch.run(block)
-
-
 def _difference(x: Tensor, y: Tensor) -> Tensor:
     """``x - y``, not rounded to 16 bits."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype) - y.to(dtype)
+    return x.to(dtype) - y.to(x.device, dtype)
 
 
 def _weighted(x: Tensor, root: Tensor, ones: bool = False) -> Tensor:

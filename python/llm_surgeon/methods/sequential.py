@@ -32,6 +32,7 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.select import Selection, reselect
 from llm_surgeon.methods.update import LayerUpdate, remove_and_compensate
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
+from llm_surgeon.models.offload import PinnedMemory
 from surgeon_kernels import element_cost
 
 # Largest weight of a token for a linear, where the root mean square is 1.
@@ -67,6 +68,7 @@ def update_sequentially(
     writers: Mapping[str, float],
     batch_size: int,
     compute_dtype: torch.dtype | None = None,
+    memory: PinnedMemory | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[tuple[PrunableLinear, SequentialUpdate]]:
     """Select and update the weights of every linear in execution order, in place, and yield what became of them.
@@ -79,7 +81,7 @@ def update_sequentially(
         selections: one per linear, as many of whose weights go, chosen anew; of N:M they are not read.
         writers: name and scale ``s`` of the linears that write to the residual stream; ``e`` is 0 for others.
         batch_size: windows per forward pass.
-        compute_dtype: see :func:`~llm_surgeon.curvature.stages.stages`.
+        compute_dtype, memory: see :func:`~llm_surgeon.curvature.stages.stages`.
         progress: called as ``progress(linears_done, linears, name)``.
 
     Raises:
@@ -101,13 +103,14 @@ def update_sequentially(
         writers=writers,
         batch_size=batch_size,
         compute_dtype=compute_dtype,
+        memory=memory,
     ):
         for linear, target, a in targets(stage, config):
             if progress is not None:
                 progress(done, len(decoder.linears), linear.name)
-            G = curvature.output_factor(linear).to(target.device)
+            G = curvature.output_factor(linear, target.device)
             factors = KroneckerFactors(DampedFactor.checked(G, config.damp_g, f"G of {linear.name}"), a)
-            yield linear, _update(linear, target, factors, before[linear.name], config)
+            yield linear, _update(linear, target, factors, before[linear.name].to(target.device), config)
             done += 1
 
 

@@ -11,7 +11,6 @@ import mmap
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -46,15 +45,15 @@ class PinnedMemory:
     """
 
     def __init__(self) -> None:
-        self._used: list[Tensor] = []
+        self._used: dict[int, Tensor] = {}  # by their address
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)  # by their number of bytes
 
     def empty(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of any values."""
         nbytes = math.prod(shape) * dtype.itemsize
-        free = self._free[nbytes]
+        free = self._free[max(nbytes, 1)]
         memory = free.pop() if free else _locked(nbytes)
-        self._used.append(memory)
+        self._used[memory.data_ptr()] = memory
         return memory[:nbytes].view(dtype).view(shape)
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -65,11 +64,16 @@ class PinnedMemory:
         """A copy of ``sums``, see :meth:`copy`."""
         return SymmetricAccumulator(sums.n, self.copy(sums.storage))
 
+    def free(self, tensor: Tensor) -> None:
+        """One tensor that was given out may be overwritten by the next ones: no device must be reading it."""
+        memory = self._used.pop(tensor.data_ptr())
+        self._free[memory.numel()].append(memory)
+
     def reuse(self) -> None:
-        """All tensors given out so far may be overwritten by the next ones: no device must be reading them."""
-        for memory in self._used:
+        """All tensors given out so far may be overwritten, as by :meth:`free`."""
+        for memory in self._used.values():
             self._free[memory.numel()].append(memory)
-        self._used = []
+        self._used = {}
 
     def close(self) -> None:
         """Unlock everything; tensors stay what they are, in memory like any other."""
@@ -135,6 +139,19 @@ class Prefetcher:
                 copy.record_stream(stream)
         return copies
 
+    def fetch_back(self, tensor: Tensor, out: Tensor) -> Tensor:
+        """Copy ``tensor`` to ``out``, pinned memory that later copies of this object alone may read, and return it.
+
+        ``tensor`` may be let go of, but not written to.
+        """
+        if self._stream is None:
+            return out.copy_(tensor)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            out.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)
+        return out
+
 
 @contextlib.contextmanager
 def offloaded(model: nn.Module, decoder: Decoder, device: torch.device) -> Iterator[None]:
@@ -156,7 +173,7 @@ def offloaded(model: nn.Module, decoder: Decoder, device: torch.device) -> Itera
             tensor.data = memory.copy(tensor.data) if id(tensor) in inside else tensor.data.to(device)
         stream = _BlockStream(decoder.blocks, device)
         for index, block in enumerate(decoder.blocks):
-            block.forward = partial(stream.run, index, block.forward)
+            block.forward = _StreamedForward(stream, index, block.forward)
         yield
     except BaseException:
         for tensor, original in zip(tensors, originals, strict=True):
@@ -173,6 +190,30 @@ def offloaded(model: nn.Module, decoder: Decoder, device: torch.device) -> Itera
         for tensor, home in zip(tensors, homes, strict=True):
             tensor.data = tensor.data.to(home)
         memory.close()
+
+
+@contextlib.contextmanager
+def resident(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context manager: the weights of a block that is :func:`offloaded` are on ``device`` all the time, and are run and
+    written to there; back in main memory on exit. Others are where they are.
+    """
+    streamed = block.__dict__.get("forward")
+    if not isinstance(streamed, _StreamedForward):
+        yield
+        return
+    parameters = list(block.parameters())
+    homes = [parameter.data for parameter in parameters]
+    try:
+        block.forward = streamed.forward
+        for parameter in parameters:
+            parameter.data = parameter.data.to(device, non_blocking=True, copy=True)
+        yield
+    finally:
+        block.forward = streamed
+        for parameter, home in zip(parameters, homes, strict=True):
+            copy, parameter.data = parameter.data, home
+            # By way of the parameter, so that copies of it from before are known to be old.
+            parameter.detach().copy_(copy, non_blocking=home.is_pinned())
 
 
 def copies_in_main_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -211,6 +252,16 @@ def copies_in_main_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.contiguous().view(-1).view(torch.uint8).split(_STAGED)
+
+
+class _StreamedForward:
+    """The ``forward`` of a block whose weights are streamed; ``forward`` is the block's own."""
+
+    def __init__(self, stream: _BlockStream, index: int, forward: Callable[..., Any]) -> None:
+        self.forward, self._stream, self._index = forward, stream, index
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._stream.run(self._index, self.forward, *args, **kwargs)
 
 
 class _BlockStream:

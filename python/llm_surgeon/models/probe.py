@@ -98,34 +98,46 @@ def capture_inputs(model: PreTrainedModel, block: nn.Module, *, padded: bool = F
 
     With ``padded`` the first tokens are padding, so that there is an attention mask.
     """
-    found: list[tuple[Tensor, dict[str, Any]]] = []
+    return capture_all_inputs(model, [block], padded=padded)[0]
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(inspect.signature(block.forward).parameters, args, strict=False)) | kwargs
+
+def capture_all_inputs(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], *, padded: bool = False
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """:func:`capture_inputs` of several blocks, from one forward pass."""
+    found: dict[nn.Module, tuple[Tensor, dict[str, Any]]] = {}
+    # Of those whose weights are streamed the signature is that of the class.
+    names = {block: list(inspect.signature(type(block).forward).parameters)[1:] for block in blocks}
+
+    def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(names[block], args, strict=False)) | kwargs
         if "hidden_states" not in named:
             raise UnsupportedModelError(
                 f"a {type(block).__name__} takes no hidden_states: structured pruning of this architecture is not "
                 "supported"
             )
         hidden = named.pop("hidden_states")
-        found.append((hidden.detach().double(), {key: _double(value) for key, value in named.items()}))
-        raise _Captured
+        found[block] = hidden.detach().double(), {key: _double(value) for key, value in named.items()}
+        if len(found) == len(blocks):
+            raise _Captured
 
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(TOKENS, device=embedding.device)[None] % embedding.shape[0]
     mask = torch.ones_like(ids)
     mask[:, : TOKENS // 4] = 0
-    handle = block.register_forward_pre_hook(record, with_kwargs=True)
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
         with evaluation_mode(model), torch.no_grad():
             model(input_ids=ids, attention_mask=mask if padded else None, use_cache=False)
     except _Captured:
         pass
     finally:
-        handle.remove()
-    if not found:
-        raise UnsupportedModelError(f"a {type(block).__name__} does not run in a forward pass: it cannot be pruned")
-    return found[0]
+        for handle in handles:
+            handle.remove()
+    for block in blocks:
+        if block not in found:
+            raise UnsupportedModelError(f"a {type(block).__name__} does not run in a forward pass: it cannot be pruned")
+    return [found[block] for block in blocks]
 
 
 def random_outputs(linears: Sequence[PrunableLinear], seed: int, device: torch.device) -> dict[str, Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-_Answers = dict[nn.Module, list[Any]]  # by call
+from llm_surgeon.models.batch_tensors import BatchTensors
 
 
 class Replay:
@@ -16,53 +19,83 @@ class Replay:
 
     A run inside :meth:`running` notes what they return, call by call; later runs of the same batch return that, and
     compute nothing. Both give the same result as long as the modules' inputs stay what they were.
+
+    Attributes:
+        modules: whose answers, lists by call, a run takes of ``answers``, where it has them.
     """
 
-    def __init__(self, batches: int) -> None:
-        self._modules: list[nn.Module] = []
-        self._answers: list[_Answers] = [{} for _ in range(batches)]
+    def __init__(self, answers: BatchTensors) -> None:
+        self.modules: list[nn.Module] = []
+        self._answers = answers
 
     def add(self, module: nn.Module) -> None:
         """Replay ``module`` from now on; what is inside it need not be any more."""
         inside = set(module.modules())
-        self._modules = [known for known in self._modules if known not in inside] + [module]
-        for answers in self._answers:
-            for known in [known for known in answers if known in inside]:
-                del answers[known]
+        for known in [known for known in self.modules if known in inside]:
+            self._forget(known)
+        self.modules.append(module)
+
+    def clear(self) -> None:
+        """Replay nothing any more."""
+        for module in list(self.modules):
+            self._forget(module)
 
     @contextmanager
-    def running(self, batch: int) -> Iterator[None]:
-        """Context manager in which a run of the ``batch``-th batch notes or replays; restored on exit."""
-        noted: _Answers = {module: [] for module in self._modules}
-        own = {module: module.__dict__.get("forward") for module in self._modules}
+    def running(self, batch: int, known: Mapping[Any, Any], *, last: bool = False) -> Iterator[None]:
+        """Context manager in which a run of the ``batch``-th batch notes or replays; restored on exit.
+
+        Args:
+            known: what ``answers`` has of the batch for :attr:`modules`.
+            last: nothing is noted for later runs.
+        """
+        noted: dict[nn.Module, list[Any]] = {}
+        own = {module: module.__dict__.get("forward") for module in self.modules}
         try:
-            for module in self._modules:
-                module.forward = self._forward(module, self._answers[batch].get(module), noted[module])
+            for module in self.modules:
+                if module in known:
+                    module.forward = _answering(known[module])
+                elif not last:
+                    module.forward = _noting(module.forward, noted.setdefault(module, []))
             yield
         finally:
             for module, forward in own.items():
-                del module.forward
+                module.__dict__.pop("forward", None)
                 if forward is not None:
                     module.forward = forward
-        self._answers[batch] |= {module: answers for module, answers in noted.items() if answers}
+        for module, answers in noted.items():
+            if answers:
+                self._answers.put(batch, module, answers)
 
-    @staticmethod
-    def _forward(module: nn.Module, known: list[Any] | None, noted: list[Any]) -> Callable[..., Any]:
-        forward, left = module.forward, iter(known or ())
+    def _forget(self, module: nn.Module) -> None:
+        self.modules.remove(module)
+        self._answers.drop_all(module)
 
-        def note(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            noted.append(_copy(output))
-            return output
 
-        def answer(*args: Any, **kwargs: Any) -> Any:
-            return _copy(next(left))
+def _noting(forward: Callable[..., Any], noted: list[Any]) -> Callable[..., Any]:
+    def note(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        noted.append(_copy(output))
+        return output
 
-        return note if known is None else answer
+    return note
+
+
+def _answering(known: list[Any]) -> Callable[..., Any]:
+    left = iter(known)
+    return lambda *args, **kwargs: _copy(next(left))
 
 
 def _copy(output: Any) -> Any:
     """Of its own: some models add to what a module returns in place."""
-    if isinstance(output, Tensor):
-        return output.clone()
-    return type(output)(map(_copy, output)) if isinstance(output, (tuple, list)) else output
+    return tree_map(_copy_leaf, output)
+
+
+def _copy_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        copied = copy.copy(leaf)
+        for field in dataclasses.fields(leaf):
+            object.__setattr__(copied, field.name, _copy(getattr(leaf, field.name)))
+        return copied
+    return leaf

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.errors import UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
-from llm_surgeon.models.probe import StubbedBlock, agree, capture_inputs, random_outputs
+from llm_surgeon.models.offload import resident
+from llm_surgeon.models.probe import StubbedBlock, agree, capture_all_inputs, random_outputs
 
 # A scale below this is rounding: of a linear whose output reaches the stream through others only, which are held fixed.
 _SMALLEST_SCALE = 1e-4
@@ -20,19 +23,26 @@ def find_writers(model: PreTrainedModel, decoder: Decoder) -> dict[str, float]:
     which a norm follows the sum or a writer (Gemma 2), or which cannot be probed, has no writers.
     """
     writers: dict[str, float] = {}
+    device = model.get_input_embeddings().weight.device
+    try:
+        captured = capture_all_inputs(model, decoder.blocks)
+    except UnsupportedModelError:
+        return {}
     for depth, block in enumerate(decoder.blocks):
         linears = [linear for linear in decoder.linears if linear.depth == depth]
         try:
-            scales = _scales(model, block, linears)
+            with resident(block, device):
+                scales = _scales(block, linears, *captured[depth])
         except UnsupportedModelError:
             continue
         writers |= {linear.name: scales[linear.kind] for linear in linears if linear.kind in scales}
     return writers
 
 
-def _scales(model: PreTrainedModel, block: nn.Module, linears: list[PrunableLinear]) -> dict[str, float]:
+def _scales(
+    block: nn.Module, linears: list[PrunableLinear], hidden: Tensor, inputs: dict[str, Any]
+) -> dict[str, float]:
     """The scale of every writer by its kind; none unless they are all that is added."""
-    hidden, inputs = capture_inputs(model, block)
     stubbed = StubbedBlock(block, linears, inputs)
     outputs, others = (random_outputs(linears, seed, hidden.device) for seed in (0, 1))
     _, base = stubbed.run(outputs, hidden)

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.models.decoder import Decoder
+from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.loss import CHUNK
 from llm_surgeon.models.offload import compute_device
+from llm_surgeon.models.passes import compute_dtype
 from llm_surgeon.planning.activations import measure_activations
 from llm_surgeon.resources import available_memory
 from surgeon_kernels import SymmetricAccumulator
@@ -19,8 +20,11 @@ _FLOAT = 4  # bytes of the float32 that factors, costs and updates are computed 
 SOLVER_MATRICES = 14
 # Those of a solution that waits for the next one, to be swapped for it: Δ, G Δ A and costs.
 _SOLUTION_MATRICES = 3
-# Linears that share an input, of which a sequential update holds moments and a target.
-_STAGE_MATRICES = 4
+# Matrices that a sequential update holds beside those of an update: of an input's size A, X, two inverses and what X
+# becomes by one of them, of a layer's E and the target.
+_STAGE_SQUARES, _STAGE_MATRICES = 5, 2
+# Of an input's size while they are summed: X, and A packed and whole.
+_MOMENT_SQUARES = 3
 # Gradients of a block's widest layer that are alive at once in its backward pass.
 _BACKWARD_COPIES = 3
 # Blocks whose weights are on the device at once when they are streamed: the last, the present and the next one.
@@ -63,6 +67,7 @@ class Memory:
         self.snapshot = self.itemsize * sum(R * C for R, C in self.sizes)
         self.factor_sizes = factor_sizes(decoder, config)
         self.factor_bytes = [_FLOAT * sum(map(SymmetricAccumulator.elements, sizes)) for sizes in self.factor_sizes]
+        self.groups = input_groups(decoder)
         in_blocks = self.gradients or config.sequential
         self.kept = measure_activations(model, decoder, self.seqlen) if in_blocks else None
 
@@ -122,7 +127,7 @@ class Memory:
         if self.hosted:
             starts = range(0, len(self.factor_bytes), per_pass)
             factors = max(sum(self.factor_bytes[first : first + per_pass]) for first in starts)
-        return activations + factors
+        return activations + factors + self._norms()
 
     def selection(self) -> int:
         """Factorisations of the largest layer, and the new masks."""
@@ -131,8 +136,30 @@ class Memory:
 
     def update(self, windows: int) -> int:
         """The largest layer's update; with gradient steps, over passes of ``windows``, all weights' gradients; with a
-        sequential update two models' hidden states."""
-        return self._layer_update() + self._steps(windows) + self._sweep(windows)
+        sequential update what it keeps of two models."""
+        states = self.states()
+        if self.states_wait(windows):  # of two batches
+            states = 2 * states * windows // self.config.samples
+        return self._at_work(windows) + states
+
+    def states(self) -> int:
+        """What a sequential update keeps of every window: hidden states of both models and, not rounded, what those of
+        one of them lack, and the dense model's inputs of all stages of a block.
+
+        What comes with the stages (inputs of the linear under way, outputs of finished modules) takes the place of
+        inputs of those before.
+        """
+        if not self.config.aims_at_dense:
+            return 0
+        lack = max(_FLOAT, self.itemsize)
+        inputs = max(sum(columns for columns, _ in groups) for groups in self.groups) * self._compute_itemsize()
+        return self.config.samples * self.seqlen * (self.width * (2 * self.itemsize + lack) + inputs)
+
+    def states_wait(self, windows: int) -> bool:
+        """Whether these states wait in main memory: where they do not fit a GPU beside a sequential update."""
+        if not (self.on_gpu and self.config.sequential):
+            return False
+        return self._at_work(windows) + self.states() > self.free()
 
     def inverses(self, windows: int) -> int:
         """All inverses, where the update after passes of ``windows`` needs them and they fit beside what stays."""
@@ -145,19 +172,20 @@ class Memory:
         working = max(self.selection(), self.update(windows))
         return inverses if inverses + working <= self.free() else 0
 
-    def pinned(self) -> int:
-        """Pinned main memory for what is kept there: factors, masks, streamed weights, dense weights."""
+    def pinned(self, windows: int) -> int:
+        """Pinned main memory for what is kept there: factors, masks, streamed weights, dense weights, hidden states."""
         if not self.on_gpu:
             return 0
         pinned = sum(self.factor_bytes) if self.hosted else 0
+        pinned += self.states() if self.states_wait(windows) else 0
         if self.offload:
             pinned += self.weights + sum(self.blocks) + self.snapshot * self.config.around_dense_weights
         return pinned
 
-    def host(self) -> int:
+    def host(self, windows: int) -> int:
         """Main memory that a run on a GPU takes: copies of the weights, or these themselves, and what is offloaded."""
         on_host = self.on_host()
-        return (on_host if self.streamed and on_host else self.snapshot) + self.pinned() if self.on_gpu else 0
+        return (on_host if self.streamed and on_host else self.snapshot) + self.pinned(windows) if self.on_gpu else 0
 
     def on_host(self) -> int:
         """The model's weights in main memory as they came."""
@@ -181,14 +209,30 @@ class Memory:
         beyond = max(0, self.curvature(windows, 1) - self._layer_update())
         return max(_FLOAT, 2 * self.itemsize) * self.weights + beyond
 
-    def _sweep(self, windows: int) -> int:
-        """Hidden states of both models, a dense block, the linears of a stage and its activations, of a sequential
-        update or a last fit."""
+    def _at_work(self, windows: int) -> int:
+        """An update without the states: of the largest layer, or the moments that it needs of a batch of inputs."""
+        update = self._layer_update()
         if not self.config.aims_at_dense or self.kept is None:
-            return 0
-        states = 2 * self.config.samples * self.seqlen * self.width * self.itemsize
-        stage = _STAGE_MATRICES * _FLOAT * max(R * C for R, C in self.sizes)
-        return states + max(self.blocks) + stage + int(windows * self.seqlen * self.kept.largest_block)
+            return update + self._steps(windows)
+        tokens, columns = windows * self.seqlen, max(C for _, C in self.sizes)
+        largest = max(R * C for R, C in self.sizes)
+        update += _FLOAT * (_STAGE_SQUARES * columns**2 + _STAGE_MATRICES * largest)
+        # Either a block runs or products are summed: of two inputs, as they came and weighted, one by float32; and of
+        # what the stream lacks.
+        weighted = columns * (4 * self._compute_itemsize() + _FLOAT) + 3 * _FLOAT * self.width
+        moments = _FLOAT * (_MOMENT_SQUARES * columns**2 + largest)
+        moments += tokens * max(int(self.kept.largest_block), weighted)
+        return max(update, moments) + self._steps(windows) + self._norms()
+
+    def _norms(self) -> int:
+        """Squared norms of all linears' gradients, for weights of tokens."""
+        config = self.config
+        needed = config.aims_at_dense and config.token_weights and self.gradients
+        return _FLOAT * config.samples * self.seqlen * len(self.sizes) * needed
+
+    def _compute_itemsize(self) -> int:
+        dtype = compute_dtype(self.config.compute_dtype, self.model, self.device)
+        return self.itemsize if dtype is None else dtype.itemsize
 
     def _factor_workspace(self, copies: int) -> int:
         """``copies`` of the largest layer's factors, and a factorisation's own workspace."""
@@ -198,14 +242,35 @@ class Memory:
         return _FLOAT * (copies * max(squares) + max(max(R, C) for R, C in self.sizes) ** 2)
 
 
-def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:
-    """Sizes of every block's factors: an A per shared input, as wide as its widest user with a bias, a G per linear."""
-    sizes: list[list[int]] = []
-    record = config.method_record
+def input_groups(decoder: Decoder) -> list[list[tuple[int, int]]]:
+    """Of every block's shared inputs C' of the widest reader, and the rows of those that are read by one linear alone,
+    or else 0."""
+    found: list[list[tuple[int, int]]] = []
     for depth in range(len(decoder.blocks)):
-        linears = [linear for linear in decoder.linears if linear.depth == depth and record.needs != "nothing"]
-        widths: dict[str, int] = {}
-        for linear in linears:
-            widths[linear.input_group] = max(linear.columns + linear.has_bias, widths.get(linear.input_group, 0))
-        sizes.append([*widths.values(), *(linear.rows for linear in linears if record.gradients)])
+        readers: dict[str, list[PrunableLinear]] = {}
+        for linear in decoder.linears:
+            if linear.depth == depth:
+                readers.setdefault(linear.input_group, []).append(linear)
+        found.append(
+            [
+                (max(x.columns + x.has_bias for x in group), group[0].rows if len(group) == 1 else 0)
+                for group in readers.values()
+            ]
+        )
+    return found
+
+
+def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:
+    """Sizes of every block's factors: an A per shared input, as wide as its widest user with a bias, a G per linear.
+
+    A sequential update of N:M has no A but those of its sweep.
+    """
+    record = config.method_record
+    if record.needs == "nothing":
+        return [[] for _ in decoder.blocks]
+    without = config.sequential and config.structure_record.m > 0 and config.shots == 1
+    sizes = []
+    for depth, groups in enumerate(input_groups(decoder)):
+        rows = [linear.rows for linear in decoder.linears if linear.depth == depth and record.gradients]
+        sizes.append([*(C for C, _ in groups if not without), *rows])
     return sizes

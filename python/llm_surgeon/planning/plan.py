@@ -39,7 +39,8 @@ class Plan:
         curvature_bytes: one pass's activations, logits and their gradient; also its factors where these do not stay.
         selection_bytes: factorisations of the largest layer, and the new masks.
         update_bytes: the largest layer's factors, inverses and the solver's matrices; with gradient steps all weights'
-            gradients besides.
+            gradients besides, with a sequential one what it keeps of all windows.
+        states_wait: whether a sequential update keeps that in main memory, between the turns of a batch.
         snapshot_bytes: copies of the weights, to restore on failure, in main memory.
         process_bytes: what the process takes besides tensors where it computes on a CPU: libraries, the text's tokens,
             and what allocators waste between tensors.
@@ -62,6 +63,7 @@ class Plan:
     curvature_bytes: int
     selection_bytes: int
     update_bytes: int
+    states_wait: bool
     snapshot_bytes: int
     process_bytes: int
     host_bytes: int
@@ -132,9 +134,10 @@ def make_plan(
         curvature_bytes=memory.curvature(layout.windows, layout.per_pass),
         selection_bytes=memory.selection(),
         update_bytes=memory.update(layout.windows),
+        states_wait=memory.states_wait(layout.windows),
         snapshot_bytes=memory.snapshot,
         process_bytes=0,
-        host_bytes=memory.host(),
+        host_bytes=memory.host(layout.windows),
         disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in model.parameters()),
         seconds=_seconds(memory, layout, held_out, inverted_once=inverses > 0),
     )
@@ -148,6 +151,7 @@ def _seconds(memory: Memory, layout: Layout, held_out: int, inverted_once: bool)
     """Seconds of all shots, and of pinning main memory."""
     config, device = memory.config, memory.device
     batches = -(-config.samples // layout.windows)
+    waiting = memory.states() * memory.states_wait(layout.windows)
     own = next(memory.model.parameters()).dtype if memory.on_gpu else torch.float32
     dtype = compute_dtype(config.compute_dtype, memory.model, device) or own
     return (
@@ -155,6 +159,7 @@ def _seconds(memory: Memory, layout: Layout, held_out: int, inverted_once: bool)
             config,
             memory.sizes,
             [size for sizes in memory.factor_sizes for size in sizes],
+            [each for groups in memory.groups for each in groups],
             head=memory.model.get_output_embeddings().weight.numel(),  # type: ignore[operator]
             held_out=held_out,
             forward_passes=len(layout.starts) * memory.factored,
@@ -162,9 +167,10 @@ def _seconds(memory: Memory, layout: Layout, held_out: int, inverted_once: bool)
             # Activations that were not kept are computed again.
             backward_cost=2 if memory.checkpointed else 1,
             transfer=batches * sum(memory.blocks) / copy_rate(device) if memory.streamed else 0.0,
+            moved=len(memory.blocks) * waiting / copy_rate(device) if waiting else 0.0,
             rates=(matmul_rate(device, dtype), matmul_rate(device, torch.float32)),
             on_gpu=memory.on_gpu,
             inverted_once=inverted_once,
         )
-        + memory.pinned() / PINNING_RATE
+        + memory.pinned(layout.windows) / PINNING_RATE
     )

@@ -22,15 +22,20 @@ _ROUND_PRODUCTS = 9
 # Forward passes over all data that a gradient step costs: three over seven eighths, six over what is held out; beside
 # every forward pass one of the dense model, where that is the target.
 _STEP_PASSES, _DENSE_STEP_PASSES = 27 / 8, 27 / 8 + 13 / 8
-# Forward passes of a sequential update: both models to each of a block's stages and through it, and the products of
-# what outputs lack with inputs.
-_SWEEP_PASSES = 9
+# Forward passes of a sequential update: to find the blocks' arguments, of the dense model, of the other one up to its
+# linears and again once they have changed, and outputs of both where they are added to the stream.
+_SWEEP_PASSES = 4
+# Inverses of A: damped for either part of the target, and for the solver. How often what waits in main memory moves.
+_SWEEP_INVERSES, _SWEEP_MOVES = 3, 5
+# Iterations before a sequential update, where weights are counted.
+_ROUGH_ITERATIONS = 8
 
 
 def run_seconds(
     config: PruneConfig,
     sizes: list[tuple[int, int]],
     factors: list[int],
+    inputs: list[tuple[int, int]],
     *,
     head: int,
     held_out: int,
@@ -38,6 +43,7 @@ def run_seconds(
     backward_passes: float,
     backward_cost: int,
     transfer: float,
+    moved: float,
     rates: tuple[float, float],
     on_gpu: bool,
     inverted_once: bool,
@@ -49,37 +55,51 @@ def run_seconds(
                    for rows and columns the diagonals and three products)
         + 2 P N for the final loss, and for the share of N that is held out twice; some seconds before a GPU runs
 
-    A pass takes no less time than the weights that are streamed meanwhile.
+    The last update of a sequential run has passes of its own besides, and N (3 C'² + 2 R C') for its moments, R of
+    linears that alone read an input. A pass takes no less time than the weights that are streamed meanwhile.
 
     Args:
         sizes: ``(R, C')`` of every linear; head: weights of the output head; held_out: windows.
+        factors: n; inputs: ``(C', R)`` of every shared input, see :func:`~llm_surgeon.planning.memory.input_groups`.
         forward_passes, backward_passes: through the data in a shot; backward ones may go back a part of the way.
         backward_cost: of a backward pass, in forward ones.
         transfer: seconds in which a pass's weights are streamed.
+        moved: seconds in which what a sequential update keeps of all windows is copied once for every block.
         rates: operations per second of matrix products in the model's dtype, and in float32.
         inverted_once: the inverses are computed with their diagonals.
     """
     tokens = config.samples * config.seqlen
     half, single = rates
     forward = 2 * (sum(R * C for R, C in sizes) + head) * tokens / (half * _PASS_EFFICIENCY)
-    seconds = forward_passes * max(forward, transfer) + backward_passes * max(backward_cost * forward, transfer)
-    seconds += tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
+    passes = forward_passes * max(forward, transfer) + backward_passes * max(backward_cost * forward, transfer)
+    passes += tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
+    cubes = sum(n**3 for n in factors) / (single * _FACTORISATION_EFFICIENCY)
+    products = sum(2 * R * C * (R + C) for R, C in sizes)
+    faster, checks = (_HALF_SPEED, _SOLVER_CHECKS * _CHECK_COST) if on_gpu else (1.0, _SOLVER_CHECKS)
+    product = products / (single * faster)
+    iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
+    # A first solution for the swaps; each of their further rounds; the solution.
+    rounds = (iterations + (config.swaps - 1) * _ROUND_PRODUCTS) if config.swaps else 0
+    update = 0.0
     if config.method_record.compensates:
         singly = config.structure_record.single_weights
-        times = 2 / 3 if not singly else 1 if inverted_once else 5 / 3
-        seconds += times * sum(n**3 for n in factors) / (single * _FACTORISATION_EFFICIENCY)
-        products = sum(2 * R * C * (R + C) for R, C in sizes)
-        faster, checks = (_HALF_SPEED, _SOLVER_CHECKS * _CHECK_COST) if on_gpu else (1.0, _SOLVER_CHECKS)
+        update = (2 / 3 if not singly else 1 if inverted_once else 5 / 3) * cubes
         if not singly:
-            seconds += 3 * products / (single * faster)
-        elif config.update in ("joint", "sequential"):
-            seconds += _SWEEP_PASSES * forward * config.sequential
-            iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
-            # A first solution for the swaps; each of their further rounds; the solution.
-            rounds = (iterations + (config.swaps - 1) * _ROUND_PRODUCTS) if config.swaps else 0
-            # A gradient step: forward, twice as much backward, losses of what is held out, and a direction.
-            product = products / (single * faster)
-            passes = _DENSE_STEP_PASSES if config.gradient_target == "dense" else _STEP_PASSES
-            seconds += config.gradient_steps * (passes * forward + (iterations + checks) * product)
-            seconds += (rounds + iterations + checks) * product
-    return config.shots * seconds + (1 + 2 * held_out / config.samples) * max(forward, transfer) + _START * on_gpu
+            update += 3 * product
+        elif config.update == "joint":
+            update += (rounds + iterations + checks) * product
+        elif config.sequential:
+            update += (min(iterations, _ROUGH_ITERATIONS) + checks) * product
+    last = update
+    if config.sequential and config.method_record.compensates:
+        moments = tokens * sum(3 * C**2 + 2 * R * C for C, R in inputs) / (half * _GRAM_EFFICIENCY)
+        inverses = _SWEEP_INVERSES * sum(C**3 for C, _ in inputs) + sum(R**3 for R, _ in sizes)
+        last = max(_SWEEP_PASSES * forward + moments, _SWEEP_MOVES * moved)
+        last += inverses / (single * _FACTORISATION_EFFICIENCY) + (rounds + iterations + checks) * product
+        last += 0.0 if config.structure_record.m else 2 / 3 * cubes  # costs of all weights
+    # A gradient step: forward, twice as much backward, losses of what is held out, and a direction.
+    of_step = _DENSE_STEP_PASSES if config.gradient_target == "dense" else _STEP_PASSES
+    steps = config.gradient_steps * (of_step * forward + (iterations + checks) * product)
+    steps *= 1 if config.aims_at_dense else config.shots
+    total = config.shots * passes + (config.shots - 1) * update + last + steps
+    return total + (1 + 2 * held_out / config.samples) * max(forward, transfer) + _START * on_gpu

@@ -7,21 +7,24 @@ from torch import Tensor
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.sequential import update_sequentially
 from llm_surgeon.methods.update import total_increase
+from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.models.writers import find_writers
 from llm_surgeon.report.schema import ShotReport, SolverTrace
 from llm_surgeon.shots.anchors import AnchorWeights
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.run import Run
+from llm_surgeon.shots.updates import adopt
 
 
 class SequentialUpdates:
     """New weights of all linears, in execution order, from ``curvature``, inputs of both models and dense weights.
 
-    Shots before the last one tell how many weights of each linear go: what they pruned is made dense again.
+    Shots before the last one tell how many weights of each linear go: what they pruned is made dense again. Hidden
+    states wait in ``memory`` where the plan says so.
     """
 
-    def __init__(self, run: Run, curvature: ShotCurvature, anchors: AnchorWeights) -> None:
-        self._run, self._curvature, self._anchors = run, curvature, anchors
+    def __init__(self, run: Run, curvature: ShotCurvature, anchors: AnchorWeights, memory: PinnedMemory) -> None:
+        self._run, self._curvature, self._anchors, self._memory = run, curvature, anchors, memory
 
     def write(self, selections: list[Selection], report: ShotReport) -> list[Selection]:
         """Write new weights as :meth:`~llm_surgeon.shots.updates.Updates.write` does.
@@ -33,7 +36,7 @@ class SequentialUpdates:
         self._curvature.factors = None  # the costs have been computed
         if run.config.shots > 1:
             for linear in run.decoder.linears:
-                linear.write(self._anchors.of(linear, linear.matrix()))
+                linear.write(self._anchors.of(linear, linear.matrix(device=run.plan.device)))
         selection_of = dict(zip((linear.name for linear in run.decoder.linears), selections, strict=True))
         increases: dict[str, Tensor] = {}
         for linear, new in update_sequentially(
@@ -46,9 +49,11 @@ class SequentialUpdates:
             writers=find_writers(run.model, run.decoder),
             batch_size=run.plan.batch_size,
             compute_dtype=run.compute_dtype,
+            memory=self._memory if run.plan.states_wait else None,
             progress=run.progress.step,
         ):
-            selection_of[linear.name], increases[linear.name] = new.update.selection, new.increase
+            adopt(selection_of, linear, new.update.selection, in_place=run.config.offloads)
+            increases[linear.name] = new.increase
             if new.jitter > 0.0:
                 report.jitter[linear.name] = new.jitter
             if new.update.objective:

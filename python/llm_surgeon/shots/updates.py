@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.methods.update import LayerUpdate, remove, remove_and_compensate, total_increase
+from llm_surgeon.methods.update import remove, remove_and_compensate, total_increase
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.report.schema import ShotReport, SolverTrace
 from llm_surgeon.shots.anchors import AnchorWeights
@@ -63,7 +63,8 @@ class Updates:
             else:
                 new = two_terms.compensate(linear, anchor, selection)
             factors.note_jitter(linear, new.jitter)
-        self._adopt(selection_of, linear, selection, new)
+        if new.selection is not selection:
+            adopt(selection_of, linear, new.selection, in_place=self._run.config.offloads)
         linear.write(new.weight)
         if new.objective:
             traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
@@ -72,14 +73,11 @@ class Updates:
             if anchor is not weight:
                 increases[linear.name] -= known.predicted_increase(weight - anchor)
 
-    def _adopt(
-        self, selection_of: dict[str, Selection], linear: PrunableLinear, selection: Selection, new: LayerUpdate
-    ) -> None:
-        """Take over what swaps changed; masks in main memory stay where they are."""
-        if new.selection is selection:
-            return
-        if self._run.config.offloads:
-            mask = selection_of[linear.name].pruned
-            mask.copy_(new.selection.pruned, non_blocking=mask.is_pinned())
-        else:
-            selection_of[linear.name] = new.selection
+
+def adopt(selection_of: dict[str, Selection], linear: PrunableLinear, new: Selection, *, in_place: bool) -> None:
+    """Take over a linear's new selection, ``in_place`` where masks lie in main memory: they stay where they are."""
+    if in_place:
+        mask = selection_of[linear.name].pruned
+        mask.copy_(new.pruned, non_blocking=mask.is_pinned())
+    else:
+        selection_of[linear.name] = new

@@ -35,7 +35,7 @@ class WeightShots:
         self._curvature = ShotCurvature(run, self._shot_memory)
         anchors = AnchorWeights(run, self._memory)
         self._updates = Updates(run, self._curvature, anchors)
-        self._sweep = SequentialUpdates(run, self._curvature, anchors)
+        self._sweep = SequentialUpdates(run, self._curvature, anchors, self._shot_memory)
         self._steps = GradientSteps(run, anchors) if self.config.gradient_steps else None
 
     def removal(self) -> str:

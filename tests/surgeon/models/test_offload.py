@@ -10,9 +10,10 @@ import torch
 from llm_surgeon import Calibration, InputError, PruneConfig, prune
 from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.models.offload import PinnedMemory, Prefetcher, copies_in_main_memory, offloaded
+from llm_surgeon.models.offload import PinnedMemory, Prefetcher, copies_in_main_memory, offloaded, resident
 from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.planning.activations import measure_activations
+from llm_surgeon.planning.memory import Memory
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -67,6 +68,59 @@ def test_offloaded_runs_give_the_same_weights_and_report(structure, options):
         assert ours.predicted_increase == pytest.approx(theirs.predicted_increase, rel=1e-6)
         assert ours.loss_before == theirs.loss_before
     assert [layer.removed for layer in reports[0].layers] == [layer.removed for layer in reports[1].layers]
+
+
+@pytest.mark.parametrize("structure, shots", [("2:4", 1), ("unstructured", 2)])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox", "gemma"])
+def test_sequential_updates_give_the_same_weights_wherever_things_wait(name, structure, shots, monkeypatch):
+    """Weights, factors, hidden states, inputs."""
+    monkeypatch.setattr("llm_surgeon.planning.plan.copy_rate", lambda _: 1e9)
+    data, models, reports = padded(), [], []
+    everywhere = [(False, {}), (False, {"offload": "cpu"}), (True, {}), (True, {"offload": "cpu"})]
+    everywhere += [(False, {"curvature_layers": 1}), (False, {"checkpoint_activations": True})]
+    for wait, options in everywhere:
+        monkeypatch.setattr(Memory, "states_wait", lambda *_, wait=wait: wait)
+        model = build(name)
+        options = {"structure": structure, "shots": shots, "batch_size": 4, **options}
+        reports.append(prune(model, data, update="sequential", **options))
+        models.append(model)
+        assert not any("forward" in vars(module) for module in model.modules())
+    for model, report in zip(models[1:], reports[1:], strict=True):
+        for ours, theirs in zip(model.parameters(), models[0].parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        for ours, theirs in zip(report.shots, reports[0].shots, strict=True):
+            assert ours.predicted_increase == pytest.approx(theirs.predicted_increase, rel=1e-6)
+            assert ours.loss_before == theirs.loss_before and ours.sparsity == theirs.sparsity
+        assert [layer.removed for layer in report.layers] == [layer.removed for layer in reports[0].layers]
+
+
+def padded():
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    mask[1, 10:] = False
+    mask[4, :5] = False
+    return Calibration(TOKENS, mask)
+
+
+def test_weights_of_a_resident_block_are_written_to_where_they_lie():
+    model = build("gpt2")
+    decoder, data = find_decoder(model), Calibration(TOKENS)
+    block, linear = decoder.blocks[1], decoder.linears[-1]
+    new = 0.5 * linear.matrix()
+    with resident(block, CPU):  # of a model that is where it is
+        assert "forward" not in vars(block)
+    with offloaded(model, decoder, CPU):
+        before = mean_loss(model, data, 2)
+        home = linear.weight.data_ptr()
+        streamed = block.forward
+        with resident(block, CPU):
+            assert linear.weight.data_ptr() != home and block.forward is not streamed
+            assert mean_loss(model, data, 2) == before
+            linear.write(new)
+            changed = mean_loss(model, data, 2)
+        assert linear.weight.data_ptr() == home and block.forward is streamed
+        assert torch.equal(linear.matrix(), new)
+        assert mean_loss(model, data, 2) == changed != before
+    assert torch.equal(linear.matrix(), new) and mean_loss(model, data, 2) == changed
 
 
 def test_everything_is_back_in_its_place_even_after_a_failure():

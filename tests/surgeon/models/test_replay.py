@@ -1,9 +1,15 @@
 """Replayed modules."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
+from transformers.modeling_outputs import BaseModelOutput
 
+from llm_surgeon.models.batch_tensors import BatchTensors
+from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.models.replay import Replay
 
 
@@ -30,40 +36,120 @@ class Twice(nn.Module):
         return self.inner(y)
 
 
-def test_the_second_run_of_a_batch_returns_what_the_first_one_did():
-    block, replay = Twice(), Replay(2)
-    replay.add(block.inner)
-    x = torch.ones(3)
-    results = []
-    for batch in (0, 1, 0, 1):
-        with replay.running(batch):
-            results.append(block(x)[0].clone())
+class Runs:
+    """Runs of a block, batch by batch, with what was noted of the batches before."""
+
+    def __init__(self, batches=1, memory=None):
+        self.answers = BatchTensors(torch.device("cpu"), memory)
+        for batch in range(batches):
+            self.answers.put(batch, "input", torch.ones(3))
+        self.replay = Replay(self.answers)
+
+    def __call__(self, block, **options):
+        """Results of all batches."""
+        results = []
+        for batch, held in enumerate(self.answers.turns("input", *self.replay.modules)):
+            with self.replay.running(batch, held, **options):
+                results.append(block(held["input"]))
+        return results
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A dataclass that PyTorch knows nothing of."""
+
+    x: torch.Tensor
+    name: str
+
+
+KINDS = {
+    "tensor": lambda x: x,
+    "tuple": lambda x: (x, None, 2 * x),
+    "dictionary": lambda x: {"x": x, "more": [x + 1.0, "text"]},
+    "dataclass": lambda x: Plain(x, "text"),
+    "output": lambda x: BaseModelOutput(last_hidden_state=x),
+}
+
+
+def tensors(value):
+    if isinstance(value, Plain):
+        return [value.x]
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+
+
+class Returning(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.calls = kind, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return KINDS[self.kind](self.calls * x)
+
+
+class Around(nn.Module):
+    """Writes to what its module returns, which runs twice."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner = Returning(kind)
+
+    def forward(self, x):
+        found = [self.inner(x), self.inner(x)]
+        before = [tensor.clone() for value in found for tensor in tensors(value)]
+        for value in found:
+            for tensor in tensors(value):
+                tensor.add_(1.0)
+        return before, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("memory", [PinnedMemory, lambda: None])
+def test_the_second_run_of_a_batch_returns_what_the_first_one_did(kind, memory):
+    block, runs = Around(kind), Runs(2, memory())
+    runs.replay.add(block.inner)
+    results = [runs(block) for _ in range(3)]
     assert block.inner.calls == 4
-    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
-    assert not torch.equal(results[0], results[1])
+    for batch in (0, 1):
+        first, *later = [results[run][batch] for run in range(3)]
+        for again in later:
+            assert all(torch.equal(x, y) for x, y in zip(first[0], again[0], strict=True))
+            assert [type(value) for value in first[1]] == [type(value) for value in again[1]]
+    assert not torch.equal(results[0][0][0][0], results[0][1][0][0])
     assert "forward" not in vars(block.inner)
 
 
 def test_a_module_takes_the_place_of_what_is_inside():
-    block, replay = Twice(), Replay(1)
+    block, runs = Twice(), Runs()
     whole = nn.Sequential(block)
-    replay.add(block.inner)
-    with replay.running(0):
-        whole(torch.ones(3))
-    replay.add(block)
+    runs.replay.add(block.inner)
+    runs(whole)
+    runs.replay.add(block)
     for _ in range(3):
-        with replay.running(0):
-            whole(torch.ones(3))
+        runs(whole)
     assert block.inner.calls == 4  # two of the first run, two of the second
+    runs.replay.clear()
+    runs(whole)
+    assert block.inner.calls == 6 and not runs.replay.modules
+
+
+def test_a_last_run_is_not_noted():
+    block, runs = Twice(), Runs()
+    runs.replay.add(block.inner)
+    (first,), (second,) = runs(block, last=True), runs(block)
+    assert block.inner.calls == 4 and not torch.equal(first[0], second[0])
 
 
 def test_a_run_that_is_ended_early_notes_what_it_saw():
-    block, replay = Twice(), Replay(1)
-    replay.add(block.inner)
-    with pytest.raises(KeyError), replay.running(0):
-        block(torch.ones(3))
+    block, runs = Twice(), Runs()
+    runs.replay.add(block.inner)
+
+    def fails(x):
+        block(x)
         raise KeyError
+
+    with pytest.raises(KeyError):
+        runs(fails)
     assert "forward" not in vars(block.inner)
-    with replay.running(0):
-        block(torch.ones(3))
+    runs(block)
     assert block.inner.calls == 4  # an error's run is not noted

@@ -121,6 +121,33 @@ def test_inverses_are_kept_where_they_fit_and_are_needed(monkeypatch):
     assert plan_of(monkeypatch=monkeypatch)[1].inverses_bytes == 0  # on a CPU
 
 
+def test_a_sequential_update_keeps_hidden_states_and_inputs(monkeypatch):
+    """Of every token two hidden states, in float32 what one lacks, and the inputs of a block's four stages."""
+
+    def plan(device="cuda", memory=10**12, **options):
+        options = {"update": "sequential", "batch_size": 8, **options}
+        return plan_of(device=device, memory=memory, monkeypatch=monkeypatch, **options)[1]
+
+    tokens = 8 * 16
+    states = tokens * (32 * (4 + 4 + 4) + 2 * sum(SHARED_INPUTS))
+    kept = plan(compute_dtype="bfloat16")
+    assert not kept.states_wait and kept.factors_bytes == 2 * 4 * sum(R**2 for R, _ in BLOCK)
+    assert plan(compute_dtype="float32").update_bytes >= kept.update_bytes + 2 * tokens * sum(SHARED_INPUTS)
+    assert plan(structure="unstructured").factors_bytes == 2 * FACTORS
+    resident = kept.weights_bytes + kept.masks_bytes + kept.factors_bytes
+    needed = int((resident + kept.update_bytes) / 0.92) + 2
+    assert not plan(memory=needed, compute_dtype="bfloat16").states_wait
+    waiting = plan(memory=needed - 4, compute_dtype="bfloat16")
+    assert waiting.states_wait and waiting.update_bytes == kept.update_bytes + states  # of two batches of all windows
+    assert waiting.host_bytes == kept.host_bytes + states
+    slow = plan(memory=needed - 4, compute_dtype="bfloat16", link=states * 1e-12)
+    assert slow.seconds == pytest.approx(5 * 2 * 1e12, rel=0.1)
+    assert not plan(device="cpu", memory=0).states_wait
+    offloaded = plan(offload="cpu")
+    assert not offloaded.states_wait and offloaded.weights_bytes == kept.weights_bytes
+    assert plan(offload="cpu", memory=0).states_wait
+
+
 def test_factor_sizes_count_shared_inputs_once_and_biases():
     decoder = find_decoder(build("opt"))
     gradients = [32, 32, 32, 32, 64, 32]
@@ -148,11 +175,22 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     _, stepped = plan_of(shots=3, max_iterations=10, gradient_steps=2, monkeypatch=monkeypatch)
     assert stepped.seconds == pytest.approx(plan.seconds + 3 * 2 * (27 / 8 * forward + (10 + 2) * products) / 2.0)
     assert stepped.update_bytes >= plan.update_bytes + 8 * WEIGHTS
-    _, once = plan_of(shots=1, max_iterations=10, monkeypatch=monkeypatch)
     _, sequential = plan_of(update="sequential", max_iterations=10, monkeypatch=monkeypatch)
-    assert sequential.seconds == pytest.approx(once.seconds + 9 * forward / 2.0)
-    states = 2 * 8 * 16 * 32 * 4
-    assert sequential.update_bytes >= once.update_bytes + states + BLOCK_BYTES
+    # The pass for G, those of the sweep and the last one; A, X and, of what o and down lack, E.
+    alone = [(32, 0), (32, 32), (32, 0), (48, 32)]
+    sums = 2 * (sum(R**2 for R, _ in BLOCK) + sum(3 * C**2 + 2 * R * C for C, R in alone))
+    inverses = 2 * (sum(R**3 for R, _ in BLOCK) + 3 * sum(n**3 for n in SHARED_INPUTS))
+    sweep = 4 * forward + inverses + (10 + 3 * 9 + 10 + 2) * products
+    operations = 2 * forward + tokens * sums + sweep + forward
+    assert sequential.seconds == pytest.approx(operations / 2.0)
+    # Shots before the sweep are rough; it takes A from them, and costs.
+    _, counted = plan_of(
+        update="sequential", structure="unstructured", shots=3, max_iterations=10, monkeypatch=monkeypatch
+    )
+    shots = 3 * (2 * forward + tokens * grams) + 2 * (5 / 3 * cubes + (8 + 2) * products) + 2 / 3 * cubes
+    more = 2 * tokens * sum(3 * C**2 + 2 * R * C for C, R in alone)
+    assert counted.seconds == pytest.approx((shots + sweep + more + forward) / 2.0)
+    operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + (10 + 3 * 9 + 10 + 2) * products) + forward
     model, config = build("llama"), PruneConfig(samples=8, seqlen=16, shots=3, max_iterations=10)
     held_out = make_plan(model, find_decoder(model), config, held_out=4)
     assert held_out.seconds == pytest.approx((operations + 2 * 4 / 8 * forward) / 2.0)
@@ -221,6 +259,8 @@ def peak_bytes(work):
         {"structure": "rows-columns"},
         {"structure": "rows-columns", "checkpoint_activations": True, "batch_size": 2},
         {"structure": "2:4", "batch_size": 1, "max_iterations": 4},
+        {"structure": "2:4", "batch_size": 1, "update": "sequential"},
+        {"structure": "2:4", "batch_size": 4, "update": "sequential", "checkpoint_activations": True},
     ],
 )
 def test_the_plan_is_within_a_tenth_of_the_peak(options):
