@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.batch_tensors import BatchTensors
-from llm_surgeon.models.block_batches import BlockBatch, record_batch
+from llm_surgeon.models.block_batches import BlockBatch, record_batches
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.offload import PinnedMemory, resident
@@ -74,8 +74,7 @@ def stages(
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), fused_pointwise(model):
         run, kept = _BlockRuns(compute_dtype), BatchTensors(device, memory)
-        for index, window in enumerate(calibration.batches(batch_size, device)):
-            batch = record_batch(model, decoder, *window)
+        for index, batch in enumerate(record_batches(model, decoder, calibration.batches(batch_size, device))):
             kept.put(index, _STREAM, batch.hidden)
             kept.put(index, _OWN, batch.hidden)
             run.add(batch)

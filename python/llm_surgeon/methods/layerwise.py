@@ -16,7 +16,7 @@ from llm_surgeon.curvature.stages import stages
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.methods.sequential import targets, token_weights
-from llm_surgeon.models.block_batches import BlockBatch, record_batch
+from llm_surgeon.models.block_batches import BlockBatch, record_batches
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.models.writers import find_writers
@@ -105,7 +105,7 @@ def _problems(
     """Every linear with ``[W | b]`` and its Hessian; it has its new weights when the next one is asked for."""
     device = model.get_input_embeddings().weight.device
     of_windows = calibration.batches(_batch_size(calibration, config), device)
-    batches = [record_batch(model, decoder, *batch) for batch in of_windows]
+    batches = list(record_batches(model, decoder, of_windows))
     for depth, block in enumerate(decoder.blocks):
         linears = [linear for linear in decoder.linears if linear.depth == depth]
         hessians = _hessians(block, linears, batches)

@@ -34,7 +34,7 @@ class BatchTensors:
         """Let go of a value, if there is one."""
         value = self._held[batch].pop(key, None)
         if self._memory is not None:
-            tree_map_only(Tensor, self._memory.free, value)
+            tree_map_only(Tensor, self._free, value)
 
     def drop_all(self, key: Hashable) -> None:
         """Let go of a value of every batch."""
@@ -59,7 +59,14 @@ class BatchTensors:
 
     def _away(self, tensor: Tensor) -> Tensor:
         assert self._memory is not None
+        if not tensor.numel():  # no memory, no address
+            return tensor
         return self._prefetcher.fetch_back(tensor, self._memory.empty(tensor.shape, tensor.dtype))
+
+    def _free(self, tensor: Tensor) -> None:
+        assert self._memory is not None
+        if tensor.numel():
+            self._memory.free(tensor)
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:

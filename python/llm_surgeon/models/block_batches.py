@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from transformers import Cache, PreTrainedModel
 
 from llm_surgeon.models.decoder import Decoder
@@ -32,8 +36,35 @@ class BlockBatch:
         return output[0] if isinstance(output, tuple) else output
 
 
-def record_batch(model: PreTrainedModel, decoder: Decoder, input_ids: Tensor, mask: Tensor | None) -> BlockBatch:
-    """Run the model once and note each block's arguments: masks and rotary embeddings may differ."""
+def record_batches(
+    model: PreTrainedModel, decoder: Decoder, windows: Iterable[tuple[Tensor, Tensor | None]]
+) -> Iterator[BlockBatch]:
+    """Run the model on every batch of token ids and mask, and note the blocks' arguments: masks and rotary embeddings.
+
+    Blocks compute nothing from the second batch on, where the first batch's arguments do not depend on that.
+    """
+    returned: dict[nn.Module, int] = {}
+    for number, window in enumerate(windows):
+        if number > 0:
+            yield _record(model, decoder, *window, returned)
+            continue
+        with ExitStack() as hooks:
+            for block in decoder.blocks:
+                hooks.enter_context(block.register_forward_hook(partial(_count, returned)))
+            batch = _record(model, decoder, *window, {})
+        if not _same_without_computing(batch, model, decoder, *window, returned):
+            returned = {}
+        yield batch
+
+
+def _record(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    returned: Mapping[nn.Module, int],
+) -> BlockBatch:
+    """One batch; blocks of ``returned`` give their inputs back, in the form of so many outputs."""
     inputs: list[Tensor] = []  # of the first block only
     arguments: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -43,11 +74,49 @@ def record_batch(model: PreTrainedModel, decoder: Decoder, input_ids: Tensor, ma
             inputs.append(args[0] if args else kwargs["hidden_states"])
         arguments[block] = (tuple(map(_without_cache, args[1:])), others)
 
+    own = {block: block.__dict__.get("forward") for block in returned}
     with ExitStack() as hooks:
         for block in decoder.blocks:
             hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
-        run_model(model.base_model, input_ids, mask)  # not the model: its logits are large and not needed
+        try:
+            for block, count in returned.items():
+                block.forward = partial(_give_back, count)
+            run_model(model.base_model, input_ids, mask)  # not the model: its logits are large and not needed
+        finally:
+            for block, forward in own.items():
+                block.__dict__.pop("forward", None)
+                if forward is not None:
+                    block.forward = forward
     return BlockBatch(inputs[0], mask, arguments)
+
+
+def _count(returned: dict[nn.Module, int], block: nn.Module, _: object, output: object) -> None:
+    """Number of a block's outputs, 0 of one that is no tuple."""
+    returned[block] = len(output) if isinstance(output, tuple) else 0
+
+
+def _give_back(count: int, *args: Any, **kwargs: Any) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *[None] * (count - 1)) if count else hidden
+
+
+def _same_without_computing(batch: BlockBatch, *arguments: Any) -> bool:
+    try:
+        other = _record(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever the model's own code makes of outputs that are missing
+        return False
+    if batch.arguments.keys() != other.arguments.keys():
+        return False
+    (ours, our_form), (theirs, their_form) = (tree_flatten(list(x.arguments.values())) for x in (batch, other))
+    return our_form == their_form and all(map(_equal, ours, theirs))
+
+
+def _equal(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return torch.equal(x, y)
+    return x is y or (type(x) is type(y) and isinstance(x, (int, float, str)) and x == y)
 
 
 def _without_cache(value: Any) -> Any:

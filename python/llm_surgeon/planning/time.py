@@ -22,9 +22,9 @@ _ROUND_PRODUCTS = 9
 # Forward passes over all data that a gradient step costs: three over seven eighths, six over what is held out; beside
 # every forward pass one of the dense model, where that is the target.
 _STEP_PASSES, _DENSE_STEP_PASSES = 27 / 8, 27 / 8 + 13 / 8
-# Forward passes of a sequential update: to find the blocks' arguments, of the dense model, of the other one up to its
-# linears and again once they have changed, and outputs of both where they are added to the stream.
-_SWEEP_PASSES = 4
+# Forward passes of a sequential update: of the dense model, of the other one up to its linears and again, in part, once
+# they have changed, and outputs of both where they are added to the stream.
+_SWEEP_PASSES = 3.5
 # Inverses of A: damped for either part of the target, and for the solver. How often what waits in main memory moves.
 _SWEEP_INVERSES, _SWEEP_MOVES = 3, 5
 # Iterations before a sequential update, where weights are counted.
