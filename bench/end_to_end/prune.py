@@ -1,9 +1,10 @@
 """Time per phase and peak memory of whole runs on a model of Llama-2-7B's shape with random bfloat16 weights.
 
-    python -m bench.end_to_end.prune --runs 2:4 2:4x5 unstructuredx5 rows-columns 2:4/llm-compressor --options '{}'
+    python -m bench.end_to_end.prune --runs 2:4 2:4x5 2:4+sequential unstructuredx5+sequential 2:4/llm-compressor
 
-A run is ``structure[xshots][/method]``, one shot where none are given; ``llm-compressor`` stands for its SparseGPT (see
-bench/studies/peer_sparsegpt.py). The model is made on the device and calibrated on random tokens; where ``--options``
+A run is ``structure[xshots][+update][/method]``, one shot where none are given; ``llm-compressor`` stands for its
+SparseGPT (see bench/studies/peer_sparsegpt.py). Of a sequential update it is printed, too, how much of its time goes to
+passes and moments. The model is made on the device and calibrated on random tokens; where ``--options``
 has it offloaded it lies in main memory when the run begins. Rows are appended to results/end_to_end.csv: seconds of all
 shots by phase, the planned seconds and memory beside the true ones; the peak is that of torch's allocator.
 """
@@ -15,6 +16,8 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from bench.environment import append_row, environment, require_gpu
 from llm_surgeon import PruneConfig, prune
 from llm_surgeon.checkpoint import save_checkpoint
+from llm_surgeon.methods import sequential
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.planning.plan import make_plan
 from llm_surgeon.progress import Progress
@@ -61,7 +65,7 @@ def build(layers: int, seqlen: int, device: str) -> PreTrainedModel:
 
 
 def parse(run: str, options: argparse.Namespace) -> PruneConfig:
-    match = re.fullmatch(r"(?P<structure>[^/]+?)(?:x(?P<shots>\d+))?(?:/(?P<method>.+))?", run)
+    match = re.fullmatch(r"(?P<structure>[^/+]+?)(?:x(?P<shots>\d+))?(?:\+(?P<update>\w+))?(?:/(?P<method>.+))?", run)
     if match is None:
         raise SystemExit(f"{run!r} is no run")
     structure = match["structure"]
@@ -70,6 +74,7 @@ def parse(run: str, options: argparse.Namespace) -> PruneConfig:
         sparsity=SPARSITY.get(structure),
         shots=int(match["shots"] or 1),
         method=match["method"] or "surgeon",
+        update=match["update"],
         samples=options.samples,
         seqlen=options.seqlen,
         **json.loads(options.options),
@@ -95,7 +100,10 @@ def measure(run: str, layers: int, options: argparse.Namespace) -> dict[str, Any
         model.to("cpu")
         torch.cuda.empty_cache()
     plan = make_plan(model, find_decoder(model), config)
-    report = prune(model, ids, config=config, progress=Phases())
+    with timed_stages() as passes:
+        report = prune(model, ids, config=config, progress=Phases())
+    if passes:
+        print(f"passes and moments of {len(passes)} stages: {sum(passes):.1f} s", flush=True)
     seconds = {phase: sum(shot.seconds.get(phase, 0.0) for shot in report.shots) for phase in PHASES}
     traces = [trace for shot in report.shots for trace in shot.solver]
     gaps = [trace.gap for trace in traces if trace.gap is not None]
@@ -111,6 +119,31 @@ def measure(run: str, layers: int, options: argparse.Namespace) -> dict[str, Any
         "planned_gb": f"{plan.memory_bytes / 1e9:.1f}",
         "planned_seconds": f"{plan.seconds:.0f}",
     }
+
+
+@contextmanager
+def timed_stages() -> Iterator[list[float]]:
+    """Context manager: seconds that the passes and moments of every stage of a sequential update take."""
+    taken: list[float] = []
+    stages = sequential.stages
+
+    def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        found = iter(stages(*args, **kwargs))
+        while True:
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            stage = next(found, None)
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter() - begun)
+            if stage is None:
+                return
+            yield stage
+
+    sequential.stages = timed
+    try:
+        yield taken
+    finally:
+        sequential.stages = stages
 
 
 def measure_peer(model: PreTrainedModel, ids: Tensor, structure: str) -> dict[str, Any]:

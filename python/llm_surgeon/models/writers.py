@@ -43,6 +43,7 @@ def _scales(
     block: nn.Module, linears: list[PrunableLinear], hidden: Tensor, inputs: dict[str, Any]
 ) -> dict[str, float]:
     """The scale of every writer by its kind; none unless they are all that is added."""
+    hidden = hidden.to(linears[0].weight.device)  # models may lie on several
     stubbed = StubbedBlock(block, linears, inputs)
     outputs, others = (random_outputs(linears, seed, hidden.device) for seed in (0, 1))
     _, base = stubbed.run(outputs, hidden)
