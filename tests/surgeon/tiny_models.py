@@ -95,6 +95,8 @@ _CONFIGS |= {
             "attention_window_size": 8,
         },
     ),
+    # Norms after its writers.
+    "gemma2": ("Gemma2", {**_LLAMA_LIKE, "query_pre_attn_scalar": 8, "sliding_window": 8}),
     "ctrl": ("CTRL", {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}),
 }
 

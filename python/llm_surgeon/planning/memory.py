@@ -156,8 +156,9 @@ class Memory:
         return self.config.samples * self.seqlen * (self.width * (2 * self.itemsize + lack) + inputs)
 
     def states_wait(self, windows: int) -> bool:
-        """Whether these states wait in main memory: where they do not fit a GPU beside a sequential update."""
-        if not (self.on_gpu and self.config.sequential):
+        """Whether these states wait in main memory: where they do not fit the one GPU beside a sequential update."""
+        several = len({parameter.device for parameter in self.model.parameters() if parameter.is_cuda}) > 1
+        if several or not (self.on_gpu and self.config.sequential):
             return False
         return self._at_work(windows) + self.states() > self.free()
 

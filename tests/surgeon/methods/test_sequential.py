@@ -249,6 +249,36 @@ def test_models_are_2_4(name):
     assert {trace.layer for trace in shot.solver} == {linear.name for linear in find_decoder(model).linears}
 
 
+def hidden_states(model, data):
+    """After the last block, of real tokens."""
+    real = torch.ones_like(TOKENS, dtype=torch.bool) if data.attention_mask is None else data.attention_mask
+    with torch.no_grad():
+        return run_model(model.base_model, data.input_ids, data.attention_mask)[0][real].double()
+
+
+@pytest.mark.parametrize(
+    "structure, dtype, padded",
+    [("2:4", torch.bfloat16, True), ("unstructured", DOUBLE, False), ("unstructured", torch.float32, True)],
+)
+@pytest.mark.parametrize("name", [*NAMES, "gpt_neo", "gemma2", "gemma4_text", "ctrl"])
+def test_every_kind_of_model_is_updated(name, structure, dtype, padded):
+    """It stays nearer to the dense model than by the same zeros alone."""
+    data = padded_tokens() if padded else Calibration(TOKENS)
+    dense, model = build(name, dtype), build(name, dtype)
+    report = prune(model, data, structure=structure, update="sequential", shots=1)
+    masked = copy.deepcopy(dense)
+    zeros = 0
+    for linear, other in zip(find_decoder(model).linears, find_decoder(masked).linears, strict=True):
+        pruned = linear.weight == 0
+        other.weight.masked_fill_(pruned, 0.0)
+        zeros += int(pruned.sum())
+    assert zeros == sum(layer.removed for layer in report.layers)
+    assert zeros == sum(layer.weights for layer in report.layers) / 2
+    expected = hidden_states(dense, data)
+    errors = [float((hidden_states(each, data) - expected).norm() / expected.norm()) for each in (model, masked)]
+    assert errors[0] < 0.9 * errors[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_single_weights_keep_the_counts_of_one_threshold(dtype):
     """Layers lose as many weights as without the update, which are others, though."""

@@ -52,3 +52,19 @@ def test_single_weights_go_by_their_exact_number():
     zeros = [int((linear.weight == 0).sum()) for linear in find_decoder(model).linears]
     assert zeros == [layer.removed for layer in report.layers]
     assert sum(zeros) == round(0.6 * sum(layer.weights for layer in report.layers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_on_two_devices_become_what_they_do_on_one(dtype):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    dispatch_model = pytest.importorskip("accelerate").dispatch_model
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1}
+    places |= {"model.rotary_emb": 1, "lm_head": 1}
+    one, two = build("llama", dtype).cuda(), dispatch_model(build("llama", dtype), places)
+    assert find_writers(two, find_decoder(two)).keys() == find_writers(one, find_decoder(one)).keys()
+    reports = [prune(model, TOKENS, update="sequential", batch_size=4) for model in (one, two)]
+    assert {linear.weight.device.index for linear in find_decoder(two).linears} == {0, 1}
+    assert reports[1].shots[0].predicted_increase == pytest.approx(reports[0].shots[0].predicted_increase, rel=0.02)
+    for ours, theirs in zip(find_decoder(two).linears, find_decoder(one).linears, strict=True):
+        assert (ours.weight.cpu() - theirs.weight.cpu()).float().norm() < 0.1 * theirs.weight.float().norm().cpu()

@@ -1,13 +1,14 @@
 """Offloaded runs on a GPU: the same model, less memory, and what the plan said."""
 
 import copy
+import dataclasses
 import gc
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_surgeon import PruneConfig, prune
+from llm_surgeon import Calibration, PruneConfig, prune
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.offload import PinnedMemory, copies_in_main_memory
 from llm_surgeon.planning.memory import Memory
@@ -48,7 +49,14 @@ def test_an_offloaded_run_gives_nearly_the_same_model_in_less_memory(home):
 
 
 @pytest.mark.parametrize(
-    "structure, options", [("2:4", {}), ("rows-columns", {"batch_size": 2}), ("2:4", {"checkpoint_activations": True})]
+    "structure, options",
+    [
+        ("2:4", {}),
+        ("rows-columns", {"batch_size": 2}),
+        ("2:4", {"checkpoint_activations": True}),
+        ("2:4", {"update": "sequential"}),
+        ("2:4", {"update": "sequential", "checkpoint_activations": True, "batch_size": 2}),
+    ],
 )
 def test_the_plan_is_within_a_tenth_of_the_peak(structure, options, no_collector):
     model = build("cuda")
@@ -59,6 +67,44 @@ def test_the_plan_is_within_a_tenth_of_the_peak(structure, options, no_collector
     plan = make_plan(model, find_decoder(model), config)
     peak = prune(model, TOKENS, config=config).peak_memory_bytes - before
     assert plan.memory_bytes == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("structure, shots", [("2:4", 1), ("unstructured", 2)])
+@pytest.mark.parametrize("home, options", [("cuda", {}), ("cuda", {"offload": "cpu"}), ("cpu", {"offload": "cpu"})])
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_sequential_update_gives_nearly_the_same_model_wherever_things_wait(
+    home, options, wait, structure, shots, monkeypatch
+):
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    mask[1, 300:] = False
+    data, options = Calibration(TOKENS, mask), {"structure": structure, "shots": shots, "batch_size": 3, **options}
+    resident, model = build("cuda"), build(home)
+    expected = prune(resident, data, update="sequential", **options | {"offload": "none"})
+    monkeypatch.setattr(Memory, "states_wait", lambda *_: wait)
+    found = prune(model, data, update="sequential", **options)
+    assert all(parameter.device.type == home and not parameter.is_pinned() for parameter in model.parameters())
+    assert [layer.removed for layer in found.layers] == [layer.removed for layer in expected.layers]
+    for ours, theirs in zip(found.shots, expected.shots, strict=True):
+        assert ours.predicted_increase == pytest.approx(theirs.predicted_increase, rel=0.02)
+    for ours, theirs in zip(find_decoder(model).linears, find_decoder(resident).linears, strict=True):
+        assert ((ours.weight.cuda() == 0) == (theirs.weight == 0)).float().mean() > 0.98
+        error = float((ours.weight.cuda() - theirs.weight).float().norm() / theirs.weight.float().norm())
+        assert error < 0.1
+
+
+def test_hidden_states_wait_where_a_cap_leaves_no_room(no_collector):
+    config = PruneConfig(update="sequential", samples=8, seqlen=512, batch_size=1, checkpoint_activations=True)
+    model = build("cuda")
+    memory = Memory(model, find_decoder(model), config)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated() - sum(parameter.nbytes for parameter in model.parameters())
+    resident = memory.model_weights() + memory.masks() + memory.factors()
+    # All but the states of half of the windows; and what the process holds besides.
+    cap = int((resident + memory.update(1) - memory.states() / 2) / 0.92) + held
+    config = dataclasses.replace(config, gpu_memory=cap)
+    assert make_plan(model, find_decoder(model), config).states_wait
+    report = prune(model, TOKENS, config=config)
+    assert report.peak_memory_bytes <= cap and report.sparsity == 0.5
 
 
 def test_a_cap_on_memory_holds_and_is_lifted(no_collector):
