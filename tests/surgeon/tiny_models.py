@@ -84,6 +84,19 @@ _CONFIGS |= {
             "hidden_size_per_layer_input": 8,
         },
     ),
+    # The last blocks attend to keys and values of those before.
+    "gemma4_shared": (
+        "Gemma4Text",
+        {
+            **_LLAMA_LIKE,
+            "num_hidden_layers": 4,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+            "global_head_dim": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 2,
+        },
+    ),
     "recurrent_gemma": (
         "RecurrentGemma",
         {

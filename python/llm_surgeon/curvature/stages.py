@@ -73,20 +73,21 @@ def stages(
     """
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), fused_pointwise(model):
-        run, kept = _BlockRuns(compute_dtype), BatchTensors(device, memory)
+        run, dense_run, kept = _BlockRuns(compute_dtype), _BlockRuns(compute_dtype), BatchTensors(device, memory)
         for index, batch in enumerate(record_batches(model, decoder, calibration.batches(batch_size, device))):
             kept.put(index, _STREAM, batch.hidden)
             kept.put(index, _OWN, batch.hidden)
             run.add(batch)
+            dense_run.add(batch.apart())
         depths = [depth for depth in range(len(decoder.blocks)) if depth not in skipped]
         for block in decoder.blocks[: depths[0]]:
             for index, held in enumerate(kept.turns(_STREAM)):
-                kept.put(index, _STREAM, run(block, index, held[_STREAM]))
+                kept.put(index, _STREAM, dense_run(block, index, held[_STREAM]))
         for depth, following in zip(depths, [*depths[1:], len(decoder.blocks)], strict=True):
             linears = [linear for linear in decoder.linears if linear.depth == depth]
             blocks = decoder.blocks[depth:following]
             with resident(blocks[0], device):
-                pair = _BlockPair(blocks, linears, writers, kept, run)
+                pair = _BlockPair(blocks, linears, writers, kept, run, dense_run)
                 for group in dict.fromkeys(linear.input_group for linear in linears):
                     readers = [linear for linear in linears if linear.input_group == group]
                     yield pair.reach(readers, token_weights(readers))
@@ -134,6 +135,7 @@ class _BlockPair:
         writers: Mapping[str, float],
         kept: BatchTensors,
         run: _BlockRuns,
+        dense_run: _BlockRuns,
     ) -> None:
         self._block, self._writers, self._kept, self._run = blocks[0], writers, kept, run
         self._replay, self._left = Replay(kept), {linear.kind for linear in linears}
@@ -147,9 +149,9 @@ class _BlockPair:
                     if linear.name == linear.input_group:
                         note = partial(self._note, inputs, linear.input_group)
                         hooks.enter_context(linear.module.register_forward_pre_hook(note))
-                own = stream = run(blocks[0], index, held[_STREAM])
+                own = stream = dense_run(blocks[0], index, held[_STREAM])
             for block in blocks[1:]:
-                stream = run(block, index, stream)
+                stream = dense_run(block, index, stream)
             if len(blocks) > 1:
                 kept.put(index, _SKIPPED, _difference(stream, own))
             for group, x in inputs.items():

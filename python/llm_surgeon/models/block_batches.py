@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,21 @@ class BlockBatch:
         args, kwargs = self.arguments[like or block]
         output = block(self.hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def apart(self) -> BlockBatch:
+        """The same batch for another model: with containers of its own, where blocks leave something to later ones."""
+        copies: dict[int, Any] = {}
+
+        def own(value: Any) -> Any:
+            if isinstance(value, (MutableMapping, MutableSequence)):
+                return copies.setdefault(id(value), copy.copy(value))
+            return value
+
+        arguments = {
+            block: (tuple(map(own, args)), {key: own(value) for key, value in kwargs.items()})
+            for block, (args, kwargs) in self.arguments.items()
+        }
+        return replace(self, arguments=arguments)
 
 
 def record_batches(

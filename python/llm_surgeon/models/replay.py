@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,10 +52,8 @@ class Replay:
         own = {module: module.__dict__.get("forward") for module in self.modules}
         try:
             for module in self.modules:
-                if module in known:
-                    module.forward = _answering(known[module])
-                elif not last:
-                    module.forward = _noting(module.forward, noted.setdefault(module, []))
+                noted[module] = []
+                module.forward = _replaying(module.forward, known.get(module, ()), None if last else noted[module])
             yield
         finally:
             for module, forward in own.items():
@@ -64,25 +62,27 @@ class Replay:
                     module.forward = forward
         for module, answers in noted.items():
             if answers:
-                self._answers.put(batch, module, answers)
+                self._answers.put(batch, module, [*known.get(module, ()), *answers])
 
     def _forget(self, module: nn.Module) -> None:
         self.modules.remove(module)
         self._answers.drop_all(module)
 
 
-def _noting(forward: Callable[..., Any], noted: list[Any]) -> Callable[..., Any]:
-    def note(*args: Any, **kwargs: Any) -> Any:
+def _replaying(forward: Callable[..., Any], known: Iterable[Any], noted: list[Any] | None) -> Callable[..., Any]:
+    """``forward`` with answers to its first calls ``known``, others being ``noted``: of a run that was ended between
+    two calls the former is known."""
+    left = iter(known)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for answer in left:
+            return _copy(answer)
         output = forward(*args, **kwargs)
-        noted.append(_copy(output))
+        if noted is not None:
+            noted.append(_copy(output))
         return output
 
-    return note
-
-
-def _answering(known: list[Any]) -> Callable[..., Any]:
-    left = iter(known)
-    return lambda *args, **kwargs: _copy(next(left))
+    return run
 
 
 def _copy(output: Any) -> Any:

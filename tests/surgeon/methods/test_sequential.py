@@ -260,7 +260,7 @@ def hidden_states(model, data):
     "structure, dtype, padded",
     [("2:4", torch.bfloat16, True), ("unstructured", DOUBLE, False), ("unstructured", torch.float32, True)],
 )
-@pytest.mark.parametrize("name", [*NAMES, "gpt_neo", "gemma2", "gemma4_text", "ctrl"])
+@pytest.mark.parametrize("name", [*NAMES, "gpt_neo", "gemma2", "gemma4_text", "gemma4_shared", "ctrl"])
 def test_every_kind_of_model_is_updated(name, structure, dtype, padded):
     """It stays nearer to the dense model than by the same zeros alone."""
     data = padded_tokens() if padded else Calibration(TOKENS)

@@ -140,6 +140,19 @@ def test_a_last_run_is_not_noted():
     assert block.inner.calls == 4 and not torch.equal(first[0], second[0])
 
 
+@pytest.mark.parametrize("memory", [PinnedMemory, lambda: None])
+def test_calls_after_the_end_of_an_earlier_run_are_noted_later(memory):
+    block, runs = Twice(), Runs(2, memory())
+    runs.replay.add(block.inner)
+    once = runs(block.inner)
+    assert block.inner.calls == 2
+    results = [runs(block) for _ in range(2)]
+    assert block.inner.calls == 4
+    for batch in (0, 1):
+        assert torch.equal(results[0][batch][0], results[1][batch][0]) and results[0][batch][1] == 3 + batch
+        assert torch.equal(results[0][batch][0], (3 + batch) * (once[batch][0] + 1.0))
+
+
 def test_a_run_that_is_ended_early_notes_what_it_saw():
     block, runs = Twice(), Runs()
     runs.replay.add(block.inner)
