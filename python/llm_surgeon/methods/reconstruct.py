@@ -14,6 +14,7 @@ from llm_surgeon.curvature.stages import stages
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
+from llm_surgeon.models.offload import PinnedMemory
 from surgeon_kernels import cholesky_with_jitter, rows_columns_update
 
 
@@ -32,6 +33,7 @@ def reconstruct(
     batch_size: int,
     skipped: Collection[int] = (),
     compute_dtype: torch.dtype | None = None,
+    memory: PinnedMemory | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
     """Change the dense ``model`` into one without the selected rows and columns that follows it as closely as it can.
@@ -47,7 +49,7 @@ def reconstruct(
     Args:
         selections: one per linear, of rows and columns.
         weights_of: weights of tokens for linears, see :func:`~llm_surgeon.curvature.stages.stages`, like ``writers``,
-            ``batch_size``, ``skipped`` and ``compute_dtype``.
+            ``batch_size``, ``skipped``, ``compute_dtype`` and ``memory``.
         output_factor: damped G ``[R, R]`` of linears whose removed rows others make up for; ``None`` of others.
         damping: towards the dense weights.
         residual_weight: ρ.
@@ -67,6 +69,7 @@ def reconstruct(
         batch_size=batch_size,
         skipped=skipped,
         compute_dtype=compute_dtype,
+        memory=memory,
     ):
         for linear in stage.readers:
             if progress is not None:

@@ -143,8 +143,8 @@ class Memory:
         return self._at_work(windows) + states
 
     def states(self) -> int:
-        """What a sequential update keeps of every window: hidden states of both models and, not rounded, what those of
-        one of them lack, and the dense model's inputs of all stages of a block.
+        """What a sequential update or a last fit keeps of every window: hidden states of both models and, not rounded,
+        what those of one of them lack, and the dense model's inputs of all stages of a block.
 
         What comes with the stages (inputs of the linear under way, outputs of finished modules) takes the place of
         inputs of those before.
@@ -156,9 +156,9 @@ class Memory:
         return self.config.samples * self.seqlen * (self.width * (2 * self.itemsize + lack) + inputs)
 
     def states_wait(self, windows: int) -> bool:
-        """Whether these states wait in main memory: where they do not fit the one GPU beside a sequential update."""
+        """Whether these states wait in main memory: where they do not fit the one GPU beside an update."""
         several = len({parameter.device for parameter in self.model.parameters() if parameter.is_cuda}) > 1
-        if several or not (self.on_gpu and self.config.sequential):
+        if several or not (self.on_gpu and self.config.aims_at_dense):
             return False
         return self._at_work(windows) + self.states() > self.free()
 

@@ -40,7 +40,7 @@ class Plan:
         selection_bytes: factorisations of the largest layer, and the new masks.
         update_bytes: the largest layer's factors, inverses and the solver's matrices; with gradient steps all weights'
             gradients besides, with a sequential one what it keeps of all windows.
-        states_wait: whether a sequential update keeps that in main memory, between the turns of a batch.
+        states_wait: whether that, or what a last fit keeps, is in main memory between the turns of a batch.
         snapshot_bytes: copies of the weights, to restore on failure, in main memory.
         process_bytes: what the process takes besides tensors where it computes on a CPU: libraries, the text's tokens,
             and what allocators waste between tensors.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import closing
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from llm_surgeon.methods.reconstruct import reconstruct
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.sequential import token_weights
 from llm_surgeon.models.decoder import PrunableLinear
+from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.models.writers import find_writers
 from llm_surgeon.shots.run import Run
 from surgeon_kernels import damp
@@ -54,18 +56,20 @@ def fit_to_dense(
     def output_factor(linear: PrunableLinear) -> Tensor | None:
         return damp(curvature.output_factor(linear), config.damp_g) if curvature is not None and with_G else None
 
-    reconstruct(
-        run.model,
-        run.decoder,
-        selections,
-        run.calibration,
-        weights_of,
-        output_factor,
-        writers=find_writers(run.model, run.decoder),
-        damping=config.target_damping,
-        residual_weight=config.residual_weight,
-        batch_size=run.plan.batch_size,
-        skipped=skipped,
-        compute_dtype=run.compute_dtype,
-        progress=run.progress.step,
-    )
+    with closing(PinnedMemory()) as memory:
+        reconstruct(
+            run.model,
+            run.decoder,
+            selections,
+            run.calibration,
+            weights_of,
+            output_factor,
+            writers=find_writers(run.model, run.decoder),
+            damping=config.target_damping,
+            residual_weight=config.residual_weight,
+            batch_size=run.plan.batch_size,
+            skipped=skipped,
+            compute_dtype=run.compute_dtype,
+            memory=memory if run.plan.states_wait else None,
+            progress=run.progress.step,
+        )

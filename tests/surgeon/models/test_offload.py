@@ -94,6 +94,19 @@ def test_sequential_updates_give_the_same_weights_wherever_things_wait(name, str
         assert [layer.removed for layer in report.layers] == [layer.removed for layer in reports[0].layers]
 
 
+@pytest.mark.parametrize("structure", ["groups", "layers", "rows-columns"])
+def test_last_fits_give_the_same_weights_wherever_hidden_states_wait(structure, monkeypatch):
+    monkeypatch.setattr("llm_surgeon.planning.plan.copy_rate", lambda _: 1e9)
+    options = {"structure": structure, "sparsity": 0.4, "shots": 1, "reconstruct": True, "batch_size": 4}
+    models = []
+    for wait in (False, True):
+        monkeypatch.setattr(Memory, "states_wait", lambda *_, wait=wait: wait)
+        models.append(build("llama"))
+        prune(models[-1], padded(), **options if structure != "layers" else {**options, "shots": None})
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def padded():
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     mask[1, 10:] = False
