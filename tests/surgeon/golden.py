@@ -75,6 +75,14 @@ def cases() -> list[dict[str, Any]]:
     ]
 
 
+def first_defaults(case: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of when the first rows were made, where they were others."""
+    method = case.get("method", "surgeon")
+    labels = {"fisher": "empirical"} if method in ("surgeon", "k-obd") else {}
+    single = method == "surgeon" and case["structure"] in ("2:4", "1:4", "unstructured")
+    return labels | ({"update": "joint"} if single else {})
+
+
 def label(case: dict[str, Any]) -> dict[str, str]:
     """The columns of the results that name a case."""
     more = " ".join(f"{name}={value}" for name, value in case.items() if name not in _OPTIONS)
@@ -89,7 +97,7 @@ def hashes(name: str, case: dict[str, Any]) -> dict[str, str]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (_SAMPLES, _SEQLEN), generator=generator)
     try:
-        prune(model, ids, **case)
+        prune(model, ids, **first_defaults(case) | case)
     except InputError:
         return {"masks": "refused", "weights": "refused"}
     masks, weights = hashlib.sha256(), hashlib.sha256()

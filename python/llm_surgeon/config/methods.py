@@ -11,7 +11,7 @@ from llm_surgeon.config.reference import resolve
 from llm_surgeon.config.registry import Registry
 from llm_surgeon.errors import InputError
 
-Update = Literal["joint", "chunked", "independent", "none", "sequential"]
+Update = Literal["sequential", "joint", "chunked", "independent", "none"]
 UPDATES: tuple[Update, ...] = get_args(Update)
 NEEDS = ("nothing", "activations", "gradients")
 COMPARISONS = ("network", "layer", "row")

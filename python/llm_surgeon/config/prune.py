@@ -95,7 +95,7 @@ class PruneConfig:
 
     update: Update = option(
         None,
-        "How the surviving weights compensate; joint where the method has updates",
+        "How the surviving weights compensate: sequential for single weights, else joint where the method has updates",
         panel=COMPENSATION,
     )
     # Each round takes a few of the solver's iterations.
@@ -197,7 +197,7 @@ class PruneConfig:
 
     # After shot t of T the fraction 1 - (1 - t/T)^schedule of the sparsity is reached.
     schedule: float = option(1.0, "1: every shot removes as much; more: the early ones more.", number(), panel=RESEARCH)
-    fisher: Fisher = option("empirical", "Labels for the curvature, the data's own or the model's", panel=RESEARCH)
+    fisher: Fisher = option("sampled", "Labels for the curvature, the data's own or the model's", panel=RESEARCH)
     # Two take four more passes a shot and three times the memory for factors: for studies of small models.
     kron_rank: int = option(
         1, "Kronecker products whose sum the curvature of a layer is, 1 or 2.", count(1, 2), panel=RESEARCH
@@ -302,6 +302,11 @@ class PruneConfig:
         solver = self.update in ("joint", "sequential") and self.method_record.sweep is None
         return solver and self.structure_record.single_weights
 
+    def _offers(self, update: Update) -> bool:
+        """True where an update is chosen without being asked for: what a sequential one does not go with, goes first."""
+        others = self.kron_rank == 2 or self.lora_rank > 0 or self.offloads
+        return update != "sequential" or not others
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -314,7 +319,7 @@ class PruneConfig:
                 self._set(name, value)
 
         fill("sparsity", structure.default_sparsity if structure.sparsity is None else structure.sparsity)
-        shared = [update for update in record.updates if update in structure.updates]
+        shared = [update for update in record.updates if update in structure.updates and self._offers(update)]
         fill("update", shared[0] if kronecker and shared else "none")
         fill("swaps", _SWAPS if self._solved and self.kron_rank == 1 else 0)
         fill("damp_g", structure.damp_g)
