@@ -302,8 +302,8 @@ class PruneConfig:
         solver = self.update in ("joint", "sequential") and self.method_record.sweep is None
         return solver and self.structure_record.single_weights
 
-    def _offers(self, update: Update) -> bool:
-        """True where an update is chosen without being asked for: what a sequential one does not go with, goes first."""
+    def _offers(self, update: str) -> bool:
+        """True where an update may be the default: what a sequential one does not go with, goes first."""
         others = self.kron_rank == 2 or self.lora_rank > 0 or self.offloads
         return update != "sequential" or not others
 
