@@ -35,9 +35,6 @@ from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory
 from surgeon_kernels import element_cost
 
-# Largest weight of a token for a linear, where the root mean square is 1.
-_LARGEST = 4.0
-
 
 @dataclass(frozen=True)
 class SequentialUpdate:
@@ -115,17 +112,17 @@ def update_sequentially(
 
 
 def token_weights(squared_norms: Sequence[Tensor], calibration: Calibration) -> Tensor:
-    """Weights of tokens ``[samples, seqlen]``, zero at padding: ``Σ min(4, |g| / √(mean |g|²))`` over linears.
+    """Weights of tokens ``[samples, seqlen]``, zero at padding: ``Σ min(1, |g|² / mean |g|²)`` over linears.
 
     Attention sinks have large inputs and no gradient: unweighted they would bend the moments towards themselves.
-    Roots, and clipped, so that no few tokens rule. Without norms, or any gradient, every token counts alike.
+    Clipped, so that no few tokens rule. Without norms, or any gradient, every token counts alike.
     """
     ids, mask = calibration.input_ids, calibration.attention_mask
     real = torch.ones(ids.shape) if mask is None else mask.float()
     total = torch.zeros_like(real)
     for norms in squared_norms:
         mean = norms.sum() / real.sum()
-        total = total.to(norms) + (norms / mean.clamp_min(torch.finfo(norms.dtype).tiny)).sqrt().clamp_max(_LARGEST)
+        total = total.to(norms) + (norms / mean.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
     return torch.where(total.sum() > 0, total, real.to(total))
 
 
