@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,13 +145,10 @@ def joint_estimate(
     The optimum's gradient is ``-Λ``, to which the multipliers of the dual converge long before ``G Δ A`` does: there
     the remaining violation of the constraint is multiplied by the large eigenvalues of ``G`` and ``A``.
     ``bound`` is within about ``tolerance`` of the optimum's value (unless ``max_iterations`` ends it before),
-    ``gradient`` is ``-Λ``, ``objective`` is empty and ``gap`` infinite. Where few weights are kept this is
-    :func:`joint_update`, which has the arguments and errors.
+    ``gradient`` is ``-Λ``, ``objective`` is empty and ``gap`` infinite. A few iterations from ``start`` are enough to
+    tell one mask from the next, whatever is kept. Arguments and errors are :func:`joint_update`'s.
     """
     _check(weight, pruned, G, A, G_inv, A_inv, start, tolerance)
-    options: dict[str, Any] = {"start": start, "tolerance": tolerance, "max_iterations": max_iterations}
-    if _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
-        return joint_update(weight, pruned, G, A, G_inv, A_inv, **options)
     wanted, inverses = weight.masked_fill(~pruned, 0.0), (G_inv, A_inv)
     multipliers, image, value = _scaled_start(start, wanted, pruned, inverses, parts=1)
     residual, bound = (wanted - image).masked_fill_(~pruned, 0.0), [value]

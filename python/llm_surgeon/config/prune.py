@@ -31,8 +31,9 @@ GRADIENT_IMPORTANCES = ("taylor1", "taylor2", "taylor-mix", "vector")
 COMPENSATION, SHOTS, SMALLER = "Compensation and curvature", "Shots", "Smaller models (groups, width, layers)"
 CALIBRATION, MEMORY, RESEARCH = "Calibration", "Memory", "Research"
 
-# Rounds of swaps in a joint update of single weights: more hardly lower its objective any further.
-_SWAPS = 4
+# Rounds of swaps in a joint update of single weights, and where more than half of them go: twice as many lower its
+# objective by 1 to 3 % more, there by 5 to 15 %.
+_SWAPS, _MANY_SWAPS = 4, 8
 # Damping of what a linear aims at in a sequential update, and in a last fit.
 _SWEEP_DAMPING, _FIT_DAMPING = 0.3, 0.1
 # Rounds of work beyond these are a slip of the keyboard, and would run for ever.
@@ -101,7 +102,7 @@ class PruneConfig:
     # Each round takes a few of the solver's iterations.
     swaps: int = option(
         None,
-        "Rounds of swapping kept and pruned weights of a layer within a joint update: 4 for single weights.",
+        "Rounds of swapping kept and pruned weights of a layer within a joint update: 4 for single weights, 8 of many.",
         count(0, _MOST_ROUNDS),
         panel=COMPENSATION,
         aliases=("exchanges",),
@@ -321,7 +322,8 @@ class PruneConfig:
         fill("sparsity", structure.default_sparsity if structure.sparsity is None else structure.sparsity)
         shared = [update for update in record.updates if update in structure.updates and self._offers(update)]
         fill("update", shared[0] if kronecker and shared else "none")
-        fill("swaps", _SWAPS if self._solved and self.kron_rank == 1 else 0)
+        swaps = _SWAPS if self.sparsity <= 0.5 else _MANY_SWAPS
+        fill("swaps", swaps if self._solved and self.kron_rank == 1 else 0)
         fill("damp_g", structure.damp_g)
         once = not record.gradients or not kronecker or (self.sequential and structure.m > 0)
         fill("shots", 1 if once else structure.default_shots(self.sparsity))

@@ -111,9 +111,12 @@ def test_methods_with_rows_and_columns(method):
     assert PruneConfig(structure="rows-columns", method=method).structure_record.name == "rows-columns"
 
 
-@pytest.mark.parametrize("structure", ["2:4", "unstructured", "rows-columns"])
-def test_update_left_out_is_joint_for_surgeon(structure):
-    assert PruneConfig(structure=structure).update == "joint"
+@pytest.mark.parametrize("structure", ["2:4", "1:4", "unstructured"])
+def test_update_left_out_is_sequential_for_single_weights(structure):
+    assert PruneConfig(structure=structure).update == "sequential"
+    for options in ({"kron_rank": 2}, {"lora_rank": 4}, {"offload": "cpu"}):
+        assert PruneConfig(structure=structure, **options).update == "joint"
+    assert PruneConfig(structure="rows-columns").update == "joint"
 
 
 @pytest.mark.parametrize("method", [method for method in names() if method != "surgeon"])
@@ -138,7 +141,8 @@ def test_surgeon_has_every_update_but_chunked_rows_and_columns(update):
 @pytest.mark.parametrize(
     "options, shots",
     [
-        ({}, 5),
+        ({}, 1),
+        ({"update": "joint"}, 5),
         ({"structure": "unstructured"}, 5),
         ({"structure": "unstructured", "sparsity": 0.9}, 5),
         ({"method": "k-obd"}, 5),
@@ -167,6 +171,8 @@ def test_shots_left_out_are_resolved(options, shots):
     [
         ({}, 4),
         ({"structure": "unstructured"}, 4),
+        ({"structure": "unstructured", "sparsity": 0.7}, 8),
+        ({"structure": "1:4"}, 8),
         ({"swaps": 0}, 0),
         ({"update": "sequential"}, 4),
         ({"update": "chunked"}, 0),
@@ -181,19 +187,23 @@ def test_swaps_left_out_are_resolved(options, swaps):
 
 
 def test_gradient_steps_go_towards_the_dense_model_after_a_sequential_update():
-    assert PruneConfig(gradient_steps=1).gradient_target == "labels"
-    assert PruneConfig(gradient_steps=1, update="sequential").gradient_target == "dense"
-    assert PruneConfig(gradient_steps=1, gradient_target="dense", gradient_samples=4).gradient_target == "dense"
+    joint = {"update": "joint"}
+    assert PruneConfig(gradient_steps=1, **joint).gradient_target == "labels"
+    assert PruneConfig(gradient_steps=1).gradient_target == "dense"
+    assert (
+        PruneConfig(gradient_steps=1, gradient_target="dense", gradient_samples=4, **joint).gradient_target == "dense"
+    )
     for options in ({"gradient_target": "dense"}, {"gradient_samples": 4}):
         with pytest.raises(InputError, match=f"{next(iter(options))} means nothing without gradient_steps"):
-            PruneConfig(**options)
+            PruneConfig(**options, **joint)
 
 
 @pytest.mark.parametrize(
     "options", [{"update": "chunked"}, {"structure": "rows-columns"}, {"lora_rank": 4}, {"shots": 1}]
 )
 def test_later_joint_updates_of_single_weights_go_back_to_the_dense_ones(options):
-    assert PruneConfig().around_dense_weights and not PruneConfig(**options).around_dense_weights
+    joint = {"update": "joint"}
+    assert PruneConfig(**joint).around_dense_weights and not PruneConfig(**joint | options).around_dense_weights
 
 
 def test_the_sequential_update_has_options_of_its_own():
@@ -228,7 +238,7 @@ def test_what_the_sequential_update_does_not_go_with(options, message):
 @pytest.mark.parametrize("options", [{"target_damping": 0.2}, {"residual_weight": 0.5}, {"token_weights": True}])
 def test_other_updates_have_no_targets(options):
     with pytest.raises(InputError, match="means nothing without update 'sequential' or reconstruct"):
-        PruneConfig(**options)
+        PruneConfig(update="joint", **options)
 
 
 def test_sparsegpt_has_one_shot():
@@ -402,7 +412,7 @@ def test_options_of_smaller_models_name_the_structures_that_take_them(option, va
 @pytest.mark.parametrize(
     "option, value, method, others",
     [
-        ("fisher", "sampled", "wanda", "surgeon or k-obd"),
+        ("fisher", "empirical", "wanda", "surgeon or k-obd"),
         ("checkpoint_activations", True, "sparsegpt", "surgeon or k-obd"),
         ("curvature_layers", 2, "magnitude", "surgeon or wanda or l-obd or k-obd"),
         ("offload", "cpu", "sparsegpt", "surgeon or wanda or l-obd or k-obd"),

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.curvature.factors import DampedFactors
-from llm_surgeon.methods.select import Selection
+from llm_surgeon.curvature.factors import DampedFactor, DampedFactors, KroneckerFactors
+from llm_surgeon.methods.select import Selection, reselect
+from llm_surgeon.methods.swaps import solve_with_swaps
 from llm_surgeon.methods.update import remove_and_compensate
-from surgeon_kernels import k_smallest, nm_select
+from surgeon_kernels import element_cost, k_smallest, nm_select
 from tests.kernels import dense
 from tests.surgeon.one_layer import CPU, C, damped, layer
 
@@ -51,6 +52,33 @@ def test_more_rounds_of_swaps_find_a_better_selection():
     ]
     none, one, four = (update.objective[-1] for update in found)
     assert one < 0.8 * none and four < 0.95 * one
+
+
+@pytest.mark.parametrize(
+    "structure, sparsity", [("2:4", 0.5), ("1:4", 0.75), *(("unstructured", s) for s in (0.6, 0.7, 0.85))]
+)
+def test_swaps_pay_at_every_sparsity(structure, sparsity):
+    """A selection by costs of single weights is far from the best of correlated ones, the more so the more go."""
+    generator = torch.Generator().manual_seed(0)
+    R, columns = 24, 32
+
+    def factor(n):
+        X = torch.randn(4 * n, n, generator=generator, dtype=torch.float64)
+        return X.T @ X / len(X) + 1.5 * torch.ones(n, n, dtype=torch.float64)
+
+    W = torch.randn(R, columns, generator=generator, dtype=torch.float64)
+    factors = KroneckerFactors(*(DampedFactor(factor(n), 0.01) for n in (R, columns)))
+    g, a = factors.inverse_diagonals
+    config = PruneConfig(structure=structure, sparsity=sparsity, tolerance=1e-6, update="joint")
+    count = R * columns if config.structure_record.m else sparsity * R * columns  # a pattern chooses within its groups
+    wanted = torch.arange(R * columns).view(R, columns) + 0.5 < count
+    selection = Selection(reselect(wanted, element_cost(W, 1.0 / g, 1.0 / a), config))
+    objectives = []
+    for swaps in (0, 8):
+        solved, chosen = solve_with_swaps(W, selection, factors, dataclasses.replace(config, swaps=swaps))
+        assert int(chosen.pruned.sum()) == round(sparsity * R * columns)
+        objectives.append(solved.objective[-1])
+    assert objectives[1] < 0.97 * objectives[0]
 
 
 def test_a_swap_that_does_not_pay_is_taken_back(monkeypatch):
