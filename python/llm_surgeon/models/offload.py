@@ -144,7 +144,7 @@ class Prefetcher:
 
         ``tensor`` may be let go of, but not written to.
         """
-        if self._stream is None:
+        if self._stream is None or not tensor.is_cuda:
             return out.copy_(tensor)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):

@@ -9,13 +9,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from llm_surgeon.models.batch_tensors import BatchTensors
+
+# How much larger than its largest input an answer may be: maps of attention are, which few blocks read.
+_LARGEST = 4
+_TOO_LARGE = object()
 
 
 class Replay:
     """Outputs of modules that will not change any more, batch by batch.
+
+    In the place of modules whose outputs are much larger than their inputs those inside them are replayed.
 
     A run inside :meth:`running` notes what they return, call by call; later runs of the same batch return that, and
     compute nothing. Both give the same result as long as the modules' inputs stay what they were.
@@ -61,7 +67,10 @@ class Replay:
                 if forward is not None:
                     module.forward = forward
         for module, answers in noted.items():
-            if answers:
+            if any(answer is _TOO_LARGE for answer in answers):
+                self._forget(module)
+                self.modules += module.children()
+            elif answers:
                 self._answers.put(batch, module, [*known.get(module, ()), *answers])
 
     def _forget(self, module: nn.Module) -> None:
@@ -79,10 +88,15 @@ def _replaying(forward: Callable[..., Any], known: Iterable[Any], noted: list[An
             return _copy(answer)
         output = forward(*args, **kwargs)
         if noted is not None:
-            noted.append(_copy(output))
+            noted.append(_TOO_LARGE if _size(output) > _LARGEST * _size((args, kwargs)) else _copy(output))
         return output
 
     return run
+
+
+def _size(value: Any) -> int:
+    """Numbers in the largest tensor."""
+    return max((leaf.numel() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), default=0)
 
 
 def _copy(output: Any) -> Any:

@@ -68,6 +68,22 @@ def test_moments_are_those_of_complete_passes(name, data, memory):
     assert sorted(met) == sorted(linear.name for linear in decoder.linears)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neo"])
+def test_large_answers_are_computed_anew(name, monkeypatch):
+    """The same moments, whether modules are replayed or what is inside them, or nothing."""
+    found, w = [], torch.ones(TOKENS.shape)
+    for largest in (100, 2, 0):
+        monkeypatch.setattr("llm_surgeon.models.replay._LARGEST", largest)
+        model, seen = build(name), []
+        for stage in stages(model, find_decoder(model), Calibration(TOKENS), lambda _: w, writers={}, batch_size=4):
+            seen += [stage.A, stage.cross]
+            for linear in stage.readers:
+                linear.write(0.9 * linear.matrix())
+        found.append(seen)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("memory", [None, PinnedMemory()])
 def test_blocks_that_are_skipped_leave_what_they_add_to_the_last_writer(memory):
     """The dense model alone goes through the second of two blocks."""

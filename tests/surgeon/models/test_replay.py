@@ -140,6 +140,35 @@ def test_a_last_run_is_not_noted():
     assert block.inner.calls == 4 and not torch.equal(first[0], second[0])
 
 
+class WithMap(nn.Module):
+    """Returns what a module inside it does, and something far larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Returning("tensor")
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x), x.repeat(5)
+
+
+def test_the_parts_of_a_module_are_replayed_where_its_answers_are_large():
+    block, runs = WithMap(), Runs(2)
+    whole = nn.Sequential(block)
+    runs.replay.add(block)
+    results = [runs(whole) for _ in range(4)]
+    assert runs.replay.modules == [block.inner]
+    # The first batch's run tells; the second batch's notes, and the first batch's in the next round.
+    assert block.calls == 8 and block.inner.calls == 3
+    for result in results[2:]:
+        assert all(torch.equal(x, y) for x, y in zip(result[0], results[1][0], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(result[1], results[0][1], strict=True))
+    runs.replay.add(whole)
+    runs(whole)
+    assert runs.replay.modules == [block.inner]  # found by one batch after the other
+
+
 @pytest.mark.parametrize("memory", [PinnedMemory, lambda: None])
 def test_calls_after_the_end_of_an_earlier_run_are_noted_later(memory):
     block, runs = Twice(), Runs(2, memory())
