@@ -305,7 +305,7 @@ class PruneConfig:
 
     def _offers(self, update: str) -> bool:
         """True where an update may be the default: what a sequential one does not go with, goes first."""
-        others = self.kron_rank == 2 or self.lora_rank > 0 or self.offloads
+        others = self.kron_rank == 2 or self.lora_rank > 0
         return update != "sequential" or not others
 
     def _set(self, name: str, value: object) -> None:

@@ -114,7 +114,7 @@ def test_methods_with_rows_and_columns(method):
 @pytest.mark.parametrize("structure", ["2:4", "1:4", "unstructured"])
 def test_update_left_out_is_sequential_for_single_weights(structure):
     assert PruneConfig(structure=structure).update == "sequential"
-    for options in ({"kron_rank": 2}, {"lora_rank": 4}, {"offload": "cpu"}):
+    for options in ({"kron_rank": 2}, {"lora_rank": 4}):
         assert PruneConfig(structure=structure, **options).update == "joint"
     assert PruneConfig(structure="rows-columns").update == "joint"
 

@@ -30,7 +30,8 @@ BLOCK_BYTES = 4 * (WEIGHTS // 2 + 2 * 32)  # with its two norms
 def plan_of(name="llama", device="cpu", memory=10**12, link=1e300, monkeypatch=None, **options):
     model = build(name)
     decoder = find_decoder(model)
-    config = PruneConfig(**{"samples": 8, "seqlen": 16, **options})
+    update = {} if "method" in options else {"update": "joint"}
+    config = PruneConfig(**{"samples": 8, "seqlen": 16, **update, **options})
     if monkeypatch is not None:
         monkeypatch.setattr(llm_surgeon.planning.plan, "matmul_rate", lambda device, dtype: 2.0)
         monkeypatch.setattr(llm_surgeon.planning.plan, "copy_rate", lambda device: link)
@@ -151,7 +152,7 @@ def test_a_sequential_update_keeps_hidden_states_and_inputs(monkeypatch):
 def test_factor_sizes_count_shared_inputs_once_and_biases():
     decoder = find_decoder(build("opt"))
     gradients = [32, 32, 32, 32, 64, 32]
-    assert factor_sizes(decoder, PruneConfig()) == 2 * [[33, 33, 33, 65, *gradients]]
+    assert factor_sizes(decoder, PruneConfig(update="joint")) == 2 * [[33, 33, 33, 65, *gradients]]
     assert factor_sizes(decoder, PruneConfig(method="l-obd")) == 2 * [[33, 33, 33, 65]]
     assert factor_sizes(decoder, PruneConfig(method="magnitude")) == [[], []]
 
@@ -191,7 +192,7 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     more = 2 * tokens * sum(3 * C**2 + 2 * R * C for C, R in alone)
     assert counted.seconds == pytest.approx((shots + sweep + more + forward) / 2.0)
     operations = 3 * (2 * forward + tokens * grams + 5 / 3 * cubes + (10 + 3 * 9 + 10 + 2) * products) + forward
-    model, config = build("llama"), PruneConfig(samples=8, seqlen=16, shots=3, max_iterations=10)
+    model, config = build("llama"), PruneConfig(samples=8, seqlen=16, shots=3, max_iterations=10, update="joint")
     held_out = make_plan(model, find_decoder(model), config, held_out=4)
     assert held_out.seconds == pytest.approx((operations + 2 * 4 / 8 * forward) / 2.0)
     _, again = plan_of(shots=3, max_iterations=10, checkpoint_activations=True, monkeypatch=monkeypatch)
