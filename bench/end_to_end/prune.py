@@ -1,6 +1,6 @@
 """Time per phase and peak memory of whole runs on a model of Llama-2-7B's shape with random bfloat16 weights.
 
-    python -m bench.end_to_end.prune --runs 2:4 2:4x5 2:4+sequential unstructuredx5+sequential 2:4/llm-compressor
+    python -m bench.end_to_end.prune --runs 2:4 unstructuredx5 2:4x5+joint rows-columns 2:4/llm-compressor
 
 A run is ``structure[xshots][+update][/method]``, one shot where none are given; ``llm-compressor`` stands for its
 SparseGPT (see bench/studies/peer_sparsegpt.py). Of a sequential update it is printed, too, how much of its time goes to
@@ -172,7 +172,7 @@ def write(model: PreTrainedModel) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", nargs="+", default=["2:4", "2:4x5", "unstructuredx5", "rows-columns"])
+    parser.add_argument("--runs", nargs="+", default=["2:4", "2:4x5+joint", "unstructuredx5", "rows-columns"])
     parser.add_argument("--layers", type=int, nargs="+", default=[32], help="Decoder blocks: of all runs, or of each.")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)

@@ -51,9 +51,9 @@ def test_an_offloaded_run_gives_nearly_the_same_model_in_less_memory(home):
 @pytest.mark.parametrize(
     "structure, options",
     [
-        ("2:4", {}),
+        ("2:4", {"update": "joint"}),
         ("rows-columns", {"batch_size": 2}),
-        ("2:4", {"checkpoint_activations": True}),
+        ("2:4", {"update": "joint", "checkpoint_activations": True}),
         ("2:4", {"update": "sequential"}),
         ("2:4", {"update": "sequential", "checkpoint_activations": True, "batch_size": 2}),
     ],
