@@ -27,7 +27,7 @@ def surgeon_report() -> PruneReport:
     first = ShotReport(1, 0.25, 0.2501, 1e-6, 3.0, 0.0123, 0.015, {"curvature": 2.0, "update": 0.5})
     second = ShotReport(2, 0.5, 0.5, 2e-6, 3.015, 0.0456, 0.05, {"curvature": 2.5}, traces, {names[1]: 3e-4})
     return PruneReport(
-        config=dataclasses.asdict(PruneConfig("unstructured", shots=2)),
+        config=dataclasses.asdict(PruneConfig("unstructured", update="joint", shots=2)),
         versions={"python": "3.11.7", "torch": "2.13.0"},
         model="facebook/opt-125m",
         device="NVIDIA H100",

@@ -96,13 +96,13 @@ class PruneConfig:
 
     update: Update = option(
         None,
-        "How the surviving weights compensate: sequential for single weights, else joint where the method has updates",
+        "How surviving weights compensate (sequential for single ones without lora_rank and kron_rank 2, else joint)",
         panel=COMPENSATION,
     )
     # Each round takes a few of the solver's iterations.
     swaps: int = option(
         None,
-        "Rounds of swapping kept and pruned weights of a layer within a joint update: 4 for single weights, 8 of many.",
+        "Rounds of swapping kept and pruned weights of a layer in its update: 4, 8 where more than half go.",
         count(0, _MOST_ROUNDS),
         panel=COMPENSATION,
         aliases=("exchanges",),
@@ -133,7 +133,7 @@ class PruneConfig:
 
     shots: int = option(
         None,
-        "Rounds of estimate, select, update: 5, for rows-columns 8 per 10 % removed, 1 without curvature.",
+        "Rounds of estimate, select, update: 5, rows-columns 8 per 10 %, sequential N:M 1, without curvature 1.",
         count(most=_MOST_ROUNDS),
         panel=SHOTS,
     )
@@ -167,7 +167,7 @@ class PruneConfig:
     skip_layers: str = option("", "Blocks left alone, 0-3,30,31.", parse_blocks, panel=SMALLER)
     reconstruct: bool = option(
         None,
-        "Fit what is left to the dense model's activations at last: by default with update joint, without lora_rank.",
+        "Fit what is left to the dense model's activations at last: so by default groups and layers without lora_rank.",
         panel=COMPENSATION,
     )
 
@@ -325,7 +325,8 @@ class PruneConfig:
         swaps = _SWAPS if self.sparsity <= 0.5 else _MANY_SWAPS
         fill("swaps", swaps if self._solved and self.kron_rank == 1 else 0)
         fill("damp_g", structure.damp_g)
-        once = not record.gradients or not kronecker or (self.sequential and structure.m > 0)
+        one_sweep = self.sequential and structure.m > 0 and not self._given("schedule")
+        once = not record.gradients or not kronecker or one_sweep
         fill("shots", 1 if once else structure.default_shots(self.sparsity))
         fill("allocation", "global" if kronecker else "local")
         # A fit to the dense model would undo what corrections between the shots have learned.
@@ -387,11 +388,16 @@ class PruneConfig:
             choices = _quoted(structure.updates)
             raise InputError(f"update {self.update!r} has no meaning for {structure.name}: choose {choices}")
         steps = self.gradient_steps > 0 and not self.reconstruct
-        needs = {"swaps": self.swaps, "gradient_steps": steps, "kron_rank 2": self.kron_rank == 2}
-        for name, given in needs.items() if not self._solved else ():
+        single = "and a structure of single weights"
+        needs = {
+            "swaps": (self.swaps, f"update 'sequential' or 'joint' {single}"),
+            "gradient_steps": (steps, f"update 'sequential' or 'joint' {single}, or reconstruct"),
+            "kron_rank 2": (self.kron_rank == 2, f"update 'joint' {single}"),
+        }
+        for name, (given, needed) in needs.items() if not self._solved else ():
             if given:
                 others = _quoted(methods_where(lambda other: "joint" in other.updates))
-                raise InputError(f"{name} needs method {others}, update 'joint' and a structure of single weights")
+                raise InputError(f"{name} needs method {others}, {needed}")
         if self.sequential and self.kron_rank == 2:
             raise InputError("update 'sequential' does not go with kron_rank 2")
         if self.sequential and self.shots > 1 and self.lora_rank:

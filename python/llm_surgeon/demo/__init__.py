@@ -21,7 +21,7 @@ from llm_surgeon.pruning import prune
 from llm_surgeon.resources import require_disk
 
 _NAME = "the demo model of surgeon-kernels"
-_METHODS = {"magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "surgeon": "Surgeon (joint)"}
+_METHODS = {"magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "surgeon": "Surgeon"}
 _SEQLEN, _CALIBRATION_WINDOWS, _TEST_WINDOWS = 256, 32, 64
 
 

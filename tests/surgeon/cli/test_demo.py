@@ -12,11 +12,11 @@ from llm_surgeon.report.schema import PruneReport
 @pytest.mark.slow
 def test_the_demo_ranks_the_methods_and_leaves_a_2_4_model(tmp_path):
     results = run_demo(tmp_path / "out")
-    assert [result.name for result in results] == ["Dense", "Magnitude", "Wanda", "SparseGPT", "Surgeon (joint)"]
+    assert [result.name for result in results] == ["Dense", "Magnitude", "Wanda", "SparseGPT", "Surgeon"]
     dense, magnitude, wanda, sparsegpt, surgeon = (result.perplexity for result in results)
     assert dense < surgeon < sparsegpt < wanda < magnitude
     assert dense == pytest.approx(21.77, abs=0.02)
-    assert surgeon == pytest.approx(27.88, rel=0.02)  # rounding differs a little between machines
+    assert surgeon == pytest.approx(28.15, rel=0.02)  # rounding differs a little between machines
     weights = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in weights.items():
         if name.endswith("_proj.weight"):

@@ -79,7 +79,7 @@ def test_choices_are_completed_those_of_registered_methods_too(monkeypatch):
 
     assert completed("method", "sur") == ["surgeon", "surprise"]
     assert completed("structure", "w") == ["width"]
-    assert completed("update", "") == ["joint", "chunked", "independent", "none", "sequential"]
+    assert completed("update", "") == ["sequential", "joint", "chunked", "independent", "none"]
     assert completed("fisher", "s") == ["sampled"]
 
 

@@ -157,6 +157,7 @@ def test_surgeon_has_every_update_but_chunked_rows_and_columns(update):
         ({"structure": "rows-columns", "method": "magnitude"}, 1),
         ({"shots": 3}, 3),
         ({"update": "sequential"}, 1),
+        ({"schedule": 2.0}, 5),
         ({"update": "sequential", "structure": "unstructured"}, 5),
         ({"method": "magnitude", "shots": 2}, 2),
         ({"method": "sparsegpt", "shots": 1}, 1),
@@ -184,6 +185,19 @@ def test_shots_left_out_are_resolved(options, shots):
 )
 def test_swaps_left_out_are_resolved(options, swaps):
     assert PruneConfig(**options).swaps == swaps
+
+
+@pytest.mark.parametrize(
+    "options, needed",
+    [
+        ({"swaps": 2, "method": "wanda"}, "swaps needs method 'surgeon', update 'sequential' or 'joint' and a"),
+        ({"gradient_steps": 1, "structure": "groups", "reconstruct": False}, "of single weights, or reconstruct$"),
+        ({"kron_rank": 2, "update": "chunked"}, "kron_rank 2 needs method 'surgeon', update 'joint' and a structure"),
+    ],
+)
+def test_what_needs_the_joint_solver_names_the_updates_that_have_it(options, needed):
+    with pytest.raises(InputError, match=needed):
+        PruneConfig(**options)
 
 
 def test_gradient_steps_go_towards_the_dense_model_after_a_sequential_update():

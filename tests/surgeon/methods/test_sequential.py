@@ -360,7 +360,7 @@ def test_blocks_may_compute_in_16_bits(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "structure, weighted, at_once, gain", [("2:4", False, 27.92, 0.01), ("unstructured", True, 24.57, 0.02)]
+    "structure, weighted, at_once, gain", [("2:4", False, 27.92, 0.01), ("unstructured", True, 23.99, 0.005)]
 )
 def test_a_trained_model_loses_less_than_by_an_update_of_all_at_once(structure, weighted, at_once, gain):
     """The model of the demo and its few windows."""

@@ -60,7 +60,7 @@ def test_an_offloaded_run_gives_nearly_the_same_model_in_less_memory(home):
 )
 def test_the_plan_is_within_a_tenth_of_the_peak(structure, options, no_collector):
     model = build("cuda")
-    prune(copy.deepcopy(model), TOKENS[:1], structure=structure, shots=1)  # libraries allocate their workspaces
+    prune(copy.deepcopy(model), TOKENS[:1], structure=structure, shots=1, **options)  # workspaces of libraries
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated() - sum(parameter.nbytes for parameter in model.parameters())
     config = PruneConfig(structure=structure, shots=1, samples=8, seqlen=512, **options)

@@ -43,7 +43,7 @@ def waits(blocks, structure):
         torch.cuda.set_sync_debug_mode("warn")
         try:
             # A layer that would lose more than min_kept allows has a threshold of its own, which is waited for.
-            prune(model, TOKENS, structure=structure, shots=1, min_kept=0.0, progress=phases)
+            prune(model, TOKENS, structure=structure, update="joint", shots=1, min_kept=0.0, progress=phases)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return counts
