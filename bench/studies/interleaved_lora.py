@@ -49,7 +49,7 @@ def main() -> None:
                 lora = {"lora_rank": int(rank), "lora_steps": int(steps), "lora_learning_rate": float(rate)}
             model = copy.deepcopy(dense)
             what = {"structure": options.structure, "sparsity": sparsity, "shots": options.shots, "seed": options.seed}
-            report = prune(model, windows, **what, **lora)
+            report = prune(model, windows, update="joint", **what, **lora)
             row = {
                 "model": options.model.name,
                 **what,

@@ -46,7 +46,7 @@ def main() -> None:
         windows = evaluation_windows(tokenize(read_text(options.data, "evaluation"), tokenizer), _SEQLEN)[:40]
         decoder = find_decoder(model)
         decoder.linears[:] = [linear for linear in decoder.linears if linear.depth in _BLOCKS]
-        chosen = {"structure": options.structure, "swaps": rounds, "kron_rank": options.kron_rank}
+        chosen = {"structure": options.structure, "update": "joint", "swaps": rounds, "kron_rank": options.kron_rank}
         config = PruneConfig(**chosen, shots=1, samples=48, seqlen=_SEQLEN)
         dense = perplexity(model, windows)
         data = calibration_windows(tokens, 48, _SEQLEN, 0)
