@@ -325,7 +325,7 @@ class PruneConfig:
         swaps = _SWAPS if self.sparsity <= 0.5 else _MANY_SWAPS
         fill("swaps", swaps if self._solved and self.kron_rank == 1 else 0)
         fill("damp_g", structure.damp_g)
-        one_sweep = self.sequential and structure.m > 0 and not self._given("schedule")
+        one_sweep = self.sequential and (structure.m > 0 or self.lora_rank > 0) and not self._given("schedule")
         once = not record.gradients or not kronecker or one_sweep
         fill("shots", 1 if once else structure.default_shots(self.sparsity))
         fill("allocation", "global" if kronecker else "local")

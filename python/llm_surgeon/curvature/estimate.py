@@ -176,6 +176,8 @@ class _Accumulators:
         self.inputs: dict[str, SymmetricAccumulator] = {}
         self.gradients: dict[str, SymmetricAccumulator] = {}
         self.squared_norms: dict[str, list[Tensor]] = {x.name: [] for x in linears} if squared_norms else {}
+        # Of inputs without second moments, which would tell, too, where NaN begins.
+        self._input_sums: dict[str, Tensor] = {}
         self._linears, self._dtype = linears, dtype
         self._reached: set[str] = set()
         self._with_ones = {linear.input_group for linear in linears if linear.has_bias}
@@ -212,6 +214,9 @@ class _Accumulators:
             ones_column = linear.name in self._with_ones
             with torch.autocast(a.device.type, enabled=False):
                 gram_accumulate_(self.inputs[linear.name], a, mask=mask, ones_column=ones_column)
+        elif linear.input_group == linear.name:
+            a = x.detach() if mask is None else x.detach().masked_fill(~mask[..., None], 0.0)
+            self._input_sums[linear.name] = a.sum(dtype=torch.promote_types(a.dtype, torch.float32))
         if self.gradients:
             if not y.requires_grad:
                 raise UnsupportedModelError(f"no gradient can flow through {linear.name}")
@@ -236,7 +241,8 @@ class _Accumulators:
             if name not in self._reached:
                 raise UnsupportedModelError(f"the loss has no gradient with respect to the output of {name}")
         self._reached.clear()
-        locations = {f"the inputs of {name}": A.diagonal().sum() for name, A in self.inputs.items()}
+        sums = {name: A.diagonal().sum() for name, A in self.inputs.items()} | self._input_sums
+        locations = {f"the inputs of {name}": value for name, value in sums.items()}
         locations["the loss"] = loss
         for name, G in reversed(self.gradients.items()):
             locations[f"the gradients of {name}"] = G.diagonal().sum()

@@ -30,6 +30,7 @@ class WeightShots:
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.method = run, run.config, run.config.method_record
         self.selections: list[Selection] = []
+        self._predicted = 0.0  # by the shots so far
         self._dense: list[Tensor] = []  # weights before pruning, where the rest is fitted to what these compute
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._curvature = ShotCurvature(run, self._shot_memory)
@@ -82,6 +83,9 @@ class WeightShots:
         updates = self._sweep if self._sweeps(shot) else self._updates
         self.selections = updates.write(self.selections, report)
         # A sweep makes dense again what shots before it changed.
+        if self._sweeps(shot) and report.predicted_increase is not None:
+            report.predicted_increase -= self._predicted
+        self._predicted += report.predicted_increase or 0.0
         if self._steps is not None and self._sweeps(shot) == self.config.sequential:
             shot.phase("gradient steps")
             report.gradient_steps = self._steps.take(self.selections, self._curvature.after_update())

@@ -64,7 +64,8 @@ def test_rows_are_of_the_protocol(monkeypatch, tmp_path, tokens):
     model, _, _ = load_model(tmp_path / "tiny")
     for name in ("wt_test", "c4_test"):
         assert float(dense[name]) == pytest.approx(perplexity_of(model, texts[name]), abs=1e-3)
-    report = prune(model, torch.from_numpy(windows), structure="unstructured", sparsity=0.4, shots=2, seed=3)
+    options = {"structure": "unstructured", "sparsity": 0.4, "update": "joint", "shots": 2, "seed": 3}
+    report = prune(model, torch.from_numpy(windows), **options)
     for name in ("wt_test", "c4_test"):
         assert float(pruned[name]) == pytest.approx(perplexity_of(model, texts[name]), abs=1e-3)
     increases = [shot.measured_increase for shot in report.shots]

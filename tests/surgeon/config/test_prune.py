@@ -158,6 +158,7 @@ def test_surgeon_has_every_update_but_chunked_rows_and_columns(update):
         ({"shots": 3}, 3),
         ({"update": "sequential"}, 1),
         ({"schedule": 2.0}, 5),
+        ({"update": "sequential", "structure": "unstructured", "lora_rank": 2}, 1),
         ({"update": "sequential", "structure": "unstructured"}, 5),
         ({"method": "magnitude", "shots": 2}, 2),
         ({"method": "sparsegpt", "shots": 1}, 1),
