@@ -73,8 +73,8 @@ def update_sequentially(
     The updates are as large as the weights, in float32: the caller keeps what it needs of them.
 
     Args:
-        curvature: of the dense model, with ``G`` of every linear and, for weights of tokens, the squared norms of
-            gradients. ``A`` is not read.
+        curvature: of the dense model, or of one that is pruned in part, with ``G`` of every linear and, for weights of
+            tokens, the squared norms of gradients. ``A`` is not read.
         selections: one per linear, as many of whose weights go, chosen anew; of N:M they are not read.
         writers: name and scale ``s`` of the linears that write to the residual stream; ``e`` is 0 for others.
         batch_size: windows per forward pass.

@@ -104,8 +104,8 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 class ForwardPasses:
     """Forward passes of a causal LM that end in logits.
 
-    With a ``dtype`` under autocast: linears and attention multiply in it, norms and the residual stream stay in
-    float32, and so do the logits, which are computed chunk by chunk where the model's head allows it.
+    With a ``dtype`` under autocast: linears and attention multiply in it, the residual stream stays in float32. So do
+    the logits where the model's head allows to compute them chunk by chunk; elsewhere they are rounded to it.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -117,19 +117,19 @@ def preconditioners(
         model, decoder, some, batch_size=batch_size, dtype=dtype, fisher="sampled", seed=seed
     )
     found: dict[nn.Parameter, Preconditioner] = {}
-    inverses: dict[tuple[str, int], Tensor] = {}  # linears that share their input follow each other
+    inverses: dict[str, Tensor] = {}  # linears that share their input follow each other
     for linear in decoder.linears:
         weight = weight_of(linear.module)
         if not weight.requires_grad:
             continue
         G, A = curvature.factors(linear)
         assert G is not None
-        key, columns = (linear.input_group, linear.columns), linear.columns
+        group, columns = linear.input_group, linear.columns
         with numerical_errors():
-            if key not in inverses:
-                name = f"A of {linear.input_group}"
-                inverses = {key: spd_inverse(A[:columns, :columns].contiguous(), _DAMPING, name=name).inverse}
+            if group not in inverses:
+                inputs = A[:columns, :columns].contiguous()
+                inverses = {group: spd_inverse(inputs, _DAMPING, name=f"A of {group}").inverse}
             g = spd_inverse(G, _DAMPING, name=f"G of {linear.name}").inverse
         transposed = isinstance(linear.module, Conv1D)
-        found[weight] = Preconditioner(g, inverses[key], weight.detach() == 0, transposed)
+        found[weight] = Preconditioner(g, inverses[group], weight.detach() == 0, transposed)
     return found

@@ -306,7 +306,7 @@ def share_of_peak(done: float, config: RecoverConfig) -> float:
 
 def _dtype_of_products(device: torch.device) -> torch.dtype | None:
     """``None``: that of the weights."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else None
 
 
 def micro_batch(batch_size: int, seqlen: int) -> int:

@@ -32,6 +32,7 @@ class WeightShots:
         self.selections: list[Selection] = []
         self._predicted = 0.0  # by the shots so far
         self._dense: list[Tensor] = []  # weights before pruning, where the rest is fitted to what these compute
+        self._predicted = 0.0  # increase by the shots so far
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._curvature = ShotCurvature(run, self._shot_memory)
         anchors = AnchorWeights(run, self._memory)

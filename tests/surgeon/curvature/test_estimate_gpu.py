@@ -56,7 +56,7 @@ def test_bfloat16_passes_of_a_float32_model(config, padded, fisher, close):
     assert dtype == torch.bfloat16
     actual = estimate_curvature(model, decoder, calibration, **options, dtype=dtype)
     assert actual.loss == pytest.approx(expected.loss, rel=1e-3)
-    assert mean_loss(model, calibration, 4, dtype) == pytest.approx(actual.loss, rel=1e-5)
+    assert mean_loss(model, calibration, 4, dtype) == pytest.approx(actual.loss, rel=1e-4)
     for linear in decoder.linears:
         for computed, wanted in zip(actual.factors(linear), expected.factors(linear), strict=True):
             assert computed.dtype == torch.float32 and not torch.equal(computed, wanted)

@@ -311,6 +311,20 @@ def test_shots_before_the_sweep_tell_how_many_weights_go(monkeypatch):
     assert torch.equal(*first[0])
 
 
+def test_the_predictions_of_all_shots_sum_up_to_that_of_the_sweep(monkeypatch):
+    """What it makes dense again does not count."""
+    increases, update = [], sequential._update
+
+    def noted(*arguments):
+        new = update(*arguments)
+        increases.append(float(new.increase))
+        return new
+
+    monkeypatch.setattr(sequential, "_update", noted)
+    report = prune(build("opt"), TOKENS, structure="unstructured", update="sequential", shots=3)
+    assert report.predicted_increase == pytest.approx(sum(increases))
+
+
 def test_the_sweep_follows_the_dense_model_more_closely():
     """The hidden states after the last block are nearer to the dense model's than by an update of all at once."""
     dense = build("llama")
