@@ -177,7 +177,7 @@ def test_sampled_labels_are_fresh_in_every_shot(monkeypatch):
         seeds.append((options["fisher"], options["seed"]))
         return estimate_curvature(*args, **options)
 
-    monkeypatch.setattr("llm_surgeon.shots.curvature.estimate_curvature", spy)
+    monkeypatch.setattr("llm_surgeon.shots.run.estimate_curvature", spy)
     prune(build("llama"), TOKENS, method="k-obd", fisher="sampled", shots=3, seed=5)
     assert seeds == [("sampled", 6), ("sampled", 7), ("sampled", 8)]
 

@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
+from llm_surgeon.curvature.estimate import Curvature
 from llm_surgeon.curvature.factors import DampedFactors, KroneckerFactors
 from llm_surgeon.methods.costs import element_costs, row_column_costs
 from llm_surgeon.methods.two_terms import TwoTermCurvature
@@ -86,21 +86,13 @@ class ShotCurvature:
     def _estimate(
         self, index: int, *, gradients: bool = True, inputs: bool = True, squared_norms: bool = False
     ) -> Curvature:
-        run, config = self._run, self._run.config
+        config, plan = self._run.config, self._run.plan
         kept_apart = config.offloads or config.curvature_layers is not None
-        return estimate_curvature(
-            run.model,
-            run.decoder,
-            run.calibration,
-            batch_size=run.plan.batch_size,
-            fisher=config.fisher,
-            seed=config.seed + index,  # sampled labels are fresh in every shot
+        return self._run.curvature(
+            index,  # sampled labels are fresh in every shot
             gradients=gradients and self._method.gradients,
             inputs=inputs,
             squared_norms=squared_norms,
-            dtype=run.compute_dtype,
-            checkpoint_activations=run.plan.checkpoint_activations,
-            blocks_per_pass=run.plan.blocks_per_pass,
+            blocks_per_pass=plan.blocks_per_pass,
             store=self._memory.store if kept_apart else None,
-            progress=run.progress.step,
         )

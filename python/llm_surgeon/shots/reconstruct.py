@@ -7,7 +7,6 @@ from contextlib import closing
 
 from torch import Tensor
 
-from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.methods.reconstruct import reconstruct
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.sequential import token_weights
@@ -35,19 +34,7 @@ def fit_to_dense(
         linear.write(matrix)
     with_G = not config.structure_record.coupled
     if config.token_weights or with_G:
-        curvature = estimate_curvature(
-            run.model,
-            run.decoder,
-            run.calibration,
-            batch_size=run.plan.batch_size,
-            fisher=config.fisher,
-            seed=config.seed,
-            inputs=False,
-            squared_norms=config.token_weights,
-            dtype=run.compute_dtype,
-            checkpoint_activations=run.plan.checkpoint_activations,
-            progress=run.progress.step,
-        )
+        curvature = run.curvature(0, inputs=False, squared_norms=config.token_weights)
 
     def weights_of(readers: Sequence[PrunableLinear]) -> Tensor:
         norms = curvature.squared_norms if curvature is not None and config.token_weights else {}

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
@@ -57,6 +58,26 @@ class Run:
         windows = self.calibration if windows is None else windows
         tokens = self.plan.batch_size * self.calibration.input_ids.shape[1]
         return mean_loss(self.model, windows, max(1, tokens // windows.input_ids.shape[1]), dtype)
+
+    def curvature(self, draw: int, decoder: Decoder | None = None, **options: Any) -> Curvature:
+        """Estimate the curvature of the model as it is, of all linears or those of ``decoder``, as the run is laid out.
+
+        Args:
+            draw: sampled labels are others for every number.
+            **options: further ones of :func:`~llm_surgeon.curvature.estimate.estimate_curvature`.
+        """
+        return estimate_curvature(
+            self.model,
+            self.decoder if decoder is None else decoder,
+            self.calibration,
+            batch_size=self.plan.batch_size,
+            fisher=self.config.fisher,
+            seed=self.config.seed + draw,
+            dtype=self.compute_dtype,
+            checkpoint_activations=self.plan.checkpoint_activations,
+            progress=self.progress.step,
+            **options,
+        )
 
     @cached_property
     def compute_dtype(self) -> torch.dtype | None:

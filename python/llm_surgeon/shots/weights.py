@@ -30,7 +30,6 @@ class WeightShots:
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.method = run, run.config, run.config.method_record
         self.selections: list[Selection] = []
-        self._predicted = 0.0  # by the shots so far
         self._dense: list[Tensor] = []  # weights before pruning, where the rest is fitted to what these compute
         self._predicted = 0.0  # increase by the shots so far
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot

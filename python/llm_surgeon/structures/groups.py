@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
-from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
+from llm_surgeon.curvature.estimate import Curvature
 from llm_surgeon.curvature.factors import DampedFactor, DampedFactors, KroneckerFactors, numerical_errors
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.methods.select import Selection
@@ -71,18 +71,8 @@ class GroupShots:
         """Estimate the consumers' factors and the weights' gradients, where they are needed; the loss."""
         run, config = self.run, self.config
         if config.importance == "kronecker" or config.update == "joint":
-            self._curvature = estimate_curvature(
-                run.model,
-                Decoder(self.decoder.blocks, [dimension.consumer for dimension in self.dimensions]),
-                run.calibration,
-                batch_size=run.plan.batch_size,
-                fisher=config.fisher,
-                seed=config.seed + shot.index,
-                gradients=config.importance == "kronecker",
-                dtype=run.compute_dtype,
-                checkpoint_activations=run.plan.checkpoint_activations,
-                progress=run.progress.step,
-            )
+            consumers = Decoder(self.decoder.blocks, [dimension.consumer for dimension in self.dimensions])
+            self._curvature = run.curvature(shot.index, consumers, gradients=config.importance == "kronecker")
         if config.importance in GRADIENT_IMPORTANCES:
             weights = [linear.module.get_parameter("weight") for linear in self.decoder.linears]
             self._gradients = weight_gradients(run.model, weights, run.calibration, run.progress.step)
@@ -115,19 +105,8 @@ class GroupShots:
 
     def _factors(self) -> DampedFactors:
         """Factors of all linears, where nothing but zeros has gone yet."""
-        run, config = self.run, self.config
-        found = estimate_curvature(
-            run.model,
-            self.decoder,
-            run.calibration,
-            batch_size=run.plan.batch_size,
-            fisher=config.fisher,
-            seed=config.seed + config.shots,
-            dtype=run.compute_dtype,
-            checkpoint_activations=run.plan.checkpoint_activations,
-            progress=run.progress.step,
-        )
-        return DampedFactors(found, config, self.decoder.linears, run.plan.device)
+        found = self.run.curvature(self.config.shots)
+        return DampedFactors(found, self.config, self.decoder.linears, self.run.plan.device)
 
     def finish(self) -> None:
         """Take what is zero out of the model."""
