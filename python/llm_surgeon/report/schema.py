@@ -89,7 +89,8 @@ class ShotReport:
         target_sparsity, sparsity: asked for and reached after this shot, over all layers.
         threshold: cost up to which weights were removed, ``None`` where each layer had its own.
         loss_before: mean calibration loss before this shot; ``None`` when the method needs no passes.
-        predicted_increase: the quadratic objective of the update, summed over layers.
+        predicted_increase: the quadratic objective of the update, summed over layers, less what earlier
+            shots were predicted to cost where the update begins at the dense weights again.
         measured_increase: the next shot's ``loss_before`` minus this one's, where both are known.
         seconds: wall time by phase ("curvature", "selection", "update", ...).
         solver: one trace per layer that was solved for.

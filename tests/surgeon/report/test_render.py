@@ -152,7 +152,7 @@ def test_model_card_body():
     assert "Versions: python 3.11.7, torch 2.13.0.\n" in card
     assert "ICLR 2024" in card
     options = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert PruneConfig.from_mapping(options) == PruneConfig("unstructured", shots=2)
+    assert PruneConfig.from_mapping(options) == PruneConfig("unstructured", update="joint", shots=2)
 
 
 def test_model_card_of_a_model_that_became_smaller():
