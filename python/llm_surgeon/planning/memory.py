@@ -264,12 +264,13 @@ def input_groups(decoder: Decoder) -> list[list[tuple[int, int]]]:
 def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:
     """Sizes of every block's factors: an A per shared input, as wide as its widest user with a bias, a G per linear.
 
-    A sequential update of N:M has no A but those of its sweep.
+    A sequential update of N:M has no A but those of its sweep, unless gradient steps follow.
     """
     record = config.method_record
     if record.needs == "nothing":
         return [[] for _ in decoder.blocks]
-    without = config.sequential and config.structure_record.m > 0 and config.shots == 1
+    once = config.shots == 1 and not config.gradient_steps
+    without = config.sequential and config.structure_record.m > 0 and once
     sizes = []
     for depth, groups in enumerate(input_groups(decoder)):
         rows = [linear.rows for linear in decoder.linears if linear.depth == depth and record.gradients]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from llm_surgeon.curvature.stages import stages
+from llm_surgeon.curvature.stages import _weighted, stages
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.offload import PinnedMemory
@@ -109,3 +109,11 @@ def test_blocks_that_are_skipped_leave_what_they_add_to_the_last_writer(memory):
     x = inputs(model, Calibration(TOKENS))["model.layers.0.mlp.down_proj"]
     assert_close(found[0][-1], added.T @ x / TOKENS.numel())
     assert float(found[0][4].abs().max()) == 0.0  # of the attention's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_weight_count_for_nothing_whatever_they_hold(dtype):
+    """Attention of nothing but padding is no number in some models."""
+    x = torch.tensor([[[1.0, -2.0], [float("nan"), float("inf")]]], dtype=dtype)
+    found = _weighted(x, torch.tensor([[0.5], [0.0]]), ones=True)
+    assert torch.equal(found, torch.tensor([[0.5, -1.0, 0.5], [0.0, 0.0, 0.0]], dtype=dtype))

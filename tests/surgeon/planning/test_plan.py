@@ -153,6 +153,9 @@ def test_factor_sizes_count_shared_inputs_once_and_biases():
     decoder = find_decoder(build("opt"))
     gradients = [32, 32, 32, 32, 64, 32]
     assert factor_sizes(decoder, PruneConfig(update="joint")) == 2 * [[33, 33, 33, 65, *gradients]]
+    assert factor_sizes(decoder, PruneConfig(update="sequential")) == 2 * [gradients]
+    stepping = PruneConfig(update="sequential", gradient_steps=1)
+    assert factor_sizes(decoder, stepping) == 2 * [[33, 33, 33, 65, *gradients]]
     assert factor_sizes(decoder, PruneConfig(method="l-obd")) == 2 * [[33, 33, 33, 65]]
     assert factor_sizes(decoder, PruneConfig(method="magnitude")) == [[], []]
 
