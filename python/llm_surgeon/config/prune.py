@@ -228,9 +228,9 @@ class PruneConfig:
         number(low_allowed=True),
         panel=RESEARCH,
     )
-    token_weights: bool = option(
+    token_weights: bool | None = option(
         None,
-        "Weigh tokens by their gradients where the dense model is aimed at: yes in a sequential update.",
+        "Weigh tokens by their gradients where the dense model is aimed at: in a sequential update of many tokens.",
         panel=RESEARCH,
     )
 
@@ -332,7 +332,8 @@ class PruneConfig:
         # A fit to the dense model would undo what corrections between the shots have learned.
         fitted = structure.coupled and "reconstruct" in structure.options and self.lora_rank == 0
         fill("reconstruct", fitted and self.update == "joint")
-        fill("token_weights", self.sequential)
+        if not self.sequential:  # else it depends on the model and the windows
+            fill("token_weights", False)
         fill("gradient_target", "dense" if self.aims_at_dense else "labels")
         fill("target_damping", _SWEEP_DAMPING if self.sequential else _FIT_DAMPING)
 

@@ -89,7 +89,8 @@ def update_sequentially(
     done = 0
 
     def weights_of(readers: Sequence[PrunableLinear]) -> Tensor:
-        norms = [curvature.squared_norms[linear.name] for linear in readers] if config.token_weights else []
+        known = curvature.squared_norms
+        norms = [known[linear.name] for linear in readers] if known else []
         return token_weights(norms, calibration)
 
     for stage in stages(

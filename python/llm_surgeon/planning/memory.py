@@ -228,7 +228,7 @@ class Memory:
     def _norms(self) -> int:
         """Squared norms of all linears' gradients, for weights of tokens."""
         config = self.config
-        needed = config.aims_at_dense and config.token_weights and self.gradients
+        needed = config.aims_at_dense and config.token_weights is not False and self.gradients
         return _FLOAT * config.samples * self.seqlen * len(self.sizes) * needed
 
     def _compute_itemsize(self) -> int:

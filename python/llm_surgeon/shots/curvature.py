@@ -43,7 +43,7 @@ class ShotCurvature:
         if not self._method.curvature:
             return run.loss()
         self._memory.reuse()
-        norms = sweeps and config.token_weights
+        norms = sweeps and run.token_weights
         found = self._estimate(index, inputs=selects, squared_norms=norms)
         if sweeps:
             self.estimated = found

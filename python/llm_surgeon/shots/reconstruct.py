@@ -33,11 +33,11 @@ def fit_to_dense(
     for linear, matrix in zip(run.decoder.linears if dense else (), dense, strict=True):
         linear.write(matrix)
     with_G = not config.structure_record.coupled
-    if config.token_weights or with_G:
-        curvature = run.curvature(0, inputs=False, squared_norms=config.token_weights)
+    if run.token_weights or with_G:
+        curvature = run.curvature(0, inputs=False, squared_norms=run.token_weights)
 
     def weights_of(readers: Sequence[PrunableLinear]) -> Tensor:
-        norms = curvature.squared_norms if curvature is not None and config.token_weights else {}
+        norms = curvature.squared_norms if curvature is not None and run.token_weights else {}
         return token_weights([norms[linear.name] for linear in readers if norms], run.calibration)
 
     def output_factor(linear: PrunableLinear) -> Tensor | None:

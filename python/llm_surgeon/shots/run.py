@@ -23,6 +23,10 @@ from llm_surgeon.report.schema import ShotReport
 
 T = TypeVar("T")
 
+# Tokens for each input of the widest linear from which on weights of tokens pay: with 16 they cost 1 % of a perplexity,
+# with 170 they gained 2 % (an estimate between the two).
+_TOKENS_PER_INPUT = 64
+
 
 @dataclass(frozen=True)
 class Run:
@@ -83,6 +87,15 @@ class Run:
     def compute_dtype(self) -> torch.dtype | None:
         """Dtype of the products in passes over the calibration windows; None for the model's own."""
         return compute_dtype(self.config.compute_dtype, self.model, self.plan.device)
+
+    @cached_property
+    def token_weights(self) -> bool:
+        """True where tokens are weighed by their gradients; unless that is given, where there are enough of them.
+
+        Weights leave fewer tokens to tell one input of a linear from another.
+        """
+        given, widest = self.config.token_weights, max(linear.columns for linear in self.decoder.linears)
+        return self.calibration.counts()[1] >= _TOKENS_PER_INPUT * widest if given is None else given
 
     def each(self, items: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
         """Yield ``items``, and tell which is under way."""

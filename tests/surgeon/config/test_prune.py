@@ -224,7 +224,7 @@ def test_later_joint_updates_of_single_weights_go_back_to_the_dense_ones(options
 def test_the_sequential_update_has_options_of_its_own():
     config = PruneConfig(update="sequential")
     assert (config.target_damping, config.residual_damping) == (0.3, 0.1)
-    assert (config.residual_weight, config.token_weights) == (1.0, True)
+    assert (config.residual_weight, config.token_weights) == (1.0, None)
     assert PruneConfig(structure="groups").target_damping == 0.1
     config = PruneConfig(update="sequential", target_damping=0.5, residual_weight=0.0, token_weights=False)
     assert (config.target_damping, config.residual_weight, config.token_weights) == (0.5, 0.0, False)

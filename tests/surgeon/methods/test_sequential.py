@@ -22,6 +22,7 @@ from llm_surgeon.methods.sequential import token_weights, update_sequentially
 from llm_surgeon.models.decoder import PrunableLinear, find_decoder
 from llm_surgeon.models.passes import run_model
 from llm_surgeon.models.writers import find_writers
+from llm_surgeon.shots import run as shots_run
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 DOUBLE = torch.float64
@@ -46,7 +47,8 @@ def padded_tokens():
 def sweep(model, data, config):
     """The update of :func:`llm_surgeon.prune`, without the rest."""
     decoder = find_decoder(model)
-    curvature = estimate_curvature(model, decoder, data, batch_size=4, inputs=False, squared_norms=True)
+    weighted = config.token_weights is not False
+    curvature = estimate_curvature(model, decoder, data, batch_size=4, inputs=False, squared_norms=weighted)
     before = [Selection(torch.ones(x.rows, x.columns, dtype=torch.bool)) for x in decoder.linears]
     writers = find_writers(model, decoder)
     for _ in update_sequentially(model, decoder, data, curvature, before, config, writers=writers, batch_size=4):
@@ -323,6 +325,25 @@ def test_the_predictions_of_all_shots_sum_up_to_that_of_the_sweep(monkeypatch):
     monkeypatch.setattr(sequential, "_update", noted)
     report = prune(build("opt"), TOKENS, structure="unstructured", update="sequential", shots=3)
     assert report.predicted_increase == pytest.approx(sum(increases))
+
+
+@pytest.mark.parametrize(
+    "given, count, expected", [(None, 63, False), (None, 64, True), (True, 1, True), (False, 99, False)]
+)
+def test_tokens_are_weighed_where_there_are_many(given, count, expected, monkeypatch):
+    """So many for each input of the widest linear, of the tiny model 48."""
+    windows = torch.randint(3, VOCABULARY, (count, 48), generator=torch.Generator().manual_seed(0))
+    asked = []
+    estimate = shots_run.estimate_curvature
+    monkeypatch.setattr(
+        shots_run,
+        "estimate_curvature",
+        lambda *args, **options: asked.append(options["squared_norms"]) or estimate(*args, **options),
+    )
+    model = build("llama")
+    assert max(linear.columns for linear in find_decoder(model).linears) == 48
+    prune(model, windows, token_weights=given)
+    assert asked == [expected]
 
 
 def test_the_sweep_follows_the_dense_model_more_closely():
