@@ -66,7 +66,8 @@ def prune(
     in_file = file_options(prune, besides=("context", "model", "out", "config", "dry_run", "quiet"))
     read = {} if config is None else read_options(config, in_file, {name for name, text in in_file.items() if text})
     job_options = {name: read.pop(name) for name in own if name in read}
-    job_options |= {name: value for name, value in own.items() if name in in_file and value not in (None, False)}
+    given = {name: value for name, value in own.items() if value is not None and value is not False}
+    job_options |= {name: value for name, value in given.items() if name in in_file}
     if job_options.setdefault("calibration", "wikitext2") is None:
         raise InputError(f"calibration must be text, not nothing, in config file {str(config)!r}")
     flags = {name: value for name, value in options.items() if value is not None}

@@ -123,6 +123,7 @@ class PruneJob:
         model, tokenizer, form: see :func:`~llm_surgeon.checkpoint.load_model`.
         decoder: of the model.
         windows: the data.
+        recovery: options of the training that follows, where there is one; no part of the plan.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class PruneJob:
         self.device = choose_device(device)
         self._load(config, trust_remote_code)
         self.windows = _draw(texts, self.model, self.tokenizer, self.config)
-        self._recovery: RecoverConfig | None = None
+        self.recovery: RecoverConfig | None = None
         if recover_minutes is not None:
             if self.windows.held_out is None:
                 raise InputError(
@@ -161,7 +162,7 @@ class PruneJob:
                     f"are {self.windows.tokens}"
                 )
             seqlen, seed = min(_RECOVERY_SEQLEN, self.config.seqlen), self.config.seed % (LARGEST_SEED + 1)
-            self._recovery = RecoverConfig(method="full", minutes=recover_minutes, seqlen=seqlen, seed=seed)
+            self.recovery = RecoverConfig(method="full", minutes=recover_minutes, seqlen=seqlen, seed=seed)
 
     def _load(self, config: PruneConfig, trust_remote_code: bool) -> None:
         """Load the model where ``config`` wants it, and resolve what depends on it."""
@@ -222,17 +223,17 @@ class PruneJob:
         report.data, report.revision = windows.records, getattr(self.model.config, "_commit_hash", None)
         report.warnings += filter(None, map(too_little_text, windows.records.values()))
         write_pruned(self.model, self.tokenizer, output, self.form, report, self.source)
-        if self._recovery is not None:
-            report.history.append(self._recover(output, self._recovery, progress))
+        if self.recovery is not None:
+            report.history.append(self._recover(output, self.recovery, progress))
         return report
 
     def _recover(self, output: Output, config: RecoverConfig, progress: Progress | None) -> str:
         """Train what was pruned and written, and write that in its place; what was done, as the card tells it."""
         windows = self.windows
-        dense = load_teacher(self.source, self.tokenizer, self.device, self._trust_remote_code)
-        training = windows_for(config, windows.ids, windows.apart)
-        record = training_record(windows.text, self.tokenizer, windows.digest, windows.ids, training.input_ids)
         try:
+            dense = load_teacher(self.source, self.tokenizer, self.device, self._trust_remote_code)
+            training = windows_for(config, windows.ids, windows.apart)
+            record = training_record(windows.text, self.tokenizer, windows.digest, windows.ids, training.input_ids)
             done = recover(self.model, training, windows.held_out, teacher=dense, config=config, progress=progress)
         except BaseException:
             _logger.warning("the recovery did not end: %s holds the pruned model", output.given)

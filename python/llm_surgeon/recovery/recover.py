@@ -162,10 +162,10 @@ def _recover(
             progress=progress,
         )
     check_zeros(masks)
-    if not log:
+    steps = int(max((entry["step"] for entry in log), default=0))
+    if not steps:  # trials of learning rates at most
         raise InputError(f"minutes {config.minutes} are over before the first step of the training: give more")
     progress.phase("held-out loss after the training")
-    steps = int(max(entry["step"] for entry in log))
     return RecoveryReport(
         config=asdict(config),
         versions=collect_versions(),

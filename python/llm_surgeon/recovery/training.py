@@ -61,7 +61,8 @@ def train(
 
     Returns:
         For every evaluation its ``step``, the ``learning_rate`` of that step, the mean ``loss`` since the one before,
-        and the held-out ``eval_loss`` (with ``ema`` also ``average_loss``).
+        and the held-out ``eval_loss`` (with ``ema`` also ``average_loss``). Before that, for every trial, ``step`` 0,
+        its ``trial_rate`` and the held-out ``trial_loss``, which one that diverged lacks.
 
     Raises:
         NumericalError: a loss that is not a number; InputError: ``folder`` cannot be written.
@@ -229,7 +230,9 @@ class _Training:
             except NumericalError:
                 losses[rate] = math.inf
             self._write(start)
-            self._log.append({"step": 0, "trial_rate": rate, "trial_loss": losses[rate]})
+            # No loss where it was no number: reports are JSON, which knows none.
+            finite = {"trial_loss": losses[rate]} if math.isfinite(losses[rate]) else {}
+            self._log.append({"step": 0, "trial_rate": rate, **finite})
         self._learning_rate = min(losses, key=lambda rate: losses[rate])
 
     def _make_optimizers(self) -> list[Optimizer]:

@@ -65,14 +65,15 @@ def test_no_token_that_is_held_out_is_trained_on(places):
     assert torch.equal(windows.ids[held_out].view(-1, 16), windows.held_out.input_ids)
 
 
+@pytest.mark.parametrize("step", ["load_teacher", "windows_for", "recover"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, InputError])
-def test_a_recovery_that_does_not_end_leaves_the_pruned_model(places, monkeypatch, caplog, error):
+def test_a_recovery_that_does_not_end_leaves_the_pruned_model(places, monkeypatch, caplog, error, step):
     source, out, text = places
 
     def fails(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(job, "recover", fails)
+    monkeypatch.setattr(job, step, fails)
     with caplog.at_level(logging.WARNING), pytest.raises(error):
         prune_checkpoint(source, out, calibration=text, recover_minutes=1, **OPTIONS)
     assert f"the recovery did not end: {out} holds the pruned model" in caplog.text
@@ -101,6 +102,20 @@ def test_the_command_says_what_the_recovery_did(places, capsys):
         main(["prune", str(source), str(out), *given, "--recover-minutes", "0.1"])
     assert not ended.value.code
     assert "After pruning all weights were trained for" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_the_command_refuses_no_minutes_and_its_dry_run_names_others(places, capsys):
+    source, out, text = places
+    given = ["--calibration", text, "--samples", "4", "--seqlen", "16", "--device", "cpu"]
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", str(source), str(out), *given, "--recover-minutes", "0"])
+    assert (
+        ended.value.code == 2 and "recover_minutes must be a number greater than 0, not 0.0" in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", str(source), str(out), *given, "--recover-minutes", "2.5", "--dry-run"])
+    assert not ended.value.code and "on cpu, then 2.5 min of training" in capsys.readouterr().out
+    assert not out.exists()
 
 
 def _config():
