@@ -1,12 +1,14 @@
 """Swaps of kept and pruned weights: better selections of the same count and pattern, never worse ones."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.factors import DampedFactor, DampedFactors, KroneckerFactors
+from llm_surgeon.methods import swaps
 from llm_surgeon.methods.select import Selection, reselect
 from llm_surgeon.methods.swaps import solve_with_swaps
 from llm_surgeon.methods.update import remove_and_compensate
@@ -74,11 +76,22 @@ def test_swaps_pay_at_every_sparsity(structure, sparsity):
     wanted = torch.arange(R * columns).view(R, columns) + 0.5 < count
     selection = Selection(reselect(wanted, element_cost(W, 1.0 / g, 1.0 / a), config))
     objectives = []
-    for swaps in (0, 8):
-        solved, chosen = solve_with_swaps(W, selection, factors, dataclasses.replace(config, swaps=swaps))
+    for rounds in (0, 8):
+        solved, chosen = solve_with_swaps(W, selection, factors, dataclasses.replace(config, swaps=rounds))
         assert int(chosen.pruned.sum()) == round(sparsity * R * columns)
         objectives.append(solved.objective[-1])
     assert objectives[1] < 0.97 * objectives[0]
+
+
+@pytest.mark.parametrize("kept, gain, comes_back", [(6, 1.0, True), (4, 1.0, False), (4, 1.2, True)])
+def test_gains_of_pruned_weights_count_less_where_few_are_kept(kept, gain, comes_back, monkeypatch):
+    pruned = torch.arange(10).view(1, 10) >= kept
+    monkeypatch.setattr(swaps, "swap_cost", lambda *_: torch.where(pruned, gain, 0.9))
+    estimate = SimpleNamespace(delta=torch.zeros(1, 10), gradient=None)
+    factors = SimpleNamespace(damped=(), inverse_diagonals=())
+    config = PruneConfig(structure="unstructured")
+    found = swaps._swapped(torch.ones(1, 10), Selection(pruned), estimate, factors, config).pruned
+    assert bool((found != pruned).any()) == comes_back and found.sum() == pruned.sum()
 
 
 def test_a_swap_that_does_not_pay_is_taken_back(monkeypatch):
