@@ -12,7 +12,9 @@ pytestmark = [
 
 
 def test_the_baselines_run_and_follow_the_cpu(monkeypatch, tmp_path, tokens):  # noqa: F811
-    methods = ("sparsegpt", "sparsegpt sequential", "admm", "admm sequential", "surgeon sequential")
+    # Labels would be drawn otherwise there, and rounding to 16 bits changes so small a model by a fifth.
+    exact = "surgeon sequential, fisher empirical, compute_dtype float32"
+    methods = ("sparsegpt", "sparsegpt sequential", "admm", "admm sequential", exact)
     options = ("--structures", "2:4", "unstructured 70%", "--methods", *methods, "--seeds", 0, "--devices")
     main(monkeypatch, tmp_path, tokens, *options, "cpu", "--out", tmp_path / "cpu")
     main(monkeypatch, tmp_path, tokens, *options, "cuda")
@@ -21,7 +23,7 @@ def test_the_baselines_run_and_follow_the_cpu(monkeypatch, tmp_path, tokens):  #
     for expected, actual in zip(*by_device, strict=True):
         assert actual["error"] == "" and actual["device"] != "CPU"
         assert (actual["structure"], actual["method"]) == (expected["structure"], expected["method"])
-        # Where costs nearly agree, or passes are in 16 bits, other weights may go.
+        # Where costs nearly agree other weights may go.
         assert float(actual["c4_test"]) == pytest.approx(float(expected["c4_test"]), rel=0.15)
 
 
