@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
+from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.passes import autocast, compute_dtype, mean_loss, to_list
 from llm_surgeon.models.state import ModelState
@@ -191,10 +193,12 @@ class _Training:
         better = self._keep_if_best(entry["eval_loss"])
         if self._average is not None:
             own = self._copy()
-            self._write(self._average)
-            entry["average_loss"] = self._held_out_loss(self._held_out)
-            better |= self._keep_if_best(entry["average_loss"])
-            self._write(own)
+            try:
+                self._write(self._average)
+                entry["average_loss"] = self._held_out_loss(self._held_out)
+                better |= self._keep_if_best(entry["average_loss"])
+            finally:
+                uninterrupted(partial(self._write, own))
         self._worse = 0 if better else self._worse + 1
 
     def _keep_if_best(self, loss: float) -> bool:
@@ -229,7 +233,8 @@ class _Training:
                 losses[rate] = trial.run(None, False, Progress())[-1]["eval_loss"]
             except NumericalError:
                 losses[rate] = math.inf
-            self._write(start)
+            finally:
+                uninterrupted(partial(self._write, start))
             # No loss where it was no number: reports are JSON, which knows none.
             finite = {"trial_loss": losses[rate]} if math.isfinite(losses[rate]) else {}
             self._log.append({"step": 0, "trial_rate": rate, **finite})

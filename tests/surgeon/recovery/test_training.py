@@ -224,6 +224,28 @@ def test_the_learning_rate_is_found_by_trials_from_the_same_start():
     assert again.loss_after == report.loss_after and report.steps == again.steps == 12
 
 
+@pytest.mark.parametrize(
+    "settings, error",
+    [({"ema": 0.9}, KeyboardInterrupt), ({"ema": 0.9}, NumericalError), ({"trial_steps": 2}, KeyboardInterrupt)],
+)
+def test_what_ends_a_training_finds_the_weights_of_the_last_step(monkeypatch, settings, error):
+    model, measured = half_zero("llama"), []
+    before = weights(model)
+
+    def fails(*_):
+        measured.append(weights(model))
+        if len(measured) == 2:  # with the mean of the weights, or after the second trial
+            raise error
+        return 1.0
+
+    monkeypatch.setattr(training, "mean_loss", fails)
+    with pytest.raises(error):
+        recover(model, WINDOWS, HELD_OUT, **FULL, **settings)
+    last = before if "trial_steps" in settings else measured[0]
+    assert not all(torch.equal(p, measured[1][name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p, last[name]) for name, p in model.named_parameters())
+
+
 def test_a_trial_that_diverges_is_passed_over(monkeypatch):
     evaluate = training._Training._evaluate
 
