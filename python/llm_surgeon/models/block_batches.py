@@ -30,9 +30,9 @@ class BlockBatch:
     def tokens(self) -> int:
         return self.hidden.shape[:-1].numel() if self.mask is None else int(self.mask.sum())
 
-    def run(self, block: nn.Module, like: nn.Module | None = None) -> Tensor:
-        """Output of ``block``, or of another block with the arguments of ``like``."""
-        args, kwargs = self.arguments[like or block]
+    def run(self, block: nn.Module) -> Tensor:
+        """Output of ``block``, of which ``hidden`` is the input."""
+        args, kwargs = self.arguments[block]
         output = block(self.hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
