@@ -332,7 +332,7 @@ class PruneConfig:
         # A fit to the dense model would undo what corrections between the shots have learned.
         fitted = structure.coupled and "reconstruct" in structure.options and self.lora_rank == 0
         fill("reconstruct", fitted and self.update == "joint")
-        if not self.sequential:  # else it depends on the model and the windows
+        if not self.sequential or record.sweep is not None:  # else it depends on the model and the windows
             fill("token_weights", False)
         fill("gradient_target", "dense" if self.aims_at_dense else "labels")
         fill("target_damping", _SWEEP_DAMPING if self.sequential else _FIT_DAMPING)
@@ -407,6 +407,8 @@ class PruneConfig:
         for name, default in unused.items() if not self.aims_at_dense else ():
             if getattr(self, name) != default:
                 raise InputError(f"{name} means nothing without update 'sequential' or reconstruct")
+        if self.token_weights and record.sweep is not None:
+            raise InputError(f"method {self.method!r} knows no gradients: leave token_weights out")
         if self._given("residual_damping") and not self.sequential:
             raise InputError("residual_damping means nothing without update 'sequential'")
         idle = {"gradient_target": "dense" if self.aims_at_dense else "labels", "gradient_samples": None}

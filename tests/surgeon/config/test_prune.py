@@ -250,6 +250,13 @@ def test_what_the_sequential_update_does_not_go_with(options, message):
         PruneConfig(**{"update": "sequential", **options})
 
 
+def test_a_method_without_gradients_cannot_weigh_tokens_by_them():
+    given = {"method": "sparsegpt", "update": "sequential"}
+    assert PruneConfig(**given).token_weights is False
+    with pytest.raises(InputError, match=r"^method 'sparsegpt' knows no gradients: leave token_weights out$"):
+        PruneConfig(**given, token_weights=True)
+
+
 @pytest.mark.parametrize("options", [{"target_damping": 0.2}, {"residual_weight": 0.5}, {"token_weights": True}])
 def test_other_updates_have_no_targets(options):
     with pytest.raises(InputError, match="means nothing without update 'sequential' or reconstruct"):
