@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -167,7 +168,9 @@ class _BlockPair:
         cross = torch.zeros(size, size, dtype=dtype, device=device)
         residual = {} if writer is None else {writer.name: cross.new_zeros(writer.rows, size)}
         weights = weights.to(device, dtype)
-        of_batches = (weights / weights.sum()).split(self._run.sizes)
+        # About 1, so that weighted inputs are normal numbers of 16 bits; by powers of 4, whose roots round nothing.
+        enlarged = 4.0 ** math.ceil(math.log(weights.numel(), 4))
+        of_batches = (weights / weights.sum() * enlarged).split(self._run.sizes)
         for index, held in enumerate(self._kept.turns(_OWN, group, *self._added(writer), *self._replay.modules)):
             x, own = held[group], self._input_of(first, index, held)
             root = of_batches[index].sqrt().reshape(-1, 1)
@@ -183,7 +186,9 @@ class _BlockPair:
                 _add_product_(residual[writer.name], wanted, inputs)
                 self._kept.put(index, _LACK, lack.add(self._output(writer, x).view_as(lack), alpha=scale))
                 self._kept.put(index, _READ, own)
-        return Stage(readers, A.full(), cross, residual)
+        sums = (A.full(), cross, *residual.values())
+        A_full, cross, *rest = (total.div_(enlarged) for total in sums)
+        return Stage(readers, A_full, cross, dict(zip(residual, rest, strict=True)))
 
     def changed(self, readers: Sequence[PrunableLinear]) -> None:
         """Take note that ``readers`` have their new weights."""
