@@ -104,7 +104,7 @@ class _Training:
         self._log: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._best: dict[str, Tensor] | None = None
-        self._best_loss = math.inf
+        self._best_loss, self._least_loss = math.inf, math.inf  # the weights to begin with count, and do not
         self._average = self._copy() if config.ema and held_out is not None else None
         self._optimizers: list[Optimizer] = []
 
@@ -113,6 +113,8 @@ class _Training:
         state = None if folder is None or not resume else latest_checkpoint(folder)
         if state is None and config.trial_steps and self._held_out is not None:
             self._choose_learning_rate()
+        if state is None and self._held_out is not None:
+            self._best, self._best_loss = self._copy(), self._held_out_loss(self._held_out)
         self._optimizers = self._make_optimizers()
         if state is not None:
             self._load(state)
@@ -202,10 +204,12 @@ class _Training:
         self._worse = 0 if better else self._worse + 1
 
     def _keep_if_best(self, loss: float) -> bool:
-        if loss >= self._best_loss:
-            return False
-        self._best, self._best_loss = self._copy(), loss
-        return True
+        """Keep the weights if they are the best so far, those at the start included; True if the training had none."""
+        if loss < self._best_loss:
+            self._best, self._best_loss = self._copy(), loss
+        better = loss < self._least_loss
+        self._least_loss = min(loss, self._least_loss)
+        return better
 
     def _held_out_loss(self, held_out: Calibration) -> float:
         base = self._base()
@@ -271,7 +275,7 @@ class _Training:
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "numbers": {
                 name: getattr(self, name) for name in
-                ("_step", "_evaluations", "_worse", "_learning_rate", "_best_loss", "_log")
+                ("_step", "_evaluations", "_worse", "_learning_rate", "_best_loss", "_least_loss", "_log")
             },
             "elapsed": self._elapsed,
         }  # fmt: skip

@@ -114,7 +114,7 @@ def test_every_structure_is_recovered(structure):
     model, dense = build("llama"), build("llama")
     prune(model, WINDOWS, structure=structure, shots=1)
     zeros = [linear.module.weight == 0 for linear in find_decoder(model).linears]
-    report = recover(model, WINDOWS, WINDOWS[:8], teacher=dense, method="full", learning_rate=3e-3, **OPTIONS)
+    report = recover(model, WINDOWS, WINDOWS[:8], teacher=dense, method="full", learning_rate=1e-3, **OPTIONS)
     assert [entry["step"] for entry in report.log if "loss" in entry] == [4, 8, 12]
     losses = [entry["loss"] for entry in report.log if "loss" in entry]
     assert losses[-1] < losses[0]
