@@ -26,8 +26,8 @@ HELD_OUT = 1 / 8
 # a whole step: a gradient of N tokens is mostly noise in as many directions as there are weights, which the inverses
 # magnify.
 _FIRST, _RATIO, _SHORTEST, _LONGEST = 1e-3, 3.0, 1e-5, 1.0
-# How near to its optimum the direction is solved for, and the most iterations: a rough one goes as far.
-_TOLERANCE, _ITERATIONS = 0.05, 8
+# How near to its optimum the direction is solved for.
+_TOLERANCE = 0.05
 
 
 def split_windows(calibration: Calibration, held_out: int | None) -> tuple[Calibration, Calibration]:
@@ -48,7 +48,7 @@ def split_windows(calibration: Calibration, held_out: int | None) -> tuple[Calib
     return first, last
 
 
-def direction(gradient: Tensor, pruned: Tensor, factors: KroneckerFactors, max_iterations: int = _ITERATIONS) -> Tensor:
+def direction(gradient: Tensor, pruned: Tensor, factors: KroneckerFactors, max_iterations: int) -> Tensor:
     """``D`` that minimises ``½ tr(Dᵀ G D A) - ⟨∇W, D⟩`` with ``D = 0`` on the pruned weights, ``[R, C']``.
 
     Without pruned weights that is ``N = G⁻¹ ∇W A⁻¹``. With them, ``D = N + Δ``, ``Δ`` the joint update that removes

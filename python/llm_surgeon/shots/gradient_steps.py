@@ -46,7 +46,7 @@ class GradientSteps:
 
         def towards(linear: PrunableLinear) -> None:
             gradient = gradients.pop(linear.name).to(run.plan.device)
-            found = direction(gradient, pruned[linear.name], factors.of(linear))
+            found = direction(gradient, pruned[linear.name], factors.of(linear), run.config.max_iterations)
             directions[linear.name] = found.to(linear.weight)
 
         taken: list[GradientStep] = []

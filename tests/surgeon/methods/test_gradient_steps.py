@@ -165,7 +165,7 @@ def test_steps_after_a_sequential_update_go_towards_the_dense_model(kind: str, a
     for found, model in ((shot.gradient_steps[0].loss_before, plain), (shot.gradient_steps[-1].loss_after, stepped)):
         assert found == pytest.approx(divergence_from(dense, model, measured_on), rel=1e-4)
     before, after = (divergence_from(dense, model, Calibration(others)) for model in (plain, stepped))
-    assert after < 0.97 * before
+    assert after < 0.95 * before
     for linear in find_decoder(stepped).linears:
         assert bool(((linear.weight == 0.0).unflatten(1, (-1, 4)).sum(dim=2) == 2).all())
 
