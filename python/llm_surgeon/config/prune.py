@@ -31,10 +31,9 @@ GRADIENT_IMPORTANCES = ("taylor1", "taylor2", "taylor-mix", "vector")
 COMPENSATION, SHOTS, SMALLER = "Compensation and curvature", "Shots", "Smaller models (groups, width, layers)"
 CALIBRATION, MEMORY, RESEARCH = "Calibration", "Memory", "Research"
 
-# Rounds of swaps in a joint update of single weights, and where more than half of them go: twice as many lower its
-# objective by 1 to 3 % more, there by 5 to 15 %.
+# Rounds of swaps in an update of single weights, and where more than half of them go: estimates.
 _SWAPS, _MANY_SWAPS = 4, 8
-# Damping of what a linear aims at in a sequential update, and in a last fit.
+# Damping of what a linear aims at in a sequential update, and in a last fit: estimates.
 _SWEEP_DAMPING, _FIT_DAMPING = 0.3, 0.1
 # Rounds of work beyond these are a slip of the keyboard, and would run for ever.
 _MOST_ROUNDS = 10_000
