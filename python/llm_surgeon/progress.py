@@ -20,6 +20,9 @@ class Progress:
     def shot(self, index: int) -> None:
         """Shot ``index`` (from 1) begins."""
 
+    def shots_done(self) -> None:
+        """The shots are over: phases that follow belong to none."""
+
     def phase(self, name: str) -> None:
         """A phase of the shot begins; its :meth:`step` calls follow."""
 
@@ -61,6 +64,11 @@ class TerminalProgress(Progress):
         if self._shots is not None:
             self._bars.update(self._shots, completed=index - 1)
 
+    def shots_done(self) -> None:
+        if self._shots is not None:
+            self._bars.remove_task(self._shots)
+        self._shots = None
+
     def phase(self, name: str) -> None:
         if self._phase is not None:
             self._bars.remove_task(self._phase)
@@ -85,6 +93,9 @@ class LineProgress(Progress):
 
     def shot(self, index: int) -> None:
         self._shot = index
+
+    def shots_done(self) -> None:
+        self._shot = 0
 
     def phase(self, name: str) -> None:
         self._phase = f"shot {self._shot} of {self._shots}: {name}" if self._shot else name

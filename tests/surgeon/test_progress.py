@@ -16,10 +16,13 @@ def test_a_line_for_every_phase_and_for_a_long_one_every_half_minute(monkeypatch
         for done in (1, 2, 3):
             clock[0] += 20.0
             lines.step(done, 3, f"layer {done}")
+    lines.shots_done()
+    lines.phase("training")
     assert capsys.readouterr().err.splitlines() == [
         "surgeon: loading",
         "surgeon: shot 1 of 2: curvature [/x]",
         "surgeon: shot 1 of 2: curvature [/x]: 2 of 3 layer 2",
         "surgeon: shot 2 of 2: curvature [/x]",
         "surgeon: shot 2 of 2: curvature [/x]: 2 of 3 layer 2",
+        "surgeon: training",
     ]

@@ -40,6 +40,7 @@ def run_shots(shots: Shots, run: Run, before_update: Callable[[], object] = lamb
             shot.phase("measure loss")
             losses.append(run.loss())
             shot.end_phase()
+            run.progress.shots_done()
             _measure_held_out(run, outcome)
     for report, (before, after) in zip(outcome.shots, pairwise(losses), strict=True):
         report.measured_increase = after - before

@@ -24,6 +24,9 @@ class Log(Progress):
     def shot(self, index):
         self.lines.append(f"shot {index}")
 
+    def shots_done(self):
+        self.lines.append("no more shots")
+
     def phase(self, name):
         self.lines.append(name)
 
@@ -86,7 +89,7 @@ def test_every_shot_is_measured_selected_and_updated_in_phases(monkeypatch):
     phases = ["curvature", "selection", "update", "copied", "changed"]
     assert log.lines == [
         "held-out loss", "2 shots", "shot 1", *phases, "shot 2", *phases, "polish",
-        "as pruned", "measure loss", "held-out loss", "closed",
+        "as pruned", "measure loss", "no more shots", "held-out loss", "closed",
     ]  # fmt: skip
     first, last = outcome.shots
     assert list(first.seconds) == ["curvature", "selection", "update"]
