@@ -52,7 +52,8 @@ class RecoverConfig:
     learning_rate: float = option(None, "Peak learning rate: 2e-3 for lora, 5e-4 for full.", number())
     trial_steps: int = option(
         0,
-        "Steps of a trial each of a third, one and three times the learning rate, of which the best is taken; 0: none.",
+        "Steps of a trial each of a third, one and three times the learning rate, of which the best is taken, within a "
+        "quarter of minutes; 0: none.",
         count(0),
     )
     warmup_steps: int = option(None, "Steps it takes to rise: steps / 20.", count(0))

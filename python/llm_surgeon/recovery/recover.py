@@ -186,8 +186,10 @@ def _corrected(model: nn.Module, decoder: Decoder, config: RecoverConfig) -> Abs
 
 
 def _seconds(config: RecoverConfig, begun: float, measured: float) -> float | None:
-    """Seconds of the minutes that the training may take: the held-out loss, ``measured`` once, is taken twice more."""
-    return None if config.minutes is None else 60 * config.minutes - 3 * (measured - begun)
+    """Seconds of the minutes that the training may take: the held-out loss, ``measured`` once, is taken twice more, and
+    with a mean of the weights for that, too.
+    """
+    return None if config.minutes is None else 60 * config.minutes - (3 + bool(config.ema)) * (measured - begun)
 
 
 def _loss(model: nn.Module, data: Calibration, config: RecoverConfig) -> float:

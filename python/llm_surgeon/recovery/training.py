@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,12 +25,15 @@ from llm_surgeon.models.state import ModelState
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.masters import float32_masters
 from llm_surgeon.recovery.objective import TokenLoss
-from llm_surgeon.recovery.optimizers import NaturalGradient, adamw, preconditioners
+from llm_surgeon.recovery.optimizers import NaturalGradient, Preconditioner, adamw, preconditioners
 from llm_surgeon.recovery.state import latest_checkpoint, save_checkpoint
+
+_logger = logging.getLogger(__name__)
 
 _MICRO_TOKENS = 16384
 _LARGEST_NORM = 1.0  # gradients that are larger together are cut down to it
 _TRIAL_RATES = (1 / 3, 1.0, 3.0)
+_TRIALS_SHARE = 1 / 4  # of the time, at most: an estimate
 
 
 class Objective(Protocol):
@@ -59,7 +63,7 @@ def train(
         held_out: sequences whose loss decides which state is best and when to stop; ``None``: train to the end.
         folder: where the state is kept at every evaluation, so that ``resume`` can go on; ``None``: nowhere.
         objective: the loss; left out, that of the tokens.
-        seconds: that the training may take, beside its last evaluation.
+        seconds: that all may take, trials of learning rates included, beside the last evaluation.
 
     Returns:
         For every evaluation its ``step``, the ``learning_rate`` of that step, the mean ``loss`` since the one before,
@@ -111,13 +115,24 @@ class _Training:
     def run(self, folder: Path | None, resume: bool, progress: Progress) -> list[dict[str, float]]:
         config = self._config
         state = None if folder is None or not resume else latest_checkpoint(folder)
-        if state is None and config.trial_steps and self._held_out is not None:
-            self._choose_learning_rate()
         if state is None and self._held_out is not None:
+            measured = self._elapsed
             self._best, self._best_loss = self._copy(), self._held_out_loss(self._held_out)
+            if config.trial_steps:
+                self._choose_learning_rate(self._best, self._held_out, self._elapsed - measured, progress)
         self._optimizers = self._make_optimizers()
+        if self._seconds is not None:  # what is left of them
+            self._seconds, self._begun = self._seconds - self._elapsed, time.perf_counter()
         if state is not None:
             self._load(state)
+        self._take_steps(folder, progress)
+        if self._best is not None:
+            self._write(self._best)
+        return self._log
+
+    def _take_steps(self, folder: Path | None, progress: Progress) -> None:
+        """Train until the steps are done, the time is over or the held-out loss does not fall any more."""
+        config = self._config
         self._model.train()
         while (done := self._done()) < config.steps and self._worse < config.patience:
             rate = self._learning_rate * share_of_peak(done, config)
@@ -133,9 +148,6 @@ class _Training:
                 self._evaluate(rate)
                 if folder is not None and self._held_out is not None:
                     save_checkpoint(folder, self._step, self._state())
-        if self._best is not None:
-            self._write(self._best)
-        return self._log
 
     @property
     def _elapsed(self) -> float:
@@ -221,20 +233,25 @@ class _Training:
     def _no_number(self, name: str) -> NumericalError:
         return NumericalError(f"the {name} is not a number after {self._step} steps: lower learning_rate")
 
-    def _choose_learning_rate(self) -> None:
-        """Take the best of some learning rates, each tried from the same weights on the same windows."""
-        start, config = self._copy(), self._config
-        assert config.trial_steps and self._held_out is not None
+    def _choose_learning_rate(
+        self, start: dict[str, Tensor], held_out: Calibration, evaluation: float, progress: Progress
+    ) -> None:
+        """Take the best of some learning rates, each tried from the weights ``start`` on the same windows.
+
+        Args:
+            evaluation: seconds of a held-out loss.
+        """
+        seconds = None
+        if self._seconds is not None:
+            seconds = _TRIALS_SHARE * self._seconds / len(_TRIAL_RATES) - evaluation
+            if seconds <= 0.0:
+                _logger.warning("the time is too short for trials of learning rates: there are none")
+                return
         losses = {}
-        for factor in _TRIAL_RATES:
-            rate = factor * config.learning_rate
-            settings = dataclasses.replace(
-                config, learning_rate=rate, steps=config.trial_steps, eval_every=config.trial_steps,
-                warmup_steps=config.trial_steps // 5, trial_steps=0, minutes=None, ema=0.0,
-            )  # fmt: skip
-            trial = _Training(self._model, self._windows, self._held_out, settings, self._objective, None)
+        for rate in (factor * self._config.learning_rate for factor in _TRIAL_RATES):
+            progress.phase(f"trial of learning rate {rate:.2g}")
             try:
-                losses[rate] = trial.run(None, False, Progress())[-1]["eval_loss"]
+                losses[rate] = self._trial_loss(rate, held_out, seconds, progress)
             except NumericalError:
                 losses[rate] = math.inf
             finally:
@@ -243,16 +260,33 @@ class _Training:
             finite = {"trial_loss": losses[rate]} if math.isfinite(losses[rate]) else {}
             self._log.append({"step": 0, "trial_rate": rate, **finite})
         self._learning_rate = min(losses, key=lambda rate: losses[rate])
+        progress.phase("training")
+
+    def _trial_loss(self, rate: float, held_out: Calibration, seconds: float | None, progress: Progress) -> float:
+        """Train with a learning rate for the steps of a trial, or as many as ``seconds`` allow: the held-out loss."""
+        steps = self._config.trial_steps
+        settings = dataclasses.replace(
+            self._config, learning_rate=rate, steps=steps, eval_every=steps, warmup_steps=steps // 5, trial_steps=0,
+            minutes=None, ema=0.0,
+        )  # fmt: skip
+        trial = _Training(self._model, self._windows, None, settings, self._objective, seconds)
+        trial._optimizers = self._make_optimizers()
+        trial._take_steps(None, progress)
+        return trial._held_out_loss(held_out)
 
     def _make_optimizers(self) -> list[Optimizer]:
         config, others = self._config, dict.fromkeys(self._trained.values())
         found: list[Optimizer] = []
         if config.optimizer == "natural":
-            base = self._base()
-            linears = preconditioners(base, find_decoder(base), self._windows, self._micro, self._dtype, config.seed)
-            found.append(NaturalGradient(linears, config.learning_rate))
-            others = dict.fromkeys(p for p in others if p not in linears)
+            found.append(NaturalGradient(self._preconditioners, config.learning_rate))
+            others = dict.fromkeys(p for p in others if p not in self._preconditioners)
         return [*found, adamw(others, config)] if others else found
+
+    @cached_property
+    def _preconditioners(self) -> dict[nn.Parameter, Preconditioner]:
+        """Those of the weights at the start, which trials share."""
+        base, config = self._base(), self._config
+        return preconditioners(base, find_decoder(base), self._windows, self._micro, self._dtype, config.seed)
 
     def _base(self) -> Any:
         """The model itself, without adapters around it."""
@@ -275,7 +309,7 @@ class _Training:
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "numbers": {
                 name: getattr(self, name) for name in
-                ("_step", "_evaluations", "_worse", "_learning_rate", "_best_loss", "_least_loss", "_log")
+                ("_step", "_evaluations", "_worse", "_learning_rate", "_best_loss", "_least_loss", "_log", "_seconds")
             },
             "elapsed": self._elapsed,
         }  # fmt: skip

@@ -205,6 +205,87 @@ def test_minutes_count_held_out_losses_too(monkeypatch):
     assert (report.steps, report.tokens) == (3, 3 * 4 * 16)
 
 
+def test_a_mean_of_the_weights_takes_a_held_out_loss_more(monkeypatch):
+    ticks = iter([0.0, 4.0, 200.0])
+    monkeypatch.setattr("llm_surgeon.recovery.recover.train", lambda *_, seconds, **__: [{"step": int(seconds)}])
+    monkeypatch.setattr("llm_surgeon.recovery.recover.time.perf_counter", lambda: next(ticks))
+    report = recover(half_zero("llama"), WINDOWS, HELD_OUT, minutes=1.0, method="full", batch_size=4, ema=0.9)
+    assert report.steps == 60 - 4 * 4
+
+
+def test_trials_take_a_quarter_of_the_time_and_the_schedule_the_rest(monkeypatch):
+    clock = Clock(monkeypatch)
+    measure = training._Training._held_out_loss
+
+    def slowly(self, held_out):
+        clock.now += 2.0
+        return measure(self, held_out)
+
+    monkeypatch.setattr(training._Training, "_held_out_loss", slowly)
+    monkeypatch.setattr(training._Training, "_evaluate", lambda self, rate: self._log.append({"step": self._step}))
+    config = RecoverConfig(minutes=1.0, trial_steps=1000, **{**FULL, "steps": None, "eval_every": None})
+    taken = []
+    step = training._Training._take_step
+
+    def noting(self, rate):
+        taken.append((clock.now, rate))
+        step(self, rate)
+
+    monkeypatch.setattr(training._Training, "_take_step", noting)
+    log = train(half_zero("llama"), Calibration(WINDOWS), Calibration(HELD_OUT), config, seconds=120.0)
+    # A loss of two seconds at the start; then of every trial 120 / 4 / 3 seconds, the last two for its loss.
+    begun = 2.0 + 3 * (8.0 + 2.0)
+    assert [time for time, _ in taken] == [*(2.0 + 10.0 * n + t for n in range(3) for t in range(8)), *range(32, 120)]
+    assert clock.now == 120.0 and log[-1]["step"] == 88
+    best = min((entry for entry in log if "trial_rate" in entry), key=lambda entry: entry["trial_loss"])["trial_rate"]
+    rates = {time: rate for time, rate in taken if time >= begun}
+    assert rates[begun] == 0.0
+    assert rates[76.0] == pytest.approx(best * 0.5 * (1 + math.cos(math.pi * (0.5 - 0.05) / 0.95)), rel=1e-4)
+
+
+def test_a_time_too_short_for_trials_has_none(caplog):
+    config = RecoverConfig(minutes=1.0, trial_steps=5, **FULL)
+    log = train(half_zero("llama"), Calibration(WINDOWS), Calibration(HELD_OUT), config, seconds=1e-6)
+    assert not log and "the time is too short for trials of learning rates" in caplog.text
+
+
+def test_trials_share_the_preconditioners(monkeypatch):
+    made = []
+
+    def counting(*arguments):
+        made.append(preconditioners(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(training, "preconditioners", counting)
+    model = half_zero("llama")
+    report = recover(model, WINDOWS, HELD_OUT, optimizer="natural", trial_steps=3, **FULL)
+    assert len(made) == 1 and sum("trial_loss" in entry for entry in report.log) == 3
+    best = min((entry for entry in report.log if "trial_rate" in entry), key=lambda entry: entry["trial_loss"])
+    alone = half_zero("llama")
+    recover(alone, WINDOWS, HELD_OUT, optimizer="natural", **FULL | {"learning_rate": best["trial_rate"]})
+    assert all(torch.equal(p, weights(alone)[name]) for name, p in model.named_parameters())
+
+
+def test_time_goes_on_where_it_was(tmp_path, monkeypatch):
+    """What trials took is not taken again from the time of a training that is resumed."""
+    clock = Clock(monkeypatch)
+    config = RecoverConfig(minutes=2.0, trial_steps=4, patience=99, **{**FULL, "steps": 1000, "eval_every": 100})
+    data, held_out = Calibration(WINDOWS), Calibration(HELD_OUT)
+
+    class Stop(Progress):
+        def step(self, done, total, what=""):
+            if what == "seconds" and total == 102 and done > 50:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(half_zero("llama"), data, held_out, config, tmp_path, seconds=120.0, progress=Stop())
+    clock.now = 1000.0
+    log = train(half_zero("llama"), data, held_out, config, tmp_path, seconds=120.0, resume=True)
+    # Four steps and an evaluation of each trial; the state is that of an evaluation before the end, at 48 seconds.
+    assert sum("trial_loss" in entry for entry in log) == 3
+    assert 1000.0 + 102 - 48 - 11 <= clock.now <= 1000.0 + 102 - 48 + 11
+
+
 @pytest.mark.parametrize("trial_steps", [0, 2])
 def test_too_few_minutes_are_one_sentence(trial_steps):
     with pytest.raises(InputError, match=r"^minutes 1e-06 are over before the first step of the training: give more$"):
