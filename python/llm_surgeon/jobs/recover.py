@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.checkpoint import claimed_output, load_model, require_model
+from llm_surgeon.checkpoint.begun import claim, contents
 from llm_surgeon.checkpoint.output_checks import output_path
 from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration, evaluation_windows, require_room
@@ -26,7 +27,7 @@ from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.limits import choose_seqlen
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.recover import RecoveryReport, recover
-from llm_surgeon.recovery.state import claim, contents, finished, note_report
+from llm_surgeon.recovery.state import finished, note_report
 from llm_surgeon.report.format import perplexity_of, plural, published_name, two_decimals
 from llm_surgeon.resources import choose_device
 
@@ -96,7 +97,7 @@ def recover_checkpoint(
         record = training_record(documents, made.tokenizer, digest, ids, windows)
         made.require_disk(_state_bytes(made.model, config, state))
         run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **asdict(config)}
-        claim(state, run, contents(model=made.model, teacher=dense, data=ids))
+        claim(state, run, contents(model=made.model, teacher=dense, data=ids), "recovery")
         try:
             report = recover(
                 made.model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume,

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from llm_surgeon.checkpoint import claimed_output, save_checkpoint
+from llm_surgeon.checkpoint.begun import contents
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.recover import recover_checkpoint
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.recover import RecoveryReport
-from llm_surgeon.recovery.state import contents, latest_checkpoint
+from llm_surgeon.recovery.state import latest_checkpoint
 from tests.surgeon.checkpoints import save_folder, tree
 from tests.surgeon.half_zero import OPTIONS, half_zero
 from tests.surgeon.tiny_models import build
