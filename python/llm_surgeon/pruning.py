@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from llm_surgeon.checkpoint.run_states import RunStates, kept_states
+from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.planning.plan import Plan
@@ -28,6 +32,8 @@ def prune(
     step_windows: Any = None,
     plan: Plan | None = None,
     progress: Progress | None = None,
+    checkpoint: str | Path | RunStates | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> PruneReport:
     """Prune the decoder's linear layers of a causal LM in place.
@@ -52,6 +58,9 @@ def prune(
             ``gradient_samples`` (an eighth) they are where left out.
         plan: the run's layout, where :func:`~llm_surgeon.planning.plan.make_plan` was asked for it already.
         progress: receiver of progress; none by default.
+        checkpoint: a folder of this run's own, in which what is done is kept until all of it is; nothing is by default.
+        resume: go on with what an interrupted run left in ``checkpoint``, if anything; with the same model, data,
+            options, machine and threads the weights become those of a run that nothing interrupts, to the bit.
         **options: fields of :class:`PruneConfig`.
 
     Failed or interrupted (:class:`KeyboardInterrupt`) it leaves the model, its flags, hooks and configuration as they
@@ -66,29 +75,31 @@ def prune(
     """
     named = {} if structure == "2:4" else {"structure": structure}
     config = PruneConfig.given(config, {**named, **options})
-    state = ModelState(model)
-    try:
-        return _prune(model, state, calibration, config, correction_data, held_out, step_windows, plan, progress)
-    except BaseException:
-        state.restore()
-        raise
+    require_bool("resume", resume)
+    if resume and checkpoint is None:
+        raise InputError("resume means nothing without checkpoint")
+    data = calibration, correction_data, held_out, step_windows
+    with kept_states(checkpoint, resume) as states:
+        state = ModelState(model)
+        try:
+            return _prune(model, state, config, data, plan, progress or Progress(), states)
+        except BaseException:
+            state.restore()
+            raise
 
 
 @isolated()
 def _prune(
     model: nn.Module,
     state: ModelState,
-    calibration: Any,
     config: PruneConfig,
-    correction_data: Any,
-    held_out: Any,
-    step_windows: Any,
+    data: tuple[Any, Any, Any, Any],
     plan: Plan | None,
-    progress: Progress | None,
+    progress: Progress,
+    states: RunStates,
 ) -> PruneReport:
     """:func:`prune`, whose caller puts the model's ``state`` back if anything is raised."""
-    data = calibration, correction_data, held_out, step_windows
-    with prepared(model, config, *data, plan, progress or Progress()) as run:
+    with prepared(model, config, *data, plan, progress, states) as run:
         record = RunRecord(run)
         shots = run.config.structure_record.shot_class(run)
         # Copying goes on beside the first shot, until weights will change.

@@ -6,7 +6,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,24 @@ from torch import Tensor, nn
 
 from llm_surgeon.checks import shown
 from llm_surgeon.errors import InputError
+from llm_surgeon.models.offload import copies_in_main_memory
 
 _NOTE = "run.json"
 
 
-def fingerprint(tensors: Iterator[tuple[str, Tensor]]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over named tensors, their names, dtypes and shapes, whatever files they lie in and whichever device.
 
     Every byte is read once: some seconds for a model of several billion weights.
     """
 
     def digest(tensor: Tensor) -> bytes:
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        return hashlib.sha256(content.numpy().data).digest()
+        content = copies_in_main_memory([tensor])[0] if tensor.is_cuda else tensor
+        return hashlib.sha256(content.contiguous().flatten().view(torch.uint8).numpy().data).digest()
 
     whole = hashlib.sha256()
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:  # hashing lets go of the GIL
-        named = list(tensors)
-        for (name, tensor), part in zip(named, executor.map(lambda pair: digest(pair[1]), named), strict=True):
+        for (name, tensor), part in zip(tensors.items(), executor.map(digest, tensors.values()), strict=True):
             whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + part)
     return whole.hexdigest()
 
@@ -40,16 +40,14 @@ def fingerprint(tensors: Iterator[tuple[str, Tensor]]) -> str:
 def contents(**parts: nn.Module | Tensor | None) -> dict[str, str | None]:
     """Fingerprints of models and of token ids, by name."""
     return {
-        name: None
-        if part is None
-        else fingerprint(_tensors(part) if isinstance(part, nn.Module) else iter([("", part)]))
+        name: None if part is None else fingerprint(tensors_of(part) if isinstance(part, nn.Module) else {"": part})
         for name, part in parts.items()
     }
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by their names, where they are now."""
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def claim(folder: Path, run: dict[str, Any], content: dict[str, str | None], kind: str) -> None:

@@ -105,7 +105,7 @@ def move_into_place(partial: Path, target: Path, out: str | Path, overwrite: boo
         InputError: ``target`` has meanwhile come to hold what must not be replaced: ``partial`` is beside it.
     """
     for path in (*partial.rglob("*"), partial):
-        _to_disk(path)
+        to_disk(path)
     try:
         check_replaceable(out, target, overwrite)
     except InputError as error:
@@ -116,7 +116,7 @@ def move_into_place(partial: Path, target: Path, out: str | Path, overwrite: boo
         if sys.platform == "win32" and target.exists():
             target.rmdir()
         os.rename(partial, target)
-        _to_disk(target.parent)
+        to_disk(target.parent)
         return
     if not _exchange(partial, target):
         previous = _sibling(target, "previous")
@@ -127,7 +127,7 @@ def move_into_place(partial: Path, target: Path, out: str | Path, overwrite: boo
             os.rename(previous, target)
             raise
         os.rename(previous, partial)  # "previous" is always whole
-    _to_disk(target.parent)
+    to_disk(target.parent)
     try:
         shutil.rmtree(partial)
     except OSError as error:
@@ -190,7 +190,7 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk: no crash may leave a folder without them."""
     if sys.platform == "win32":
         return

@@ -57,6 +57,7 @@ def stages(
     skipped: Collection[int] = (),
     compute_dtype: torch.dtype | None = None,
     memory: PinnedMemory | None = None,
+    taken: Callable[[int], bool] = lambda _: False,
 ) -> Iterator[Stage]:
     """Yield the stages of every block; the caller may write new weights of its readers before it asks for the next one.
 
@@ -70,7 +71,8 @@ def stages(
         pass. skipped: depths of blocks that the dense model alone goes through; the last writer before them lacks what
         they add. compute_dtype: blocks run under autocast to it, and inputs are rounded to it; as they are where left
         out. memory: takes the hidden states and inputs of the batches that are not at work; on the device where left
-        out.
+        out. taken: writes the new weights of a block of some depth, where they are known already, which then has no
+        stages.
     """
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), fused_pointwise(model):
@@ -89,10 +91,11 @@ def stages(
             blocks = decoder.blocks[depth:following]
             with resident(blocks[0], device):
                 pair = _BlockPair(blocks, linears, writers, kept, run, dense_run)
-                for group in dict.fromkeys(linear.input_group for linear in linears):
-                    readers = [linear for linear in linears if linear.input_group == group]
-                    yield pair.reach(readers, token_weights(readers))
-                    pair.changed(readers)
+                if not taken(depth):
+                    for group in dict.fromkeys(linear.input_group for linear in linears):
+                        readers = [linear for linear in linears if linear.input_group == group]
+                        yield pair.reach(readers, token_weights(readers))
+                        pair.changed(readers)
                 pair.advance()
 
 
@@ -140,6 +143,7 @@ class _BlockPair:
     ) -> None:
         self._block, self._writers, self._kept, self._run = blocks[0], writers, kept, run
         self._replay, self._left = Replay(kept), {linear.kind for linear in linears}
+        self._groups = {linear.input_group for linear in linears}
         self._last = next((linear.name for linear in reversed(linears) if linear.name in writers), None)
         for index, held in enumerate(kept.turns(_STREAM, _OWN)):
             inputs: dict[str, Tensor] = {}
@@ -210,6 +214,8 @@ class _BlockPair:
             with self._replay.running(index, held, last=True):
                 self._kept.put(index, _OWN, self._run(self._block, index, held[_OWN]))
         self._replay.clear()
+        for group in self._groups:
+            self._kept.drop_all(group)
 
     def _added(self, writer: PrunableLinear | None) -> list[int]:
         """What a writer's addend makes up for."""

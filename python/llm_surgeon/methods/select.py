@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llm_surgeon.config.prune import PruneConfig
 from surgeon_kernels import WeightCosts, k_cheapest, k_smallest, nm_select
+
+_PLACES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,21 @@ class Selection:
             return self.pruned
         bias = torch.zeros_like(self.pruned[:, :1]) if self.rows is None else self.rows[:, None]
         return torch.cat([self.pruned, bias], dim=1)
+
+    def packed(self) -> dict[str, Tensor]:
+        """What :meth:`unpacked` makes it of: ``rows`` and ``columns``, or ``pruned``, a bit a weight."""
+        if self.rows is not None and self.columns is not None:
+            return {"rows": self.rows, "columns": self.columns}
+        bits = pad(self.pruned.flatten(), (0, -self.pruned.numel() % 8)).view(-1, 8)
+        return {"pruned": (bits * _PLACES.to(bits.device)).sum(dim=1, dtype=torch.uint8)}
+
+    @classmethod
+    def unpacked(cls, packed: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device) -> Selection:
+        """The selection ``[R, C]`` that :meth:`packed` gave, on ``device``."""
+        if "rows" in packed:
+            return cls.of_rows_columns(packed["rows"].to(device), packed["columns"].to(device))
+        bits = packed["pruned"].to(device)[:, None].bitwise_and(_PLACES.to(device)) != 0
+        return cls(bits.flatten()[: math.prod(shape)].view(shape))
 
     @classmethod
     def of_rows_columns(cls, rows: Tensor, columns: Tensor, removed: tuple[int, int] | None = None) -> Selection:

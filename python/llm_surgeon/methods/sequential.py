@@ -66,6 +66,7 @@ def update_sequentially(
     batch_size: int,
     compute_dtype: torch.dtype | None = None,
     memory: PinnedMemory | None = None,
+    taken: Callable[[int], bool] = lambda _: False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[tuple[PrunableLinear, SequentialUpdate]]:
     """Select and update the weights of every linear in execution order, in place, and yield what became of them.
@@ -78,7 +79,7 @@ def update_sequentially(
         selections: one per linear, as many of whose weights go, chosen anew; of N:M they are not read.
         writers: name and scale ``s`` of the linears that write to the residual stream; ``e`` is 0 for others.
         batch_size: windows per forward pass.
-        compute_dtype, memory: see :func:`~llm_surgeon.curvature.stages.stages`.
+        compute_dtype, memory, taken: see :func:`~llm_surgeon.curvature.stages.stages`.
         progress: called as ``progress(linears_done, linears, name)``.
 
     Raises:
@@ -102,6 +103,7 @@ def update_sequentially(
         batch_size=batch_size,
         compute_dtype=compute_dtype,
         memory=memory,
+        taken=taken,
     ):
         for linear, target, a in targets(stage, config):
             if progress is not None:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_surgeon.checkpoint.run_states import RunStates
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.resources import gpu_memory_capped
 from llm_surgeon.shots.checks import checked
+from llm_surgeon.shots.resume import claim_states
 from llm_surgeon.shots.run import Run
 from llm_surgeon.shots.windows import Windows
 
@@ -30,11 +32,13 @@ def prepared(
     step_windows: Any,
     plan: Plan | None,
     progress: Progress,
+    states: RunStates,
 ) -> Iterator[Run]:
     """Context manager of a run, in which the model is in evaluation mode and ``config.gpu_memory`` holds.
 
     Raises:
-        InputError: the model, the sequences or ``config`` do not go together; nothing was changed.
+        InputError: the model, the sequences or ``config`` do not go together, or differ from those that ``states`` were
+            begun with; nothing was changed.
         NumericalError: a weight is NaN or infinite.
     """
     windows = Windows.of(config, calibration, correction_data, held_out, step_windows)
@@ -46,7 +50,7 @@ def prepared(
         plan = plan or make_plan(model, decoder, config)
         if plan.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(plan.device)
-        yield Run(
+        run = Run(
             model,
             decoder,
             windows.calibration,
@@ -56,7 +60,10 @@ def prepared(
             correction_data=windows.correction,
             held_out=windows.held_out,
             step_windows=windows.steps,
+            states=states,
         )
+        claim_states(run)
+        yield run
 
 
 def written(run: Run) -> list[nn.Parameter]:

@@ -45,7 +45,7 @@ class RunRecord:
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             parameters=self._parameters,
             started=self._started,
-            seconds=time.perf_counter() - self._begun,
+            seconds=outcome.seconds + time.perf_counter() - self._begun,
             peak_memory_bytes=peak,
             layers=_layer_reports(run, shots),
             shots=outcome.shots,

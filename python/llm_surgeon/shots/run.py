@@ -10,7 +10,10 @@ from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
+from llm_surgeon.checkpoint.run_states import RunStates
+from llm_surgeon.checkpoint.states import State, part
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.data.calibration import Calibration
@@ -27,7 +30,7 @@ T = TypeVar("T")
 _TOKENS_PER_INPUT = 64
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Run:
     """A pruning run as all its shots see it.
 
@@ -40,6 +43,7 @@ class Run:
         held_out: windows that the loss is measured on before the first and after the last shot.
         step_windows: windows that the lengths of gradient steps are found on; some of the calibration windows where
             left out.
+        states: takes what it has come to, and has what an interrupted one had come to.
     """
 
     model: Any
@@ -51,6 +55,7 @@ class Run:
     correction_data: Calibration | None = None
     held_out: Calibration | None = None
     step_windows: Calibration | None = None
+    states: RunStates = field(default_factory=RunStates)
 
     def loss(self, windows: Calibration | None = None) -> float:
         """Mean token loss of ``windows``, or of the calibration windows, nats per token, as many tokens at once.
@@ -95,6 +100,19 @@ class Run:
         """
         given, widest = self.config.token_weights, max(linear.columns for linear in self.decoder.linears)
         return self.calibration.counts()[1] >= _TOKENS_PER_INPUT * widest if given is None else given
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a run may write of the model, for a :class:`State`: all parameters, or those of the linears alone."""
+        linears = {id(p) for linear in self.decoder.linears for p in linear.module.parameters(recurse=False)}
+        everything = self.config.structure_record.whole_model
+        named = self.model.named_parameters()
+        return part("weight", {name: p.detach() for name, p in named if everything or id(p) in linears})
+
+    @torch.no_grad()
+    def write_weights(self, state: State) -> None:
+        """Write :meth:`weights` of ``state``, some of them at least."""
+        for name, weight in state.part("weight").items():
+            self.model.get_parameter(name).copy_(weight)
 
     def each(self, items: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
         """Yield ``items``, and tell which is under way."""
@@ -143,8 +161,9 @@ class Shots(Protocol):
     It is made of a :class:`Run`, once the model has been checked. The constructor finds what can be removed, takes no
     memory to speak of, changes nothing, and raises an :class:`InputError` or an :class:`UnsupportedModelError` where
     the sparsity cannot be met or the model cannot do without. Then come ``begin``, for every shot ``measure``,
-    ``select`` and ``update``, and ``finish``. What one call leaves to the next the object keeps, and lets go of as soon
-    as it can: factors and gradients are as large as the model.
+    ``select``, ``update`` and ``state``, and ``finish``; in a run that goes on, ``restore`` after ``begin``. What one
+    call leaves to the next the object keeps, and lets go of as soon as it can: factors and gradients are as large as
+    the model.
 
     Attributes:
         selections: of every linear of the decoder what is pruned so far, ``[R, C]``; read after every update.
@@ -180,6 +199,15 @@ class Shots(Protocol):
         Sets ``shot.report.predicted_increase``, ``solver`` and ``jitter`` where they are known, ``selections`` again
         where they became others, and ``shot.last`` where only this tells. Further work begins a phase of its own.
         """
+
+    def state(self) -> State:
+        """What this shot leaves to the next one: of the model (``run.weights()``, where it writes any) and here.
+
+        Nothing of it may be written to before the next shot's ``update``, nor its masks before its ``select``.
+        """
+
+    def restore(self, state: State) -> None:
+        """Go on from the :meth:`state` of another run; called after ``begin``, on the dense model."""
 
     def finish(self) -> None:
         """Take what is zero out of the model for good, where the structure makes it smaller; last call of a run."""

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
+from llm_surgeon.checkpoint.states import State
 from llm_surgeon.models.offload import offloaded
 from llm_surgeon.models.passes import to_list
+from llm_surgeon.report.decode import decode
 from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.shots.run import Run, Shot, Shots
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Outcome:
-    """Findings of :func:`run_shots`: a report for every shot, and the held-out losses before and after, or none."""
+    """Findings of :func:`run_shots`.
+
+    Attributes:
+        shots: a report for every shot.
+        losses: of the calibration windows, nats per token, before every shot and after the last.
+        held_out: the held-out losses before and after, or none.
+        last: no shot is left.
+        seconds: of interrupted runs, as far as they are gone on from.
+    """
 
     shots: list[ShotReport]
+    losses: list[float]
     held_out: list[float]
+    last: bool = False
+    seconds: float = 0.0
 
 
 def run_shots(shots: Shots, run: Run, before_update: Callable[[], object] = lambda: None) -> Outcome:
@@ -27,41 +44,51 @@ def run_shots(shots: Shots, run: Run, before_update: Callable[[], object] = lamb
     Raises:
         NumericalError: NaN or infinity, or a factor that is not positive definite; the layer is named.
     """
-    outcome, losses = Outcome([], []), []
+    outcome, started = Outcome([], [], []), time.perf_counter()
     with ExitStack() as resources, ExitStack() as home:
         if run.config.offloads:
             home.enter_context(offloaded(run.model, run.decoder, run.plan.device))
         shots.begin(resources)
-        _measure_held_out(run, outcome)
-        for shot in _schedule(run):
-            losses.append(_carry_out(shots, run, shot, before_update))
+        begun = run.states.last_shot()
+        if begun is None:
+            _measure_held_out(run, outcome)
+        else:
+            before_update()
+            shots.restore(State(begun.tensors, begun.note["shots"]))
+            outcome = decode(Outcome, begun.note["outcome"], "outcome")
+            _logger.info("goes on after shot %d", len(outcome.shots))
+        for shot in _schedule(run, outcome):
+            outcome.losses.append(_carry_out(shots, run, shot, before_update))
             outcome.shots.append(shot.report)
+            outcome.last = shot.last
+            if run.states.keeps:
+                state, seconds = shots.state(), outcome.seconds + time.perf_counter() - started
+                note = {"shots": state.note, "outcome": asdict(replace(outcome, seconds=seconds))}
+                run.states.put_shot(shot.index, State(state.tensors, note))
         with shots.pruned():
+            shot = Shot(len(outcome.shots), 1.0, True, outcome.shots[-1], run.progress)
             shot.phase("measure loss")
-            losses.append(run.loss())
+            outcome.losses.append(run.loss())
             shot.end_phase()
             run.progress.shots_done()
             _measure_held_out(run, outcome)
-    for report, (before, after) in zip(outcome.shots, pairwise(losses), strict=True):
+    for report, (before, after) in zip(outcome.shots, pairwise(outcome.losses), strict=True):
         report.measured_increase = after - before
     return outcome
 
 
-def _schedule(run: Run) -> Iterator[Shot]:
-    """The shots: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of what the run removes is gone."""
+def _schedule(run: Run, outcome: Outcome) -> Iterator[Shot]:
+    """The shots left: after shot t of T the fraction ``1 - (1 - t/T)^schedule`` of what the run removes is gone."""
     config = run.config
     run.progress.shots(config.shots)
-    index, last = 0, False
-    while not last:
-        index += 1
+    while not outcome.last:
+        index = len(outcome.shots) + 1
         run.progress.shot(index)
         # Where the number of shots turned out larger than it seemed, everything may be gone.
         left = max(0.0, 1.0 - index / config.shots)
         fraction = 1.0 - left**config.schedule
         report = ShotReport(index, config.sparsity * fraction, 0.0)
-        shot = Shot(index, fraction, index == config.shots, report, run.progress)
-        yield shot
-        last = shot.last
+        yield Shot(index, fraction, index == config.shots, report, run.progress)
 
 
 def _carry_out(shots: Shots, run: Run, shot: Shot, before_update: Callable[[], object]) -> float:
@@ -73,6 +100,7 @@ def _carry_out(shots: Shots, run: Run, shot: Shot, before_update: Callable[[], o
     shots.select(shot)
     shot.phase("update")
     before_update()
+    run.states.settle()
     shots.update(shot)
     if config.lora_rank:
         shot.phase("correction")

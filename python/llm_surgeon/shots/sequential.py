@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.sequential import update_sequentially
-from llm_surgeon.methods.update import total_increase
 from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.models.writers import find_writers
-from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.shots.anchors import AnchorWeights
+from llm_surgeon.shots.block_updates import BlockUpdates
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.run import Run
-from llm_surgeon.shots.updates import adopt
 
 
 class SequentialUpdates:
@@ -37,8 +34,7 @@ class SequentialUpdates:
         if run.config.shots > 1:
             for linear in run.decoder.linears:
                 linear.write(self._anchors.of(linear, linear.matrix(device=run.plan.device)))
-        selection_of = dict(zip((linear.name for linear in run.decoder.linears), selections, strict=True))
-        increases: dict[str, Tensor] = {}
+        blocks = BlockUpdates(run, selections, report)
         for linear, new in update_sequentially(
             run.model,
             run.decoder,
@@ -50,13 +46,8 @@ class SequentialUpdates:
             batch_size=run.plan.batch_size,
             compute_dtype=run.compute_dtype,
             memory=self._memory if run.plan.states_wait else None,
+            taken=blocks.taken,
             progress=run.progress.step,
         ):
-            adopt(selection_of, linear, new.update.selection, in_place=run.config.offloads)
-            increases[linear.name] = new.increase
-            if new.jitter > 0.0:
-                report.jitter[linear.name] = new.jitter
-            if new.update.objective:
-                report.solver.append(SolverTrace(linear.name, new.update.objective, new.update.gap, new.update.bound))
-        report.predicted_increase = total_increase(increases)
-        return list(selection_of.values())
+            blocks.add(linear, new.update, new.increase, new.jitter)
+        return blocks.finish()

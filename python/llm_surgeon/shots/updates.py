@@ -6,13 +6,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.methods.update import remove, remove_and_compensate, total_increase
+from llm_surgeon.methods.update import remove, remove_and_compensate
 from llm_surgeon.models.decoder import PrunableLinear
-from llm_surgeon.report.schema import ShotReport, SolverTrace
+from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.shots.anchors import AnchorWeights
+from llm_surgeon.shots.block_updates import BlockUpdates
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.run import Run
 
@@ -37,21 +36,15 @@ class Updates:
         Raises:
             NumericalError: NaN or infinity, or a failed factorisation; the layer is named.
         """
-        selection_of = {x.name: selection for x, selection in zip(self._run.decoder.linears, selections, strict=True)}
-        increases: dict[str, Tensor] = {}
-        self._run.each_linear(partial(self._write_linear, selection_of, increases, report.solver))
-        report.predicted_increase = total_increase(increases)
-        return list(selection_of.values())
+        blocks = BlockUpdates(self._run, selections, report)
+        self._run.each_linear(partial(self._write_linear, blocks))
+        return blocks.finish()
 
-    def _write_linear(
-        self,
-        selection_of: dict[str, Selection],
-        increases: dict[str, Tensor],
-        traces: list[SolverTrace],
-        linear: PrunableLinear,
-    ) -> None:
+    def _write_linear(self, blocks: BlockUpdates, linear: PrunableLinear) -> None:
         device, factors = self._run.plan.device, self._curvature.factors
-        weight, selection = linear.matrix(device=device), selection_of[linear.name].to(device)
+        if blocks.taken(linear.depth, lambda other: self._anchors.of(other, other.matrix(device=device))):
+            return
+        weight, selection = linear.matrix(device=device), blocks.selection(linear).to(device)
         anchor = self._anchors.of(linear, weight)
         known = self._curvature.factors_of(linear)
         if factors is None or known is None:
@@ -62,22 +55,10 @@ class Updates:
                 new = remove_and_compensate(anchor, selection, known, self._options, linear.name)
             else:
                 new = two_terms.compensate(linear, anchor, selection)
-            factors.note_jitter(linear, new.jitter)
-        if new.selection is not selection:
-            adopt(selection_of, linear, new.selection, in_place=self._run.config.offloads)
         linear.write(new.weight)
-        if new.objective:
-            traces.append(SolverTrace(linear.name, new.objective, new.gap, new.bound))
+        increase = None
         if known is not None:
-            increases[linear.name] = known.predicted_increase(new.delta)
+            increase = known.predicted_increase(new.delta)
             if anchor is not weight:
-                increases[linear.name] -= known.predicted_increase(weight - anchor)
-
-
-def adopt(selection_of: dict[str, Selection], linear: PrunableLinear, new: Selection, *, in_place: bool) -> None:
-    """Take over a linear's new selection, ``in_place`` where masks lie in main memory: they stay where they are."""
-    if in_place:
-        mask = selection_of[linear.name].pruned
-        mask.copy_(new.pruned, non_blocking=mask.is_pinned())
-    else:
-        selection_of[linear.name] = new
+                increase -= known.predicted_increase(weight - anchor)
+        blocks.add(linear, new, increase, new.jitter)

@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import Tensor
 
+from llm_surgeon.checkpoint.states import State, part
 from llm_surgeon.methods.select import Selection, select_elements, select_rows_columns
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.shots.anchors import AnchorWeights
+from llm_surgeon.shots.block_updates import adopted
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.gradient_steps import GradientSteps
 from llm_surgeon.shots.reconstruct import fit_to_dense
@@ -35,7 +37,7 @@ class WeightShots:
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._curvature = ShotCurvature(run, self._shot_memory)
         anchors = AnchorWeights(run, self._memory)
-        self._updates = Updates(run, self._curvature, anchors)
+        self._anchors, self._updates = anchors, Updates(run, self._curvature, anchors)
         self._sweep = SequentialUpdates(run, self._curvature, anchors, self._shot_memory)
         self._steps = GradientSteps(run, anchors) if self.config.gradient_steps else None
 
@@ -90,12 +92,31 @@ class WeightShots:
             shot.phase("gradient steps")
             report.gradient_steps = self._steps.take(self.selections, self._curvature.after_update())
         if self._curvature.factors is not None:
-            report.jitter = self._curvature.factors.jitter
+            for name, jitter in self._curvature.factors.jitter.items():
+                report.jitter[name] = max(jitter, report.jitter.get(name, 0.0))
         self._curvature.free()  # what follows needs the memory
         if self.config.reconstruct and shot.last:
             shot.phase("reconstruction")
             fit_to_dense(run, self.selections, self._dense)
             self._dense.clear()
+
+    def state(self) -> State:
+        linears = self.run.decoder.linears
+        tensors = self.run.weights() | part("anchor", self._anchors.state())
+        for linear, selection in zip(linears, self.selections, strict=True):
+            tensors |= part(linear.name, selection.packed())
+        return State(tensors, {"predicted": self._predicted})
+
+    def restore(self, state: State) -> None:
+        linears, in_place = self.run.decoder.linears, self.config.offloads
+        if self.config.around_dense_weights:
+            self._anchors.restore(linears, state.part("anchor"))
+        self.run.write_weights(state)
+        for index, (linear, former) in enumerate(zip(linears, self.selections, strict=True)):
+            packed, device = state.part(linear.name), former.pruned.device
+            new = Selection.unpacked(packed, (linear.rows, linear.columns), device)
+            self.selections[index] = adopted(former, new, in_place=in_place)
+        self._predicted = state.note["predicted"]
 
     def finish(self) -> None:
         """Zeros stay where weights were."""

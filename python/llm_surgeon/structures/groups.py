@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from llm_surgeon.checkpoint.states import State, part
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES
 from llm_surgeon.curvature.estimate import Curvature
 from llm_surgeon.curvature.factors import DampedFactor, DampedFactors, KroneckerFactors, numerical_errors
@@ -107,6 +108,18 @@ class GroupShots:
         """Factors of all linears, where nothing but zeros has gone yet."""
         found = self.run.curvature(self.config.shots)
         return DampedFactors(found, self.config, self.decoder.linears, self.run.plan.device)
+
+    def state(self) -> State:
+        removed = {str(index): mask for index, mask in enumerate(self.removed)}
+        drawn = {"generator": self._generator.get_state()}
+        return State({**self.run.weights(), **part("removed", removed), **drawn}, {})
+
+    def restore(self, state: State) -> None:
+        self.run.write_weights(state)
+        removed = state.part("removed")
+        self.removed = [removed[str(index)].to(mask.device) for index, mask in enumerate(self.removed)]
+        self._generator.set_state(state.tensors["generator"])
+        self.selections = self._as_selections()
 
     def finish(self) -> None:
         """Take what is zero out of the model."""

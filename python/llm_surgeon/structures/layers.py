@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 from transformers import PreTrainedModel
 
+from llm_surgeon.checkpoint.states import State
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.errors import InputError, UnsupportedModelError
 from llm_surgeon.methods.select import Selection
@@ -72,6 +73,15 @@ class BlockShots:
         if self.config.reconstruct and shot.last:
             shot.phase("reconstruction")
             fit_to_dense(self.run, self.selections, skipped=self.removed)
+
+    def state(self) -> State:
+        fitted = self.config.reconstruct and not self._candidates()  # else no weight has changed
+        return State(self.run.weights() if fitted else {}, {"removed": self.removed})
+
+    def restore(self, state: State) -> None:
+        self.run.write_weights(state)
+        self.removed = list(state.note["removed"])
+        self.selections = self._as_selections()
 
     def finish(self) -> None:
         """Take the blocks out of the model."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llm_surgeon.checkpoint.states import State
 from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.curvature.factors import DampedFactor, numerical_errors
 from llm_surgeon.methods.select import Selection
@@ -74,6 +75,16 @@ class WidthShots:
         self._update_readers(self._moments)
         zero_channels(self.residual, self.removed)
         self._moments = None  # what follows needs the memory
+
+    def state(self) -> State:
+        drawn = {"generator": self._generator.get_state()}
+        return State({**self.run.weights(), "removed": self.removed, **drawn}, {})
+
+    def restore(self, state: State) -> None:
+        self.run.write_weights(state)
+        self.removed.copy_(state.tensors["removed"])
+        self._generator.set_state(state.tensors["generator"])
+        self.selections = self._as_selections()
 
     def finish(self) -> None:
         """Take the channels out of the model."""

@@ -128,7 +128,7 @@ def test_a_class_that_cannot_be_imported_is_named():
 def test_every_record_names_what_there_is(name):
     structure = Structure.parse(name)
     members = [member for member in vars(Shots) if not member.startswith("_")]
-    assert len(members) == 7 and structure.title
+    assert len(members) == 9 and structure.title
     assert all(callable(getattr(structure.shot_class, member)) for member in members)
     assert structure.default_shots(0.3) == {"rows-columns": 24, "layers": 1}.get(name, 5)
     assert Structure.parse("2:4").shot_class is Structure.parse("unstructured").shot_class

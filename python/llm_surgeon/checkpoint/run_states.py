@@ -1,0 +1,259 @@
+"""States that a run leaves, so that another one goes on from the last of them: written while the run goes on."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_surgeon.checkpoint.begun import read_note, require_same, write_note
+from llm_surgeon.checkpoint.states import Abandoned, State, find_states, read_state, write_state
+from llm_surgeon.errors import InputError, first_line
+from llm_surgeon.interrupts import uninterrupted
+from llm_surgeon.models.offload import copies_in_main_memory
+
+_logger = logging.getLogger(__name__)
+
+_KEPT = 2  # states after shots: the newer one may turn out to be damaged
+_WAITING = 2  # copies of states that are not written yet
+_NAME = re.compile(r"shot-(\d+)(?:-block-(\d+))?")
+_OWN = re.compile(r"(run|report)\.json(\.partial)?|shot-\d+(-block-\d+)?\.(partial|[0-9a-f]{64}\.safetensors)")
+
+
+class RunStates:
+    """Keeper of a run's states: one after every shot, and of a shot under way one of every block that is updated.
+
+    This one keeps none.
+
+    Attributes:
+        keeps: states that are put are kept: others need not be made.
+    """
+
+    keeps = False
+
+    def claim(
+        self, run: dict[str, Any], content: Callable[[], dict[str, str | None]], layout: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Note what the run is begun with, or make sure that it is what an interrupted one was begun with.
+
+        Args:
+            run: options by name.
+            content: fingerprints of what is read, see :func:`~llm_surgeon.checkpoint.begun.contents`; called in another
+                thread, while nothing of it may be written to, until :meth:`settle`.
+            layout: what the bits of the result depend on besides.
+
+        Returns:
+            The layout to go on with: ``layout``, or that of the interrupted run.
+
+        Raises:
+            InputError: options or content differ; the first that does is named.
+        """
+        return layout
+
+    def note_layout(self, layout: dict[str, Any]) -> None:
+        """Note that the layout became another one."""
+
+    def last_shot(self) -> State | None:
+        """The state after the last whole shot of an interrupted run; ``None``: there is none."""
+        return None
+
+    def block(self, depth: int) -> State | None:
+        """A block's state in the shot after that, of as many blocks as were updated in it; ``None``: not updated."""
+        return None
+
+    def put_shot(self, index: int, state: State) -> None:
+        """Keep the state after shot ``index``; its tensors must not be written to until :meth:`settle`."""
+
+    def put_block(self, depth: int, state: State) -> None:
+        """Keep what the shot under way has made of a block; its tensors must not be written to until :meth:`settle`."""
+
+    def settle(self) -> None:
+        """Wait until what was put may be written to."""
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+
+    def remove(self) -> None:
+        """The run is done: nothing of it need be kept."""
+
+
+class FolderStates(RunStates):
+    """Keeps the states in a folder, to which nobody else writes.
+
+    Copies are made, and written, by other threads. Where a state cannot be written, a line says so, and the run goes on
+    without. Of the states after shots the two newest stay.
+    """
+
+    keeps = True
+
+    def __init__(self, folder: Path, resume: bool) -> None:
+        """Look at what an interrupted run left in ``folder``, and forget it where that is no whole state.
+
+        Raises:
+            InputError: there is a state and no wish to ``resume``, or something that is no part of a run.
+        """
+        self.folder, self._shot, self._written = folder, 0, 0
+        foreign = sorted(path.name for path in folder.glob("*") if not _OWN.fullmatch(path.name))
+        if foreign:
+            raise InputError(f"{str(folder)!r} holds {foreign[0]!r}, which is no part of an interrupted run")
+        self._left = find_states(folder)
+        if self._left and not resume:
+            raise InputError(f"{str(folder)!r} holds an interrupted run: pass --resume to go on with it, or delete it")
+        if folder.exists() and not self._left:
+            shutil.rmtree(folder)
+        self._begun: tuple[dict[str, Any], dict[str, str | None]] | None = None
+        self._copying, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._copied: list[Future[None]] = []
+        self._slots = threading.Semaphore(_WAITING)
+        self._abandoned = threading.Event()
+        self._failed = False
+
+    @property
+    def kept(self) -> bool:
+        """True where there is something to go on from."""
+        return bool(find_states(self.folder))
+
+    def claim(
+        self, run: dict[str, Any], content: Callable[[], dict[str, str | None]], layout: dict[str, Any]
+    ) -> dict[str, Any]:
+        noted = read_note(self.folder)
+        if noted is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+            def note() -> None:
+                self._begun = run, content()
+                write_note(self.folder, *self._begun, layout=layout)
+
+            self._copied.append(self._copying.submit(note))
+            return layout
+        self._begun = run, content()
+        require_same(self.folder, noted, *self._begun, "run")
+        return {**layout, **noted["layout"]}
+
+    def note_layout(self, layout: dict[str, Any]) -> None:
+        self.settle()
+        assert self._begun is not None
+        write_note(self.folder, *self._begun, layout=layout)
+
+    def last_shot(self) -> State | None:
+        shots = {int(match[1]): name for name in self._left if (match := _NAME.fullmatch(name)) and not match[2]}
+        for index in sorted(shots, reverse=True):
+            state = self._read(shots[index])
+            if state is not None:
+                self._shot = index
+                return state
+        return None
+
+    def block(self, depth: int) -> State | None:
+        state = self._read(f"shot-{self._shot + 1}-block-{depth}")
+        if state is None:  # what comes after it was made of what it was
+            self._left = {}
+        return state
+
+    def put_shot(self, index: int, state: State) -> None:
+        self._shot, self._left = index, {}
+        self._put(f"shot-{index}", state, lambda: self._tidy(index))
+
+    def put_block(self, depth: int, state: State) -> None:
+        self._put(f"shot-{self._shot + 1}-block-{depth}", state)
+
+    def settle(self) -> None:
+        while self._copied:
+            self._copied[0].result()
+            self._copied.pop(0)
+
+    def close(self) -> None:
+        uninterrupted(self._close)
+
+    def remove(self) -> None:
+        self._abandoned.set()
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close(self) -> None:
+        self._copying.shutdown()
+        self._writing.shutdown()
+        if not self.kept:  # nothing to go on from
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self, name: str) -> State | None:
+        for path in self._left.get(name, []):
+            state = read_state(path)
+            if state is not None:
+                return state
+            _logger.warning("the state %r is damaged and not gone on from", str(path))
+            path.unlink(missing_ok=True)
+        return None
+
+    def _put(self, name: str, state: State, then: Callable[[], object] = lambda: None) -> None:
+        if self._failed:
+            return
+        self._slots.acquire()
+        # What lies in main memory may be on its way there still.
+        event = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+
+        def copy() -> None:
+            try:
+                if event is not None:
+                    event.synchronize()
+                copied = State(_copies(state.tensors), state.note)
+            except BaseException:
+                self._slots.release()
+                raise
+            self._writing.submit(self._write, name, copied, then)
+
+        self._copied.append(self._copying.submit(copy))
+
+    def _write(self, name: str, state: State, then: Callable[[], object]) -> None:
+        try:
+            write_state(self.folder, name, state, self._abandoned)
+            then()
+        except Abandoned:
+            pass
+        except OSError as error:
+            self._failed = True
+            _logger.warning("the run goes on without being kept: %r: %s", str(self.folder), first_line(error))
+        finally:
+            self._slots.release()
+
+    def _tidy(self, index: int) -> None:
+        """Delete what nobody will go on from, once the state after shot ``index`` is written."""
+        for name, paths in find_states(self.folder).items():
+            match = _NAME.fullmatch(name)
+            assert match is not None
+            block = match[2] is not None
+            if int(match[1]) <= index - (0 if block else _KEPT):
+                for path in paths:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def kept_states(checkpoint: str | Path | RunStates | None, resume: bool) -> Iterator[RunStates]:
+    """Context manager of the states of a run: in the folder ``checkpoint``, which goes once all is done, or nowhere.
+
+    Those of somebody else are left to them.
+    """
+    if isinstance(checkpoint, RunStates):
+        yield checkpoint
+        return
+    states = RunStates() if checkpoint is None else FolderStates(Path(checkpoint), resume)
+    try:
+        yield states
+        states.remove()
+    finally:
+        states.close()
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    on_gpu = {name: tensor for name, tensor in tensors.items() if tensor.is_cuda}
+    others = {name: tensor.clone() for name, tensor in tensors.items() if name not in on_gpu}
+    return others | dict(zip(on_gpu, copies_in_main_memory(list(on_gpu.values())), strict=True))

@@ -1,0 +1,62 @@
+"""What a run is begun with, so that another one that is the same goes on from its states."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+
+from llm_surgeon.checkpoint.begun import fingerprint, tensors_of
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.planning.plan import Plan
+from llm_surgeon.report.schema import collect_versions
+from llm_surgeon.shots.run import Run
+
+_logger = logging.getLogger(__name__)
+
+
+def claim_states(run: Run) -> None:
+    """Claim the states of ``run``, before anything is changed, and take over the layout of an interrupted one.
+
+    Raises:
+        InputError: that was begun with other options, data or weights; the first that differ are named.
+    """
+    windows = {
+        "calibration windows": run.calibration,
+        "held-out windows": run.held_out,
+        "data of low-rank corrections": run.correction_data,
+        "windows of gradient steps": run.step_windows,
+    }
+    weights = tensors_of(run.model)
+
+    def content() -> dict[str, str | None]:
+        return {"model's weights": fingerprint(weights), **{name: _windows(each) for name, each in windows.items()}}
+
+    options = {"device": run.plan.device.type, **dataclasses.asdict(run.config)}
+    layout = run.states.claim(options, content, layout_of(run))
+    for name, value in _machine().items():
+        if layout["machine"].get(name) != value:
+            before = layout["machine"].get(name)
+            _logger.warning("the interrupted run had %s %s, not %s: bits may differ", name, before, value)
+    run.plan = Plan(**{**layout["plan"], "device": run.plan.device})
+    if run.config.offloads:  # weights are about to move
+        run.states.settle()
+
+
+def layout_of(run: Run) -> dict[str, Any]:
+    """What the bits of the result depend on besides options, data and weights."""
+    plan = {**dataclasses.asdict(run.plan), "device": str(run.plan.device)}
+    return {"plan": plan, "machine": _machine()}
+
+
+def _machine() -> dict[str, Any]:
+    return {"threads": torch.get_num_threads(), **collect_versions()}
+
+
+def _windows(windows: Calibration | None) -> str | None:
+    if windows is None:
+        return None
+    mask = windows.attention_mask
+    return fingerprint({"ids": windows.input_ids} | ({} if mask is None else {"mask": mask}))
