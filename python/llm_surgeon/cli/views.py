@@ -29,8 +29,8 @@ def print_plan(console: Console, job: PruneJob, out: Path) -> None:
     console.print(table)
     passes = "one pass over them" if plan.passes == 1 else f"{plan.passes} passes over them"
     host = f" and {human_bytes(plan.host_bytes)} of main memory" if plan.host_bytes else ""
-    minutes = None if job.recovery is None else job.recovery.minutes
-    then = f", then {minutes:g} min of training, which takes more memory" if minutes else ""
+    minutes = None if job.recovery is None else job.recovery.config.minutes
+    training = f" ({minutes:g} min of it recovery)" if minutes else ""
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.by_kind().items() if size)
     console.print(
         f"method {config.method}, structure {config.structure}, update {config.update}, {shots}: "
@@ -38,7 +38,7 @@ def print_plan(console: Console, job: PruneJob, out: Path) -> None:
         f"{plan.batch_size} windows of {config.seqlen} tokens at a time, {config.samples} in all, "
         f"{passes} for the curvature of a shot\n"
         f"memory {human_bytes(plan.memory_bytes)}{host}, disk {human_bytes(plan.disk_bytes)}, "
-        f"about {duration(plan.seconds)} on {plan.device}{then}\n"
+        f"about {duration(plan.seconds)} on {plan.device}{training}\n"
         f"  {parts}\n"
         f"nothing was written to {printable(str(out))}",
         soft_wrap=True,

@@ -11,6 +11,7 @@ from llm_surgeon.config.fields import check_options, count, number, option, opti
 from llm_surgeon.errors import InputError
 
 _HELD_OUT_WINDOWS = 64
+_MICRO_TOKENS = 16384
 LARGEST_SEED = 2**32 - 1
 
 # LLM-Pruner (Ma et al., NeurIPS 2023): its post-training; the steps are its 2 epochs of 50 thousand instructions.
@@ -114,6 +115,12 @@ class RecoverConfig:
             return self.eval_windows
         evaluations = -(-self.steps // self.eval_every) + 2
         return max(1, min(_HELD_OUT_WINDOWS, self.steps * self.batch_size // evaluations))
+
+    def windows_at_once(self, seqlen: int) -> int:
+        """``micro_batch_size``, or the largest divisor of ``batch_size`` that holds at most 16384 tokens."""
+        sizes = range(1, self.batch_size + 1)
+        fitting = [size for size in sizes if self.batch_size % size == 0 and size * seqlen <= _MICRO_TOKENS]
+        return self.micro_batch_size or max(fitting, default=1)
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> RecoverConfig:

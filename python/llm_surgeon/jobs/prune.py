@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,33 +23,34 @@ from llm_surgeon.checkpoint import (
     require_model,
     save_checkpoint,
 )
-from llm_surgeon.checks import require_bool, require_number
+from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.config.recover import LARGEST_SEED, RecoverConfig
 from llm_surgeon.data.calibration import Calibration, calibration_windows, require_room
 from llm_surgeon.data.documents import Documents, read_documents
 from llm_surgeon.data.held_out import further, split
 from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.errors import InputError
-from llm_surgeon.jobs.derived import Derived
-from llm_surgeon.jobs.recover import load_teacher, recovery_text, training_record, windows_for
+from llm_surgeon.jobs.recovery_after import RecoveryAfter, check_minutes
 from llm_surgeon.methods.gradient_steps import HELD_OUT
 from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import prune
-from llm_surgeon.recovery.recover import recover
-from llm_surgeon.report.card import Records
 from llm_surgeon.report.schema import PruneReport
-from llm_surgeon.resources import choose_device, human_bytes, process_memory, require_disk, require_memory
+from llm_surgeon.resources import (
+    choose_device,
+    gpu_memory_capped,
+    human_bytes,
+    process_memory,
+    require_disk,
+    require_memory,
+)
 from llm_surgeon.shots.checks import checked
 from llm_surgeon.shots.run import Run
 
 _logger = logging.getLogger(__name__)
 
-# Tokens of a training sequence, of at most as many as there are in a calibration window.
-_RECOVERY_SEQLEN = 512
 # Options about a GPU's memory alone.
 _GPU_OPTIONS = ("offload", "gpu_memory")
 
@@ -123,7 +123,7 @@ class PruneJob:
         model, tokenizer, form: see :func:`~llm_surgeon.checkpoint.load_model`.
         decoder: of the model.
         windows: the data.
-        recovery: options of the training that follows, where there is one; no part of the plan.
+        recovery: the training that follows, where there is one.
     """
 
     def __init__(
@@ -144,9 +144,7 @@ class PruneJob:
         if text_field is not None and not isinstance(text_field, str):
             raise InputError(f"text_field must be text, not {text_field!r}")
         if recover_minutes is not None:
-            require_number("recover_minutes", recover_minutes, 0.0, math.inf)
-            if config.offloads:
-                raise InputError("recover_minutes needs the whole model on one device: leave offload out")
+            check_minutes(recover_minutes, config)
         self.source, self._trust_remote_code = str(source), trust_remote_code
         require_model(self.source)
         sources = {"calibration": calibration} | ({} if lora_data is None else {"lora_data": lora_data})
@@ -154,15 +152,20 @@ class PruneJob:
         self.device = choose_device(device)
         self._load(config, trust_remote_code)
         self.windows = _draw(texts, self.model, self.tokenizer, self.config)
-        self.recovery: RecoverConfig | None = None
+        self.recovery: RecoveryAfter | None = None
         if recover_minutes is not None:
-            if self.windows.held_out is None:
-                raise InputError(
-                    f"recover_minutes needs {8 * self.config.seqlen} tokens of text, of which some are held out: there "
-                    f"are {self.windows.tokens}"
-                )
-            seqlen, seed = min(_RECOVERY_SEQLEN, self.config.seqlen), self.config.seed % (LARGEST_SEED + 1)
-            self.recovery = RecoverConfig(method="full", minutes=recover_minutes, seqlen=seqlen, seed=seed)
+            windows = self.windows
+            self.recovery = RecoveryAfter(
+                recover_minutes,
+                self.config,
+                self.model,
+                self.tokenizer,
+                text=windows.text,
+                sha256=windows.digest,
+                ids=windows.ids,
+                apart=windows.apart,
+                held_out=windows.held_out,
+            )
 
     def _load(self, config: PruneConfig, trust_remote_code: bool) -> None:
         """Load the model where ``config`` wants it, and resolve what depends on it."""
@@ -196,8 +199,16 @@ class PruneJob:
         """Plan of the run: layout, memory, disk and time."""
         held_out = 0 if self.windows.held_out is None else len(self.windows.held_out.input_ids)
         with self._on_device():
-            plan = make_plan(self.model, self.decoder, self.config, saved_dtype=self.form.main, held_out=held_out)
-        return dataclasses.replace(plan, disk_bytes=checkpoint_bytes(self.model, self.tokenizer, self.form))
+            plan = make_plan(
+                self.model,
+                self.decoder,
+                self.config,
+                saved_dtype=self.form.main,
+                held_out=held_out,
+                recovery=None if self.recovery is None else self.recovery.config,
+            )
+        written = 1 if self.recovery is None else 2  # the pruned one until the other is complete
+        return dataclasses.replace(plan, disk_bytes=written * checkpoint_bytes(self.model, self.tokenizer, self.form))
 
     def run(self, output: Output, progress: Progress | None = None, command: Sequence[str] = ()) -> PruneReport:
         """Prune, and write to the claimed ``output``."""
@@ -224,27 +235,20 @@ class PruneJob:
         report.warnings += filter(None, map(too_little_text, windows.records.values()))
         write_pruned(self.model, self.tokenizer, output, self.form, report, self.source)
         if self.recovery is not None:
-            report.history.append(self._recover(output, self.recovery, progress))
+            with self._on_device(), gpu_memory_capped(self.config.gpu_memory_bytes):
+                told = self.recovery.run(
+                    self.source,
+                    self.model,
+                    self.tokenizer,
+                    self.form,
+                    output,
+                    windows_at_once=self.plan.recovery_windows,
+                    device=self.device,
+                    trust_remote_code=self._trust_remote_code,
+                    progress=progress,
+                )
+            report.history.append(told)
         return report
-
-    def _recover(self, output: Output, config: RecoverConfig, progress: Progress | None) -> str:
-        """Train what was pruned and written, and write that in its place; what was done, as the card tells it."""
-        windows = self.windows
-        try:
-            dense = load_teacher(self.source, self.tokenizer, self.device, self._trust_remote_code)
-            training = windows_for(config, windows.ids, windows.apart)
-            record = training_record(windows.text, self.tokenizer, windows.digest, windows.ids, training.input_ids)
-            done = recover(self.model, training, windows.held_out, teacher=dense, config=config, progress=progress)
-        except BaseException:
-            _logger.warning("the recovery did not end: %s holds the pruned model", output.given)
-            raise
-        done = dataclasses.replace(done, data={"training": record})
-        text = recovery_text(config, done, windows.text.source, self.source)
-        written = dataclasses.replace(output, overwrite=True)
-        records = Records.read(output.path)
-        made = Derived(self.source, written, records, self.model, self.tokenizer, self.form)
-        made.save("recovered", text, files={"surgeon_recovery.json": done.to_json()})
-        return text
 
     def _require_resources(self, output: Output) -> None:
         """Raise :class:`InputError` where memory or disk are too small for the plan."""

@@ -87,9 +87,12 @@ def compute_dtype(choice: ComputeDtype, model: nn.Module, device: torch.device) 
     """
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         return None
-    if choice == "auto":
-        choice = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
-    return torch.bfloat16 if choice == "bfloat16" else None
+    return dtype_of_products(device) if choice == "auto" else torch.bfloat16 if choice == "bfloat16" else None
+
+
+def dtype_of_products(device: torch.device) -> torch.dtype | None:
+    """Dtype that float32 weights are multiplied in: bfloat16 on a GPU with tensor cores for it, None for their own."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:

@@ -1,10 +1,11 @@
-"""Activations that a forward pass keeps for its backward pass, found by a pass over a few tokens."""
+"""Activations that a forward pass keeps for its backward pass, found by passes over a few tokens."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.fused_pointwise import fused_pointwise
-from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at
+from llm_surgeon.models.passes import autocast, evaluation_mode, frozen, run_model, starting_at
 
-_LENGTHS = (16, 32)
+_LENGTHS = (16, 32, 48)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Activations:
 
 def measure_activations(model: nn.Module, decoder: Decoder, seqlen: int) -> Activations:
     """Run the model on 16 and on 32 tokens and carry what it keeps on to ``seqlen`` by ``a L + b L²``."""
-    short, long = (_Kept(model, decoder, length) for length in _LENGTHS)
+    short, long = (_Kept(model, decoder, length, _curvature_pass) for length in _LENGTHS[:2])
 
     def per_token(of_short: int, of_long: int) -> float:
         a, b = of_short / _LENGTHS[0], of_long / _LENGTHS[1]
@@ -48,24 +49,82 @@ def measure_activations(model: nn.Module, decoder: Decoder, seqlen: int) -> Acti
     )
 
 
-class _Kept:
-    """Bytes kept in one pass over ``length`` tokens, by decoder block; what lies before and after them is apart."""
+def measure_training(model: nn.Module, decoder: Decoder, seqlen: int, dtype: torch.dtype | None) -> float:
+    """Bytes per token of a window of ``seqlen`` that a pass keeps where all parameters are trained in float32.
 
-    def __init__(self, model: nn.Module, decoder: Decoder, length: int) -> None:
+    That is ``b + c L`` of ``a + b L + c L²`` over 16, 32 and 48 tokens; ``a`` are weights rounded to ``dtype``, under
+    autocast to which the pass runs if there is one.
+    """
+    passes = partial(_training_pass, dtype=dtype)
+    short, middle, long = (_Kept(model, decoder, length, passes).total() for length in _LENGTHS)
+    step = _LENGTHS[0]
+    growth = max(0.0, (long - 2 * middle + short) / (2 * step**2))
+    return (long - short) / (2 * step) + growth * (seqlen - _LENGTHS[0] - _LENGTHS[2])
+
+
+# Addresses of weights, which do not count.
+_Weights = set[int]
+
+
+@contextlib.contextmanager
+def _curvature_pass(model: nn.Module, _: _Weights) -> Iterator[None]:
+    """Context manager of a pass whose gradients flow from the embeddings on."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    with frozen(model), evaluation_mode(model), fused_pointwise(model), starting_at(embedding):
+        yield
+
+
+@contextlib.contextmanager
+def _training_pass(model: nn.Module, weights: _Weights, dtype: torch.dtype | None) -> Iterator[None]:
+    """Context manager of a pass that trains all parameters; those of 16 bits are float32 while their module runs."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    own: dict[nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: nn.Module, _: object) -> None:
+        for p in module.parameters(recurse=False):
+            if p.element_size() < 4:
+                own[p], p.data = p.data, p.data.float()
+                weights.add(p.data_ptr())
+
+    def restore(module: nn.Module, *_: object) -> None:
+        for p in module.parameters(recurse=False):
+            if p in own:
+                weights.discard(p.data_ptr())
+                p.data = own.pop(p)
+
+    with contextlib.ExitStack() as hooks, evaluation_mode(model), autocast(device, dtype):
+        hooks.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        for module in model.modules():
+            hooks.callback(module.register_forward_pre_hook(widen).remove)
+            hooks.callback(module.register_forward_hook(restore, always_call=True).remove)
+        model.train()
+        yield
+
+
+class _Kept:
+    """Bytes kept in one pass over ``length`` tokens, by decoder block; what lies before and after them is apart.
+
+    The pass runs within ``surroundings`` of the model and the addresses of its weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: Decoder,
+        length: int,
+        surroundings: Callable[[nn.Module, _Weights], contextlib.AbstractContextManager[None]],
+    ) -> None:
         self.inputs = 0
         self._blocks = len(decoder.blocks)
         self._depth = -1
-        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._bytes: dict[int, tuple[int, int]] = {pointer: (0, -1) for pointer in parameters}
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._bytes: dict[int, tuple[int, int]] = {}
         self._held: list[Tensor] = []  # so that no address is used twice
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         ids = torch.arange(length, device=embedding.weight.device)[None] % embedding.weight.shape[0]
         with (
-            frozen(model),
-            evaluation_mode(model),
-            fused_pointwise(model),
+            surroundings(model, self._weights),
             self._counting(decoder),
-            starting_at(embedding),
             torch.enable_grad(),
             saved_tensors_hooks(self._count, _never),
         ):
@@ -85,6 +144,8 @@ class _Kept:
     def _count(self, tensor: Tensor) -> None:
         """Stand-in for the tensor in the graph, which no backward pass goes through: the tensor would make a cycle."""
         storage = tensor.untyped_storage()
+        if storage.data_ptr() in self._weights:
+            return
         self._bytes.setdefault(storage.data_ptr(), (storage.nbytes(), self._depth))
         self._held.append(tensor.detach())
 

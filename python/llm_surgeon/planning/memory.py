@@ -26,11 +26,11 @@ _STAGE_SQUARES, _STAGE_MATRICES = 5, 2
 # Of an input's size while they are summed: X, and A packed and whole.
 _MOMENT_SQUARES = 3
 # Gradients of a block's widest layer that are alive at once in its backward pass.
-_BACKWARD_COPIES = 3
+BACKWARD_COPIES = 3
 # Blocks whose weights are on the device at once when they are streamed: the last, the present and the next one.
 _STREAMED_BLOCKS = 3
 # Share of the memory that is left free: what allocators waste between tensors, and libraries' own workspaces.
-_SLACK = 0.08
+SLACK = 0.08
 
 
 class Memory:
@@ -94,7 +94,7 @@ class Memory:
 
     def free(self) -> float:
         """Bytes for the phases, beside what stays on the device from the first to the last."""
-        return (1 - _SLACK) * self.limit() - self.model_weights() - self.masks() - self.dense() - self.factors()
+        return (1 - SLACK) * self.limit() - self.model_weights() - self.masks() - self.dense() - self.factors()
 
     def limit(self) -> int:
         """Bytes that the run may have on the device, the model's included."""
@@ -117,7 +117,7 @@ class Memory:
         if self.kept is None or not self.gradients:  # forward only: the widest linear's input and output
             activations = int(tokens * self.itemsize * (self.width + 2 * widest)) + logits + loss
         else:
-            backward = _BACKWARD_COPIES * widest * self.itemsize * tokens
+            backward = BACKWARD_COPIES * widest * self.itemsize * tokens
             if self.checkpointed:  # a block's activations are there only once the loss has been computed
                 block = int(tokens * self.kept.largest_block)
                 activations = int(tokens * self.kept.inputs) + max(2 * logits + loss, logits + block + backward)

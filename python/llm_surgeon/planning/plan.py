@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.passes import compute_dtype
 from llm_surgeon.planning.layout import Layout, choose_layout
-from llm_surgeon.planning.memory import Memory
+from llm_surgeon.planning.memory import SLACK, Memory
+from llm_surgeon.planning.recovery import RecoveryMemory
 from llm_surgeon.planning.time import PINNING_RATE, run_seconds
 from llm_surgeon.resources import copy_rate, matmul_rate, process_memory
 
@@ -42,12 +44,15 @@ class Plan:
             gradients besides, with a sequential one what it keeps of all windows.
         states_wait: whether that, or what a last fit keeps, is in main memory between the turns of a batch.
         snapshot_bytes: copies of the weights, to restore on failure, in main memory.
+        recovery_bytes: what a recovery takes beyond the weights, once all that is let go of; 0 where none follows.
+        recovery_windows: windows per forward and backward pass of that.
         process_bytes: what the process takes besides tensors where it computes on a CPU: libraries, the text's tokens,
             and what allocators waste between tensors.
         host_bytes: what is kept in main memory for a GPU: the snapshot, or the weights as they came where these were in
             main memory already, and what is offloaded.
-        disk_bytes: the checkpoint that is written; of its weights alone where the tokenizer is not known.
-        seconds: of all shots.
+        disk_bytes: the checkpoint that is written, twice with a recovery, in whose time the pruned one is there; of its
+            weights alone where the tokenizer is not known.
+        seconds: of all shots, and the minutes of a recovery.
     """
 
     device: torch.device
@@ -65,6 +70,8 @@ class Plan:
     update_bytes: int
     states_wait: bool
     snapshot_bytes: int
+    recovery_bytes: int
+    recovery_windows: int
     process_bytes: int
     host_bytes: int
     disk_bytes: int
@@ -80,7 +87,8 @@ class Plan:
         """Peak memory of tensors beyond the weights; the phases follow each other."""
         phases = max(self.curvature_bytes, self.inverses_bytes + max(self.selection_bytes, self.update_bytes))
         snapshot = self.snapshot_bytes if self.device.type == "cpu" else 0
-        return self.masks_bytes + self.dense_bytes + self.factors_bytes + snapshot + phases
+        pruning = self.masks_bytes + self.dense_bytes + self.factors_bytes + snapshot + phases
+        return max(pruning, self.recovery_bytes)
 
     def by_kind(self) -> dict[str, int]:
         """Bytes on the device by what they are for."""
@@ -93,6 +101,7 @@ class Plan:
             "curvature pass": self.curvature_bytes,
             "or selection": self.inverses_bytes + self.selection_bytes,
             "or update": self.inverses_bytes + self.update_bytes,
+            "then, of all this but the weights, recovery": self.recovery_bytes,
             "libraries and allocators": self.process_bytes,
         }
 
@@ -104,6 +113,7 @@ def make_plan(
     *,
     saved_dtype: torch.dtype | None = None,
     held_out: int = 0,
+    recovery: RecoverConfig | None = None,
 ) -> Plan:
     """Plan a run of ``config`` on a loaded model: two passes over a few tokens and a few timed matrix products.
 
@@ -116,8 +126,12 @@ def make_plan(
         config: ``samples`` and ``seqlen`` must be those of the data.
         saved_dtype: of the written checkpoint; the model's own where left out.
         held_out: windows whose loss is measured before and after.
+        recovery: options of what follows, the training of all weights by distillation.
     """
     memory = Memory(model, decoder, config)
+    after = None if recovery is None else RecoveryMemory(model, decoder, recovery, memory.device)
+    training_windows = 0 if after is None else after.windows((1 - SLACK) * memory.limit() - memory.model_weights())
+    written = 1 if after is None else 2
     layout = choose_layout(memory)
     inverses = memory.inverses(layout.windows)
     plan = Plan(
@@ -136,10 +150,13 @@ def make_plan(
         update_bytes=memory.update(layout.windows),
         states_wait=memory.states_wait(layout.windows),
         snapshot_bytes=memory.snapshot,
+        recovery_bytes=0 if after is None else after.bytes(training_windows),
+        recovery_windows=training_windows,
         process_bytes=0,
         host_bytes=memory.host(layout.windows),
-        disk_bytes=sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in model.parameters()),
-        seconds=_seconds(memory, layout, held_out, inverted_once=inverses > 0),
+        disk_bytes=written * sum(p.numel() * (saved_dtype or p.dtype).itemsize for p in model.parameters()),
+        seconds=_seconds(memory, layout, held_out, inverted_once=inverses > 0)
+        + (0.0 if recovery is None else 60 * (recovery.minutes or 0.0)),
     )
     if memory.on_gpu:
         return plan

@@ -132,13 +132,8 @@ def _recover(
     windows, held_out = Calibration.of(windows), Calibration.of(held_out)
     model = unwrapped(model)
     teacher = None if teacher is None else unwrapped(teacher)
-    if any(map(is_compact, model.modules())):
-        raise InputError("the model is compact: recover the checkpoint it was made from, then compact that")
-    decoder = find_decoder(model)
+    decoder = check_recoverable(model, teacher, config)
     check_finite(model)
-    _check_trainable(model, teacher, config)
-    if config.lora:
-        check_rank(decoder, config.rank, "rank")
     for name, each in {"training sequences": windows, "held-out sequences": held_out}.items():
         require_fit(each.input_ids, model, name)
     masks = zero_masks(decoder)
@@ -196,7 +191,10 @@ def _loss(model: nn.Module, data: Calibration, config: RecoverConfig) -> float:
     return mean_loss(model, data, config.micro_batch_size or max(1, 8192 // data.input_ids.shape[1]))
 
 
-def _check_trainable(model: nn.Module, teacher: nn.Module | None, config: RecoverConfig) -> None:
+def check_recoverable(model: nn.Module, teacher: nn.Module | None, config: RecoverConfig) -> Decoder:
+    """Raise :class:`InputError` where :func:`recover` would for what ``model`` and ``teacher`` are; the decoder."""
+    if any(map(is_compact, model.modules())):
+        raise InputError("the model is compact: recover the checkpoint it was made from, then compact that")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise InputError("the model is quantized or packed: recover the checkpoint it was made from")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -208,3 +206,7 @@ def _check_trainable(model: nn.Module, teacher: nn.Module | None, config: Recove
         ours, theirs = (m.get_input_embeddings().num_embeddings for m in (model, teacher))  # type: ignore[operator]
         if ours != theirs:
             raise InputError(f"the teacher has a vocabulary of {theirs}, the model of {ours}")
+    decoder = find_decoder(model)
+    if config.lora:
+        check_rank(decoder, config.rank, "rank")
+    return decoder

@@ -20,7 +20,7 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.models.passes import autocast, compute_dtype, mean_loss, to_list
+from llm_surgeon.models.passes import autocast, compute_dtype, dtype_of_products, mean_loss, to_list
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.masters import float32_masters
@@ -30,7 +30,6 @@ from llm_surgeon.recovery.state import latest_checkpoint, save_checkpoint
 
 _logger = logging.getLogger(__name__)
 
-_MICRO_TOKENS = 16384
 _LARGEST_NORM = 1.0  # gradients that are larger together are cut down to it
 _TRIAL_RATES = (1 / 3, 1.0, 3.0)
 _TRIALS_SHARE = 1 / 4  # of the time, at most: an estimate
@@ -100,8 +99,8 @@ class _Training:
         self._config, self._objective, self._seconds = config, objective, seconds
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(model.parameters()).device
-        self._dtype = _dtype_of_products(self._device)
-        self._micro = config.micro_batch_size or micro_batch(config.batch_size, windows.input_ids.shape[1])
+        self._dtype = dtype_of_products(self._device)
+        self._micro = config.windows_at_once(windows.input_ids.shape[1])
         self._order = _Order(len(windows.input_ids), config.seed)
         self._step, self._evaluations, self._worse = 0, 0, 0
         self._learning_rate = config.learning_rate
@@ -348,14 +347,3 @@ def share_of_peak(done: float, config: RecoverConfig) -> float:
     if done < config.warmup_steps:
         return done / config.warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (done - config.warmup_steps) / (config.steps - config.warmup_steps)))
-
-
-def _dtype_of_products(device: torch.device) -> torch.dtype | None:
-    """``None``: that of the weights."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else None
-
-
-def micro_batch(batch_size: int, seqlen: int) -> int:
-    """The largest divisor of ``batch_size`` that holds at most about 16384 tokens."""
-    fitting = [size for size in range(1, batch_size + 1) if batch_size % size == 0 and size * seqlen <= _MICRO_TOKENS]
-    return max(fitting, default=1)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from llm_surgeon import prune_checkpoint
 from llm_surgeon.cli.app import main
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs import prune as job
+from llm_surgeon.jobs import recovery_after
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.checkpoints import save_folder, tree
@@ -31,13 +34,13 @@ def places(tmp_path):
 def test_what_is_pruned_is_recovered_and_both_are_told_of(places, monkeypatch):
     source, out, text = places
     seen = {}
-    recover = job.recover
+    recover = recovery_after.recover
 
     def watching(model, windows, held_out, **options):
         seen.update(zeros=[linear.module.weight == 0 for linear in find_decoder(model).linears])
         return recover(model, windows, held_out, **options)
 
-    monkeypatch.setattr(job, "recover", watching)
+    monkeypatch.setattr(recovery_after, "recover", watching)
     report = prune_checkpoint(source, out, calibration=text, recover_minutes=0.1, **OPTIONS)
     done = json.loads((out / "surgeon_recovery.json").read_text())
     assert done["loss_after"] < done["loss_before"] and done["steps"] > 0
@@ -57,15 +60,15 @@ def test_what_is_pruned_is_recovered_and_both_are_told_of(places, monkeypatch):
 def test_no_token_that_is_held_out_is_trained_on(places):
     source, _, text = places
     windows = job.PruneJob(source, job.PruneConfig(**_config()), calibration=text, device="cpu").windows
-    config = job.RecoverConfig(method="full", minutes=1.0, seqlen=16)
+    config = RecoverConfig(method="full", minutes=1.0, seqlen=16)
     places = torch.arange(len(windows.ids))  # a token tells where it stands
-    trained = job.windows_for(config, places, windows.apart).input_ids
+    trained = recovery_after.windows_for(config, places, windows.apart).input_ids
     held_out = places[windows.apart]
     assert not set(trained.flatten().tolist()) & set(held_out.tolist())
     assert torch.equal(windows.ids[held_out].view(-1, 16), windows.held_out.input_ids)
 
 
-@pytest.mark.parametrize("step", ["load_teacher", "windows_for", "recover"])
+@pytest.mark.parametrize("step", ["load_teacher", "recover", "recovery_text"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, InputError])
 def test_a_recovery_that_does_not_end_leaves_the_pruned_model(places, monkeypatch, caplog, error, step):
     source, out, text = places
@@ -73,9 +76,9 @@ def test_a_recovery_that_does_not_end_leaves_the_pruned_model(places, monkeypatc
     def fails(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(job, step, fails)
+    monkeypatch.setattr(recovery_after, step, fails)
     with caplog.at_level(logging.WARNING), pytest.raises(error):
-        prune_checkpoint(source, out, calibration=text, recover_minutes=1, **OPTIONS)
+        prune_checkpoint(source, out, calibration=text, recover_minutes=0.02, **OPTIONS)
     assert f"the recovery did not end: {out} holds the pruned model" in caplog.text
     assert sorted(path.name for path in out.parent.iterdir()) == ["dense", "out", "text.txt"]
     assert not PruneReport.read(out / "surgeon_report.json").history
@@ -93,6 +96,52 @@ def test_what_cannot_be_recovered_is_refused_before_the_work(places, tmp_path):
     with pytest.raises(InputError, match=r"recover_minutes needs 128 tokens of text, of which some are held out"):
         prune_checkpoint(source, out, calibration=str(tmp_path / "short.txt"), recover_minutes=1, **OPTIONS)
     assert not out.exists()
+
+
+def test_what_a_recovery_would_refuse_is_refused_before_the_work(places, monkeypatch):
+    """The text that is left beside what is held out, its tokens, the model, and the memory and disk of both."""
+    source, out, text = places
+    monkeypatch.setattr(job, "prune", lambda *_, **__: pytest.fail("pruned"))
+
+    def refused(match):
+        with pytest.raises(InputError, match=match):
+            prune_checkpoint(source, out, calibration=text, recover_minutes=1, **OPTIONS)
+        assert not out.exists()
+
+    with monkeypatch.context() as patch:
+        split = job.split
+
+        def greedy(ids, *shape):
+            calibration, held_out, apart = split(ids, *shape)
+            return calibration, held_out, torch.ones_like(apart)
+
+        patch.setattr(job, "split", greedy)
+        refused("no 16 tokens in a row are left beside those held out")
+    with monkeypatch.context() as patch:
+        windows = recovery_after.windows_for
+        patch.setattr(recovery_after, "windows_for", lambda *a: job.Calibration(windows(*a).input_ids + 10**6))
+        refused("training sequences hold token id")
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "load_model", _frozen(job.load_model))
+        refused("the model is frozen")
+    plain = job.PruneJob(source, job.PruneConfig(**_config()), calibration=text, device="cpu").plan
+    with monkeypatch.context() as patch:
+        between = plain.memory_bytes - job.process_memory() + 2**26
+        patch.setattr("llm_surgeon.resources.available_memory", lambda _: max(between, 2**26))
+        patch.setattr("llm_surgeon.planning.recovery.RecoveryMemory.bytes", lambda *_: 2**40)
+        refused("of memory are needed on cpu")
+    with monkeypatch.context() as patch:
+        free = plain.disk_bytes + plain.disk_bytes // 2
+        patch.setattr("llm_surgeon.resources.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+        refused("of disk are needed")
+
+
+def _frozen(load):
+    def loaded(*arguments, **options):
+        model, *others = load(*arguments, **options)
+        return model.requires_grad_(False), *others
+
+    return loaded
 
 
 def test_the_command_says_what_the_recovery_did(places, capsys):
@@ -114,7 +163,7 @@ def test_the_command_refuses_no_minutes_and_its_dry_run_names_others(places, cap
     )
     with pytest.raises(SystemExit) as ended:
         main(["prune", str(source), str(out), *given, "--recover-minutes", "2.5", "--dry-run"])
-    assert not ended.value.code and "on cpu, then 2.5 min of training" in capsys.readouterr().out
+    assert not ended.value.code and "on cpu (2.5 min of it recovery)" in capsys.readouterr().out
     assert not out.exists()
 
 

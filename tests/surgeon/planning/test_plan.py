@@ -5,17 +5,20 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTForCausalLM
 
 import llm_surgeon.planning.memory
 import llm_surgeon.planning.plan
 import llm_surgeon.planning.time
 from llm_surgeon import InputError, PruneConfig, prune
 from llm_surgeon.checkpoint import claimed_output
+from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.jobs.prune import PruneJob
 from llm_surgeon.models.decoder import find_decoder
+from llm_surgeon.planning.activations import measure_training
 from llm_surgeon.planning.memory import factor_sizes
 from llm_surgeon.planning.plan import make_plan
+from llm_surgeon.recovery.recover import recover
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import build
 
@@ -249,6 +252,36 @@ def test_the_written_dtype_decides_the_disk():
     assert written[0] == written[1] == written[2] + 2 * parameters
 
 
+def test_a_recovery_takes_its_turn_in_memory_and_its_minutes(monkeypatch):
+    model, config = build("llama"), PruneConfig(samples=8, seqlen=16, method="magnitude")
+    decoder, held = find_decoder(model), 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(llm_surgeon.planning.plan, "matmul_rate", lambda device, dtype: 2.0)
+    available = {"bytes": 10**12}
+    monkeypatch.setattr(llm_surgeon.planning.memory, "available_memory", lambda device: available["bytes"])
+
+    def plan(**options):
+        recovery = RecoverConfig(**{"method": "full", "minutes": 2.0, "seqlen": 16, **options})
+        return make_plan(model, decoder, config, recovery=recovery)
+
+    without, roomy = make_plan(model, decoder, config), plan()
+    assert (without.recovery_bytes, without.recovery_windows) == (0, 0)
+    assert roomy.seconds == pytest.approx(without.seconds + 120.0)
+    assert roomy.disk_bytes == 2 * without.disk_bytes
+    assert roomy.additional_bytes == max(roomy.recovery_bytes, without.additional_bytes) == roomy.recovery_bytes
+    assert roomy.by_kind()["then, of all this but the weights, recovery"] == roomy.recovery_bytes
+    assert roomy.recovery_windows == 32  # those of a step
+    few = plan(batch_size=1)
+    assert few.recovery_bytes < roomy.recovery_bytes
+    # Beside a batch: two moments, the best state, the teacher, and the gradients of the batches before it.
+    available["bytes"] = int((held + roomy.recovery_bytes) / 0.92) + 2 - held
+    assert plan().recovery_windows == 32
+    available["bytes"] -= 4
+    less = plan()
+    assert less.recovery_windows == 16 and less.recovery_bytes < roomy.recovery_bytes
+    available["bytes"] = 0
+    assert plan().recovery_windows == 1 and plan(micro_batch_size=8).recovery_windows == 8
+
+
 def peak_bytes(work):
     """The most bytes that ``work`` has allocated at once, by torch's own account."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -278,3 +311,29 @@ def test_the_plan_is_within_a_tenth_of_the_peak(options):
     # The copies to restore are made by a thread of their own, which the profiler does not see.
     peak = plan.weights_bytes + plan.snapshot_bytes + peak_bytes(lambda: prune(model, ids, config=config))
     assert plan.memory_bytes - plan.process_bytes == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, OPTForCausalLM])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 4, "micro_batch_size": 1}, {"batch_size": 1}, {"ema": 0.9}])
+def test_the_plan_of_a_recovery_is_within_a_tenth_of_its_peak(kind, options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 256}
+    own = {"intermediate_size": 352} if kind is LlamaForCausalLM else {"ffn_dim": 352, "word_embed_proj_dim": 128}
+    model, teacher = (kind(kind.config_class(**sizes, **own)) for _ in range(2))
+    config = RecoverConfig(**{"method": "full", "seqlen": 256, "batch_size": 4, "steps": 3, "eval_every": 2, **options})
+    pruning = PruneConfig(method="magnitude", samples=1, seqlen=256)
+    plan = make_plan(model, find_decoder(model), pruning, recovery=config)
+    windows = torch.randint(0, 256, (8, 256))
+    weights = sum(p.nbytes for p in model.parameters())
+    peak = weights + peak_bytes(lambda: recover(model, windows, windows[:2], teacher=teacher, config=config))
+    assert plan.recovery_bytes == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_a_model_of_16_bits_is_measured_as_its_float32_masters_train(name):
+    masters, halves = build(name), build(name).to(torch.bfloat16)
+    before = torch.get_rng_state()
+    kept = [measure_training(m, find_decoder(m), 64, torch.bfloat16) for m in (masters, halves)]
+    assert kept[1] == pytest.approx(kept[0], rel=0.02)
+    assert kept[0] < measure_training(masters, find_decoder(masters), 64, None)
+    assert torch.equal(torch.get_rng_state(), before) and halves.training == build(name).training

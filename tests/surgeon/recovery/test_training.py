@@ -458,7 +458,7 @@ def test_products_in_bfloat16_are_of_the_weights_of_each_step(monkeypatch):
     """Autocast keeps none of an earlier step: the losses follow those in float32."""
     losses = []
     for dtype in (None, torch.bfloat16):
-        monkeypatch.setattr(training, "_dtype_of_products", lambda _, dtype=dtype: dtype)
+        monkeypatch.setattr(training, "dtype_of_products", lambda _, dtype=dtype: dtype)
         report = recover(half_zero("llama"), WINDOWS, HELD_OUT, teacher=build("llama"), **FULL | {"eval_every": 12})
         losses.append((report.log[-1]["loss"], report.loss_after))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
