@@ -28,15 +28,17 @@ from bench.end_to_end.trials import (
     known_method,
     known_structure,
     mean,
+    method_options,
     plan,
     read,
     results,
     run_trial,
+    structure_options,
     summarise,
     undone,
 )
 from bench.environment import append_row, environment
-from llm_surgeon import perplexity
+from llm_surgeon import PruneConfig, perplexity
 from llm_surgeon.checkpoint import load_model
 from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows
 from llm_surgeon.data.documents import read_text
@@ -79,10 +81,13 @@ def _tokens(model_path: str, data: str, part: Any, tokenizer: Any) -> torch.Tens
 
 
 def weight(trial: Row) -> float:
-    """Relative time that a trial takes, for the longest to begin first."""
-    methods = {"surgeon chunked": 4, "surgeon joint": 2, "k-obd": 2}
-    rows = trial["structure"].startswith("rows") and trial["method"] in methods
-    return methods.get(trial["method"], 1) + 3 * rows
+    """Relative time that a trial takes, for the longest to begin first: its shots, and what solves for weights."""
+    if trial["method"] == "dense":
+        return 0.0
+    config = PruneConfig(**{**method_options(trial["method"]), **structure_options(trial["structure"])})
+    singly = config.structure_record.single_weights
+    solving = {"joint": 1.0, "chunked": 3.0}.get(config.update, 0.0) if singly else 0.0
+    return config.shots * (1.0 + solving) + 2.0 * (config.sequential or config.reconstruct)
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def prune(
         held_out: sequences that pruning does not see, given like ``calibration``: the report's ``held_out`` has the
             losses on them before and after.
         step_windows: sequences that the lengths of gradient steps are found on, given like ``calibration``, whose last
-            ``gradient_samples`` (an eighth) they are where left out.
+            ``gradient_samples`` (an eighth) they are where left out; else that is left out.
         plan: the run's layout, where :func:`~llm_surgeon.planning.plan.make_plan` was asked for it already.
         progress: receiver of progress; none by default.
         checkpoint: a folder of this run's own, in which what is done is kept until all of it is; nothing is by default.

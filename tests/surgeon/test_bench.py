@@ -61,6 +61,25 @@ def test_methods_take_options(monkeypatch: pytest.MonkeyPatch) -> None:
             trials.method_options(wrong)
 
 
+def test_the_longest_trials_begin_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    quality, trials = bench("end_to_end.quality", monkeypatch), bench("end_to_end.trials", monkeypatch)
+    weights = {
+        (trial["structure"], trial["method"]): quality.weight(trial)
+        for trial in trials.plan(["m"], quality.STRUCTURES, list(trials.METHODS), [0])
+    }
+    assert {method for _, method in weights} == {"dense", *trials.METHODS}
+
+    def order(structure: str, *methods: str) -> list[str]:
+        return sorted(methods, key=lambda method: -weights[structure, method])
+
+    for structure in ("2:4", "unstructured 50%"):
+        slow = ["surgeon chunked", "surgeon joint", "surgeon sequential", "magnitude"]
+        assert order(structure, *reversed(slow[:2]), "magnitude") == [*slow[:2], "magnitude"]
+        assert weights[structure, "surgeon sequential"] > weights[structure, "sparsegpt"]
+    assert weights["rows-columns 30%", "surgeon joint"] == max(weights.values())
+    assert min(weights.values()) == weights["none", "dense"]
+
+
 def test_scripts_for_a_gpu_say_so_in_a_line_where_there_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

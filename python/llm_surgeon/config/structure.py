@@ -130,7 +130,8 @@ def names() -> list[str]:
 
 def structures_with(option: str) -> list[str]:
     """Names of the structures that an option of :data:`SPECIAL_OPTIONS` has a meaning for, for messages."""
-    return _structures.where(lambda structure: option in structure.options)
+    found = _structures.where(lambda structure: option in structure.options)
+    return [name for each in found for name in ((each, "N:M") if each == "unstructured" else (each,))]
 
 
 _OF_WEIGHTS = frozenset({"lora_rank", "offload", "curvature_layers"})

@@ -261,7 +261,7 @@ class PruneJob:
         if cap is not None and plan.memory_bytes > cap:
             raise InputError(
                 f"about {human_bytes(plan.memory_bytes)} of memory are needed on {plan.device} and gpu_memory allows "
-                f"{human_bytes(cap)}: offload 'cpu' takes less"
+                f"{human_bytes(cap)}: {'offload cpu' if self.recovery is None else 'no recover_minutes'} takes less"
             )
         if plan.host_bytes:
             loaded = sum(p.nbytes for p in self.model.parameters() if p.device.type == "cpu")
@@ -312,6 +312,12 @@ def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, conf
     calibration, held_out, apart = split(ids, *shape)
     further_samples = config.gradient_samples or max(1, round(HELD_OUT * config.samples))
     steps = further(ids, *shape, further_samples) if config.gradient_steps else None
+    found = 0 if steps is None else len(steps.input_ids)
+    if config.gradient_samples is not None and found < config.gradient_samples:
+        raise InputError(
+            f"gradient_samples {config.gradient_samples} need more text: beside the other windows it has {found} of "
+            f"{config.seqlen} tokens"
+        )
     windows = {"calibration": calibration}
     if "lora_data" in streams:
         more, other = streams["lora_data"]

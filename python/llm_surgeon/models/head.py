@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,8 @@ from llm_surgeon.models.checks import PROBE_SHAPE
 from surgeon_kernels.linalg.half_products import addmm_half_
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Of models what their heads turned out to be, and what they were then: their hooks, and the head.
+_probed: weakref.WeakKeyDictionary[nn.Module, tuple[object, bool]] = weakref.WeakKeyDictionary()
 
 
 class HeadLogits:
@@ -44,19 +47,27 @@ class HeadLogits:
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     """The output head, if logits are what it makes of the last hidden states; None where more is done to either.
 
-    A model that scales or caps its logits, or a head with hooks, is told by two passes over a few tokens, with the head
-    and without it.
+    A model that scales or caps its logits is told by two passes over a few tokens, with the head and without it, when
+    it is first asked about, and again when it has other hooks, another head or a ``forward`` of its own.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or "forward" in vars(head) or any(getattr(head, hooks) for hooks in _HOOKS):
         return None
+    as_it_is = weakref.ref(head), vars(model).get("forward"), *(tuple(getattr(model, hooks)) for hooks in _HOOKS)
+    before, plain = _probed.get(model, (None, False))
+    if before != as_it_is:
+        plain = _is_plain(model, head)
+        _probed[model] = as_it_is, plain
+    return head if plain else None
+
+
+@torch.no_grad()
+def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
     ids = torch.arange(PROBE_SHAPE[1], device=head.weight.device)[None] % head.weight.shape[0]
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-        with left_out(head):
-            hidden = model(input_ids=ids, use_cache=False).logits
-        same = hidden.shape[-1] == head.in_features and torch.equal(head(hidden.to(head.weight.dtype)), logits)
-    return head if same else None
+    logits = model(input_ids=ids, use_cache=False).logits
+    with left_out(head):
+        hidden = model(input_ids=ids, use_cache=False).logits
+    return hidden.shape[-1] == head.in_features and torch.equal(head(hidden.to(head.weight.dtype)), logits)
 
 
 @contextlib.contextmanager

@@ -210,6 +210,15 @@ class PruneReport:
         return any(self.config.get(name) for name in ("gradient_steps", "reconstruct", "lora_rank"))
 
     @property
+    def weighing(self) -> str | None:
+        """Sentence on how tokens counted where a linear was aimed at the dense model; ``None`` where none was."""
+        weighed = self.config.get("token_weights")
+        aimed = self.config.get("update") == "sequential" or self.config.get("reconstruct")
+        if not aimed or weighed is None:
+            return None
+        return f"Tokens of the calibration windows {'were weighed by their gradients' if weighed else 'counted alike'}."
+
+    @property
     def loss_name(self) -> str:
         """Name of the loss on the calibration windows: "training loss" where something was fitted to them."""
         return "training loss" if self.trained else "calibration loss"
@@ -280,6 +289,8 @@ class PruneReport:
             f"Removed {self.removed:,} of {self.weights:,} weights ({percent(self.sparsity)}) in "
             f"{plural(len(self.layers), 'layer')}, {plural(len(self.shots), 'shot')}, {duration(self.seconds)}{peak}",
         ]
+        if self.weighing is not None:
+            lines.append(self.weighing)
         if self.held_out is not None:
             lines.append(f"Perplexity on held-out text: {self.held_out.describe()}")
         if self.perplexity:

@@ -35,8 +35,8 @@ class RunRecord:
         """The report, with warnings, of a run that is finished."""
         run, device = self._run, self._run.plan.device
         peak = peak_memory(device)
-        # Of blocks of several sizes their number is known now.
-        config = dataclasses.replace(run.config, shots=len(outcome.shots))
+        # Of blocks of several sizes their number is known now; and whether tokens were weighed, where the run chose.
+        config = dataclasses.replace(run.config, shots=len(outcome.shots), token_weights=run.token_weights)
         sizes = {} if self._sizes is None else self._sizes.sizes(run.model)
         report = PruneReport(
             config=dataclasses.asdict(config),

@@ -98,8 +98,10 @@ class Run:
 
         Weights leave fewer tokens to tell one input of a linear from another.
         """
-        given, widest = self.config.token_weights, max(linear.columns for linear in self.decoder.linears)
-        return self.calibration.counts()[1] >= _TOKENS_PER_INPUT * widest if given is None else given
+        if self.config.token_weights is not None:
+            return self.config.token_weights
+        widest = max(linear.columns for linear in self.decoder.linears)
+        return self.calibration.counts()[1] >= _TOKENS_PER_INPUT * widest
 
     def weights(self) -> dict[str, Tensor]:
         """What a run may write of the model, for a :class:`State`: all parameters, or those of the linears alone."""

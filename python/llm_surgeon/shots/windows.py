@@ -40,7 +40,14 @@ class Windows:
         if steps is not None and not config.gradient_steps:
             raise InputError("windows for the lengths of gradient steps mean nothing without gradient_steps")
         others = (None if value is None else _own(Calibration.of(value)) for value in (correction, held_out, steps))
-        return cls(_own(Calibration.of(calibration)), *others)
+        found = cls(_own(Calibration.of(calibration)), *others)
+        count, given = config.gradient_samples, None if found.steps is None else len(found.steps.input_ids)
+        if given is not None and count not in (None, given):
+            raise InputError(
+                f"gradient_samples {count} are not the {given} windows that were given for the lengths of gradient "
+                "steps: leave one of them out"
+            )
+        return found
 
     def require_fit(self, model: Any) -> None:
         """Raise :class:`InputError` where sequences hold tokens or positions that ``model`` lacks."""

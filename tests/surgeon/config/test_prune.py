@@ -431,6 +431,19 @@ def test_options_of_smaller_models_name_the_structures_that_take_them(option, va
         PruneConfig(**{option: value})
 
 
+def test_options_of_single_weights_name_patterns_too():
+    for structure, option, value, choices in (
+        ("layers", "gradient_steps", 1, "unstructured or N:M or groups"),
+        ("width", "lora_rank", 2, "unstructured or N:M or rows-columns or groups"),
+        ("groups", "offload", "cpu", "unstructured or N:M or rows-columns"),
+    ):
+        with pytest.raises(
+            InputError, match=f"^{option} has no meaning for structure '{structure}': choose {choices}$"
+        ):
+            PruneConfig(structure=structure, **{option: value})
+        assert getattr(PruneConfig(structure="3:7", **{option: value}), option) == value
+
+
 @pytest.mark.parametrize(
     "option, value, method, others",
     [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llm_surgeon import InputError, PruneConfig, prune
+from llm_surgeon import InputError, PruneConfig, prune, prune_checkpoint
 from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.curvature.factors import DampedFactor, DampedFactors, KroneckerFactors
 from llm_surgeon.data.calibration import Calibration
@@ -21,6 +22,7 @@ from llm_surgeon.models.dense_weights import DenseWeights
 from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.shots.gradient_steps import GradientSteps
 from surgeon_kernels import damp
+from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import VOCABULARY, build
 
 CPU = torch.device("cpu")
@@ -155,7 +157,7 @@ def test_steps_after_a_sequential_update_go_towards_the_dense_model(kind: str, a
     dense, plain, stepped = build(kind), build(kind), build(kind)
     config = PruneConfig(structure="2:4", update="sequential")
     prune(plain, data, config=config)
-    config = dataclasses.replace(config, gradient_steps=3, gradient_samples=4)
+    config = dataclasses.replace(config, gradient_steps=3, gradient_samples=None if apart else 4)
     report = prune(stepped, data, config=config, step_windows=lengths if apart else None)
     (shot,) = report.shots
     assert shot.gradient_steps[0].length > 0.0
@@ -198,6 +200,21 @@ def test_factors_of_steps_after_a_sequential_update(monkeypatch: pytest.MonkeyPa
 def test_windows_for_lengths_need_steps() -> None:
     with pytest.raises(InputError, match="windows for the lengths of gradient steps mean nothing without"):
         prune(build("llama"), windows(8), step_windows=windows(2))
+    with pytest.raises(InputError, match="gradient_samples 3 are not the 2 windows that were given for the lengths"):
+        prune(build("llama"), windows(8), step_windows=windows(2), gradient_steps=1, gradient_samples=3)
+
+
+def test_windows_for_lengths_that_the_text_lacks_are_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(f"w{token}" for token in windows(40).flatten().tolist()))
+    source, options = save_folder(tmp_path / "dense", build("llama")), {"samples": 4, "seqlen": 16, "device": "cpu"}
+    with pytest.raises(
+        InputError, match=r"^gradient_samples 99 need more text: beside the other windows it has \d+ of"
+    ):
+        prune_checkpoint(
+            source, tmp_path / "out", calibration=str(tmp_path / "text.txt"), gradient_steps=1, gradient_samples=99,
+            **options,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_windows_are_held_out() -> None:

@@ -342,8 +342,8 @@ def test_tokens_are_weighed_where_there_are_many(given, count, expected, monkeyp
     )
     model = build("llama")
     assert max(linear.columns for linear in find_decoder(model).linears) == 48
-    prune(model, windows, token_weights=given)
-    assert asked == [expected]
+    report = prune(model, windows, token_weights=given)
+    assert asked == [expected] and report.config["token_weights"] is expected
 
 
 def test_the_sweep_follows_the_dense_model_more_closely():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +35,24 @@ def test_heads_that_more_is_done_to_are_not() -> None:
     hooked.lm_head.register_forward_hook(lambda module, args, y: y)
     replaced.set_output_embeddings(nn.Sequential(nn.Linear(32, VOCABULARY)))
     assert [plain_head(model) for model in (capped, shifted, hooked, replaced)] == [None] * 4
+
+
+def test_a_model_is_probed_once_until_it_is_changed() -> None:
+    model, passes = build("llama"), []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    head = plain_head(model)
+    for _ in range(2):
+        assert plain_head(model) is head and len(passes) == 2
+    shift = model.register_forward_hook(lambda module, args, output: setattr(output, "logits", 0.5 + output.logits))
+    assert plain_head(model) is None and plain_head(model) is None and len(passes) == 4
+    shift.remove()
+    assert plain_head(model) is head and len(passes) == 6
+    model.lm_head = nn.Linear(32, VOCABULARY, bias=False)
+    assert plain_head(model) is model.lm_head and len(passes) == 8
+    gone = weakref.ref(model)
+    del model, head, shift
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -10,6 +10,7 @@ import torch
 from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.report import format as text
+from llm_surgeon.report.render import render_html, render_model_card
 from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, ShotReport, SolverTrace, collect_versions
 from llm_surgeon.report.warnings import warnings_of
 from tests.surgeon.reports import DOWN, QUERY, layer, magnitude_report, surgeon_report
@@ -190,6 +191,25 @@ def test_a_loss_on_windows_that_something_was_fitted_to_is_a_training_loss(optio
     report = surgeon_report()
     report.config |= options
     assert report.loss_name == name
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"update": "sequential", "token_weights": True}, "were weighed by their gradients"),
+        ({"update": "sequential", "token_weights": False}, "counted alike"),
+        ({"update": "joint", "reconstruct": True, "token_weights": False}, "counted alike"),
+        ({"update": "joint", "token_weights": False}, None),
+        ({"update": "sequential", "token_weights": None}, None),  # a report that does not say
+    ],
+)
+def test_how_tokens_counted_is_said_where_it_matters(options, words):
+    report = surgeon_report()
+    report.config |= options
+    sentence = words and f"Tokens of the calibration windows {words}."
+    assert report.weighing == sentence
+    told = (report.summary(), render_html(report), render_model_card(report, "facebook/opt-125m"))
+    assert all(("Tokens of the" in each) == bool(words) and (sentence or "") in each for each in told)
 
 
 def test_perplexities_are_exponentials_of_the_losses():
