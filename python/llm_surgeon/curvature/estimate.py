@@ -20,7 +20,7 @@ from llm_surgeon.errors import NumericalError, UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import count_tokens, next_token_loss
-from llm_surgeon.models.passes import ForwardPasses, evaluation_mode, frozen, starting_at, to_list
+from llm_surgeon.models.passes import ForwardPasses, evaluation_mode, frozen, repeatable, starting_at, to_list
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 
@@ -144,7 +144,8 @@ def estimate_curvature(
                     sums.recording = False  # a block that runs again for its activations must not count again
                     if logits.gradient is not None:
                         logits.source.register_hook(_first_on_device)
-                        logits.source.backward(logits.gradient)
+                        with repeatable():
+                            logits.source.backward(logits.gradient)
                     del logits
                     total += sums.check(loss, f"batch {batch} of {batches}")
                     if progress is not None:

@@ -17,7 +17,7 @@ from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.dense_weights import DenseWeights
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import Logits, count_tokens, divergence, next_token_loss
-from llm_surgeon.models.passes import ForwardPasses, evaluation_mode, frozen, mean_loss, to_list
+from llm_surgeon.models.passes import ForwardPasses, evaluation_mode, frozen, mean_loss, repeatable, to_list
 
 
 class StepObjective:
@@ -76,7 +76,8 @@ class StepObjective:
         ):
             for batch in windows.batches(max(1, self._batch_size // 2), self._device):
                 _, logits = self._loss(*batch, with_gradient=True)
-                logits.source.backward(logits.gradient)
+                with repeatable():
+                    logits.source.backward(logits.gradient)
                 del logits
         count = self._count(windows)
         found = {linear.name: _matrix(linear, sums).div_(count) for linear in linears}

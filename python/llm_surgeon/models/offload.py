@@ -105,22 +105,32 @@ def _locked(nbytes: int) -> Tensor:
 
 
 class Prefetcher:
-    """Copies lists of tensors to ``device`` on a stream of its own, at most one list ahead of its use."""
+    """Copies lists of tensors to ``device`` on a stream of its own, at most one list ahead of its use.
+
+    The memory of copies is the current stream's, which waits for them before it uses or frees it: what a pass lets go
+    of serves them, and the other way round.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[object, list[Tensor], torch.cuda.Event | None] | None = None
 
+    def __del__(self) -> None:
+        self._give_up()
+
     def start(self, key: object, tensors: Sequence[Tensor]) -> None:
         """Begin to copy what :meth:`take` will ask for next; what was begun before and not taken is given up."""
+        self._give_up()
         if self._stream is None:
             self._ahead = (key, [tensor.to(self._device, copy=True) for tensor in tensors], None)
             return
-        # What is computed by now may still write the tensors, and frees the memory that the copies take.
+        copies = [torch.empty_like(tensor, device=self._device) for tensor in tensors]
+        # What is computed by now may still write the tensors, and reads what was in the memory that the copies take.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            copies = [tensor.to(self._device, non_blocking=True, copy=True) for tensor in tensors]
+            for copy, tensor in zip(copies, tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self._stream)
         self._ahead = (key, copies, event)
@@ -133,11 +143,13 @@ class Prefetcher:
         _, copies, event = self._ahead
         self._ahead = None
         if event is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(event)
-            for copy in copies:
-                copy.record_stream(stream)
+            torch.cuda.current_stream(self._device).wait_event(event)
         return copies
+
+    def _give_up(self) -> None:
+        if self._ahead is not None and self._ahead[2] is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._ahead[2])
+        self._ahead = None
 
     def fetch_back(self, tensor: Tensor, out: Tensor) -> Tensor:
         """Copy ``tensor`` to ``out``, pinned memory that later copies of this object alone may read, and return it.

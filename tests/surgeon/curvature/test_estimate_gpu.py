@@ -40,9 +40,17 @@ def test_factors_are_those_of_the_cpu(config, padded):
             assert (computed.cpu() - wanted).norm() <= 1e-4 * wanted.norm(), linear.name
 
 
-# A label that is drawn otherwise, where two were about as likely, changes the gradients of its token altogether.
-@pytest.mark.parametrize(("fisher", "close"), [("empirical", 0.03), ("sampled", 0.3)])
-@pytest.mark.parametrize(("config", "padded"), [(LLAMA, False), (OPT, True)], ids=["llama", "opt, padded"])
+# Where rounding moves a ReLU's input past zero, a gradient changes altogether (on CPUs G of OPT's v_proj by 0.047); so
+# does a token's whose label is drawn otherwise, where two were about as likely.
+@pytest.mark.parametrize(
+    ("config", "padded", "fisher", "close"),
+    [
+        (LLAMA, False, "empirical", 0.03),
+        (LLAMA, False, "sampled", 0.3),
+        (OPT, True, "empirical", 0.06),
+        (OPT, True, "sampled", 0.3),
+    ],
+)
 def test_bfloat16_passes_of_a_float32_model(config, padded, fisher, close):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval().cuda()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch.nn import functional
@@ -10,7 +12,16 @@ from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.isolation import plain_arithmetic
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.models.passes import compute_dtype, evaluation_mode, frozen, mean_loss, run_model, starting_at, to_list
+from llm_surgeon.models.passes import (
+    compute_dtype,
+    evaluation_mode,
+    frozen,
+    mean_loss,
+    repeatable,
+    run_model,
+    starting_at,
+    to_list,
+)
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 IDS = torch.randint(0, VOCABULARY, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -102,3 +113,19 @@ def test_the_dtype_of_passes() -> None:
     assert compute_dtype("auto", model, cpu) is compute_dtype("float32", model, cpu) is None
     assert compute_dtype("bfloat16", model, cpu) == torch.bfloat16
     assert compute_dtype("bfloat16", model.half(), cpu) is compute_dtype("bfloat16", model.double(), cpu) is None
+
+
+def test_backward_passes_repeat_and_leave_torchs_choices_as_they_were():
+    def chosen():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        )
+
+    before = chosen()
+    with pytest.raises(ZeroDivisionError), repeatable():
+        assert chosen() == (True, True, False, before[3] or ":4096:8")
+        raise ZeroDivisionError
+    assert chosen() == before
