@@ -32,7 +32,8 @@ from tests.surgeon.tiny_models import build
 VERBS = ("prune", "recover", "pack", "compact")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.listdir", "ctypes.dlsym"}
-_LEFT_BY_A_KILL = (".out.lock", ".out.partial-", ".out.previous-", ".out.training")
+_STATES = {"prune": ".out.pruning", "recover": ".out.training"}
+_LEFT_BY_A_KILL = (".out.lock", ".out.partial-", ".out.previous-", *_STATES.values())
 
 
 class Runs:
@@ -85,15 +86,17 @@ class Runs:
         left = {path.name for path in self.work.iterdir()} - {"out", "log"}
         if sent == signal.SIGKILL:
             check(all(name.startswith(_LEFT_BY_A_KILL) for name in left), "something else is left")
-            resume = (self.work / ".out.training").exists()
+            resume = any((self.work / name).exists() for name in _STATES.values())
             code = self._wait(self._fork(self._arguments(overwrite=True, resume=resume)))
             check(code == 0, f"the next run ends with {code}")
             check(self._state() == "new", "the next run's OUT is not complete")
             check({path.name for path in self.work.iterdir()} == {"out", "log"}, "the next run leaves something")
         else:
-            check(left <= ({".out.training"} if self.verb == "recover" else set()), "something is left")
+            check(left <= {_STATES.get(self.verb)}, "something is left")
             log = (self.work / "log").read_text()
-            check("Traceback" not in log and (code == 0 or len(log.splitlines()) == 1), "not one line on stderr")
+            kept = self.verb == "prune" and bool(left)
+            check("Traceback" not in log and (code == 0 or len(log.splitlines()) == 1 + kept), "other lines on stderr")
+            check("with --resume goes on" in log or not kept, "does not say how to go on")
         check((_digest(self.source), _digest(self.text)) == self.inputs, "the inputs changed")
 
     def _arguments(self, overwrite: bool, resume: bool) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_surgeon.checkpoint.begun import read_note, require_same, write_note
+from llm_surgeon.checkpoint.begun import read_note, require_same, write_note, write_text
 from llm_surgeon.checkpoint.states import Abandoned, State, find_states, read_state, write_state
 from llm_surgeon.errors import InputError, first_line
 from llm_surgeon.interrupts import uninterrupted
@@ -23,6 +23,7 @@ from llm_surgeon.models.offload import copies_in_main_memory
 
 _logger = logging.getLogger(__name__)
 
+REPORT = "report.json"
 _KEPT = 2  # states after shots: the newer one may turn out to be damaged
 _WAITING = 2  # copies of states that are not written yet
 _NAME = re.compile(r"shot-(\d+)(?:-block-(\d+))?")
@@ -36,9 +37,14 @@ class RunStates:
 
     Attributes:
         keeps: states that are put are kept: others need not be made.
+        nbytes: what lies on disk.
     """
 
     keeps = False
+
+    @property
+    def nbytes(self) -> int:
+        return 0
 
     def claim(
         self, run: dict[str, Any], content: Callable[[], dict[str, str | None]], layout: dict[str, Any]
@@ -75,6 +81,9 @@ class RunStates:
 
     def put_block(self, depth: int, state: State) -> None:
         """Keep what the shot under way has made of a block; its tensors must not be written to until :meth:`settle`."""
+
+    def put_report(self, report: str) -> None:
+        """Keep the report of a run of which only the model is still to be written, as JSON."""
 
     def settle(self) -> None:
         """Wait until what was put may be written to."""
@@ -116,6 +125,10 @@ class FolderStates(RunStates):
         self._slots = threading.Semaphore(_WAITING)
         self._abandoned = threading.Event()
         self._failed = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("*"))
 
     @property
     def kept(self) -> bool:
@@ -161,10 +174,14 @@ class FolderStates(RunStates):
 
     def put_shot(self, index: int, state: State) -> None:
         self._shot, self._left = index, {}
+        self._drain()  # no second one in memory
         self._put(f"shot-{index}", state, lambda: self._tidy(index))
 
     def put_block(self, depth: int, state: State) -> None:
         self._put(f"shot-{self._shot + 1}-block-{depth}", state)
+
+    def put_report(self, report: str) -> None:
+        write_text(self.folder / REPORT, report)
 
     def settle(self) -> None:
         while self._copied:
@@ -193,6 +210,11 @@ class FolderStates(RunStates):
             _logger.warning("the state %r is damaged and not gone on from", str(path))
             path.unlink(missing_ok=True)
         return None
+
+    def _drain(self) -> None:
+        """Wait until all that was put is written."""
+        self.settle()
+        self._writing.submit(lambda: None).result()
 
     def _put(self, name: str, state: State, then: Callable[[], object] = lambda: None) -> None:
         if self._failed:

@@ -28,6 +28,7 @@ from llm_surgeon.config.prune import CALIBRATION, SHOTS, PruneConfig
 from llm_surgeon.errors import InputError, printable
 
 app = typer.Typer()
+_NOT_IN_FILE = ("context", "model", "out", "config", "resume", "no_checkpoint", "dry_run", "quiet")
 
 
 @app.command(
@@ -54,6 +55,10 @@ def prune(
         typer.Option(help="Then train what is left for so long, by distillation from MODEL on the calibration text."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options; flags given here win.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted pruning into OUT.")] = False,
+    no_checkpoint: Annotated[
+        bool, typer.Option("--no-checkpoint", help="Do not keep what is done beside OUT: less disk, no --resume.")
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
@@ -63,7 +68,7 @@ def prune(
 ) -> None:
     """Prune MODEL into OUT, a checkpoint that loads in plain transformers."""
     own = dict(locals())
-    in_file = file_options(prune, besides=("context", "model", "out", "config", "dry_run", "quiet"))
+    in_file = file_options(prune, besides=_NOT_IN_FILE)
     read = {} if config is None else read_options(config, in_file, {name for name, text in in_file.items() if text})
     job_options = {name: read.pop(name) for name in own if name in read}
     given = {name: value for name, value in own.items() if value is not None and value is not False}
@@ -86,10 +91,18 @@ def prune(
         else:
             command = ["surgeon", *context.obj]
             report = prune_checkpoint(
-                model, out, settings, config_file=config, command=command, progress=progress, **job_options
+                model,
+                out,
+                settings,
+                config_file=config,
+                checkpoint=not no_checkpoint,
+                resume=resume,
+                command=command,
+                progress=progress,
+                **job_options,
             )
     if dry_run:
-        print_plan(console, job, out)
+        print_plan(console, job, out, keeps=not no_checkpoint)
         return
     if not quiet:
         show("\n".join([report.summary(), *report.history]))

@@ -18,7 +18,7 @@ from llm_surgeon.resources import human_bytes
 from surgeon_kernels import build_info
 
 
-def print_plan(console: Console, job: PruneJob, out: Path) -> None:
+def print_plan(console: Console, job: PruneJob, out: Path, *, keeps: bool) -> None:
     """Print what a run would prune, and the memory, disk and time it would take."""
     removal, config, linears, plan = job.removal(), job.config, job.decoder.linears, job.plan
     shots = plural(config.shots, "shot")
@@ -31,6 +31,8 @@ def print_plan(console: Console, job: PruneJob, out: Path) -> None:
     host = f" and {human_bytes(plan.host_bytes)} of main memory" if plan.host_bytes else ""
     minutes = None if job.recovery is None else job.recovery.config.minutes
     training = f" ({minutes:g} min of it recovery)" if minutes else ""
+    disk, memory = map(human_bytes, job.states_bytes)
+    kept = f"what is done is kept until all is: {disk} of disk and {memory} of main memory more\n" if keeps else ""
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.by_kind().items() if size)
     console.print(
         f"method {config.method}, structure {config.structure}, update {config.update}, {shots}: "
@@ -40,6 +42,7 @@ def print_plan(console: Console, job: PruneJob, out: Path) -> None:
         f"memory {human_bytes(plan.memory_bytes)}{host}, disk {human_bytes(plan.disk_bytes)}, "
         f"about {duration(plan.seconds)} on {plan.device}{training}\n"
         f"  {parts}\n"
+        f"{kept}"
         f"nothing was written to {printable(str(out))}",
         soft_wrap=True,
     )

@@ -23,6 +23,7 @@ from llm_surgeon.checkpoint import (
     require_model,
     save_checkpoint,
 )
+from llm_surgeon.checkpoint.run_states import RunStates
 from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration, calibration_windows, require_room
@@ -31,6 +32,7 @@ from llm_surgeon.data.held_out import further, split
 from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.errors import InputError
+from llm_surgeon.jobs.kept_run import finished, kept_run, own_report
 from llm_surgeon.jobs.recovery_after import RecoveryAfter, check_minutes
 from llm_surgeon.methods.gradient_steps import HELD_OUT
 from llm_surgeon.models.limits import choose_seqlen, require_fit
@@ -47,6 +49,7 @@ from llm_surgeon.resources import (
     require_memory,
 )
 from llm_surgeon.shots.checks import checked
+from llm_surgeon.shots.resume import states_bytes
 from llm_surgeon.shots.run import Run
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +68,8 @@ def prune_checkpoint(
     text_field: str | None = None,
     recover_minutes: float | None = None,
     config_file: str | Path | None = None,
+    checkpoint: bool = True,
+    resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     device: str | None = None,
@@ -89,6 +94,8 @@ def prune_checkpoint(
             calibration text, without what is held out. ``out`` holds the pruned model until that is done, and if it
             fails.
         config_file: the file that options came from, which ``out`` must not replace.
+        checkpoint: keep what is done in the folder ``.OUT.pruning`` beside ``out`` until all of it is.
+        resume: go on with what an interrupted run left there, if anything, see :func:`prune`.
         overwrite: replace an ``out`` that is not empty.
         trust_remote_code: run model code that comes with the checkpoint.
         command: the command line, word by word, for the report.
@@ -99,7 +106,17 @@ def prune_checkpoint(
     """
     config = PruneConfig.given(config, options)
     inputs = {"model": source, "calibration": calibration, "lora_data": lora_data, "config_file": config_file}
-    with claimed_output(out, overwrite, **inputs) as output:
+    require_bool("checkpoint", checkpoint)
+    require_bool("resume", resume)
+    if resume and not checkpoint:
+        raise InputError("resume means nothing without checkpoint")
+    if resume and (done := finished(out, recovers=recover_minutes is not None)) is not None:
+        return done
+    own = resume and own_report(out) is not None  # what is to be recovered still
+    with (
+        claimed_output(out, overwrite or own, **inputs) as output,
+        kept_run(output, resume, checkpoint) as states,
+    ):
         job = PruneJob(
             source,
             config,
@@ -110,7 +127,7 @@ def prune_checkpoint(
             trust_remote_code=trust_remote_code,
             device=device,
         )
-        return job.run(output, progress, command)
+        return job.run(output, progress, command, states)
 
 
 class PruneJob:
@@ -210,9 +227,16 @@ class PruneJob:
         written = 1 if self.recovery is None else 2  # the pruned one until the other is complete
         return dataclasses.replace(plan, disk_bytes=written * checkpoint_bytes(self.model, self.tokenizer, self.form))
 
-    def run(self, output: Output, progress: Progress | None = None, command: Sequence[str] = ()) -> PruneReport:
-        """Prune, and write to the claimed ``output``."""
-        self._require_resources(output)
+    def run(
+        self,
+        output: Output,
+        progress: Progress | None = None,
+        command: Sequence[str] = (),
+        states: RunStates | None = None,
+    ) -> PruneReport:
+        """Prune, and write to the claimed ``output``; ``states`` keep what is done."""
+        states = states or RunStates()
+        self._require_resources(output, states)
         windows = self.windows
         with self._on_device():
             report = prune(
@@ -224,6 +248,7 @@ class PruneJob:
                 step_windows=windows.steps,
                 plan=self.plan,
                 progress=progress,
+                checkpoint=states,
             )
         if windows.held_out is None:
             report.warnings.append(
@@ -233,7 +258,11 @@ class PruneJob:
         report.command = list(command)
         report.data, report.revision = windows.records, getattr(self.model.config, "_commit_hash", None)
         report.warnings += filter(None, map(too_little_text, windows.records.values()))
-        write_pruned(self.model, self.tokenizer, output, self.form, report, self.source)
+        written = own_report(output.path) if states.keeps else None
+        if written is None:
+            states.put_report(report.to_json())
+            write_pruned(self.model, self.tokenizer, output, self.form, report, self.source)
+        report = written or report
         if self.recovery is not None:
             with self._on_device(), gpu_memory_capped(self.config.gpu_memory_bytes):
                 told = self.recovery.run(
@@ -250,7 +279,12 @@ class PruneJob:
             report.history.append(told)
         return report
 
-    def _require_resources(self, output: Output) -> None:
+    @property
+    def states_bytes(self) -> tuple[int, int]:
+        """Bytes of disk and of main memory that the states of the run take while it goes on, at most."""
+        return states_bytes(self.model, self.decoder, self.config)
+
+    def _require_resources(self, output: Output, states: RunStates) -> None:
         """Raise :class:`InputError` where memory or disk are too small for the plan."""
         plan = self.plan
         held = 0 if self.config.offloads else plan.weights_bytes
@@ -263,10 +297,18 @@ class PruneJob:
                 f"about {human_bytes(plan.memory_bytes)} of memory are needed on {plan.device} and gpu_memory allows "
                 f"{human_bytes(cap)}: {'offload cpu' if self.recovery is None else 'no recover_minutes'} takes less"
             )
+        host = 0
         if plan.host_bytes:
-            loaded = sum(p.nbytes for p in self.model.parameters() if p.device.type == "cpu")
-            require_memory(plan.host_bytes - loaded, "cpu")
+            host = plan.host_bytes - sum(p.nbytes for p in self.model.parameters() if p.device.type == "cpu")
+            require_memory(host, "cpu")
         require_disk(output.path, plan.disk_bytes)
+        if states.keeps:
+            disk, memory = self.states_bytes
+            try:
+                require_disk(output.path, plan.disk_bytes + disk - states.nbytes)
+                require_memory(memory + (plan.memory_bytes - held if plan.device.type == "cpu" else host), "cpu")
+            except InputError as error:
+                raise InputError(f"{error}, with what is kept for --resume: --no-checkpoint does without") from error
 
     def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

@@ -7,9 +7,12 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
 from llm_surgeon.checkpoint.begun import fingerprint, tensors_of
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.planning.plan import Plan
 from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.shots.run import Run
@@ -43,6 +46,21 @@ def claim_states(run: Run) -> None:
     run.plan = Plan(**{**layout["plan"], "device": run.plan.device})
     if run.config.offloads:  # weights are about to move
         run.states.settle()
+
+
+def states_bytes(model: nn.Module, decoder: Decoder, config: PruneConfig) -> tuple[int, int]:
+    """Bytes of disk and of main memory that the states of a run take while it goes on, at most.
+
+    On disk are two states of shots, that of the next one or its blocks', and a third that is being written; in memory
+    the copy of one.
+    """
+    whole = config.structure_record.whole_model
+    linears = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
+    weights = sum(p.nbytes for p in (model.parameters() if whole else linears))
+    masks = decoder.weights // 8 if config.structure_record.single_weights else 0
+    anchors = weights if config.gradient_steps and config.around_dense_weights else 0
+    state = weights + masks + anchors
+    return state * (min(config.shots, 3) + 1), state
 
 
 def layout_of(run: Run) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_a_recovery_that_does_not_end_leaves_the_pruned_model(places, monkeypatc
     with caplog.at_level(logging.WARNING), pytest.raises(error):
         prune_checkpoint(source, out, calibration=text, recover_minutes=0.02, **OPTIONS)
     assert f"the recovery did not end: {out} holds the pruned model" in caplog.text
-    assert sorted(path.name for path in out.parent.iterdir()) == ["dense", "out", "text.txt"]
+    assert sorted(path.name for path in out.parent.iterdir()) == [".out.pruning", "dense", "out", "text.txt"]
     assert not PruneReport.read(out / "surgeon_report.json").history
     plain = out.with_name("plain")
     prune_checkpoint(source, plain, calibration=text, **OPTIONS)

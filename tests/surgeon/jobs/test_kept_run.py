@@ -1,0 +1,160 @@
+"""What an interrupted pruning left beside its output is gone on with, or refused, in one sentence."""
+
+import json
+import shutil
+
+import pytest
+
+from llm_surgeon import prune_checkpoint
+from llm_surgeon.checkpoint.states import find_states
+from llm_surgeon.cli.app import main
+from llm_surgeon.errors import InputError
+from llm_surgeon.jobs import kept_run
+from llm_surgeon.jobs import prune as job
+from llm_surgeon.report.schema import PruneReport
+from tests.surgeon.checkpoints import save_folder, tree
+from tests.surgeon.half_zero import text_windows
+from tests.surgeon.tiny_models import build
+
+OPTIONS = {"structure": "unstructured", "shots": 2, "samples": 4, "seqlen": 16, "device": "cpu"}
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A dense checkpoint, an output and a text."""
+    (tmp_path / "text.txt").write_text(" ".join(f"w{int(token)}" for token in text_windows(100).flatten()))
+    return save_folder(tmp_path / "dense", build("llama")), tmp_path / "out", str(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def cut(places, monkeypatch):
+    """The places, and the states of a run that was interrupted when all shots were done."""
+    source, out, text = places
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "write_pruned", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prune_checkpoint(source, out, calibration=text, **OPTIONS)
+    return source, out, text, out.with_name(".out.pruning")
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(cut, caplog):
+    source, out, text, states = cut
+    assert not out.exists() and {name for name in find_states(states)} == {"shot-1", "shot-2"}
+    assert f"what is done is kept in '{states}': the same command with --resume goes on" in caplog.text
+    with pytest.raises(
+        InputError, match=r"\.out\.pruning' holds an interrupted run: pass --resume to go on with it, or"
+    ):
+        prune_checkpoint(source, out, calibration=text, **OPTIONS)
+    prune_checkpoint(source, out, calibration=text, resume=True, **OPTIONS)
+    plain = out.with_name("plain")
+    prune_checkpoint(source, plain, calibration=text, checkpoint=False, **OPTIONS)
+    assert tree(out)["model.safetensors"] == tree(plain)["model.safetensors"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["dense", "out", "plain", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("options", r"the interrupted run has sparsity 0\.5, not 0\.6: give that, or delete the folder '.*' to start"),
+        ("weights", "the model's weights changed since the interrupted run began: put back what was there, or delete"),
+        ("text", "the calibration windows changed since the interrupted run began: put back what was there, or"),
+        ("note", r"run\.json', which says what was begun, is damaged: delete the folder"),
+        ("foreign", r"\.out\.pruning' holds 'mine\.txt', which is no part of an interrupted run"),
+    ],
+)
+def test_what_is_not_the_same_is_refused_by_name(cut, what, words):
+    source, out, text, states = cut
+    more = {"sparsity": 0.6} if what == "options" else {}
+    if what == "weights":
+        save_folder(source, build("llama", seed=5))
+    if what == "text":
+        with open(text, "r+") as file:
+            content = file.read()
+            file.seek(0)
+            file.write(content.replace("w5", "w6"))
+    if what == "note":
+        (states / "run.json").write_text("{")
+    if what == "foreign":
+        (states / "mine.txt").touch()
+    kept = tree(states)
+    with pytest.raises(InputError, match=words) as error:
+        prune_checkpoint(source, out, calibration=text, resume=True, **OPTIONS, **more)
+    assert len(str(error.value).splitlines()) == 1
+    assert tree(states) == kept and not out.exists()
+
+
+def test_a_damaged_state_is_passed_over(cut, caplog):
+    source, out, text, states = cut
+    (newest,) = find_states(states)["shot-2"]
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    prune_checkpoint(source, out, calibration=text, resume=True, **OPTIONS)
+    assert f"the state '{newest}' is damaged and not gone on from" in caplog.text
+    plain = out.with_name("plain")
+    prune_checkpoint(source, plain, calibration=text, checkpoint=False, **OPTIONS)
+    assert tree(out)["model.safetensors"] == tree(plain)["model.safetensors"] and not states.exists()
+
+
+def test_a_run_that_was_done_but_for_clearing_up_is_cleared_up(places, monkeypatch, caplog):
+    source, out, text = places
+    monkeypatch.setattr(kept_run.FolderStates, "remove", lambda states: None)
+    report = prune_checkpoint(source, out, calibration=text, **OPTIONS)
+    monkeypatch.undo()
+    states, written = out.with_name(".out.pruning"), tree(out)
+    assert states.is_dir()
+    monkeypatch.setattr(job, "PruneJob", lambda *_, **__: 1 / 0)
+    assert prune_checkpoint(source, out, calibration=text, resume=True, **OPTIONS) == report
+    assert "was complete already" in caplog.text and not states.exists() and tree(out) == written
+    with pytest.raises(InputError, match="is not empty"):
+        prune_checkpoint(source, out, calibration=text, resume=True, **OPTIONS)
+
+
+@pytest.mark.parametrize("step", ["load_teacher", "recover"])
+def test_an_interrupted_recovery_after_it_is_begun_again(places, monkeypatch, step):
+    source, out, text = places
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, out, calibration=text, recover_minutes=0.05, **OPTIONS)
+    before = PruneReport.read(out / "surgeon_report.json")
+    report = prune_checkpoint(source, out, calibration=text, recover_minutes=0.05, resume=True, **OPTIONS)
+    assert json.loads((out / "surgeon_recovery.json").read_text())["steps"] > 0
+    assert len(report.history) == 1 and report.shots == before.shots
+    assert sorted(path.name for path in out.parent.iterdir()) == ["dense", "out", "text.txt"]
+
+
+def test_the_disk_must_have_room_for_what_is_kept(places, monkeypatch):
+    source, out, text = places
+    real = shutil.disk_usage(out.parent)
+    room = 3_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=room))
+    monkeypatch.setattr(job, "states_bytes", lambda *_: (10_000_000, 1))
+    words = r"about .* of disk are needed for .*, with what is kept for --resume: --no-checkpoint does without"
+    with pytest.raises(InputError, match=words):
+        prune_checkpoint(source, out, calibration=text, **OPTIONS)
+    prune_checkpoint(source, out, calibration=text, checkpoint=False, **OPTIONS)
+    assert not out.with_name(".out.pruning").exists()
+    with pytest.raises(InputError, match="resume means nothing without checkpoint"):
+        prune_checkpoint(source, out, calibration=text, checkpoint=False, resume=True, **OPTIONS)
+
+
+def test_the_command_goes_on(cut, capsys):
+    source, out, text, states = cut
+    given = ["--calibration", text, "--samples", "4", "--seqlen", "16", "--shots", "2", "--device", "cpu"]
+    given += ["--structure", "unstructured"]
+    for more, code in (([], 2), (["--resume", "--no-checkpoint"], 2), (["--resume"], None)):
+        with pytest.raises(SystemExit) as ended:
+            main(["prune", str(source), str(out), *given, *more])
+        assert (ended.value.code or None) == code
+    assert "surgeon: goes on after shot 2" in capsys.readouterr().err and not states.exists()
+    with pytest.raises(SystemExit):
+        main(["prune", str(source), str(out.with_name("new")), *given, "--dry-run"])
+    assert "what is done is kept until all is: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["prune", str(source), str(out.with_name("new")), *given, "--dry-run", "--no-checkpoint"])
+    assert "what is done is kept" not in capsys.readouterr().out
