@@ -9,7 +9,7 @@ from llm_surgeon import prune_checkpoint
 from llm_surgeon.checkpoint.states import find_states
 from llm_surgeon.cli.app import main
 from llm_surgeon.errors import InputError
-from llm_surgeon.jobs import kept_run
+from llm_surgeon.jobs import kept_run, recovery_after
 from llm_surgeon.jobs import prune as job
 from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.checkpoints import save_folder, tree
@@ -40,10 +40,9 @@ def cut(places, monkeypatch):
 def test_an_interrupted_run_says_how_to_go_on_and_does(cut, caplog):
     source, out, text, states = cut
     assert not out.exists() and {name for name in find_states(states)} == {"shot-1", "shot-2"}
-    assert f"what is done is kept in '{states}': the same command with --resume goes on" in caplog.text
-    with pytest.raises(
-        InputError, match=r"\.out\.pruning' holds an interrupted run: pass --resume to go on with it, or"
-    ):
+    (said,) = caplog.get_records("setup")
+    assert said.getMessage() == f"what is done is kept in '{states}': the same command with --resume goes on"
+    with pytest.raises(InputError, match=r"\.out\.pruning' holds an interrupted run: pass --resume to go on with"):
         prune_checkpoint(source, out, calibration=text, **OPTIONS)
     prune_checkpoint(source, out, calibration=text, resume=True, **OPTIONS)
     plain = out.with_name("plain")
@@ -118,7 +117,7 @@ def test_an_interrupted_recovery_after_it_is_begun_again(places, monkeypatch, st
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(job, step, interrupted)
+        patched.setattr(recovery_after, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, out, calibration=text, recover_minutes=0.05, **OPTIONS)
     before = PruneReport.read(out / "surgeon_report.json")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llm_surgeon import InputError, PruneConfig, prune, prune_checkpoint
+from llm_surgeon.checkpoint.states import State
 from llm_surgeon.config import structure as registry
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import find_decoder
@@ -45,6 +46,9 @@ class ColumnShots:
     def update(self, shot):
         for linear, selection in zip(self.run.decoder.linears, self.selections, strict=True):
             linear.write(linear.matrix().masked_fill(selection.with_bias(linear.columns + linear.has_bias), 0.0))
+
+    def state(self):
+        return State(self.run.weights(), {})
 
     def finish(self):
         self.finished = True
