@@ -373,9 +373,8 @@ class PruneConfig:
         self._check_update(structure, record)
         if record.sweep is not None and self.shots != 1:
             raise InputError(f"method {self.method!r} goes through the layers once: shots must be 1, not {self.shots}")
-        for name in ("lora_rank", "reconstruct") if self.offload != "none" else ():
-            if getattr(self, name):
-                raise InputError(f"{name} needs the whole model on one device: leave offload out")
+        if self.offloads and self.lora_rank:
+            raise InputError("lora_rank needs the whole model on one device: leave offload out")
         for name in ("lora_steps", "lora_learning_rate") if self.lora_rank == 0 else ():
             if self._given(name):
                 raise InputError(f"{name} means nothing without lora_rank")
@@ -417,10 +416,14 @@ class PruneConfig:
         held = self.checkpoint_activations or self.offload != "none"
         if self.kron_rank == 2 and (held or self.swaps):
             raise InputError("kron_rank 2 goes with neither checkpoint_activations nor offload nor swaps")
-        if self.gradient_steps and (held or self.kron_rank == 2 or self.lora_rank):
-            raise InputError(
-                "gradient_steps go with neither kron_rank 2 nor offload nor checkpoint_activations nor lora_rank"
-            )
+        without_steps = {
+            "need the gradients of all weights on one device: leave offload out": self.offloads,
+            "need a curvature with an inverse, one Kronecker product: leave kron_rank out": self.kron_rank == 2,
+            "move the weights that low-rank corrections train: leave lora_rank out": self.lora_rank > 0,
+        }
+        for reason, given in without_steps.items() if self.gradient_steps else ():
+            if given:
+                raise InputError(f"gradient_steps {reason}")
 
     def _given(self, name: str) -> bool:
         """True where an option asks for something: it has neither its default nor ``False``."""

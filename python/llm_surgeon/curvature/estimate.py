@@ -6,11 +6,9 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_surgeon.checks import require_choice
@@ -20,7 +18,15 @@ from llm_surgeon.errors import NumericalError, UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import count_tokens, next_token_loss
-from llm_surgeon.models.passes import ForwardPasses, evaluation_mode, frozen, repeatable, starting_at, to_list
+from llm_surgeon.models.passes import (
+    ForwardPasses,
+    checkpointed,
+    evaluation_mode,
+    frozen,
+    repeatable,
+    starting_at,
+    to_list,
+)
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 
@@ -79,6 +85,7 @@ def estimate_curvature(
     seed: int = 0,
     gradients: bool = True,
     inputs: bool = True,
+    output_factors: bool = True,
     squared_norms: bool = False,
     dtype: torch.dtype | None = None,
     checkpoint_activations: bool = False,
@@ -99,7 +106,7 @@ def estimate_curvature(
             model's own distribution at every real position.
         seed: of the sampled labels.
         gradients: without them only ``A`` and the loss are computed, by forward passes alone.
-        inputs: without them ``A`` is left out.
+        inputs: without them ``A`` is left out; output_factors: without them ``G``.
         squared_norms: keep the squared norms of gradients, too.
         dtype: of the products in the passes, see :class:`~llm_surgeon.models.passes.ForwardPasses`; the model's own
             where left out. Of ``a`` and ``g``, too; their sums stay in float32.
@@ -126,12 +133,20 @@ def estimate_curvature(
     gradient_sums: dict[str, SymmetricAccumulator] = {}
     norms: dict[str, Tensor] = {}
     total = 0.0
-    again = _checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
+    again = checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
     with frozen(model), evaluation_mode(model), fused_pointwise(model), again, torch.set_grad_enabled(gradients):
         forward = ForwardPasses(model, device, dtype)
         for first in passes:
             linears = [linear for linear in decoder.linears if first <= linear.depth < first + per_pass]
-            sums = _Accumulators(linears, gradients, device, inputs=inputs, squared_norms=squared_norms, dtype=dtype)
+            sums = _Accumulators(
+                linears,
+                gradients,
+                device,
+                inputs=inputs,
+                output_factors=output_factors,
+                squared_norms=squared_norms,
+                dtype=dtype,
+            )
             # Every pass draws the same labels.
             sampler = torch.Generator(device).manual_seed(seed) if fisher == "sampled" else None
             total = 0.0
@@ -169,6 +184,7 @@ class _Accumulators:
         device: torch.device,
         *,
         inputs: bool,
+        output_factors: bool,
         squared_norms: bool,
         dtype: torch.dtype | None,
     ) -> None:
@@ -177,9 +193,11 @@ class _Accumulators:
         self.inputs: dict[str, SymmetricAccumulator] = {}
         self.gradients: dict[str, SymmetricAccumulator] = {}
         self.squared_norms: dict[str, list[Tensor]] = {x.name: [] for x in linears} if squared_norms else {}
-        # Of inputs without second moments, which would tell, too, where NaN begins.
+        # Of inputs and gradients without second moments, which would tell, too, where NaN begins.
         self._input_sums: dict[str, Tensor] = {}
+        self._gradient_sums: dict[str, Tensor] = {}
         self._linears, self._dtype = linears, dtype
+        self._differentiated = [linear.name for linear in linears] if gradients else []
         self._reached: set[str] = set()
         self._with_ones = {linear.input_group for linear in linears if linear.has_bias}
         for linear in linears:
@@ -189,7 +207,7 @@ class _Accumulators:
             if inputs and linear.input_group == linear.name:
                 size = linear.columns + (linear.name in self._with_ones)
                 self.inputs[linear.name] = SymmetricAccumulator.zeros(size, dtype=wide, device=home)
-            if gradients:
+            if gradients and output_factors:
                 self.gradients[linear.name] = SymmetricAccumulator.zeros(linear.rows, dtype=wide, device=home)
 
     @contextlib.contextmanager
@@ -218,19 +236,23 @@ class _Accumulators:
         elif linear.input_group == linear.name:
             a = x.detach() if mask is None else x.detach().masked_fill(~mask[..., None], 0.0)
             self._input_sums[linear.name] = a.sum(dtype=torch.promote_types(a.dtype, torch.float32))
-        if self.gradients:
+        if self._differentiated:
             if not y.requires_grad:
                 raise UnsupportedModelError(f"no gradient can flow through {linear.name}")
             y.register_hook(lambda g: self._record_gradient(linear.name, g, mask))
 
     def _record_gradient(self, name: str, g: Tensor, mask: Tensor | None) -> None:
         self._reached.add(name)
-        gram_accumulate_(self.gradients[name], g, mask=mask)
+        if name in self.gradients:
+            gram_accumulate_(self.gradients[name], g, mask=mask)
         if name in self.squared_norms:
-            norms = torch.linalg.vector_norm(g, dim=-1, dtype=self.gradients[name].dtype).square_()
+            wide = torch.promote_types(g.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(g, dim=-1, dtype=wide).square_()
             if mask is not None:
                 norms.masked_fill_(~mask, 0.0)
             self.squared_norms[name].append(norms)
+            if name not in self.gradients:
+                self._gradient_sums[name] = norms.sum()
 
     def check(self, loss: Tensor, batch: str) -> float:
         """The loss, after making sure that everything is finite, with one host synchronization.
@@ -238,15 +260,16 @@ class _Accumulators:
         Locations are gone through in the order of computation (inputs forward, the loss, gradients backward), so
         that the one named is where the trouble began.
         """
-        for name in self.gradients:
+        for name in self._differentiated:
             if name not in self._reached:
                 raise UnsupportedModelError(f"the loss has no gradient with respect to the output of {name}")
         self._reached.clear()
         sums = {name: A.diagonal().sum() for name, A in self.inputs.items()} | self._input_sums
         locations = {f"the inputs of {name}": value for name, value in sums.items()}
         locations["the loss"] = loss
-        for name, G in reversed(self.gradients.items()):
-            locations[f"the gradients of {name}"] = G.diagonal().sum()
+        norms = {name: G.diagonal().sum() for name, G in self.gradients.items()} | self._gradient_sums
+        for name in filter(norms.__contains__, reversed(self._differentiated)):
+            locations[f"the gradients of {name}"] = norms[name]
         values = dict(zip(locations, to_list(list(locations.values())), strict=True))
         for location, value in values.items():
             if not math.isfinite(value):
@@ -257,18 +280,3 @@ class _Accumulators:
 def _first_on_device(gradient: Tensor) -> None:
     """Allocate something small on autograd's thread: cuBLAS warns where it is the first there, without a context."""
     gradient.new_zeros(1)
-
-
-@contextlib.contextmanager
-def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
-    """Context manager in which blocks keep their inputs alone; the backward pass computes other activations again."""
-    own = [block.__dict__.get("forward") for block in blocks]  # normally none: the class's
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward

@@ -75,9 +75,9 @@ def reconstruct(
             if progress is not None:
                 progress(done, total, linear.name)
             done += 1
-            rows, columns = lines[linear.name].rows, lines[linear.name].columns
+            W, chosen = linear.matrix(stage.A.dtype), lines[linear.name].to(stage.A.device)
+            rows, columns = chosen.rows, chosen.columns
             assert rows is not None and columns is not None
-            W = linear.matrix(stage.A.dtype)
             kept = ~pad(columns, (0, linear.has_bias))
             A = stage.A[: len(kept), : len(kept)][kept][:, kept]
             wanted = W @ stage.cross[: len(kept), : len(kept)][:, kept]

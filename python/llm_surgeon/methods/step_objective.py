@@ -17,7 +17,15 @@ from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.dense_weights import DenseWeights
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.loss import Logits, count_tokens, divergence, next_token_loss
-from llm_surgeon.models.passes import ForwardPasses, evaluation_mode, frozen, mean_loss, repeatable, to_list
+from llm_surgeon.models.passes import (
+    ForwardPasses,
+    checkpointed,
+    evaluation_mode,
+    frozen,
+    mean_loss,
+    repeatable,
+    to_list,
+)
 
 
 class StepObjective:
@@ -35,8 +43,13 @@ class StepObjective:
         *,
         dense: DenseWeights | None = None,
         dtype: torch.dtype | None = None,
+        checkpoint_activations: bool = False,
     ) -> None:
-        """Without ``dense`` labels count; ``dtype`` is that of the passes, see :class:`ForwardPasses`."""
+        """Without ``dense`` labels count; ``dtype`` is that of the passes, see :class:`ForwardPasses`.
+
+        With ``checkpoint_activations`` blocks run again in backward passes and keep their inputs alone.
+        """
+        self._checkpointed = decoder.blocks if checkpoint_activations else []
         self._model, self._decoder, self._batch_size = model, decoder, batch_size
         self._dense, self._dtype = dense, dtype
         self._device = model.get_input_embeddings().weight.device
@@ -71,6 +84,7 @@ class StepObjective:
             frozen(self._model),
             evaluation_mode(self._model),
             fused_pointwise(self._model),
+            checkpointed(self._checkpointed),
             _summed(parameters) as sums,
             torch.enable_grad(),
         ):

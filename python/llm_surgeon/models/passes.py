@@ -7,10 +7,12 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llm_surgeon.config.prune import ComputeDtype
@@ -96,6 +98,21 @@ def starting_at(start: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Context manager in which blocks keep their inputs alone; the backward pass computes other activations again."""
+    own = [block.__dict__.get("forward") for block in blocks]  # normally none: the class's
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def run_model(module: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:

@@ -186,7 +186,10 @@ class Memory:
     def host(self, windows: int) -> int:
         """Main memory that a run on a GPU takes: copies of the weights, or these themselves, and what is offloaded."""
         on_host = self.on_host()
-        return (on_host if self.streamed and on_host else self.snapshot) + self.pinned(windows) if self.on_gpu else 0
+        if not self.on_gpu:
+            return 0
+        weights = on_host if self.streamed and on_host else self.snapshot
+        return weights + self.snapshot * (self.streamed and self.config.reconstruct) + self.pinned(windows)
 
     def on_host(self) -> int:
         """The model's weights in main memory as they came."""

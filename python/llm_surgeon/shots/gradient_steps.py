@@ -36,7 +36,12 @@ class GradientSteps:
         """Take as many steps as are asked for, or until none helps."""
         run, linears = self._run, self._run.decoder.linears
         objective = StepObjective(
-            run.model, run.decoder, run.plan.batch_size, dense=self._dense, dtype=run.compute_dtype
+            run.model,
+            run.decoder,
+            run.plan.batch_size,
+            dense=self._dense,
+            dtype=run.compute_dtype,
+            checkpoint_activations=run.plan.checkpoint_activations,
         )
         pruned = {
             linear.name: selection.with_bias(linear.columns + linear.has_bias)

@@ -22,7 +22,8 @@ def fit_to_dense(
 ) -> None:
     """:func:`~llm_surgeon.methods.reconstruct.reconstruct` the dense model as the options of ``run`` say.
 
-    Gradients, for weights of tokens or rows that become zeros, take a pass through the dense model.
+    Gradients, for weights of tokens or rows that become zeros, take a pass through the dense model. Where nothing
+    becomes zeros, their norms are enough.
 
     Args:
         selections: one per linear, of rows and columns.
@@ -30,20 +31,30 @@ def fit_to_dense(
         skipped: depths of the blocks that the pruned model goes without.
     """
     config, curvature = run.config, None
+    with_G = not config.structure_record.coupled
     for linear, matrix in zip(run.decoder.linears if dense else (), dense, strict=True):
         linear.write(matrix)
-    with_G = not config.structure_record.coupled
-    if run.token_weights or with_G:
-        curvature = run.curvature(0, inputs=False, squared_norms=run.token_weights)
-
-    def weights_of(readers: Sequence[PrunableLinear]) -> Tensor:
-        norms = curvature.squared_norms if curvature is not None and run.token_weights else {}
-        return token_weights([norms[linear.name] for linear in readers if norms], run.calibration)
-
-    def output_factor(linear: PrunableLinear) -> Tensor | None:
-        return damp(curvature.output_factor(linear), config.damp_g) if curvature is not None and with_G else None
-
     with closing(PinnedMemory()) as memory:
+        if run.token_weights or with_G:
+            kept_apart = config.offloads or config.curvature_layers is not None
+            curvature = run.curvature(
+                0,
+                inputs=False,
+                output_factors=with_G,
+                squared_norms=run.token_weights,
+                blocks_per_pass=run.plan.blocks_per_pass,
+                store=memory.store if kept_apart else None,
+            )
+
+        def weights_of(readers: Sequence[PrunableLinear]) -> Tensor:
+            norms = curvature.squared_norms if curvature is not None and run.token_weights else {}
+            return token_weights([norms[linear.name] for linear in readers if norms], run.calibration)
+
+        def output_factor(linear: PrunableLinear) -> Tensor | None:
+            if curvature is None or not with_G:
+                return None
+            return damp(curvature.output_factor(linear, run.plan.device), config.damp_g)
+
         reconstruct(
             run.model,
             run.decoder,

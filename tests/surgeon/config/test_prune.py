@@ -214,6 +214,20 @@ def test_gradient_steps_go_towards_the_dense_model_after_a_sequential_update():
 
 
 @pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"offload": "cpu"}, "need the gradients of all weights on one device: leave offload out"),
+        ({"kron_rank": 2, "swaps": 0}, "need a curvature with an inverse, one Kronecker product: leave kron_rank out"),
+        ({"lora_rank": 2, "shots": 1}, "move the weights that low-rank corrections train: leave lora_rank out"),
+    ],
+)
+def test_what_gradient_steps_do_not_go_with_is_told_with_its_reason(options, reason):
+    with pytest.raises(InputError, match=f"^gradient_steps {reason}$"):
+        PruneConfig(gradient_steps=1, **options)
+    assert PruneConfig(gradient_steps=1, checkpoint_activations=True).checkpoint_activations
+
+
+@pytest.mark.parametrize(
     "options", [{"update": "chunked"}, {"structure": "rows-columns"}, {"lora_rank": 4}, {"shots": 1}]
 )
 def test_later_joint_updates_of_single_weights_go_back_to_the_dense_ones(options):

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.errors import NumericalError
 from llm_surgeon.models.decoder import Decoder, find_decoder
 from llm_surgeon.models.passes import mean_loss
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
@@ -294,6 +295,20 @@ def test_squared_norms_of_every_tokens_gradients(name: str) -> None:
         torch.testing.assert_close(norms[2, :7], alone.squared_norms[linear.name][0], **CLOSE)
         torch.testing.assert_close(norms.sum() / curvature.tokens, curvature.output_factor(linear).trace(), **CLOSE)
     assert estimate_curvature(model, decoder, Calibration(ids), batch_size=2).squared_norms == {}
+
+
+def test_norms_alone_need_no_output_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    decoder, data = find_decoder(model), Calibration(tokens(5, 12))
+    options = {"batch_size": 2, "squared_norms": True, "inputs": False}
+    whole = estimate_curvature(model, decoder, data, **options)
+    monkeypatch.setattr("llm_surgeon.curvature.estimate.gram_accumulate_", lambda *_, **__: pytest.fail("summed"))
+    found = estimate_curvature(model, decoder, data, output_factors=False, **options)
+    assert found.loss == whole.loss and found.squared_norms.keys() == whole.squared_norms.keys()
+    assert all(torch.equal(norms, whole.squared_norms[name]) for name, norms in found.squared_norms.items())
+    decoder.linears[5].module.register_forward_hook(lambda _, args, y: y.register_hook(lambda g: g / 0.0) and None)
+    with pytest.raises(NumericalError, match=rf"^NaN or infinity in the gradients of {decoder.linears[5].name} "):
+        estimate_curvature(model, decoder, data, output_factors=False, **options)
 
 
 def test_the_input_factors_can_be_left_out() -> None:

@@ -58,6 +58,25 @@ def test_gradients_are_those_of_the_mean_loss(kind: str) -> None:
         assert float((found[linear.name] * towards).sum()) == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("target", ["labels", "dense"])
+def test_gradients_are_the_same_where_activations_are_computed_again(kind: str, target: str) -> None:
+    model = build(kind).double()
+    decoder, data, runs = find_decoder(model), Calibration(windows()), []
+    dense = DenseWeights(decoder) if target == "dense" else None
+    for linear in decoder.linears:
+        linear.write(linear.matrix() * 0.9)
+    decoder.linears[0].module.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    found = []
+    for again in (False, True):
+        objective = StepObjective(model, decoder, 8, dense=dense, checkpoint_activations=again)
+        runs.clear()
+        found.append(objective.gradients(data))
+        assert sum(runs) == 2 * (1 + again)  # batches of four windows
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-12, atol=1e-15)
+
+
 def divergence_from(dense: PreTrainedModel, model: PreTrainedModel, data: Calibration) -> float:
     """Mean ``KL(dense ‖ model)`` of the tokens of all windows, which have no padding."""
     with torch.no_grad():
@@ -261,7 +280,6 @@ def test_steps_lower_the_loss_and_keep_every_zero(kind: str) -> None:
         {"method": "wanda"},
         {"kron_rank": 2},
         {"offload": "cpu"},
-        {"checkpoint_activations": True},
         {"lora_rank": 2},
         {"gradient_steps": -1},
         {"gradient_steps": True},

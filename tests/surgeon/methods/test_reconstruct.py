@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import llm_surgeon.shots.run
 from llm_surgeon import InputError, PruneConfig, prune
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.reconstruct import reconstruct
@@ -225,6 +226,34 @@ def test_pruned_lines_come_closer_to_the_dense_model_and_stay_removed(structure,
     assert sizes[0] == sizes[1] and distances[1] < distances[0]
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_fit_of_offloaded_weights_is_the_same(name):
+    models = []
+    for options in ({}, {"offload": "cpu", "curvature_layers": 1}):
+        models.append(build(name))
+        prune(
+            models[-1], TOKENS, structure="rows-columns", sparsity=0.3, shots=2, reconstruct=True, token_weights=True,
+            **options,
+        )  # fmt: skip
+    for ours, theirs in zip(*(find_decoder(model).linears for model in models), strict=True):
+        torch.testing.assert_close(ours.matrix(), theirs.matrix(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("structure, summed", [("groups", False), ("layers", False), ("rows-columns", True)])
+def test_gradients_are_summed_only_where_rows_become_zeros(structure, summed, monkeypatch):
+    asked = []
+    estimate = llm_surgeon.shots.run.estimate_curvature
+
+    def noting(*arguments, **options):
+        if options.get("squared_norms"):
+            asked.append(options["output_factors"])
+        return estimate(*arguments, **options)
+
+    monkeypatch.setattr(llm_surgeon.shots.run, "estimate_curvature", noting)
+    prune(build("llama"), TOKENS, structure=structure, shots=1, sparsity=0.4, reconstruct=True, token_weights=True)
+    assert asked == [summed]
+
+
 def test_it_is_the_default_where_groups_are_compensated_for_and_refused_elsewhere():
     assert PruneConfig(structure="groups").reconstruct is True
     assert PruneConfig(structure="groups", update="none").reconstruct is False
@@ -234,8 +263,7 @@ def test_it_is_the_default_where_groups_are_compensated_for_and_refused_elsewher
     assert PruneConfig(structure="layers", importance="taylor1").reconstruct is False
     assert PruneConfig(structure="groups", lora_rank=2).reconstruct is False
     assert PruneConfig(structure="rows-columns").reconstruct is False
-    with pytest.raises(InputError, match="reconstruct needs the whole model on one device"):
-        PruneConfig(structure="rows-columns", offload="cpu", reconstruct=True)
+    assert PruneConfig(structure="rows-columns", offload="cpu", reconstruct=True).reconstruct
     for structure in ("2:4", "width"):
         with pytest.raises(InputError, match="reconstruct"):
             PruneConfig(structure=structure, reconstruct=True)

@@ -35,12 +35,13 @@ def no_collector():
     gc.enable()
 
 
-@pytest.mark.parametrize("home", ["cuda", "cpu"])
-def test_an_offloaded_run_gives_nearly_the_same_model_in_less_memory(home):
+@pytest.mark.parametrize("home, reconstruct", [("cuda", False), ("cpu", False), ("cpu", True)])
+def test_an_offloaded_run_gives_nearly_the_same_model_in_less_memory(home, reconstruct):
     resident, offloaded = build("cuda"), build(home)
-    expected = prune(resident, TOKENS, structure="rows-columns", shots=2)
+    options = {"structure": "rows-columns", "shots": 2, "reconstruct": reconstruct}
+    expected = prune(resident, TOKENS, **options)
     torch.cuda.empty_cache()
-    found = prune(offloaded, TOKENS, structure="rows-columns", shots=2, offload="cpu", curvature_layers=1)
+    found = prune(offloaded, TOKENS, offload="cpu", curvature_layers=1, **options)
     assert all(parameter.device.type == home for parameter in offloaded.parameters())
     assert found.sparsity == pytest.approx(expected.sparsity, abs=1e-6)
     for ours, theirs in zip(found.shots, expected.shots, strict=True):
