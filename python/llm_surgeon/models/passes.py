@@ -66,10 +66,11 @@ def repeatable() -> Iterator[None]:
     other way stay as they are.
     """
     chosen = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills, workspace = torch.utils.deterministic.fill_uninitialized_memory, os.environ.get(_WORKSPACE)
+    options: Any = torch.utils.deterministic
+    fills, workspace = options.fill_uninitialized_memory, os.environ.get(_WORKSPACE)
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        options.fill_uninitialized_memory = False
         # What cuBLAS has anyway; torch warns of every product unless it is said. On one stream products do repeat.
         os.environ[_WORKSPACE] = workspace or ":4096:8"
         with warnings.catch_warnings():
@@ -77,7 +78,7 @@ def repeatable() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(chosen[0], warn_only=chosen[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        options.fill_uninitialized_memory = fills
         if workspace is None:
             os.environ.pop(_WORKSPACE, None)
 
