@@ -23,10 +23,10 @@ from llm_surgeon.models.passes import (
     checkpointed,
     evaluation_mode,
     frozen,
-    repeatable,
     starting_at,
     to_list,
 )
+from llm_surgeon.models.repeatable import repeatable
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 
@@ -134,7 +134,14 @@ def estimate_curvature(
     norms: dict[str, Tensor] = {}
     total = 0.0
     again = checkpointed(decoder.blocks) if gradients and checkpoint_activations else contextlib.nullcontext()
-    with frozen(model), evaluation_mode(model), fused_pointwise(model), again, torch.set_grad_enabled(gradients):
+    with (
+        frozen(model),
+        evaluation_mode(model),
+        fused_pointwise(model),
+        again,
+        repeatable(),
+        torch.set_grad_enabled(gradients),
+    ):
         forward = ForwardPasses(model, device, dtype)
         for first in passes:
             linears = [linear for linear in decoder.linears if first <= linear.depth < first + per_pass]
@@ -159,8 +166,7 @@ def estimate_curvature(
                     sums.recording = False  # a block that runs again for its activations must not count again
                     if logits.gradient is not None:
                         logits.source.register_hook(_first_on_device)
-                        with repeatable():
-                            logits.source.backward(logits.gradient)
+                        logits.source.backward(logits.gradient)
                     del logits
                     total += sums.check(loss, f"batch {batch} of {batches}")
                     if progress is not None:

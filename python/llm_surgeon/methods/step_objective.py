@@ -23,9 +23,9 @@ from llm_surgeon.models.passes import (
     evaluation_mode,
     frozen,
     mean_loss,
-    repeatable,
     to_list,
 )
+from llm_surgeon.models.repeatable import repeatable
 
 
 class StepObjective:
@@ -85,13 +85,13 @@ class StepObjective:
             evaluation_mode(self._model),
             fused_pointwise(self._model),
             checkpointed(self._checkpointed),
+            repeatable(),
             _summed(parameters) as sums,
             torch.enable_grad(),
         ):
             for batch in windows.batches(max(1, self._batch_size // 2), self._device):
                 _, logits = self._loss(*batch, with_gradient=True)
-                with repeatable():
-                    logits.source.backward(logits.gradient)
+                logits.source.backward(logits.gradient)
                 del logits
         count = self._count(windows)
         found = {linear.name: _matrix(linear, sums).div_(count) for linear in linears}

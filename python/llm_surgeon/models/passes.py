@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -22,8 +20,6 @@ from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.head import HeadLogits, left_out, plain_head
 from llm_surgeon.models.loss import Logits, WholeLogits, count_tokens, next_token_loss
-
-_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextlib.contextmanager
@@ -56,31 +52,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         uninterrupted(restore)
-
-
-@contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Context manager for backward passes, which give the same bits every time; torch's choice is restored on exit.
-
-    Attention's own would otherwise add up in the order in which its blocks happen to end. Operations that know no
-    other way stay as they are.
-    """
-    chosen = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    options: Any = torch.utils.deterministic
-    fills, workspace = options.fill_uninitialized_memory, os.environ.get(_WORKSPACE)
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        options.fill_uninitialized_memory = False
-        # What cuBLAS has anyway; torch warns of every product unless it is said. On one stream products do repeat.
-        os.environ[_WORKSPACE] = workspace or ":4096:8"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*deterministic")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(chosen[0], warn_only=chosen[1])
-        options.fill_uninitialized_memory = fills
-        if workspace is None:
-            os.environ.pop(_WORKSPACE, None)
 
 
 @contextlib.contextmanager

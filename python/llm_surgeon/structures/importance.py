@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.loss import differentiable_loss
-from llm_surgeon.models.passes import evaluation_mode, frozen, repeatable, run_model
+from llm_surgeon.models.passes import evaluation_mode, frozen, run_model
+from llm_surgeon.models.repeatable import repeatable
 from llm_surgeon.structures.costs import DimensionCosts
 from llm_surgeon.structures.find.dimension import Dimension
 
@@ -41,13 +42,12 @@ def weight_gradients(
     mean = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in chosen}
     square = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in chosen}
     total, samples = 0.0, len(calibration.input_ids)
-    with frozen(model), evaluation_mode(model), torch.enable_grad():
+    with frozen(model), evaluation_mode(model), repeatable(), torch.enable_grad():
         for parameter in chosen:
             parameter.requires_grad_(True)
         for done, (ids, mask) in enumerate(calibration.batches(1, chosen[0].device), 1):
             loss = differentiable_loss(run_model(model, ids, mask).logits, ids, mask, "mean")
-            with repeatable():
-                gradients = torch.autograd.grad(loss, chosen)
+            gradients = torch.autograd.grad(loss, chosen)
             for parameter, gradient in zip(chosen, gradients, strict=True):
                 mean[parameter].add_(gradient, alpha=1 / samples)
                 square[parameter].addcmul_(gradient, gradient, value=1 / samples)

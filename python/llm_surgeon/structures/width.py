@@ -17,7 +17,8 @@ from llm_surgeon.curvature.factors import DampedFactor, numerical_errors
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.loss import count_tokens, differentiable_loss
-from llm_surgeon.models.passes import evaluation_mode, frozen, repeatable, run_model, starting_at
+from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at
+from llm_surgeon.models.repeatable import repeatable
 from llm_surgeon.shots.run import Run, Shot
 from llm_surgeon.structures.find.residual import Residual, find_residual, kept_width
 from llm_surgeon.structures.importance import line_importance, weight_gradients
@@ -112,13 +113,13 @@ class WidthShots:
         with (
             frozen(run.model),
             evaluation_mode(run.model),
+            repeatable(),
             found.hooked(run.model, self.residual.readers),
             torch.enable_grad(),
         ):
             for done, (ids, mask) in enumerate(run.calibration.batches(run.plan.batch_size, run.plan.device), 1):
                 loss = differentiable_loss(run_model(run.model, ids, mask).logits, ids, mask, "sum")
-                with repeatable():
-                    loss.backward()
+                loss.backward()
                 total += float(loss.detach())
                 run.progress.step(done, batches)
         found.loss, found.tokens = total / targets, targets
