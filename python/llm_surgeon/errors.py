@@ -34,3 +34,16 @@ class UnsupportedModelError(InputError):
 
 class NumericalError(SurgeonError, ArithmeticError):
     """NaN or infinity met in weights, activations or gradients; the message names the layer and batch (exit code 1)."""
+
+
+class BadBatchError(NumericalError):
+    """NaN or infinity met in a pass over a batch.
+
+    Attributes:
+        windows: numbers of the batch's sequences among those of the pass.
+    """
+
+    def __init__(self, place: str, batch: int, batches: int, windows: range) -> None:
+        """``batch`` counts from 1."""
+        super().__init__(f"NaN or infinity in {place} (batch {batch} of {batches})")
+        self.windows = windows

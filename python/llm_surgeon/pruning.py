@@ -18,6 +18,7 @@ from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import PruneReport
 from llm_surgeon.shots.prepare import prepared, written
 from llm_surgeon.shots.record import RunRecord
+from llm_surgeon.shots.retries import NeedsOffload, free_memory, offloading_at_need
 from llm_surgeon.shots.runner import run_shots
 
 
@@ -80,12 +81,17 @@ def prune(
         raise InputError("resume means nothing without checkpoint")
     data = calibration, correction_data, held_out, step_windows
     with kept_states(checkpoint, resume) as states:
-        state = ModelState(model)
-        try:
-            return _prune(model, state, config, data, plan, progress or Progress(), states)
-        except BaseException:
-            state.restore()
-            raise
+        while True:
+            state = ModelState(model)
+            try:
+                return _prune(model, state, config, data, plan, progress or Progress(), states)
+            except NeedsOffload as error:
+                state.restore()
+                plan = error.plan
+            except BaseException:
+                state.restore()
+                raise
+            free_memory()
 
 
 @isolated()
@@ -104,7 +110,8 @@ def _prune(
         shots = run.config.structure_record.shot_class(run)
         # Copying goes on beside the first shot, until weights will change.
         copied = state.copy_weights(written(run), at_once=run.config.offloads)
-        outcome = run_shots(shots, run, before_update=copied)
+        with offloading_at_need(run):
+            outcome = run_shots(shots, run, before_update=copied)
         record.shots_done()
         shots.finish()
     return record.report(shots, outcome)

@@ -42,6 +42,9 @@ class RunStates:
 
     keeps = False
 
+    def __init__(self) -> None:
+        self._layout: dict[str, Any] = {}
+
     @property
     def nbytes(self) -> int:
         return 0
@@ -58,15 +61,17 @@ class RunStates:
             layout: what the bits of the result depend on besides.
 
         Returns:
-            The layout to go on with: ``layout``, or that of the interrupted run.
+            The layout to go on with: ``layout``, or that of the interrupted run, in the same process or before.
 
         Raises:
             InputError: options or content differ; the first that does is named.
         """
-        return layout
+        self._layout = layout | self._layout
+        return self._layout
 
     def note_layout(self, layout: dict[str, Any]) -> None:
         """Note that the layout became another one."""
+        self._layout = layout
 
     def last_shot(self) -> State | None:
         """The state after the last whole shot of an interrupted run; ``None``: there is none."""
@@ -110,7 +115,8 @@ class FolderStates(RunStates):
         Raises:
             InputError: there is a state and no wish to ``resume``, or something that is no part of a run.
         """
-        self.folder, self._shot, self._written = folder, 0, 0
+        super().__init__()
+        self.folder, self._shot = folder, 0
         foreign = sorted(path.name for path in folder.glob("*") if not _OWN.fullmatch(path.name))
         if foreign:
             raise InputError(f"{str(folder)!r} holds {foreign[0]!r}, which is no part of an interrupted run")
@@ -138,7 +144,8 @@ class FolderStates(RunStates):
     def claim(
         self, run: dict[str, Any], content: Callable[[], dict[str, str | None]], layout: dict[str, Any]
     ) -> dict[str, Any]:
-        noted = read_note(self.folder)
+        self._drain()
+        noted, self._shot, self._left = read_note(self.folder), 0, find_states(self.folder)
         if noted is None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -150,7 +157,7 @@ class FolderStates(RunStates):
             return layout
         self._begun = run, content()
         require_same(self.folder, noted, *self._begun, "run")
-        return {**layout, **noted["layout"]}
+        return layout | noted["layout"]
 
     def note_layout(self, layout: dict[str, Any]) -> None:
         self.settle()

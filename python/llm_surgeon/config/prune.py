@@ -173,6 +173,9 @@ class PruneConfig:
     samples: int = option(128, "Calibration windows.", count(), panel=CALIBRATION)
     # Left out, a run fills it in once the model is known.
     seqlen: int = option(None, "Tokens per window: 2048 or the model's limit.", count(), panel=CALIBRATION)
+    skip_bad_batches: bool = option(
+        False, "Go on without windows whose pass holds NaN or infinity, which are named.", panel=CALIBRATION
+    )
     seed: int = option(0, "Seed of windows and sampled labels.", count(0, LARGEST_SEED), panel=CALIBRATION)
 
     batch_size: int | None = option(

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from llm_surgeon.checks import require_choice
 from llm_surgeon.config.prune import FISHERS
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.errors import NumericalError, UnsupportedModelError
+from llm_surgeon.errors import BadBatchError, UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
-from llm_surgeon.models.loss import count_tokens, next_token_loss
+from llm_surgeon.models.label_sampler import LabelSampler
+from llm_surgeon.models.loss import CHUNK, count_tokens, next_token_loss
 from llm_surgeon.models.passes import (
     ForwardPasses,
     checkpointed,
@@ -83,6 +84,7 @@ def estimate_curvature(
     batch_size: int,
     fisher: str = "empirical",
     seed: int = 0,
+    drawn_for: int | None = None,
     gradients: bool = True,
     inputs: bool = True,
     output_factors: bool = True,
@@ -104,7 +106,8 @@ def estimate_curvature(
         batch_size: sequences per pass.
         fisher: ``"empirical"`` takes the data's next tokens as labels, ``"sampled"`` draws a label from the
             model's own distribution at every real position.
-        seed: of the sampled labels.
+        seed: of the sampled labels, which are those of passes of ``drawn_for`` sequences; of ``batch_size`` where left
+            out.
         gradients: without them only ``A`` and the loss are computed, by forward passes alone.
         inputs: without them ``A`` is left out; output_factors: without them ``G``.
         squared_norms: keep the squared norms of gradients, too.
@@ -119,7 +122,7 @@ def estimate_curvature(
 
     Raises:
         InputError: the calibration data hold no next token to predict, or a token the model does not know.
-        NumericalError: NaN or infinity in a layer's inputs or gradients or in the loss; the message names the
+        BadBatchError: NaN or infinity in a layer's inputs or gradients or in the loss; the message names the
             place where it was first met and the batch.
         UnsupportedModelError: a layer's output has no influence on the loss through which to differentiate.
     """
@@ -155,7 +158,8 @@ def estimate_curvature(
                 dtype=dtype,
             )
             # Every pass draws the same labels.
-            sampler = torch.Generator(device).manual_seed(seed) if fisher == "sampled" else None
+            rows = [ids.numel() for ids in calibration.input_ids.split(drawn_for or batch_size)]
+            sampler = LabelSampler(device, seed, rows, CHUNK) if fisher == "sampled" else None
             total = 0.0
             start = model.get_input_embeddings() if first == 0 else decoder.blocks[first]
             with sums.hooked(), starting_at(start) if gradients else contextlib.nullcontext():
@@ -168,7 +172,8 @@ def estimate_curvature(
                         logits.source.register_hook(_first_on_device)
                         logits.source.backward(logits.gradient)
                     del logits
-                    total += sums.check(loss, f"batch {batch} of {batches}")
+                    windows = range((batch - 1) * batch_size, (batch - 1) * batch_size + len(input_ids))
+                    total += sums.check(loss, batch, batches, windows)
                     if progress is not None:
                         progress(first // per_pass * batches + batch, len(passes) * batches)
             for done, kept in ((input_sums, sums.inputs), (gradient_sums, sums.gradients)):
@@ -260,7 +265,7 @@ class _Accumulators:
             if name not in self.gradients:
                 self._gradient_sums[name] = norms.sum()
 
-    def check(self, loss: Tensor, batch: str) -> float:
+    def check(self, loss: Tensor, batch: int, batches: int, windows: range) -> float:
         """The loss, after making sure that everything is finite, with one host synchronization.
 
         Locations are gone through in the order of computation (inputs forward, the loss, gradients backward), so
@@ -279,7 +284,7 @@ class _Accumulators:
         values = dict(zip(locations, to_list(list(locations.values())), strict=True))
         for location, value in values.items():
             if not math.isfinite(value):
-                raise NumericalError(f"NaN or infinity in {location} ({batch})")
+                raise BadBatchError(location, batch, batches, windows)
         return values["the loss"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,11 @@ class Calibration:
         """Numbers of sequences and of their tokens that are not padding."""
         real = self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
         return len(self.input_ids), real
+
+    def without(self, positions: Sequence[int]) -> Calibration:
+        """All sequences but those at ``positions``."""
+        kept = [row for row in range(len(self.input_ids)) if row not in set(positions)]
+        return Calibration(self.input_ids[kept], None if self.attention_mask is None else self.attention_mask[kept])
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """``(input_ids, attention_mask)`` of at most ``batch_size`` sequences at a time, on ``device``, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -11,7 +12,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.errors import InputError
+from llm_surgeon.errors import BadBatchError, InputError
+from llm_surgeon.models.label_sampler import LabelSampler
 
 # Logits held in float32 at once.
 CHUNK = 1 << 24
@@ -94,7 +96,7 @@ def next_token_loss(
     logits: Logits,
     input_ids: Tensor,
     mask: Tensor | None,
-    sampler: torch.Generator | None = None,
+    sampler: LabelSampler | None = None,
 ) -> Tensor:
     """Sum of the data's token cross-entropies; the gradient of the sum is put into ``logits``, where it is wanted.
 
@@ -115,7 +117,7 @@ def next_token_loss(
         if logits.gradient is not None:
             p = log_p.exp_()
             if sampler is not None:
-                label = _sample(p, sampler)
+                label = sampler.draw(p)
             p.scatter_add_(1, label, p.new_full(label.shape, -1.0))
             logits.put(chunk, p.masked_fill_(~used[chunk, None], 0.0))
     return loss
@@ -168,6 +170,14 @@ def differentiable_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None, 
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction=reduction)
 
 
+def finite_loss(loss: Tensor, batch: int, batches: int, windows: range) -> float:
+    """The value of a batch's loss; :class:`BadBatchError` where it is NaN or infinite."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise BadBatchError("the loss", batch, batches, windows)
+    return value
+
+
 def _overwritable(logits: Tensor) -> bool:
     """True where the logits come straight from a matrix product, whose backward pass reads only its factors.
 
@@ -178,12 +188,3 @@ def _overwritable(logits: Tensor) -> bool:
     if step is not None and step.name() == "UnsafeViewBackward0":
         step = step.next_functions[0][0]
     return step is not None and step.name() in ("MmBackward0", "AddmmBackward0")
-
-
-def _sample(p: Tensor, generator: torch.Generator) -> Tensor:
-    """One draw from each row of ``p`` ``[n, V]``: of V exponential clocks of rates p, the first to ring.
-
-    Unlike ``torch.multinomial`` this lets NaN through, which is then reported with the name of its layer.
-    """
-    clocks = torch.empty_like(p, device=generator.device).exponential_(generator=generator)
-    return (p / clocks.to(p.device)).argmax(dim=1, keepdim=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.config.prune import ComputeDtype
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.errors import NumericalError
+from llm_surgeon.errors import BadBatchError
 from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.head import HeadLogits, left_out, plain_head
@@ -155,7 +155,7 @@ def mean_loss(
 
     Raises:
         InputError: as :func:`estimate_curvature`.
-        NumericalError: the loss is NaN or infinite; the message names the first such batch.
+        BadBatchError: the loss is NaN or infinite; the message names the first such batch.
     """
     _, targets = count_tokens(model, calibration)
     device = model.get_input_embeddings().weight.device
@@ -164,9 +164,10 @@ def mean_loss(
         forward = ForwardPasses(model, device, dtype)
         for input_ids, mask in calibration.batches(batch_size, device):
             losses.append(next_token_loss(forward.logits(input_ids, mask), input_ids, mask))
-    for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses]), 1):
+    for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses])):
         if not finite:
-            raise NumericalError(f"NaN or infinity in the loss (batch {batch} of {len(losses)})")
+            windows = range(len(calibration.input_ids))[batch * batch_size : (batch + 1) * batch_size]
+            raise BadBatchError("the loss", batch + 1, len(losses), windows)
     return sum(to_list(losses)) / targets
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llm_surgeon.curvature.factors import DampedFactors
+from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.gradient_steps import direction, split_windows, step
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.step_objective import StepObjective
@@ -20,11 +21,7 @@ class GradientSteps:
 
     def __init__(self, run: Run, anchors: AnchorWeights) -> None:
         self._run, self._anchors = run, anchors
-        self._for_gradients, self._for_lengths = (
-            split_windows(run.calibration, run.config.gradient_samples)
-            if run.step_windows is None
-            else (run.calibration, run.step_windows)
-        )
+        self._windows()  # are there enough?
         self._dense: DenseWeights | None = None
 
     def begin(self) -> None:
@@ -35,6 +32,7 @@ class GradientSteps:
     def take(self, selections: list[Selection], factors: DampedFactors) -> list[GradientStep]:
         """Take as many steps as are asked for, or until none helps."""
         run, linears = self._run, self._run.decoder.linears
+        for_gradients, for_lengths = self._windows()
         objective = StepObjective(
             run.model,
             run.decoder,
@@ -56,12 +54,17 @@ class GradientSteps:
 
         taken: list[GradientStep] = []
         for _ in range(run.config.gradient_steps):
-            gradients = objective.gradients(self._for_gradients)
+            gradients = objective.gradients(for_gradients)
             run.each_linear(towards)
             first = {"first": taken[-1].length} if taken else {}
-            taken.append(
-                step(linears, directions, lambda: objective.mean(self._for_lengths), self._anchors.follow, **first)
-            )
+            taken.append(step(linears, directions, lambda: objective.mean(for_lengths), self._anchors.follow, **first))
             if taken[-1].length == 0.0:
                 break
         return taken
+
+    def _windows(self) -> tuple[Calibration, Calibration]:
+        """Those for gradients and those for lengths."""
+        run = self._run
+        if run.step_windows is None:
+            return split_windows(run.calibration, run.config.gradient_samples)
+        return run.calibration, run.step_windows

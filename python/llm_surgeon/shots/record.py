@@ -54,7 +54,7 @@ class RunRecord:
         )
         if run.held_out is not None:
             report.held_out = HeldOutLoss(*run.held_out.counts(), *outcome.held_out)
-        report.warnings = warnings_of(report, run.calibration.counts()[1])
+        report.warnings = warnings_of(report, run.calibration.counts()[1]) + run.said
         return report
 
 

@@ -13,7 +13,7 @@ from llm_surgeon.checkpoint.begun import fingerprint, tensors_of
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import Decoder
-from llm_surgeon.planning.plan import Plan
+from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.report.schema import collect_versions
 from llm_surgeon.shots.run import Run
 
@@ -38,14 +38,27 @@ def claim_states(run: Run) -> None:
         return {"model's weights": fingerprint(weights), **{name: _windows(each) for name, each in windows.items()}}
 
     options = {"device": run.plan.device.type, **dataclasses.asdict(run.config)}
-    layout = run.states.claim(options, content, layout_of(run))
+    layout = run.states.claim(options, content, _layout(run))
     for name, value in _machine().items():
         if layout["machine"].get(name) != value:
             before = layout["machine"].get(name)
             _logger.warning("the interrupted run had %s %s, not %s: bits may differ", name, before, value)
-    run.plan = Plan(**{**layout["plan"], "device": run.plan.device})
+    run.config = dataclasses.replace(run.config, offload=layout["offload"])
+    if layout["plan"] is None:  # it began to offload
+        kept = dataclasses.replace(run.config, batch_size=run.plan.batch_size)
+        run.plan = make_plan(run.model, run.decoder, kept)
+    else:
+        run.plan = Plan(**{**layout["plan"], "device": run.plan.device})
+    run.drawn_for, run.said = layout["drawn_for"], list(layout["said"])
+    for name, numbers in layout["left_out"].items():
+        run.leave_out(name, numbers)
     if run.config.offloads:  # weights are about to move
         run.states.settle()
+
+
+def note_layout(run: Run, **changes: Any) -> None:
+    """Note in the states that the layout became another one, for whoever goes on."""
+    run.states.note_layout({**_layout(run), **changes})
 
 
 def states_bytes(model: nn.Module, decoder: Decoder, config: PruneConfig) -> tuple[int, int]:
@@ -63,10 +76,16 @@ def states_bytes(model: nn.Module, decoder: Decoder, config: PruneConfig) -> tup
     return state * (min(config.shots, 3) + 1), state
 
 
-def layout_of(run: Run) -> dict[str, Any]:
-    """What the bits of the result depend on besides options, data and weights."""
-    plan = {**dataclasses.asdict(run.plan), "device": str(run.plan.device)}
-    return {"plan": plan, "machine": _machine()}
+def _layout(run: Run) -> dict[str, Any]:
+    """What the bits of the result depend on besides options, data and weights, and what is said of it."""
+    return {
+        "plan": {**dataclasses.asdict(run.plan), "device": str(run.plan.device)},
+        "drawn_for": run.drawn_for,
+        "offload": run.config.offload,
+        "left_out": run.left_out,
+        "said": run.said,
+        "machine": _machine(),
+    }
 
 
 def _machine() -> dict[str, Any]:

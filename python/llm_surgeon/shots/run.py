@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,8 @@ from llm_surgeon.models.passes import compute_dtype, mean_loss
 from llm_surgeon.planning.plan import Plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
+
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -44,6 +47,9 @@ class Run:
         step_windows: windows that the lengths of gradient steps are found on; some of the calibration windows where
             left out.
         states: takes what it has come to, and has what an interrupted one had come to.
+        drawn_for: windows in a batch that labels are drawn for, whatever goes through the model at once.
+        left_out: numbers of windows that the run goes without, among those that were given, by their attribute.
+        said: sentences for the report on what did not go as planned.
     """
 
     model: Any
@@ -56,6 +62,12 @@ class Run:
     held_out: Calibration | None = None
     step_windows: Calibration | None = None
     states: RunStates = field(default_factory=RunStates)
+    drawn_for: int = 0
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.drawn_for = self.drawn_for or self.plan.batch_size
 
     def loss(self, windows: Calibration | None = None) -> float:
         """Mean token loss of ``windows``, or of the calibration windows, nats per token, as many tokens at once.
@@ -81,6 +93,7 @@ class Run:
             batch_size=self.plan.batch_size,
             fisher=self.config.fisher,
             seed=self.config.seed + draw,
+            drawn_for=self.drawn_for,
             dtype=self.compute_dtype,
             checkpoint_activations=self.plan.checkpoint_activations,
             progress=self.progress.step,
@@ -102,6 +115,21 @@ class Run:
             return self.config.token_weights
         widest = max(linear.columns for linear in self.decoder.linears)
         return self.calibration.counts()[1] >= _TOKENS_PER_INPUT * widest
+
+    def leave_out(self, windows: str, positions: Sequence[int]) -> list[int]:
+        """Go on without some ``"calibration"`` or ``"held_out"`` windows; their numbers among those that were given."""
+        held, left_out = getattr(self, windows), self.left_out.setdefault(windows, [])
+        count = len(held.input_ids) + len(left_out)
+        numbers = [number for number in range(count) if number not in left_out]
+        gone = [numbers[position] for position in positions]
+        left_out += gone
+        setattr(self, windows, held.without(positions))
+        return gone
+
+    def say(self, sentence: str) -> None:
+        """Tell the user, and the report."""
+        _logger.warning("%s", sentence)
+        self.said.append(sentence[0].upper() + sentence[1:] + ".")
 
     def weights(self) -> dict[str, Tensor]:
         """What a run may write of the model, for a :class:`State`: all parameters, or those of the linears alone."""

@@ -14,6 +14,7 @@ from llm_surgeon.models.offload import offloaded
 from llm_surgeon.models.passes import to_list
 from llm_surgeon.report.decode import decode
 from llm_surgeon.report.schema import ShotReport
+from llm_surgeon.shots.retries import measured
 from llm_surgeon.shots.run import Run, Shot, Shots
 
 _logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _carry_out(shots: Shots, run: Run, shot: Shot, before_update: Callable[[], o
     """One shot; the loss before it."""
     config, report = run.config, shot.report
     shot.phase("curvature")
-    loss = shots.measure(shot)
+    loss = measured(run, lambda: shots.measure(shot))
     shot.phase("selection")
     shots.select(shot)
     shot.phase("update")
@@ -118,4 +119,7 @@ def _carry_out(shots: Shots, run: Run, shot: Shot, before_update: Callable[[], o
 def _measure_held_out(run: Run, outcome: Outcome) -> None:
     if run.held_out is not None:
         run.progress.phase("held-out loss")
-        outcome.held_out.append(run.loss(run.held_out))
+        if outcome.held_out:  # of the same windows
+            outcome.held_out.append(run.loss(run.held_out))
+        else:
+            outcome.held_out.append(measured(run, lambda: run.loss(run.held_out), "held_out"))

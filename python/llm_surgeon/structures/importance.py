@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.models.decoder import PrunableLinear
-from llm_surgeon.models.loss import differentiable_loss
+from llm_surgeon.models.loss import differentiable_loss, finite_loss
 from llm_surgeon.models.passes import evaluation_mode, frozen, run_model
 from llm_surgeon.models.repeatable import repeatable
 from llm_surgeon.structures.costs import DimensionCosts
@@ -37,7 +37,11 @@ def weight_gradients(
     calibration: Calibration,
     progress: Callable[[int, int], None] | None = None,
 ) -> WeightGradients:
-    """Mean and mean square, over the calibration sequences, of each sequence's gradient of its mean token loss."""
+    """Mean and mean square, over the calibration sequences, of each sequence's gradient of its mean token loss.
+
+    Raises:
+        BadBatchError: a loss is NaN or infinite.
+    """
     chosen = list(parameters)
     mean = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in chosen}
     square = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in chosen}
@@ -51,7 +55,7 @@ def weight_gradients(
             for parameter, gradient in zip(chosen, gradients, strict=True):
                 mean[parameter].add_(gradient, alpha=1 / samples)
                 square[parameter].addcmul_(gradient, gradient, value=1 / samples)
-            total += float(loss.detach()) / samples
+            total += finite_loss(loss, done, samples, range(done - 1, done)) / samples
             if progress is not None:
                 progress(done, samples)
     return WeightGradients(total, mean, square)

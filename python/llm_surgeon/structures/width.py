@@ -16,7 +16,7 @@ from llm_surgeon.config.prune import GRADIENT_IMPORTANCES, PruneConfig
 from llm_surgeon.curvature.factors import DampedFactor, numerical_errors
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder
-from llm_surgeon.models.loss import count_tokens, differentiable_loss
+from llm_surgeon.models.loss import count_tokens, differentiable_loss, finite_loss
 from llm_surgeon.models.passes import evaluation_mode, frozen, run_model, starting_at
 from llm_surgeon.models.repeatable import repeatable
 from llm_surgeon.shots.run import Run, Shot
@@ -109,7 +109,8 @@ class WidthShots:
         run = self.run
         found = _Moments(self.residual.width, self.residual.norms, self.removed.device)
         _, targets = count_tokens(run.model, run.calibration)
-        batches, total = -(-len(run.calibration.input_ids) // run.plan.batch_size), 0.0
+        size = run.plan.batch_size
+        batches, total = -(-len(run.calibration.input_ids) // size), 0.0
         with (
             frozen(run.model),
             evaluation_mode(run.model),
@@ -117,10 +118,10 @@ class WidthShots:
             found.hooked(run.model, self.residual.readers),
             torch.enable_grad(),
         ):
-            for done, (ids, mask) in enumerate(run.calibration.batches(run.plan.batch_size, run.plan.device), 1):
+            for done, (ids, mask) in enumerate(run.calibration.batches(size, run.plan.device), 1):
                 loss = differentiable_loss(run_model(run.model, ids, mask).logits, ids, mask, "sum")
                 loss.backward()
-                total += float(loss.detach())
+                total += finite_loss(loss, done, batches, range((done - 1) * size, (done - 1) * size + len(ids)))
                 run.progress.step(done, batches)
         found.loss, found.tokens = total / targets, targets
         return found

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from llm_surgeon.models.head import HeadLogits, left_out, plain_head
-from llm_surgeon.models.loss import WholeLogits, next_token_loss
+from llm_surgeon.models.label_sampler import LabelSampler
+from llm_surgeon.models.loss import CHUNK, WholeLogits, next_token_loss
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 
@@ -69,7 +70,7 @@ def test_losses_gradients_and_drawn_labels_are_those_of_whole_logits(
     mask[2, 3:] = False
     found = []
     for whole in (True, False):
-        sampler = torch.Generator().manual_seed(3) if sampled else None
+        sampler = LabelSampler(torch.device("cpu"), 3, [ids.numel()], CHUNK) if sampled else None
         if whole:
             logits = WholeLogits(head(hidden), with_gradient=True)
         else:
