@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surgeon_kernels.linalg.half_products import float32_sums
+from surgeon_kernels.linalg.half_products import float32_sums, padded
 from surgeon_kernels.linalg.kron_product import LARGEST, kron_product, mm_half, scaled, scaled_parts
 from surgeon_kernels.linalg.low_rank import LowRankCorrection
 from surgeon_kernels.runtime.triton_support import has_kernels
@@ -93,7 +93,8 @@ class FusedCG(MaskedCG):
     The operator of one product is scaled to a unit diagonal, ``L̂ = L / √(diag L diag Lᵀ)``, and with it ``R``, ``X``
     and ``D``, so that ``S = 1``. Then the product's operands, ``D`` among them, are in float16, which rounds as TF32
     does in half of the time (see :mod:`surgeon_kernels.linalg.kron_product`): kept is ``D / b`` with ``b >= max |D|``.
-    Of several products the diagonals have no such scaling; ``D / b`` is in float32, and each product scales for itself.
+    For them sides are padded by zeros to multiples of 8. Of several products the diagonals have no such scaling;
+    ``D / b`` is in float32, and each product scales for itself.
     """
 
     operands = torch.float16  # of the product, where it is one
@@ -110,21 +111,22 @@ class FusedCG(MaskedCG):
         from surgeon_kernels.linalg.masked_cg_triton import Passes
 
         residual = residual.contiguous()
-        self._terms, self._residual, self._x = terms, residual, torch.zeros_like(residual)
-        self._free, self._correction = free.contiguous().view(torch.uint8), correction
-        self._passes = Passes(residual.shape, len(terms), residual.device, **launches)
+        self._terms, self._correction, self._shape = terms, correction, residual.shape
         row_scales = torch.stack([L.diagonal() for L, _ in terms])  # [terms, R]
         column_scales = torch.stack([M.diagonal() for _, M in terms])  # [terms, C]
         if len(terms) == 1:
             (L, M), g, a = terms[0], row_scales[0].rsqrt(), column_scales[0].rsqrt()
-            self._scaled = scaled_parts(L, g, g, 1)[0], scaled_parts(M, a, a, 1)[0]
+            self._scaled = padded(scaled_parts(L, g, g, 1)[0]), padded(scaled_parts(M, a, a, 1)[0])
             row_scales, column_scales = g, a  # of X; R has their inverses'
             z = scaled(residual, g, a, out=residual)
             if correction is not None:
                 left, right, _ = correction.factors(residual)
                 z = torch.addmm(residual, left, right.T).masked_fill_(~free, 0.0)
+            residual, z, free = padded(residual), padded(z), padded(free)
         else:
             z = residual / (row_scales.T @ column_scales)
+        self._residual, self._x, self._free = residual, torch.zeros_like(residual), free.contiguous().view(torch.uint8)
+        self._passes = Passes(residual.shape, len(terms), residual.device, **launches)
         self._scales = row_scales, column_scales
         dtype = self.operands if len(terms) == 1 else residual.dtype
         energy, bound = (residual * z).sum(dtype=torch.float64), torch.linalg.vector_norm(z, torch.inf)
@@ -137,12 +139,16 @@ class FusedCG(MaskedCG):
     @property
     def x(self) -> Tensor:
         g, a = self._scales
-        return self._x if len(self._terms) > 1 else scaled(self._x, g, a)
+        return self._x if len(self._terms) > 1 else scaled(self._inside(self._x), g, a)
 
     @property
     def residual(self) -> Tensor:
         g, a = self._scales
-        return self._residual if len(self._terms) > 1 else scaled(self._residual, 1 / g, 1 / a)
+        return self._residual if len(self._terms) > 1 else scaled(self._inside(self._residual), 1 / g, 1 / a)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """``x`` without what was padded, a view."""
+        return x[: self._shape[0], : self._shape[1]]
 
     def run(self, iterations: int) -> list[float]:
         self._energies, self._bounds = (
@@ -178,8 +184,9 @@ class FusedCG(MaskedCG):
 
     def _correct(self, correction: LowRankCorrection) -> None:
         """Put ``Z`` in the image's place, its energy and largest entry beside the programs' partial results."""
-        left, right, self._passes.new_energies[-1] = correction.factors(self._residual)
-        torch.addmm(self._residual, left, right.T, out=self._image)
+        residual = self._inside(self._residual)
+        left, right, self._passes.new_energies[-1] = correction.factors(residual)
+        torch.addmm(residual, left, right.T, out=self._inside(self._image))
         torch.linalg.vector_norm(self._image, torch.inf, out=self._passes.largest[-1])
 
 

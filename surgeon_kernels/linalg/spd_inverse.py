@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from surgeon_kernels.linalg.half_products import padded
 from surgeon_kernels.linalg.triangular import cholesky_inverse_, triangular_gram_, triangular_inverse_
 from surgeon_kernels.runtime.checks import check_square
 
@@ -76,8 +77,8 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
         return DampedInverse(damped, unchecked_inverse(damped), jitter)
     if _blocked(M):
         damped = damp(M, damping)
-        L, good = _cholesky(damped)
-        inverse = _inverse_(L)
+        L, good = _cholesky(_aligned(damped))
+        inverse = _first(_inverse_(L), len(M))
         if bool(good):  # the host sync once the device has its work; nearly every matrix needs no jitter
             return DampedInverse(damped, inverse, 0.0)
         del damped, L, inverse
@@ -92,7 +93,7 @@ def unchecked_inverse(M: Tensor) -> Tensor:
         ValueError: ``M`` is not square; TypeError: it is not floating point.
     """
     check_square(M)
-    return _inverse_(torch.linalg.cholesky_ex(M).L)
+    return _first(_inverse_(torch.linalg.cholesky_ex(_aligned(M)).L), len(M))
 
 
 def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,17 +105,17 @@ def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: ``M`` is not square; TypeError: it is not floating point.
     """
-    L, good = _cholesky(M)
-    return torch.linalg.vector_norm(triangular_inverse_(L), dim=0).square_(), good
+    L, good = _cholesky(_aligned(M))
+    return torch.linalg.vector_norm(triangular_inverse_(L), dim=0).square_()[: len(M)], good
 
 
 def inverse_and_diagonal(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse ``[n, n]`` of a symmetric ``M`` ``[n, n]``, and what :func:`inverse_diagonal`, which has the errors,
     returns."""
-    L, good = _cholesky(M)
+    L, good = _cholesky(_aligned(M))
     X = triangular_inverse_(L)
-    diagonal = torch.linalg.vector_norm(X, dim=0).square_()
-    return triangular_gram_(X), diagonal, good
+    diagonal = torch.linalg.vector_norm(X, dim=0).square_()[: len(M)]
+    return _first(triangular_gram_(X), len(M)), diagonal, good
 
 
 def cholesky_with_jitter(M: Tensor, damping: float = 0.0, *, name: str = "matrix") -> tuple[Tensor, float]:
@@ -149,6 +150,21 @@ def _inverse_(L: Tensor) -> Tensor:
         return cholesky_inverse_(L)
     inverse = torch.cholesky_inverse(L)  # on a GPU two triangular solves, whose result is symmetric up to rounding
     return inverse.tril() + inverse.tril(-1).T
+
+
+def _aligned(M: Tensor) -> Tensor:
+    """``M``, or a copy with a unit matrix after it where products of its blocks would be of unaligned rows."""
+    n = len(M)
+    if not _blocked(M) or n % 8 == 0:
+        return M
+    larger = padded(M)
+    larger.diagonal()[n:].fill_(1.0)
+    return larger
+
+
+def _first(M: Tensor, n: int) -> Tensor:
+    """The first ``n`` rows and columns of ``M``, contiguous."""
+    return M if len(M) == n else M[:n, :n].contiguous()
 
 
 def _blocked(M: Tensor) -> bool:

@@ -22,7 +22,7 @@ from llm_surgeon.models.offload import PinnedMemory, resident
 from llm_surgeon.models.passes import autocast, evaluation_mode
 from llm_surgeon.models.replay import Replay
 from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
-from surgeon_kernels.linalg.half_products import addmm_half_
+from surgeon_kernels.linalg.half_products import addmm_half_, aligned_empty
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ class _BlockPair:
         dtype, device = torch.promote_types(first.weight.dtype, torch.float32), first.weight.device
         size, writer, group = first.columns + ones, self._writer(readers), first.input_group
         A = SymmetricAccumulator.zeros(size, dtype=dtype, device=device)
-        cross = torch.zeros(size, size, dtype=dtype, device=device)
-        residual = {} if writer is None else {writer.name: cross.new_zeros(writer.rows, size)}
+        cross = aligned_empty((size, size), dtype, device).zero_()
+        residual = {} if writer is None else {writer.name: aligned_empty((writer.rows, size), dtype, device).zero_()}
         weights = weights.to(device, dtype)
         # About 1, so that weighted inputs are normal numbers of 16 bits; by powers of 4, whose roots round nothing.
         enlarged = 4.0 ** math.ceil(math.log(weights.numel(), 4))
@@ -263,10 +263,13 @@ def _difference(x: Tensor, y: Tensor) -> Tensor:
 def _weighted(x: Tensor, root: Tensor, ones: bool = False) -> Tensor:
     """``√w x`` as rows ``[tokens, n]``, with ``√w`` after them where ``ones``; zero where ``√w`` ``[tokens, 1]`` is.
 
-    In x's dtype, whatever the rows without weight hold.
+    In x's dtype, whatever the rows without weight hold; rows begin at multiples of 16 bytes.
     """
     rows = (x.reshape(len(root), -1) * root).masked_fill_(root == 0.0, 0.0).to(x.dtype)
-    return torch.cat([rows, root.to(x.dtype)], dim=1) if ones else rows
+    if not ones:
+        return rows
+    width = rows.shape[1] + 1
+    return torch.cat([rows, root.to(x.dtype), rows.new_zeros(len(rows), -width % 8)], dim=1)[:, :width]
 
 
 def _add_product_(out: Tensor, x: Tensor, y: Tensor) -> None:

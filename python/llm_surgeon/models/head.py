@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.models.checks import PROBE_SHAPE
-from surgeon_kernels.linalg.half_products import addmm_half_
+from surgeon_kernels.linalg.half_products import addmm_half_, aligned_empty
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of models what their heads turned out to be, and what they were then: their hooks, and the head.
@@ -83,6 +83,6 @@ def left_out(head: nn.Module) -> Iterator[None]:
 def _product(x: Tensor, y: Tensor) -> Tensor:
     """``x y``, summed and returned in float32 at least."""
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        return addmm_half_(x.new_empty(x.shape[0], y.shape[1], dtype=torch.float32), x, y, beta=0.0)
+        return addmm_half_(aligned_empty((x.shape[0], y.shape[1]), torch.float32, x.device), x, y, beta=0.0)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.to(dtype) @ y.to(dtype)

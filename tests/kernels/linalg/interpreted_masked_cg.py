@@ -24,7 +24,8 @@ class InSingle(FusedCG):
         if len(self._terms) > 1:
             return super()._multiply()
         (L, M), (g, a) = self._terms[0], self._scales
-        torch.mm((g[:, None] * L * g) @ self._direction, a[:, None] * M * a, out=self._image)
+        self._image.zero_()
+        self._inside(self._image).copy_((g[:, None] * L * g) @ self._inside(self._direction) @ (a[:, None] * M * a))
 
 
 def problem(rows: int, columns: int, terms: int) -> tuple[list, torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 import surgeon_kernels
 from surgeon_kernels.linalg import half_products
-from surgeon_kernels.linalg.half_products import addmm_half_, float32_sums
+from surgeon_kernels.linalg.half_products import addmm_half_, aligned, aligned_empty, float32_sums, padded
 
 NAMES = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation")
 matmul = torch.backends.cuda.matmul
@@ -91,6 +91,57 @@ def test_float32_sums_of_bfloat16_leave_the_switches_alone(monkeypatch):
     matmul.allow_fp16_accumulation = False
     addmm_half_(torch.ones(2, 2), A.half(), A.half())
     assert calls == [[True, True, True], [False] * 3, [True, True, False]]
+
+
+@pytest.mark.parametrize("dtype, multiple", [(torch.float16, 8), (torch.bfloat16, 8), (torch.float32, 4)])
+def test_rows_begin_at_multiples_of_16_bytes(dtype, multiple):
+    x = torch.randn(6, 16).to(dtype)
+    for same in (x, x[:, :13], x.T, x[2:]):
+        assert aligned(same) is same
+    for other in (x[:, 1:], x[:, :13].clone(), x[:, :13].clone().T, x[:, ::2]):
+        copy = aligned(other)
+        assert torch.equal(copy, other) and copy.data_ptr() % 16 == 0
+        assert max(copy.stride()) % multiple == 0 and (copy.stride(0) == 1) == (other.stride(0) == 1)
+    assert aligned_empty((3, 5, 9), dtype, x.device).stride() == (80, 16, 1)
+    larger = padded(x)
+    assert larger.shape == (8, 16) and not larger[6:].any() and padded(larger) is larger
+    assert torch.equal(padded(x[:, :3])[:6, :3], x[:, :3])
+    assert padded(x[:, :9] > 0).shape == (8, 16) and padded(x[:, :9] > 0).dtype == torch.bool
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_large_products_are_of_aligned_rows(monkeypatch, beta):
+    seen = []
+
+    def product(out, A, B, beta, alpha):
+        seen.append([max(x.stride()) % 8 for x in (out, A, B)])
+        previous = beta * out.float() if beta else 0.0
+        return out.copy_(previous + alpha * (A.float() @ B.float()))
+
+    monkeypatch.setattr(half_products, "_addmm_", product)
+    A, B, out = torch.randn(5, 9).bfloat16(), torch.randn(9, 13).bfloat16(), torch.randn(5, 13)
+    expected = beta * out + 2.0 * (A.float() @ B.float())
+    small, large = out.clone(), out.clone()
+    addmm_half_(small, A, B, beta=beta, alpha=2.0)
+    monkeypatch.setattr(half_products, "_COPIED_FROM", 5 * 9 * 13)
+    assert addmm_half_(large, A, B, beta=beta, alpha=2.0) is large
+    assert seen == [[5, 1, 5], [0, 0, 0]]
+    for result in (small, large):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_unaligned_products_are_those_of_aligned_ones(dtype, beta):
+    generator = torch.Generator("cuda").manual_seed(0)
+    A, B = (torch.randn(1025, 1025, device="cuda", generator=generator).to(dtype) for _ in range(2))
+    out = torch.randn(1025, 1025, device="cuda", generator=generator)
+    exact = beta * out.double() + A.T.double() @ B.double()
+    for x, y in ((A.T, B), (aligned(A).T, aligned(B))):
+        found = addmm_half_(out.clone(), x, y, beta=beta)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-3)
 
 
 def test_no_other_module_multiplies_halves_by_itself():

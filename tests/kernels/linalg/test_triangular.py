@@ -39,6 +39,27 @@ def test_blocks_of_a_factor_that_is_a_view(n):
     assert padded.isnan().sum() == padded.numel() - n * n
 
 
+@pytest.mark.parametrize("n", [16, 33, 41])
+def test_inverses_by_blocks_are_of_aligned_rows(n, monkeypatch):
+    monkeypatch.setattr("surgeon_kernels.linalg.spd_inverse._blocked", lambda M: True)
+    sides = []
+    for name in ("cholesky_inverse_", "triangular_inverse_"):
+        function = getattr(triangular, name)
+        monkeypatch.setattr(
+            f"surgeon_kernels.linalg.spd_inverse.{name}", lambda L, f=function: sides.append(len(L)) or f(L, base=4)
+        )
+    M = factor(n, "plain", n)
+    expected = torch.linalg.inv(M)
+    inverse, diagonal, good = inverse_and_diagonal(M)
+    for found in (spd_inverse(M).inverse, unchecked_inverse(M), inverse):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+        assert torch.equal(found, found.T)
+    for found in (diagonal, inverse_diagonal(M)[0]):
+        torch.testing.assert_close(found, expected.diagonal(), rtol=1e-11, atol=1e-12)
+    assert good and not inverse_diagonal(-M)[1]
+    assert sides == [-(-n // 8) * 8] * 5
+
+
 @pytest.mark.parametrize("condition", [1e3, 1e6])
 def test_blocks_are_as_accurate_as_the_library(condition):
     M = with_condition(96, condition, 0)
