@@ -2,6 +2,7 @@
 
 ``python -m tests.surgeon.interrupted_runs FOLDER POINTS [SEED]`` prints a JSON object: by command, what was tried and
 what was found wrong. Half of the points are moments of a run, and half the n-th time that it touches a file at OUT.
+With ``kill`` as a fourth argument prunings of all kinds are killed, each so often, and gone on with.
 """
 
 from __future__ import annotations
@@ -29,7 +30,23 @@ from llm_surgeon.cli.signals import run_answering_signals
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.tiny_models import build
 
-VERBS = ("prune", "recover", "pack", "compact")
+_WINDOWS = ["--samples", "4", "--seqlen", "16"]
+# By kind, the command and its options.
+KINDS: dict[str, tuple[str, list[str]]] = {
+    "prune": ("prune", ["--method", "magnitude", "--samples", "2", "--seqlen", "16"]),
+    "shots": ("prune", [*_WINDOWS, "--structure", "unstructured", "--shots", "2"]),
+    "recover": ("recover", ["--steps", "2", "--seqlen", "16", "--batch-size", "2", "--eval-every", "1", "--rank", "2"]),
+    "pack": ("pack", []),
+    "compact": ("compact", []),
+}
+PRUNINGS: dict[str, tuple[str, list[str]]] = {
+    "2:4": ("prune", [*_WINDOWS]),
+    "unstructured": ("prune", [*_WINDOWS, "--structure", "unstructured", "--shots", "3"]),
+    "joint": ("prune", [*_WINDOWS, "--update", "joint", "--shots", "3", "--gradient-steps", "1"]),
+    "rows-columns": ("prune", [*_WINDOWS, "--structure", "rows-columns", "--sparsity", "0.2", "--shots", "3"]),
+    "groups": ("prune", [*_WINDOWS, "--structure", "groups", "--shots", "3"]),
+    "width": ("prune", [*_WINDOWS, "--structure", "width", "--sparsity", "0.25", "--shots", "2"]),
+}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.listdir", "ctypes.dlsym"}
 _STATES = {"prune": ".out.pruning", "recover": ".out.training"}
@@ -39,8 +56,9 @@ _LEFT_BY_A_KILL = (".out.lock", ".out.partial-", ".out.previous-", *_STATES.valu
 class Runs:
     """Runs of one command in ``folder``, which holds ``in``, ``words.txt`` and, while a run lasts, ``work/out``."""
 
-    def __init__(self, verb: str, folder: Path, seed: str) -> None:
-        self.verb, self.draw = verb, random.Random(f"{verb} {seed}")
+    def __init__(self, kind: str, folder: Path, seed: str) -> None:
+        verb, self.options = (KINDS | PRUNINGS)[kind]
+        self.verb, self.draw = verb, random.Random(f"{kind} {seed}")
         self.source, self.old, self.work = folder / f"in-{verb}", folder / "old", folder / "work"
         self.out, self.text = self.work / "out", folder / "words.txt"
         self.inputs = _digest(self.source), _digest(self.text)
@@ -58,9 +76,10 @@ class Runs:
         assert self._wait(self._fork(self._arguments(True, False), count_to=counter)) == 0
         self.seconds, self.events = time.perf_counter() - begun, int(counter.read_text())
 
-    def point(self, number: int) -> None:
-        """One run that a signal meets, what it leaves, and for kills the next run."""
-        sent, by_event, old = SIGNALS[number % 3], number // 3 % 2 == 0, self.draw.random() < 0.7
+    def point(self, number: int, signals: tuple[signal.Signals, ...] = SIGNALS) -> None:
+        """One run that a signal meets, what it leaves, and for kills the next run, which is killed, too, at times."""
+        sent, old = signals[number % len(signals)], self.draw.random() < 0.7
+        by_event = number // len(signals) % 2 == 0
         at = self.draw.randint(1, self.events) if by_event else self.draw.uniform(0.0, self.seconds)
         self._empty(old=old)
         arguments = self._arguments(overwrite=old, resume=False)
@@ -86,7 +105,13 @@ class Runs:
         left = {path.name for path in self.work.iterdir()} - {"out", "log"}
         if sent == signal.SIGKILL:
             check(all(name.startswith(_LEFT_BY_A_KILL) for name in left), "something else is left")
+            while self.verb == "prune" and self.draw.random() < 0.3:
+                child = self._fork(self._arguments(overwrite=True, resume=True))
+                time.sleep(self.draw.uniform(0.0, self.seconds))
+                os.kill(child, sent)
+                self._wait(child)
             resume = any((self.work / name).exists() for name in _STATES.values())
+            self.tried["went on from a state"] += any((self.work / ".out.pruning").glob("*.safetensors"))
             code = self._wait(self._fork(self._arguments(overwrite=True, resume=resume)))
             check(code == 0, f"the next run ends with {code}")
             check(self._state() == "new", "the next run's OUT is not complete")
@@ -100,15 +125,9 @@ class Runs:
         check((_digest(self.source), _digest(self.text)) == self.inputs, "the inputs changed")
 
     def _arguments(self, overwrite: bool, resume: bool) -> list[str]:
-        options: dict[str, list[str]] = {
-            "prune": ["--method", "magnitude", "--samples", "2", "--seqlen", "16", "--calibration", str(self.text)],
-            "recover": ["--steps", "2", "--seqlen", "16", "--batch-size", "2", "--eval-every", "1", "--rank", "2",
-                        "--data", str(self.text)],
-            "pack": [],
-            "compact": [],
-        }  # fmt: skip
+        text = {"prune": ["--calibration", str(self.text)], "recover": ["--data", str(self.text)]}.get(self.verb, [])
         more = ["--quiet"] + ["--overwrite"] * overwrite + ["--resume"] * resume
-        return [self.verb, str(self.source), str(self.out), *options[self.verb], *more]
+        return [self.verb, str(self.source), str(self.out), *self.options, *text, *more]
 
     def _empty(self, *, old: bool) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -191,7 +210,7 @@ def prepare(folder: Path) -> None:
     """Models to read, one for each command, and text."""
     (folder / "words.txt").write_text(" ".join(f"w{i % 61 + 1}" for i in range(2000)))
     save_folder(folder / "old", build("opt"))
-    for verb in VERBS:
+    for verb in dict.fromkeys(verb for verb, _ in KINDS.values()):
         model = build("llama")
         with torch.no_grad():
             for block in model.model.layers:
@@ -202,20 +221,20 @@ def prepare(folder: Path) -> None:
         save_folder(folder / f"in-{verb}", model)
 
 
-def run(folder: Path, points: int, seed: str) -> dict[str, dict[str, Any]]:
-    """``points`` of every command; by command, how often it was stopped by what, and what was wrong."""
+def run(folder: Path, points: int, seed: str, kill: bool = False) -> dict[str, dict[str, Any]]:
+    """``points`` of every command; by kind, how often it was stopped by what, and what was wrong."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells let background jobs ignore
     prepare(folder)
     found: dict[str, dict[str, Any]] = {}
-    for verb in VERBS:
-        runs = Runs(verb, folder, seed)
-        for number in range(points):
-            runs.point(number)
-        found[verb] = {"events": runs.events, "seconds": runs.seconds, "tried": runs.tried, "wrong": runs.wrong}
+    for kind in PRUNINGS if kill else KINDS:
+        runs = Runs(kind, folder, seed)
+        for number in range(-(-points // 3) if kind == "shots" else points):
+            runs.point(number, (signal.SIGKILL,) if kill or kind == "shots" else SIGNALS)
+        found[kind] = {"events": runs.events, "seconds": runs.seconds, "tried": runs.tried, "wrong": runs.wrong}
     return found
 
 
 if __name__ == "__main__":
-    result = run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "0")
+    result = run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "0", "kill" in sys.argv[4:])
     print(json.dumps(result, indent=1))

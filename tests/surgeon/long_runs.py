@@ -1,6 +1,6 @@
 """Long runs of what is drawn at random; their totals are added to ``fuzz.csv`` or ``interrupts.csv`` of the results.
 
-``python -m tests.surgeon.long_runs fuzz CASES [TARGET ...]`` or ``… interrupts POINTS [SEED]``.
+``python -m tests.surgeon.long_runs fuzz CASES [TARGET ...]`` or ``… interrupts POINTS [SEED] [--kill]``.
 """
 
 from __future__ import annotations
@@ -48,15 +48,17 @@ def fuzz(cases: int, targets: list[str]) -> int:
     return failed
 
 
-def interrupts(points: int, seed: str) -> int:
-    """So many signals to each command; how many of them left something wrong."""
+def interrupts(points: int, seed: str, kill: bool) -> int:
+    """So many signals to each command, or kills of each kind of pruning; how many of them left something wrong."""
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        found = interrupted_runs.run(Path(folder), points, seed)
+        found = interrupted_runs.run(Path(folder), points, seed, kill)
         seconds = time.perf_counter() - begun
-    for verb, runs in found.items():
+    for kind, runs in found.items():
         print("\n".join(runs["wrong"]))
-        row = {"command": verb, "seed": seed, "runs": runs["tried"].total(), "outcomes": _counts(runs["tried"])}
+        name = f"prune, {kind}" if kill else kind
+        tried = sum(number for what, number in runs["tried"].items() if what.startswith("SIG"))
+        row = {"command": name, "seed": seed, "runs": tried, "outcomes": _counts(runs["tried"])}
         _record("interrupts.csv", row | {"faults": len(runs["wrong"]), "seconds_of_all": round(seconds)})
     return sum(bool(runs["wrong"]) for runs in found.values())
 
@@ -97,9 +99,10 @@ def main() -> int:
     stopped = commands.add_parser("interrupts", help="kills and signals of each command at random points")
     stopped.add_argument("points", type=int)
     stopped.add_argument("seed", nargs="?", default="0")
+    stopped.add_argument("--kill", action="store_true", help="kills of prunings of all kinds, each gone on with")
     options = parser.parse_args()
     if options.command == "interrupts":
-        return interrupts(options.points, options.seed)
+        return interrupts(options.points, options.seed, options.kill)
     if unknown := set(options.targets) - set(TARGETS):
         parser.error(f"no target {sorted(unknown)[0]!r}: choose among {', '.join(TARGETS)}")
     return fuzz(options.cases, options.targets or list(TARGETS))
