@@ -8,6 +8,7 @@ With ``kill`` as a fourth argument prunings of all kinds are killed, each so oft
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from llm_surgeon.cli.app import main
@@ -48,6 +50,7 @@ PRUNINGS: dict[str, tuple[str, list[str]]] = {
     "width": ("prune", [*_WINDOWS, "--structure", "width", "--sparsity", "0.25", "--shots", "2"]),
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+_LONGEST = 240  # seconds of a run
 _EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.listdir", "ctypes.dlsym"}
 _STATES = {"prune": ".out.pruning", "recover": ".out.training"}
 _LEFT_BY_A_KILL = (".out.lock", ".out.partial-", ".out.previous-", *_STATES.values())
@@ -170,6 +173,7 @@ class Runs:
             log = os.open(self.work / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            faulthandler.dump_traceback_later(_LONGEST, exit=True, file=log)  # one that hangs says where
             counted = _watch(str(self.work), die)
             run_answering_signals(lambda: (os.write(tell, b"."), main(arguments)))
             code = 0
@@ -224,6 +228,7 @@ def prepare(folder: Path) -> None:
 def run(folder: Path, points: int, seed: str, kill: bool = False) -> dict[str, dict[str, Any]]:
     """``points`` of every command; by kind, how often it was stopped by what, and what was wrong."""
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # its thread may hold a lock while a child is forked, who waits for it for ever
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells let background jobs ignore
     prepare(folder)
     found: dict[str, dict[str, Any]] = {}

@@ -73,6 +73,7 @@ def run_shots(shots: Shots, run: Run, before_update: Callable[[], object] = lamb
             shot.end_phase()
             run.progress.shots_done()
             _measure_held_out(run, outcome)
+        run.states.settle()
     for report, (before, after) in zip(outcome.shots, pairwise(outcome.losses), strict=True):
         report.measured_increase = after - before
     return outcome
