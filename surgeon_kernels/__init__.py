@@ -17,6 +17,7 @@ from surgeon_kernels.gram.gram import gram_accumulate_
 from surgeon_kernels.gram.symmetric import SymmetricAccumulator
 from surgeon_kernels.installation import build_info
 from surgeon_kernels.linalg.chunked_solve import chunked_solve
+from surgeon_kernels.linalg.low_rank import leading_vectors
 from surgeon_kernels.linalg.quadratic_form import quadratic_form
 from surgeon_kernels.linalg.spd_inverse import (
     DampedInverse,
@@ -31,7 +32,7 @@ from surgeon_kernels.linalg.spd_inverse import (
 )
 from surgeon_kernels.selection.costs import column_block_cost, column_cost, element_cost, row_cost, swap_cost
 from surgeon_kernels.selection.k_cheapest import k_cheapest
-from surgeon_kernels.selection.k_smallest import k_smallest
+from surgeon_kernels.selection.k_smallest import k_smallest, smallest_mask
 from surgeon_kernels.selection.nm_select import nm_group_cost, nm_prune, nm_select
 from surgeon_kernels.selection.weight_costs import WeightCosts
 from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
@@ -68,6 +69,7 @@ __all__ = [
     "joint_update",
     "k_cheapest",
     "k_smallest",
+    "leading_vectors",
     "linear_2_4",
     "mean_diagonal",
     "nm_group_cost",
@@ -81,6 +83,7 @@ __all__ = [
     "rotary",
     "row_cost",
     "rows_columns_update",
+    "smallest_mask",
     "spd_inverse",
     "swap_cost",
     "swiglu",

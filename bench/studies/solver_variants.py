@@ -110,7 +110,9 @@ def jacobi(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
 def corrected(p: Problem, rank: int) -> Callable[[Tensor], Tensor]:
     """The dual's diagonal with the correction by so many eigenvectors of each factor, from the first iteration on."""
     with mock.patch.object(low_rank, "_RANK", rank):
-        correction = low_rank.low_rank_correction(p.G, p.A, p.G_inv, p.A_inv, p.pruned)
+        correction = low_rank.low_rank_correction(
+            low_rank.leading_vectors(p.G, p.G_inv), low_rank.leading_vectors(p.A, p.A_inv), p.pruned
+        )
     scales = torch.outer(p.G_inv.diagonal(), p.A_inv.diagonal()).rsqrt()
 
     def precondition(residual: Tensor) -> Tensor:

@@ -37,15 +37,21 @@ class LowRankCorrection(NamedTuple):
         return torch.cat([X_V, self.U], dim=1), torch.cat([self.V, X_U], dim=1), energy
 
 
-def low_rank_correction(G: Tensor, A: Tensor, G_inv: Tensor, A_inv: Tensor, pruned: Tensor) -> LowRankCorrection:
-    """The correction for these factors ``[R, R]`` and ``[C, C]``, their inverses and ``P = pruned`` ``[R, C]``."""
-    U, V = (_leading(M, inverse.diagonal().sqrt()) for M, inverse in ((G, G_inv), (A, A_inv)))
+def low_rank_correction(U: Tensor, V: Tensor, pruned: Tensor) -> LowRankCorrection:
+    """The correction for factors of these :func:`leading_vectors` and ``P = pruned`` ``[R, C]``."""
     kept = (~pruned).to(V.dtype)
     return LowRankCorrection(U, V, _inverses(kept, V), _inverses(kept.T, U))
 
 
-def _leading(M: Tensor, scales: Tensor) -> Tensor:
-    """``V`` with ``I + V Vᵀ`` the nearest to ``M ∘ (s sᵀ)``, by subspace iteration: ``[n, min(n, K)]``."""
+def leading_vectors(M: Tensor, inverse: Tensor) -> Tensor:
+    """``V`` ``[n, min(n, 16)]`` with ``I + V Vᵀ`` the nearest to ``M ∘ (s sᵀ)``, ``s²`` the diagonal of ``M⁻¹``.
+
+    By subspace iteration; the host waits for the device once.
+
+    Args:
+        M: symmetric positive definite ``[n, n]``; inverse: of it.
+    """
+    scales = inverse.diagonal().sqrt()
 
     def times(Q: Tensor) -> Tensor:
         return scales[:, None] * (M @ (scales[:, None] * Q))

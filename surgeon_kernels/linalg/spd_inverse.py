@@ -124,12 +124,12 @@ def cholesky_with_jitter(M: Tensor, damping: float = 0.0, *, name: str = "matrix
     Raises:
         NotPositiveDefiniteError: no jitter was enough, or ``M`` holds NaN or infinity; the message names ``name``.
     """
-    if not math.isfinite(float(M.sum())):
-        raise NotPositiveDefiniteError(f"{name} holds NaN or infinity")
     for jitter in JITTERS:
         L, good = _cholesky(damp(M, damping + jitter))
         if bool(good):
             return L, jitter
+        if jitter == 0.0 and not math.isfinite(float(M.sum())):
+            raise NotPositiveDefiniteError(f"{name} holds NaN or infinity")
     raise NotPositiveDefiniteError(
         f"{name} is not positive definite, even with {damping + JITTERS[-1]:g} of its mean diagonal added: "
         "raise its damping"

@@ -48,6 +48,23 @@ def k_smallest(costs: Sequence[Tensor], k: int) -> tuple[float, list[Tensor]]:
     return threshold, masks
 
 
+def smallest_mask(cost: Tensor, k: Tensor) -> Tensor:
+    """The mask of :func:`k_smallest` for one tensor and a ``k`` on its device, of which the host need not know.
+
+    On a GPU costs are sorted, which takes six times the memory of float32 ones, and NaN is not refused but taken last.
+
+    Args:
+        cost: float32 or float64, any shape; k: int64 scalar, ``0 <= k <= cost.numel()``.
+    """
+    return _mask_by_order(cost, k) if cost.is_cuda else k_smallest([cost], int(k))[1][0]
+
+
+def _mask_by_order(cost: Tensor, k: Tensor) -> Tensor:
+    order = (cost.flatten() + 0.0).argsort(stable=True)  # -0.0 and 0.0 tie
+    chosen = torch.arange(len(order), device=cost.device) < k
+    return torch.empty_like(chosen).scatter_(0, order, chosen).view(cost.shape)
+
+
 def _radix_select(costs: Sequence[Tensor], k: int) -> tuple[float, int]:
     """The k-th smallest value and the number of values strictly below it."""
     dtype = costs[0].dtype

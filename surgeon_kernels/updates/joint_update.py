@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surgeon_kernels.linalg.kron_product import scaled
-from surgeon_kernels.linalg.low_rank import LowRankCorrection, low_rank_correction
+from surgeon_kernels.linalg.low_rank import LowRankCorrection, leading_vectors, low_rank_correction
 from surgeon_kernels.linalg.masked_cg import MaskedCG, Terms, masked_cg, product
 from surgeon_kernels.linalg.spd_inverse import NotPositiveDefiniteError
 from surgeon_kernels.runtime.checks import check_layer
@@ -30,6 +30,10 @@ _BOUND_TOLERANCE = 0.1
 _WORTH = 0.1
 # Most restarts of a part from the residual in full precision.
 _REPLACEMENTS = 3
+
+
+# Gives the leading vectors of G and A, which a solve may need, or not.
+Leading = Callable[[], tuple[Tensor, Tensor]]
 
 
 class JointUpdate(NamedTuple):
@@ -52,6 +56,7 @@ def joint_update(
     *,
     second: tuple[Tensor, Tensor] | None = None,
     start: Tensor | None = None,
+    leading: Leading | None = None,
     tolerance: float = 0.01,
     max_iterations: int = 200,
 ) -> JointUpdate:
@@ -81,6 +86,8 @@ def joint_update(
             excludes the inverses.
         start: multipliers ``[R, C]`` to begin the dual at, on the pruned positions: another mask's, minus the
             gradient that was returned for it, say. Any other numbers cost iterations, no more.
+        leading: gives the :func:`~surgeon_kernels.linalg.low_rank.leading_vectors` of ``G`` and of ``A``, where several
+            solves share them; left out, a solve that needs them computes them.
         tolerance: relative gap to the optimum to stop at.
         max_iterations: cap on the iterations of both parts together; 0 only zeroes.
 
@@ -99,7 +106,8 @@ def joint_update(
     if not bool(_positive_diagonal(terms, [M for M in (G_inv, A_inv) if M is not None])):
         raise NotPositiveDefiniteError("the curvature's diagonal is not positive throughout")
     if G_inv is not None and A_inv is not None and not _kept_weights_are_easier(pruned, [(G, G_inv), (A, A_inv)]):
-        delta, bound = _solve_dual(weight, pruned, G, A, G_inv, A_inv, start, tolerance, max_iterations)
+        dual = _Dual(pruned, G, A, G_inv, A_inv, leading)
+        delta, bound = _solve_dual(weight, pruned, dual, start, tolerance, max_iterations)
     else:
         delta, bound = torch.where(pruned, -weight, 0.0), [0.0]
     gradient = product(terms, delta)
@@ -137,6 +145,7 @@ def joint_estimate(
     A_inv: Tensor,
     *,
     start: Tensor | None = None,
+    leading: Leading | None = None,
     tolerance: float = 0.01,
     max_iterations: int = 200,
 ) -> JointUpdate:
@@ -157,7 +166,8 @@ def joint_estimate(
     def enough() -> bool:
         return still_to_rise(bound) <= tolerance
 
-    gradient = multipliers.add_(_Dual(pruned, G, A, *inverses).solve(residual, bound, max_iterations, enough)).neg_()
+    dual = _Dual(pruned, G, A, *inverses, leading)
+    gradient = multipliers.add_(dual.solve(residual, bound, max_iterations, enough)).neg_()
     del residual
     rough = product([inverses], gradient, parts=1)
     return JointUpdate(torch.where(pruned, -weight, rough), [], bound, gradient, math.inf)
@@ -176,17 +186,14 @@ def objective(delta: Tensor, G: Tensor, A: Tensor) -> float:
 def _solve_dual(
     weight: Tensor,
     pruned: Tensor,
-    G: Tensor,
-    A: Tensor,
-    G_inv: Tensor,
-    A_inv: Tensor,
+    dual: _Dual,
     start: Tensor | None,
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, list[float]]:
     """The feasible ``Δ`` of the dual's solution, and the bound after 0, 1, 2, ... iterations."""
-    dual, wanted = _Dual(pruned, G, A, G_inv, A_inv), weight.masked_fill(~pruned, 0.0)
-    multipliers, image, value = _scaled_start(start, wanted, pruned, (G_inv, A_inv), parts=2)
+    wanted = weight.masked_fill(~pruned, 0.0)
+    multipliers, image, value = _scaled_start(start, wanted, pruned, dual.inverses, parts=2)
     full, bound = image.neg_(), [value]
 
     def enough() -> bool:
@@ -195,7 +202,7 @@ def _solve_dual(
     for _ in range(_REPLACEMENTS):
         left = max_iterations + 1 - len(bound)
         multipliers += dual.solve((wanted + full).masked_fill_(~pruned, 0.0), bound, left, enough)
-        full = product([(G_inv, A_inv)], multipliers).neg_()
+        full = product([dual.inverses], multipliers).neg_()
         claimed, bound[-1] = bound[-1], _dot(multipliers, wanted) + 0.5 * _dot(multipliers, full)
         if bound[-1] >= (1.0 - _BOUND_TOLERANCE * tolerance) * claimed or len(bound) > max_iterations:
             break
@@ -219,14 +226,18 @@ def _scaled_start(
 class _Dual:
     """``P ∘ (G⁻¹ Λ A⁻¹) = B`` by conjugate gradients, whose preconditioner is corrected once the diagonal is slow."""
 
-    def __init__(self, pruned: Tensor, G: Tensor, A: Tensor, G_inv: Tensor, A_inv: Tensor) -> None:
-        self._pruned, self._factors = pruned, (G, A, G_inv, A_inv)
+    def __init__(
+        self, pruned: Tensor, G: Tensor, A: Tensor, G_inv: Tensor, A_inv: Tensor, leading: Leading | None
+    ) -> None:
+        self.inverses = G_inv, A_inv
+        self._pruned = pruned
+        self._leading = leading or (lambda: (leading_vectors(G, G_inv), leading_vectors(A, A_inv)))
         self._correction: LowRankCorrection | None = None
         self._settled = False  # whether there is to be one
 
     def solve(self, residual: Tensor, bound: list[float], iterations: int, enough: Callable[[], bool]) -> Tensor:
         """``Λ`` for ``B = residual``, which is taken over; each iteration appends to the ``bound``."""
-        inverse, before = [self._factors[2:]], len(bound)
+        inverse, before = [self.inverses], len(bound)
         solver = masked_cg(inverse, self._pruned, residual, self._correction)
         first = iterations if self._settled else min(FIRST_ESTIMATE, iterations)
         solved = _iterate(solver, bound, 1.0, first, enough)
@@ -234,7 +245,7 @@ class _Dual:
         if solved or left <= 0 or enough():
             return solver.x
         self._settled, residual = True, solver.residual
-        correction = low_rank_correction(*self._factors, self._pruned)
+        correction = low_rank_correction(*self._leading(), self._pruned)
         if not self._worth(correction, residual):
             _iterate(solver, bound, 1.0, left, enough)
             return solver.x
@@ -247,7 +258,7 @@ class _Dual:
 
     def _worth(self, correction: LowRankCorrection, residual: Tensor) -> bool:
         """True if much of the residual lies where the correction changes something."""
-        rows, columns = (inverse.diagonal().rsqrt() for inverse in self._factors[2:])
+        rows, columns = (inverse.diagonal().rsqrt() for inverse in self.inverses)
         X = scaled(residual, rows, columns)
         return bool(correction.factors(X)[2] >= _WORTH * torch.linalg.vector_norm(X, dtype=torch.float64) ** 2)
 

@@ -21,6 +21,7 @@ from surgeon_kernels import (
     SymmetricAccumulator,
     inverse_and_diagonal,
     inverse_diagonal,
+    leading_vectors,
     mean_diagonal,
     spd_inverse,
     unchecked_inverse,
@@ -76,6 +77,11 @@ class DampedFactor:
         """``(M + shift I)⁻¹``; does not check that there is one, to avoid a host sync."""
         return unchecked_inverse(self.damped) if self._inverse is None else self._inverse.full()
 
+    @cached_property
+    def leading(self) -> Tensor:
+        """:func:`~surgeon_kernels.leading_vectors` of the damped factor."""
+        return leading_vectors(self.damped, self.inverse)
+
     def undamped(self) -> Tensor:
         """``M`` as a new matrix."""
         M = self.damped.clone()
@@ -103,6 +109,10 @@ class KroneckerFactors(NamedTuple):
     def inverses(self) -> tuple[Tensor, Tensor]:
         """``G⁻¹`` and ``A⁻¹`` of the damped factors, computed when first asked for."""
         return self.g.inverse, self.a.inverse
+
+    def leading(self) -> tuple[Tensor, Tensor]:
+        """Leading vectors of ``G`` and ``A``, computed when first asked for."""
+        return self.g.leading, self.a.leading
 
     @property
     def diagonals(self) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llm_surgeon.config.prune import PruneConfig
-from surgeon_kernels import WeightCosts, k_cheapest, k_smallest, nm_select
+from surgeon_kernels import WeightCosts, k_cheapest, nm_select, smallest_mask
 
 _PLACES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -93,7 +93,7 @@ def reselect(pruned: Tensor, cost: Tensor, config: PruneConfig) -> Tensor:
     if m:
         groups = pruned.unflatten(1, (-1, m)).any(dim=2)
         return nm_select(cost, n, m) & groups.repeat_interleave(m, dim=1)
-    return k_smallest([cost], int(pruned.sum()))[1][0]
+    return smallest_mask(cost, pruned.count_nonzero())
 
 
 def _select_masks(

@@ -32,7 +32,11 @@ def solve_with_swaps(
         weight: ``[R, C']``, the bias as last column where there is one.
     """
     matrices = *factors.damped, *factors.inverses
-    options: dict[str, Any] = {"tolerance": config.tolerance, "max_iterations": config.max_iterations}
+    options: dict[str, Any] = {
+        "tolerance": config.tolerance,
+        "max_iterations": config.max_iterations,
+        "leading": factors.leading,
+    }
 
     def solve(chosen: Selection, start: Tensor | None = None) -> JointUpdate:
         return joint_update(weight, chosen.with_bias(weight.shape[1]), *matrices, start=start, **options)
@@ -47,7 +51,7 @@ def solve_with_swaps(
     chosen, multipliers = selection, None
     for index in range(config.swaps):
         if index:
-            rough = estimate(chosen, start=multipliers, max_iterations=_ROUND)
+            rough = estimate(chosen, start=multipliers, leading=factors.leading, max_iterations=_ROUND)
         changed, multipliers = _swapped(weight, chosen, rough, factors, config), rough.gradient.neg_()
         if torch.equal(changed.pruned, chosen.pruned):
             break

@@ -9,7 +9,7 @@ import torch
 from surgeon_kernels import joint_update
 from surgeon_kernels.linalg.kron_product import scaled_parts_reference
 from surgeon_kernels.linalg.kron_product_triton import scaled_parts_rows, scaled_rows
-from surgeon_kernels.linalg.low_rank import low_rank_correction
+from surgeon_kernels.linalg.low_rank import leading_vectors, low_rank_correction
 from surgeon_kernels.linalg.masked_cg import FusedCG, MaskedCG
 from surgeon_kernels.updates import joint_update as module
 from tests.kernels.dense import factor, random_mask, random_weight
@@ -53,7 +53,7 @@ def the_iterations() -> None:
     # With a correction, of the dual of the same operator.
     for rows, columns, block in ((20, 33, 32), (5, 40, 64), (1, 1, 32)):
         pairs, free, b = problem(rows, columns, 1)
-        correction = low_rank_correction(*(torch.linalg.inv(M) for M in pairs[0]), *pairs[0], free)
+        correction = low_rank_correction(*(leading_vectors(torch.linalg.inv(M), M) for M in pairs[0]), free)
         expected = MaskedCG(pairs, free, b.clone(), correction)
         solver = InSingle(pairs, free, b.clone(), correction, resident=2, block=block, warps=1)
         for iterations in (2, 1):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from surgeon_kernels.linalg.low_rank import low_rank_correction
+from surgeon_kernels.linalg.low_rank import leading_vectors, low_rank_correction
 from surgeon_kernels.linalg.masked_cg import MaskedCG
 from tests.kernels import dense
 from tests.kernels.dense import random_mask, with_condition
@@ -30,7 +30,7 @@ def matrix(correction, pruned):
 @pytest.mark.parametrize("density", [0.3, 0.7])
 def test_rows_and_columns_by_their_formula(shape, density):
     *factors, pruned = problem(*shape, density=density)
-    correction = low_rank_correction(*factors, pruned)
+    correction = low_rank_correction(leading_vectors(*factors[::2]), leading_vectors(*factors[1::2]), pruned)
     X = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).masked_fill(~pruned, 0.0)
     left, right, _ = correction.factors(X)
     expected = torch.zeros(shape, dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_rows_and_columns_by_their_formula(shape, density):
 
 def test_the_eigenvectors_are_the_leading_ones_of_the_scaled_factors():
     G, A, G_inv, A_inv, pruned = problem(40, 50)
-    correction = low_rank_correction(G, A, G_inv, A_inv, pruned)
+    correction = low_rank_correction(leading_vectors(G, G_inv), leading_vectors(A, A_inv), pruned)
     for found, M, inverse in ((correction.U, G, G_inv), (correction.V, A, A_inv)):
         scales = inverse.diagonal().sqrt()
         values, vectors = torch.linalg.eigh(scales[:, None] * M * scales)
@@ -56,7 +56,7 @@ def test_the_eigenvectors_are_the_leading_ones_of_the_scaled_factors():
 @pytest.mark.parametrize("density", [0.5, 0.8])
 def test_symmetric_nonnegative_and_the_spectrum_it_leaves(density):
     G, A, G_inv, A_inv, pruned = problem(14, 18, density=density)
-    correction = matrix(low_rank_correction(G, A, G_inv, A_inv, pruned), pruned)
+    correction = matrix(low_rank_correction(leading_vectors(G, G_inv), leading_vectors(A, A_inv), pruned), pruned)
     scale = float(correction.abs().max())
     assert (correction - correction.T).abs().max() <= 1e-9 * scale
     assert torch.linalg.eigvalsh(correction).min() >= -1e-9 * scale
@@ -75,7 +75,7 @@ def test_fewer_iterations_to_the_same_solution():
     gone = pruned.flatten()
     exact = torch.linalg.solve(dense.kron(G_inv, A_inv)[gone][:, gone], b[pruned])
     best, lowered = 0.5 * float(exact @ b[pruned]), {}
-    for correction in (None, low_rank_correction(G, A, G_inv, A_inv, pruned)):
+    for correction in (None, low_rank_correction(leading_vectors(G, G_inv), leading_vectors(A, A_inv), pruned)):
         solver = MaskedCG([(G_inv, A_inv)], pruned, b.clone(), correction)
         lowered[correction is None] = torch.tensor(solver.run(600)).cumsum(0)
         assert (solver.x[pruned] - exact).norm() <= 1e-6 * exact.norm()

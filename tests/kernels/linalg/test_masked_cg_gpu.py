@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from surgeon_kernels import joint_update, objective, rows_columns_update
-from surgeon_kernels.linalg.low_rank import low_rank_correction
+from surgeon_kernels.linalg.low_rank import leading_vectors, low_rank_correction
 from surgeon_kernels.linalg.masked_cg import MaskedCG, masked_cg
 from tests.kernels.dense import factor, random_mask, random_weight, relative_error
 
@@ -51,7 +51,7 @@ def test_corrected_iterations_follow_the_reference(shape):
     inverses = [torch.linalg.inv(M.double()).float() for M in (G, A)]
     W, free = on_gpu(random_weight(*shape, 0), random_mask(*shape, "random", 1))
     b = W.masked_fill(~free, 0.0)
-    correction = low_rank_correction(G, A, *inverses, free)
+    correction = low_rank_correction(*map(leading_vectors, (G, A), inverses), free)
     solver = masked_cg([tuple(inverses)], free, b.clone(), correction)
     reference = MaskedCG([tuple(inverses)], free, b.clone(), correction)
     solver._image.fill_(float("nan"))

@@ -3,7 +3,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from surgeon_kernels import k_smallest
+from surgeon_kernels import k_smallest, smallest_mask
+from surgeon_kernels.selection.k_smallest import _mask_by_order
 from tests.kernels.dense import repeatable
 
 INF, NAN = float("inf"), float("nan")
@@ -31,6 +32,10 @@ def check(costs, k):
     for mask, want, cost in zip(masks, expected, costs, strict=True):
         assert mask.dtype == torch.bool and mask.shape == cost.shape
         assert torch.equal(mask, want)
+    whole = torch.cat([cost.flatten() for cost in costs])
+    at_once = torch.cat([mask.flatten() for mask in masks])
+    for alike in (smallest_mask(whole, torch.tensor(k)), _mask_by_order(whole, torch.tensor(k))):
+        assert torch.equal(alike, at_once) and alike.dtype == torch.bool
 
 
 @st.composite

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from surgeon_kernels import WeightCosts, k_cheapest, nm_group_cost, nm_prune, nm_select
+from surgeon_kernels import WeightCosts, k_cheapest, k_smallest, nm_group_cost, nm_prune, nm_select, smallest_mask
 from surgeon_kernels.runtime import extension
 from surgeon_kernels.selection import k_cheapest as module
 from surgeon_kernels.selection.nm_select import _reference
@@ -218,3 +218,14 @@ def test_compiled_by_torch():
         return torch.ops.surgeon_kernels.nm_prune(weight * 2, g, a, 2, 4, invalid) + 1
 
     assert torch.equal(torch.compile(prune, fullgraph=True, backend="aot_eager")(*costs), prune(*costs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_of_the_smallest_are_those_of_the_cpu(dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    cost = torch.randn(300, 4001, generator=generator, device="cuda", dtype=dtype)
+    cost[:, ::3] = cost[:, ::3].round()  # ties, and both zeros
+    cost[0, :9], cost[1, :9] = float("inf"), -float("inf")
+    for k in (0, 1, 9, 600_000, cost.numel() - 3, cost.numel()):
+        mask = smallest_mask(cost.T, torch.tensor(k, device="cuda"))
+        assert torch.equal(mask.cpu(), k_smallest([cost.T.cpu()], k)[1][0])

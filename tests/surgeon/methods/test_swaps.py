@@ -12,7 +12,7 @@ from llm_surgeon.methods import swaps
 from llm_surgeon.methods.select import Selection, reselect
 from llm_surgeon.methods.swaps import solve_with_swaps
 from llm_surgeon.methods.update import remove_and_compensate
-from surgeon_kernels import element_cost, k_smallest, nm_select
+from surgeon_kernels import element_cost, k_smallest, leading_vectors, nm_select
 from tests.kernels import dense
 from tests.surgeon.one_layer import CPU, C, damped, layer
 
@@ -40,6 +40,32 @@ def test_swaps_lower_the_objective_at_the_same_count_and_pattern(structure, bias
     best = dense.optimum(weight, better.selection.with_bias(C + bias), damped(G, 0.1), damped(A, 0.01))
     assert better.objective[-1] == pytest.approx(best, rel=1e-6)
     assert bool((better.weight[:, :C][chosen] == 0.0).all())
+
+
+def test_rounds_and_solution_share_the_leading_vectors_and_rough_updates_need_none(monkeypatch):
+    R, C = 60, 90
+    outliers = torch.ones(C, dtype=torch.float64)
+    outliers[:5] = 30.0
+    factors = KroneckerFactors(
+        DampedFactor.checked(dense.factor(R, "plain", 2), 0.01, "G"),
+        DampedFactor.checked(outliers[:, None] * dense.factor(C, "plain", 3) * outliers, 1e-4, "A"),
+    )
+    weight, config = dense.random_weight(R, C, 0), PruneConfig(structure="unstructured", tolerance=1e-6)
+    selection = Selection(weight.abs() < 0.7)
+    asked = []
+    for module in ("surgeon_kernels.updates.joint_update", "llm_surgeon.curvature.factors"):
+        monkeypatch.setattr(f"{module}.leading_vectors", lambda *a: asked.append(len(a[0])) or leading_vectors(*a))
+    rough = dataclasses.replace(config, swaps=0, max_iterations=8)
+    remove_and_compensate(weight, selection, factors, rough, "x")
+    assert not asked
+    shared = remove_and_compensate(weight, selection, factors, config, "x")
+    assert asked == [R, C]
+    # Each for itself they find the same.
+    alone = SimpleNamespace(**{name: getattr(factors, name) for name in ("damped", "inverses", "inverse_diagonals")})
+    alone.leading = None
+    found, chosen = solve_with_swaps(weight, selection, alone, config)
+    assert len(asked) > 4
+    assert torch.equal(found.delta, shared.delta) and torch.equal(chosen.pruned, shared.selection.pruned)
 
 
 def test_more_rounds_of_swaps_find_a_better_selection():
