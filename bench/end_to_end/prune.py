@@ -17,7 +17,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,8 +100,12 @@ def measure(run: str, layers: int, options: argparse.Namespace) -> dict[str, Any
         model.to("cpu")
         torch.cuda.empty_cache()
     plan = make_plan(model, find_decoder(model), config)
-    with timed_stages() as passes:
-        report = prune(model, ids, config=config, progress=Phases())
+    with timed_stages() as passes, ExitStack() as stack:
+        states = None
+        if options.checkpoint is not None:
+            states = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.checkpoint)), "states")
+            about["run"] += ", kept"
+        report = prune(model, ids, config=config, progress=Phases(), checkpoint=states)
     if passes:
         print(f"passes and moments of {len(passes)} stages: {sum(passes):.1f} s", flush=True)
     seconds = {phase: sum(shot.seconds.get(phase, 0.0) for shot in report.shots) for phase in PHASES}
@@ -178,6 +182,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--options", default="{}", help="More fields of PruneConfig, as JSON.")
     parser.add_argument("--write", action="store_true", help="Write the pruned model, too.")
+    parser.add_argument("--checkpoint", type=Path, help="Keep the run's states in a folder in here while it goes on.")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "end_to_end.csv")
     options = parser.parse_args()

@@ -25,7 +25,6 @@ _logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
 _KEPT = 2  # states after shots: the newer one may turn out to be damaged
-_WAITING = 2  # copies of states that are not written yet
 _NAME = re.compile(r"shot-(\d+)(?:-block-(\d+))?")
 _OWN = re.compile(r"(run|report)\.json(\.partial)?|shot-\d+(-block-\d+)?\.(partial|[0-9a-f]{64}\.safetensors)")
 
@@ -128,8 +127,8 @@ class FolderStates(RunStates):
         self._begun: tuple[dict[str, Any], dict[str, str | None]] | None = None
         self._copying, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._copied: list[Future[None]] = []
-        self._slots = threading.Semaphore(_WAITING)
-        self._abandoned = threading.Event()
+        # Set where states that are not written yet need not be: any more, those of the blocks of a shot that is done.
+        self._all_done, self._shot_done = threading.Event(), threading.Event()
         self._failed = False
 
     @property
@@ -181,11 +180,13 @@ class FolderStates(RunStates):
 
     def put_shot(self, index: int, state: State) -> None:
         self._shot, self._left = index, {}
-        self._drain()  # no second one in memory
-        self._put(f"shot-{index}", state, lambda: self._tidy(index))
+        self._shot_done.set()
+        self._drain()  # no second state of a shot in memory
+        self._shot_done = threading.Event()
+        self._put(f"shot-{index}", state, self._all_done, lambda: self._tidy(index))
 
     def put_block(self, depth: int, state: State) -> None:
-        self._put(f"shot-{self._shot + 1}-block-{depth}", state)
+        self._put(f"shot-{self._shot + 1}-block-{depth}", state, self._shot_done)
 
     def put_report(self, report: str) -> None:
         write_text(self.folder / REPORT, report)
@@ -199,7 +200,8 @@ class FolderStates(RunStates):
         uninterrupted(self._close)
 
     def remove(self) -> None:
-        self._abandoned.set()
+        self._all_done.set()
+        self._shot_done.set()
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -223,36 +225,31 @@ class FolderStates(RunStates):
         self.settle()
         self._writing.submit(lambda: None).result()
 
-    def _put(self, name: str, state: State, then: Callable[[], object] = lambda: None) -> None:
+    def _put(
+        self, name: str, state: State, abandoned: threading.Event, then: Callable[[], object] = lambda: None
+    ) -> None:
         if self._failed:
             return
-        self._slots.acquire()
         # What lies in main memory may be on its way there still.
         event = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
 
         def copy() -> None:
-            try:
-                if event is not None:
-                    event.synchronize()
-                copied = State(_copies(state.tensors), state.note)
-            except BaseException:
-                self._slots.release()
-                raise
-            self._writing.submit(self._write, name, copied, then)
+            if event is not None:
+                event.synchronize()
+            copied = State(_copies(state.tensors), state.note)
+            self._writing.submit(self._write, name, copied, abandoned, then)
 
         self._copied.append(self._copying.submit(copy))
 
-    def _write(self, name: str, state: State, then: Callable[[], object]) -> None:
+    def _write(self, name: str, state: State, abandoned: threading.Event, then: Callable[[], object]) -> None:
         try:
-            write_state(self.folder, name, state, self._abandoned)
+            write_state(self.folder, name, state, abandoned)
             then()
         except Abandoned:
             pass
         except OSError as error:
             self._failed = True
             _logger.warning("the run goes on without being kept: %r: %s", str(self.folder), first_line(error))
-        finally:
-            self._slots.release()
 
     def _tidy(self, index: int) -> None:
         """Delete what nobody will go on from, once the state after shot ``index`` is written."""

@@ -57,11 +57,18 @@ class Interrupting(FolderStates):
         super().__init__(folder, resume)
         self.most, self.count = most, 0
 
-    def _put(self, name: str, state: State, *then: Any) -> None:
+    def put_shot(self, index: int, state: State) -> None:
+        self._count()
+        super().put_shot(index, state)
+
+    def put_block(self, depth: int, state: State) -> None:
+        self._count()
+        super().put_block(depth, state)
+
+    def _count(self) -> None:
         if self.count == self.most:
             raise Interrupted
         self.count += 1
-        super()._put(name, state, *then)
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
