@@ -47,3 +47,7 @@ class BadBatchError(NumericalError):
         """``batch`` counts from 1."""
         super().__init__(f"NaN or infinity in {place} (batch {batch} of {batches})")
         self.windows = windows
+
+
+class RankError(SurgeonError):
+    """Another process of a run of several has ended (exit code 1)."""

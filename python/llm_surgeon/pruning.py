@@ -10,6 +10,7 @@ from torch import nn
 from llm_surgeon.checkpoint.run_states import RunStates, kept_states
 from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
 from llm_surgeon.isolation import isolated
 from llm_surgeon.models.state import ModelState
@@ -35,6 +36,7 @@ def prune(
     progress: Progress | None = None,
     checkpoint: str | Path | RunStates | None = None,
     resume: bool = False,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> PruneReport:
     """Prune the decoder's linear layers of a causal LM in place.
@@ -62,6 +64,8 @@ def prune(
         checkpoint: a folder of this run's own, in which what is done is kept until all of it is; nothing is by default.
         resume: go on with what an interrupted run left in ``checkpoint``, if anything; with the same model, data,
             options, machine and threads the weights become those of a run that nothing interrupts, to the bit.
+        ranks: processes that share the run, see :func:`llm_surgeon.distributed.group.joined`: each gives the same
+            arguments, with its own copy of the model, and comes out with the same weights and report.
         **options: fields of :class:`PruneConfig`.
 
     Failed or interrupted (:class:`KeyboardInterrupt`) it leaves the model, its flags, hooks and configuration as they
@@ -84,7 +88,7 @@ def prune(
         while True:
             state = ModelState(model)
             try:
-                return _prune(model, state, config, data, plan, progress or Progress(), states)
+                return _prune(model, state, config, data, plan, progress or Progress(), states, ranks)
             except NeedsOffload as error:
                 state.restore()
                 plan = error.plan
@@ -103,9 +107,10 @@ def _prune(
     plan: Plan | None,
     progress: Progress,
     states: RunStates,
+    ranks: Ranks,
 ) -> PruneReport:
     """:func:`prune`, whose caller puts the model's ``state`` back if anything is raised."""
-    with prepared(model, config, *data, plan, progress, states) as run:
+    with prepared(model, config, *data, plan, progress, states, ranks) as run:
         record = RunRecord(run)
         shots = run.config.structure_record.shot_class(run)
         # Copying goes on beside the first shot, until weights will change.

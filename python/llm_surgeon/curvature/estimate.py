@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from llm_surgeon.checks import require_choice
 from llm_surgeon.config.prune import FISHERS
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.distributed import Ranks
 from llm_surgeon.errors import BadBatchError, UnsupportedModelError
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.fused_pointwise import fused_pointwise
-from llm_surgeon.models.label_sampler import LabelSampler
-from llm_surgeon.models.loss import CHUNK, count_tokens, next_token_loss
+from llm_surgeon.models.loss import count_tokens, next_token_loss
 from llm_surgeon.models.passes import (
     ForwardPasses,
     checkpointed,
@@ -84,7 +84,6 @@ def estimate_curvature(
     batch_size: int,
     fisher: str = "empirical",
     seed: int = 0,
-    drawn_for: int | None = None,
     gradients: bool = True,
     inputs: bool = True,
     output_factors: bool = True,
@@ -93,6 +92,7 @@ def estimate_curvature(
     checkpoint_activations: bool = False,
     blocks_per_pass: int | None = None,
     store: Callable[[SymmetricAccumulator], SymmetricAccumulator] | None = None,
+    owners: Mapping[str, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Curvature:
     """Accumulate ``A = (1/N) Σ a aᵀ`` and ``G = (1/N) Σ g gᵀ`` over the calibration data's N real tokens.
@@ -106,8 +106,7 @@ def estimate_curvature(
         batch_size: sequences per pass.
         fisher: ``"empirical"`` takes the data's next tokens as labels, ``"sampled"`` draws a label from the
             model's own distribution at every real position.
-        seed: of the sampled labels, which are those of passes of ``drawn_for`` sequences; of ``batch_size`` where left
-            out.
+        seed: of the sampled labels, which depend on a sequence's place among all, not on its batch.
         gradients: without them only ``A`` and the loss are computed, by forward passes alone.
         inputs: without them ``A`` is left out; output_factors: without them ``G``.
         squared_norms: keep the squared norms of gradients, too.
@@ -118,6 +117,8 @@ def estimate_curvature(
         blocks_per_pass: decoder blocks whose factors are accumulated in one pass over the data, in as many passes as
             that takes; all of them in one where left out. A pass goes back only as far as its first block.
         store: where a block's sums go when its pass is over (to main memory, say); they stay where left out.
+        owners: ranks by linears' names: after a block's pass its sums are added up over the calibration data's ranks
+            and kept by the owners alone; on every rank where left out.
         progress: called with (batches done, batches in all) after every batch, the batches of all passes counted.
 
     Raises:
@@ -128,7 +129,10 @@ def estimate_curvature(
     """
     require_choice("fisher", fisher, FISHERS)
     tokens, targets = count_tokens(model, calibration)
-    batches = -(-calibration.input_ids.shape[0] // batch_size)
+    ranks, parts = calibration.ranks, list(calibration.parts(batch_size))
+    batches = len(parts)
+    # Every pass draws the same labels, and a window the same on any rank.
+    draws = torch.rand(calibration.input_ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     device = model.get_input_embeddings().weight.device
     per_pass = blocks_per_pass or len(decoder.blocks)
     passes = range(0, len(decoder.blocks), per_pass)
@@ -157,32 +161,31 @@ def estimate_curvature(
                 squared_norms=squared_norms,
                 dtype=dtype,
             )
-            # Every pass draws the same labels.
-            rows = [ids.numel() for ids in calibration.input_ids.split(drawn_for or batch_size)]
-            sampler = LabelSampler(device, seed, rows, CHUNK) if fisher == "sampled" else None
             total = 0.0
             start = model.get_input_embeddings() if first == 0 else decoder.blocks[first]
             with sums.hooked(), starting_at(start) if gradients else contextlib.nullcontext():
                 for batch, (input_ids, mask) in enumerate(calibration.batches(batch_size, device), 1):
+                    of_batch = draws[parts[batch - 1]] if fisher == "sampled" else None
                     sums.mask, sums.recording = mask, True
                     logits = forward.logits(input_ids, mask, with_gradient=gradients)
-                    loss = next_token_loss(logits, input_ids, mask, sampler)
+                    loss = next_token_loss(logits, input_ids, mask, of_batch)
                     sums.recording = False  # a block that runs again for its activations must not count again
                     if logits.gradient is not None:
                         logits.source.register_hook(_first_on_device)
                         logits.source.backward(logits.gradient)
                     del logits
-                    windows = range((batch - 1) * batch_size, (batch - 1) * batch_size + len(input_ids))
-                    total += sums.check(loss, batch, batches, windows)
+                    total += sums.check(loss, batch, batches, range(parts[batch - 1].start, parts[batch - 1].stop))
                     if progress is not None:
                         progress(first // per_pass * batches + batch, len(passes) * batches)
-            for done, kept in ((input_sums, sums.inputs), (gradient_sums, sums.gradients)):
+            readers, own = _keepers(linears, owners)
+            for done, kept, keepers in ((input_sums, sums.inputs, readers), (gradient_sums, sums.gradients, own)):
                 for name in list(kept):
                     value = kept.pop(name)  # nothing else holds it: what is stored elsewhere is freed here
-                    done[name] = value if store is None else store(value)
+                    if _added_up(value, ranks, keepers.get(name)):
+                        done[name] = value if store is None else store(value)
                     del value
-            norms |= {n: torch.cat(x).view(calibration.input_ids.shape) for n, x in sums.squared_norms.items()}
-    return Curvature(total / targets, tokens, input_sums, gradient_sums, norms)
+            norms |= {name: _of_all(found, calibration) for name, found in sums.squared_norms.items()}
+    return Curvature(ranks.total(total) / targets, tokens, input_sums, gradient_sums, norms)
 
 
 class _Accumulators:
@@ -286,6 +289,34 @@ class _Accumulators:
             if not math.isfinite(value):
                 raise BadBatchError(location, batch, batches, windows)
         return values["the loss"]
+
+
+def _keepers(
+    linears: list[PrunableLinear], owners: Mapping[str, int] | None
+) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+    """Ranks that keep sums of inputs, by input group, and those that keep a linear's of gradients; none named: all."""
+    readers: dict[str, set[int]] = {}
+    own: dict[str, set[int]] = {}
+    if owners is None:
+        return readers, own
+    for linear in linears:
+        readers.setdefault(linear.input_group, set()).add(owners[linear.name])
+        own[linear.name] = {owners[linear.name]}
+    return readers, own
+
+
+def _added_up(sums: SymmetricAccumulator, ranks: Ranks, keepers: set[int] | None) -> bool:
+    """Add up sums of all ranks in place; True where this one keeps them."""
+    ranks.sum_(sums.storage, *keepers if keepers is not None and len(keepers) == 1 else ())
+    return keepers is None or ranks.index in keepers
+
+
+def _of_all(norms: list[Tensor], calibration: Calibration) -> Tensor:
+    """What batches of this rank found of every token, and other ranks of theirs, ``[samples, seqlen]``."""
+    own = torch.cat(norms).view(-1, calibration.input_ids.shape[1])
+    found = own.new_zeros(calibration.input_ids.shape)
+    found[calibration.own] = own
+    return calibration.ranks.sum_(found)
 
 
 def _first_on_device(gradient: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.distributed import Ranks
 from llm_surgeon.models.batch_tensors import BatchTensors
 from llm_surgeon.models.block_batches import BlockBatch, record_batches
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
@@ -76,6 +77,7 @@ def stages(
     """
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), fused_pointwise(model):
+        ranks, own = calibration.ranks, calibration.own
         run, dense_run, kept = _BlockRuns(compute_dtype), _BlockRuns(compute_dtype), BatchTensors(device, memory)
         for index, batch in enumerate(record_batches(model, decoder, calibration.batches(batch_size, device))):
             kept.put(index, _STREAM, batch.hidden)
@@ -94,7 +96,7 @@ def stages(
                 if not taken(depth):
                     for group in dict.fromkeys(linear.input_group for linear in linears):
                         readers = [linear for linear in linears if linear.input_group == group]
-                        yield pair.reach(readers, token_weights(readers))
+                        yield pair.reach(readers, token_weights(readers), ranks, own)
                         pair.changed(readers)
                 pair.advance()
 
@@ -163,8 +165,10 @@ class _BlockPair:
                 kept.put(index, group, x)
             kept.put(index, _STREAM, stream)
 
-    def reach(self, readers: Sequence[PrunableLinear], weights: Tensor) -> Stage:
-        """The moments of ``readers``, which share their input and are the dense model's still."""
+    def reach(self, readers: Sequence[PrunableLinear], weights: Tensor, ranks: Ranks, share: slice) -> Stage:
+        """The moments, over the windows of all ``ranks``, of ``readers``, which share their input and are the dense
+        model's still; ``share`` are the windows that this rank goes through.
+        """
         first, ones = readers[0], any(linear.has_bias for linear in readers)
         dtype, device = torch.promote_types(first.weight.dtype, torch.float32), first.weight.device
         size, writer, group = first.columns + ones, self._writer(readers), first.input_group
@@ -174,7 +178,7 @@ class _BlockPair:
         weights = weights.to(device, dtype)
         # About 1, so that weighted inputs are normal numbers of 16 bits; by powers of 4, whose roots round nothing.
         enlarged = 4.0 ** math.ceil(math.log(weights.numel(), 4))
-        of_batches = (weights / weights.sum() * enlarged).split(self._run.sizes)
+        of_batches = (weights / weights.sum() * enlarged)[share].split(self._run.sizes)
         for index, held in enumerate(self._kept.turns(_OWN, group, *self._added(writer), *self._replay.modules)):
             x, own = held[group], self._input_of(first, index, held)
             root = of_batches[index].sqrt().reshape(-1, 1)
@@ -190,6 +194,8 @@ class _BlockPair:
                 _add_product_(residual[writer.name], wanted, inputs)
                 self._kept.put(index, _LACK, lack.add(self._output(writer, x).view_as(lack), alpha=scale))
                 self._kept.put(index, _READ, own)
+        for total in (A.storage, cross, *residual.values()):
+            ranks.sum_(total)
         sums = (A.full(), cross, *residual.values())
         A_full, cross, *rest = (total.div_(enlarged) for total in sums)
         return Stage(readers, A_full, cross, dict(zip(residual, rest, strict=True)))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
 from llm_surgeon.resources import require_memory
 
@@ -21,6 +22,7 @@ class Calibration:
         input_ids: int64 ``[samples, seqlen]`` (any integer dtype is converted).
         attention_mask: bool ``[samples, seqlen]``, False = padding; ``None`` (also what a mask without padding
             becomes) = every token is real.
+        ranks: that share passes over the sequences: each goes through its own, and sums are those of all.
 
     Raises:
         InputError: no sequences, not integers, negative ids, another shape, or fewer than two tokens in a sequence.
@@ -28,6 +30,7 @@ class Calibration:
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         ids, mask = self.input_ids, self.attention_mask
@@ -90,12 +93,23 @@ class Calibration:
     def without(self, positions: Sequence[int]) -> Calibration:
         """All sequences but those at ``positions``."""
         kept = [row for row in range(len(self.input_ids)) if row not in set(positions)]
-        return Calibration(self.input_ids[kept], None if self.attention_mask is None else self.attention_mask[kept])
+        mask = None if self.attention_mask is None else self.attention_mask[kept]
+        return Calibration(self.input_ids[kept], mask, self.ranks)
+
+    @property
+    def own(self) -> slice:
+        """The sequences that this rank goes through."""
+        return self.ranks.share(len(self.input_ids))
+
+    def parts(self, batch_size: int) -> Iterator[slice]:
+        """The batches of :meth:`batches`, as ranges of sequences."""
+        own = self.own
+        for start in range(own.start, own.stop, batch_size):
+            yield slice(start, min(start + batch_size, own.stop))
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """``(input_ids, attention_mask)`` of at most ``batch_size`` sequences at a time, on ``device``, in order."""
-        for start in range(0, len(self.input_ids), batch_size):
-            part = slice(start, start + batch_size)
+        """``(input_ids, attention_mask)`` of at most ``batch_size`` of the rank's sequences, on ``device``, in order."""
+        for part in self.parts(batch_size):
             mask = None if self.attention_mask is None else self.attention_mask[part].to(device)
             yield self.input_ids[part].to(device), mask
 

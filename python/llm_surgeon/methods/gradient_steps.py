@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,7 +45,9 @@ def split_windows(calibration: Calibration, held_out: int | None) -> tuple[Calib
             f"gradient_steps need at least {least} calibration windows, not {len(ids)}: the last of them are held out"
         )
     parts = (slice(0, kept), slice(kept, None))
-    first, last = (Calibration(ids[part], None if mask is None else mask[part]) for part in parts)
+    first, last = (
+        replace(calibration, input_ids=ids[part], attention_mask=None if mask is None else mask[part]) for part in parts
+    )
     return first, last
 
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.stages import stages
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.distributed import Ranks
 from llm_surgeon.errors import InputError, NumericalError
-from llm_surgeon.methods.sequential import targets, token_weights
+from llm_surgeon.methods.sequential import Targets, token_weights
 from llm_surgeon.models.block_batches import BlockBatch, record_batches
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.passes import evaluation_mode
@@ -104,11 +105,11 @@ def _problems(
 ) -> Iterator[tuple[PrunableLinear, Tensor, Tensor]]:
     """Every linear with ``[W | b]`` and its Hessian; it has its new weights when the next one is asked for."""
     device = model.get_input_embeddings().weight.device
-    of_windows = calibration.batches(_batch_size(calibration, config), device)
+    of_windows, ranks = calibration.batches(_batch_size(calibration, config), device), calibration.ranks
     batches = list(record_batches(model, decoder, of_windows))
     for depth, block in enumerate(decoder.blocks):
         linears = [linear for linear in decoder.linears if linear.depth == depth]
-        hessians = _hessians(block, linears, batches)
+        hessians = _hessians(block, linears, batches, ranks)
         for linear in linears:
             hessian = hessians[linear.input_group].full()
             yield linear, linear.matrix(hessian.dtype), hessian
@@ -129,7 +130,9 @@ def _corrected_problems(
         writers=find_writers(model, decoder),
         batch_size=_batch_size(calibration, config),
     ):
-        for linear, target, a in targets(stage, config):
+        aims = Targets(stage, config)
+        for linear in stage.readers:
+            target, a = aims.of(linear)
             yield linear, target, a.undamped()[: linear.columns, : linear.columns]
 
 
@@ -138,11 +141,11 @@ def _batch_size(calibration: Calibration, config: PruneConfig) -> int:
 
 
 def _hessians(
-    block: nn.Module, linears: list[PrunableLinear], batches: list[BlockBatch]
+    block: nn.Module, linears: list[PrunableLinear], batches: list[BlockBatch], ranks: Ranks
 ) -> dict[str, SymmetricAccumulator]:
     """``H = mean(a aᵀ)`` of every input group of a block, over all tokens that are not padding."""
     readers = [linear for linear in linears if linear.name == linear.input_group]
-    tokens = max(1, sum(batch.tokens for batch in batches))
+    tokens = max(1.0, ranks.total(sum(batch.tokens for batch in batches)))
     hessians: dict[str, SymmetricAccumulator] = {}
 
     def accumulate(linear: PrunableLinear, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -162,6 +165,8 @@ def _hessians(
             hooks.enter_context(linear.module.register_forward_pre_hook(partial(accumulate, linear)))
         for index, batch in enumerate(batches, 1):  # noqa: B007, read by accumulate
             batch.run(block)
+    for H in hessians.values():
+        ranks.sum_(H.storage)
     return hessians
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from llm_surgeon.curvature.factors import numerical_errors
-from llm_surgeon.curvature.stages import stages
+from llm_surgeon.curvature.stages import Stage, stages
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
@@ -34,6 +35,7 @@ def reconstruct(
     skipped: Collection[int] = (),
     compute_dtype: torch.dtype | None = None,
     memory: PinnedMemory | None = None,
+    owners: Mapping[str, int] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
     """Change the dense ``model`` into one without the selected rows and columns that follows it as closely as it can.
@@ -53,13 +55,41 @@ def reconstruct(
         output_factor: damped G ``[R, R]`` of linears whose removed rows others make up for; ``None`` of others.
         damping: towards the dense weights.
         residual_weight: ρ.
+        owners: by linears' names the ranks, of the calibration data's, that solve; the first where left out.
         progress: called as ``progress(linears_done, linears, name)``.
 
     Raises:
         NumericalError: a moment matrix is not positive definite; the message names the layer.
     """
     lines = dict(zip((linear.name for linear in decoder.linears), selections, strict=True))
-    done, total = 0, sum(linear.depth not in skipped for linear in decoder.linears)
+    ranks, done, total = calibration.ranks, 0, sum(linear.depth not in skipped for linear in decoder.linears)
+
+    def owner(linear: PrunableLinear) -> int:
+        return 0 if owners is None else owners[linear.name]
+
+    def solve(stage: Stage, linear: PrunableLinear) -> None:
+        if progress is not None:
+            progress(done + stage.readers.index(linear), total, linear.name)
+        W, chosen = linear.matrix(stage.A.dtype), lines[linear.name].to(stage.A.device)
+        rows, columns = chosen.rows, chosen.columns
+        assert rows is not None and columns is not None
+        kept = ~pad(columns, (0, linear.has_bias))
+        A = stage.A[: len(kept), : len(kept)][kept][:, kept]
+        wanted = W @ stage.cross[: len(kept), : len(kept)][:, kept]
+        if linear.name in stage.residual:
+            wanted += residual_weight * stage.residual[linear.name][:, : len(kept)][:, kept]
+        shift = damping * A.diagonal().mean()
+        with numerical_errors(f"inputs of {linear.name}"):
+            cholesky, _ = cholesky_with_jitter(A, damping, name="A")
+        new = torch.zeros_like(W)
+        new[:, kept] = torch.cholesky_solve((wanted + shift * W[:, kept]).T, cholesky).T
+        G = output_factor(linear)
+        if G is not None:
+            no_columns = torch.zeros_like(new[0], dtype=torch.bool)
+            with numerical_errors(f"update of {linear.name}"):
+                new += rows_columns_update(new, G.to(new), None, rows, no_columns, name=linear.name)
+        linear.write(new.masked_fill(rows[:, None], 0.0))
+
     for stage in stages(
         model,
         decoder,
@@ -71,26 +101,6 @@ def reconstruct(
         compute_dtype=compute_dtype,
         memory=memory,
     ):
-        for linear in stage.readers:
-            if progress is not None:
-                progress(done, total, linear.name)
-            done += 1
-            W, chosen = linear.matrix(stage.A.dtype), lines[linear.name].to(stage.A.device)
-            rows, columns = chosen.rows, chosen.columns
-            assert rows is not None and columns is not None
-            kept = ~pad(columns, (0, linear.has_bias))
-            A = stage.A[: len(kept), : len(kept)][kept][:, kept]
-            wanted = W @ stage.cross[: len(kept), : len(kept)][:, kept]
-            if linear.name in stage.residual:
-                wanted += residual_weight * stage.residual[linear.name][:, : len(kept)][:, kept]
-            shift = damping * A.diagonal().mean()
-            with numerical_errors(f"inputs of {linear.name}"):
-                cholesky, _ = cholesky_with_jitter(A, damping, name="A")
-            new = torch.zeros_like(W)
-            new[:, kept] = torch.cholesky_solve((wanted + shift * W[:, kept]).T, cholesky).T
-            G = output_factor(linear)
-            if G is not None:
-                no_columns = torch.zeros_like(new[0], dtype=torch.bool)
-                with numerical_errors(f"update of {linear.name}"):
-                    new += rows_columns_update(new, G.to(new), None, rows, no_columns, name=linear.name)
-            linear.write(new.masked_fill(rows[:, None], 0.0))
+        for linear, _ in zip(stage.readers, ranks.spread(stage.readers, owner, partial(solve, stage)), strict=True):
+            linear.share(ranks, owner(linear))
+        done += len(stage.readers)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,27 +31,10 @@ from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors
 from llm_surgeon.curvature.stages import Stage, stages
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.methods.select import Selection, reselect
-from llm_surgeon.methods.update import LayerUpdate, remove_and_compensate
+from llm_surgeon.methods.update import Written, remove_and_compensate
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory
 from surgeon_kernels import element_cost
-
-
-@dataclass(frozen=True)
-class SequentialUpdate:
-    """New weights of one linear.
-
-    Attributes:
-        update: the joint update around the target: ``delta`` is ``Ŵ - T``.
-        jitter: what a factorisation needed beyond the damping.
-        increase: ``½ tr((Ŵ - T)ᵀ G (Ŵ - T) A)``, nats per token, a scalar on the device: the part of the objective that
-            pruning costs. What ``T`` itself leaves of the dense model's outputs is not in it, nor are the errors that
-            later linears make up for.
-    """
-
-    update: LayerUpdate
-    increase: Tensor
-    jitter: float
 
 
 @torch.no_grad()
@@ -67,19 +51,22 @@ def update_sequentially(
     compute_dtype: torch.dtype | None = None,
     memory: PinnedMemory | None = None,
     taken: Callable[[int], bool] = lambda _: False,
+    owners: Mapping[str, int] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Iterator[tuple[PrunableLinear, SequentialUpdate]]:
+) -> Iterator[tuple[PrunableLinear, Written]]:
     """Select and update the weights of every linear in execution order, in place, and yield what became of them.
 
-    The updates are as large as the weights, in float32: the caller keeps what it needs of them.
+    Predicted increases are ``½ tr((Ŵ - T)ᵀ G (Ŵ - T) A)``: the part of the objective that pruning costs. What ``T``
+    itself leaves of the dense model's outputs is not in it, nor are the errors that later linears make up for.
 
     Args:
-        curvature: of the dense model, or of one that is pruned in part, with ``G`` of every linear and, for weights of
-            tokens, the squared norms of gradients. ``A`` is not read.
+        curvature: of the dense model, or of one that is pruned in part, with ``G`` of every linear (of several ranks on
+            its owner) and, for weights of tokens, the squared norms of gradients. ``A`` is not read.
         selections: one per linear, as many of whose weights go, chosen anew; of N:M they are not read.
         writers: name and scale ``s`` of the linears that write to the residual stream; ``e`` is 0 for others.
         batch_size: windows per forward pass.
         compute_dtype, memory, taken: see :func:`~llm_surgeon.curvature.stages.stages`.
+        owners: by linears' names the ranks, of the calibration data's, that select and solve; the first where left out.
         progress: called as ``progress(linears_done, linears, name)``.
 
     Raises:
@@ -87,7 +74,18 @@ def update_sequentially(
             layers are already pruned.
     """
     before = dict(zip((linear.name for linear in decoder.linears), selections, strict=True))
-    done = 0
+    ranks, done = calibration.ranks, 0
+
+    def owner(linear: PrunableLinear) -> int:
+        return 0 if owners is None else owners[linear.name]
+
+    def solve(stage: Stage, aims: Targets, linear: PrunableLinear) -> Written:
+        if progress is not None:
+            progress(done + stage.readers.index(linear), len(decoder.linears), linear.name)
+        target, a = aims.of(linear)
+        G = curvature.output_factor(linear, target.device)
+        factors = KroneckerFactors(DampedFactor.checked(G, config.damp_g, f"G of {linear.name}"), a)
+        return _update(linear, target, factors, before[linear.name].to(target.device), config)
 
     def weights_of(readers: Sequence[PrunableLinear]) -> Tensor:
         known = curvature.squared_norms
@@ -105,13 +103,11 @@ def update_sequentially(
         memory=memory,
         taken=taken,
     ):
-        for linear, target, a in targets(stage, config):
-            if progress is not None:
-                progress(done, len(decoder.linears), linear.name)
-            G = curvature.output_factor(linear, target.device)
-            factors = KroneckerFactors(DampedFactor.checked(G, config.damp_g, f"G of {linear.name}"), a)
-            yield linear, _update(linear, target, factors, before[linear.name].to(target.device), config)
-            done += 1
+        solved = ranks.spread(stage.readers, owner, partial(solve, stage, Targets(stage, config)))
+        for linear, new in zip(stage.readers, solved, strict=True):
+            linear.share(ranks, owner(linear))
+            yield linear, new
+        done += len(stage.readers)
 
 
 def token_weights(squared_norms: Sequence[Tensor], calibration: Calibration) -> Tensor:
@@ -138,19 +134,24 @@ class _Shared:
     a: DampedFactor
 
 
-def targets(stage: Stage, config: PruneConfig) -> Iterator[tuple[PrunableLinear, Tensor, DampedFactor]]:
-    """Every linear of a stage, ``T = W + W (X - A)(A + λ I)⁻¹ + ρ E (A + μ I)⁻¹`` ``[R, C']``, and damped ``A``."""
-    shared: dict[int, _Shared] = {}  # by C': of the linears with a bias, and of those without one
-    for linear in stage.readers:
-        W = linear.matrix()
+class Targets:
+    """``T = W + W (X - A)(A + λ I)⁻¹ + ρ E (A + μ I)⁻¹`` ``[R, C']`` of linears of a stage, and damped ``A``."""
+
+    def __init__(self, stage: Stage, config: PruneConfig) -> None:
+        self._stage, self._config = stage, config
+        self._shared: dict[int, _Shared] = {}  # by C': of the linears with a bias, and of those without one
+
+    def of(self, linear: PrunableLinear) -> tuple[Tensor, DampedFactor]:
+        stage, W = self._stage, linear.matrix()
         size = W.shape[1]
-        if size not in shared:
-            shared[size] = _share(stage, size, f"A of {linear.name}", config)
-        own = shared[size]
+        if size not in self._shared:
+            self._shared[size] = _share(stage, size, f"A of {linear.name}", self._config)
+        own = self._shared[size]
         target = torch.addmm(W, W, own.lost)
         if own.for_residual is not None and linear.name in stage.residual:
-            target.addmm_(stage.residual[linear.name][:, :size], own.for_residual, alpha=config.residual_weight)
-        yield linear, target, own.a
+            weight = self._config.residual_weight
+            target.addmm_(stage.residual[linear.name][:, :size], own.for_residual, alpha=weight)
+        return target, own.a
 
 
 def _share(stage: Stage, size: int, name: str, config: PruneConfig) -> _Shared:
@@ -164,7 +165,7 @@ def _share(stage: Stage, size: int, name: str, config: PruneConfig) -> _Shared:
 
 def _update(
     linear: PrunableLinear, target: Tensor, factors: KroneckerFactors, before: Selection, config: PruneConfig
-) -> SequentialUpdate:
+) -> Written:
     """Select as many weights as ``before`` and solve for the others around the ``target``; write the new ones."""
     g, a = factors.inverse_diagonals
     cost = element_cost(target[:, : linear.columns], 1.0 / g, 1.0 / a[: linear.columns])
@@ -173,4 +174,5 @@ def _update(
     selection = Selection(reselect(previous, cost, config))
     update = remove_and_compensate(target, selection, factors, config, linear.name)
     linear.write(update.weight)
-    return SequentialUpdate(update, factors.predicted_increase(update.delta), max(factor.jitter for factor in factors))
+    increase, jitter = factors.predicted_increase(update.delta), max(factor.jitter for factor in factors)
+    return Written.of(update, increase, jitter, changed=True)

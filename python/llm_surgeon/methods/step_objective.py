@@ -65,7 +65,7 @@ class StepObjective:
             return mean_loss(self._model, windows, self._batch_size, self._dtype)
         with torch.no_grad(), evaluation_mode(self._model), fused_pointwise(self._model):
             sums = [self._loss(*batch)[0] for batch in windows.batches(self._batch_size, self._device)]
-        mean = sum(to_list(sums)) / self._count(windows)
+        mean = windows.ranks.total(sum(to_list(sums))) / self._count(windows)
         if not math.isfinite(mean):
             raise NumericalError("NaN or infinity in the divergence from the dense model")
         return mean
@@ -93,6 +93,8 @@ class StepObjective:
                 _, logits = self._loss(*batch, with_gradient=True)
                 logits.source.backward(logits.gradient)
                 del logits
+        for total in sums.values():
+            windows.ranks.sum_(total)
         count = self._count(windows)
         found = {linear.name: _matrix(linear, sums).div_(count) for linear in linears}
         finite = to_list([gradient.sum().isfinite() for gradient in found.values()])

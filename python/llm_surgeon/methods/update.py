@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,29 @@ class LayerUpdate:
     bound: list[float] = field(default_factory=list)
     gap: float | None = None  # None where the solver could not tell
     jitter: float = 0.0
+
+
+class Written(NamedTuple):
+    """What is told of a linear whose new weights were written.
+
+    Attributes:
+        pruned: bool ``[R, C]``, where the update changed what was selected; else ``None``.
+        objective, bound, gap: see :class:`LayerUpdate`.
+        increase: predicted, nats per token, a scalar on any device; ``None`` where it is not known.
+        jitter: what a factorisation needed.
+    """
+
+    pruned: Tensor | None
+    objective: list[float]
+    bound: list[float]
+    gap: float | None
+    increase: Tensor | None
+    jitter: float
+
+    @classmethod
+    def of(cls, update: LayerUpdate, increase: Tensor | None, jitter: float, *, changed: bool) -> Written:
+        pruned = update.selection.pruned if changed else None
+        return cls(pruned, update.objective, update.bound, update.gap, increase, jitter)
 
 
 def remove(weight: Tensor, selection: Selection) -> LayerUpdate:

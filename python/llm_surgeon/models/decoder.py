@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llm_surgeon.distributed import Ranks
 from llm_surgeon.errors import InputError, NumericalError, UnsupportedModelError
 from llm_surgeon.models.checks import (
     PROBE_SHAPE,
@@ -86,6 +87,11 @@ class PrunableLinear:
         for ours, new in ((self.weight, rounded[:, : self.columns]), (self._bias, rounded[:, -1])):
             if ours is not None:
                 ours.copy_(new, non_blocking=new.is_cuda and ours.is_pinned())
+
+    def share(self, ranks: Ranks, owner: int) -> None:
+        """Give every rank the weight and the bias that the linear has on ``owner``."""
+        for parameter in self.module.parameters(recurse=False):
+            ranks.broadcast_(parameter, owner)
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:

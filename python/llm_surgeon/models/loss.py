@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import BadBatchError, InputError
-from llm_surgeon.models.label_sampler import LabelSampler
 
 # Logits held in float32 at once.
 CHUNK = 1 << 24
@@ -96,19 +95,20 @@ def next_token_loss(
     logits: Logits,
     input_ids: Tensor,
     mask: Tensor | None,
-    sampler: LabelSampler | None = None,
+    draws: Tensor | None = None,
 ) -> Tensor:
     """Sum of the data's token cross-entropies; the gradient of the sum is put into ``logits``, where it is wanted.
 
     The gradient, ``softmax(z) - onehot(label)`` at every position with a label, is written down instead of derived by
-    autograd, and so only a chunk of it is ever held in float32. With ``sampler`` the gradient's labels (not the loss's)
-    are drawn from the softmax, at every real position.
+    autograd, and so only a chunk of it is ever held in float32. With ``draws``, uniform in [0, 1), ``[batch, length]``,
+    the gradient's labels (not the loss's) are drawn from the softmax by them, at every real position.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
     has_target = _precedes_real(real)
-    used = has_target if sampler is None else real
+    used = has_target if draws is None else real
     device = logits.source.device
     labels, has_target, used = (t.flatten().to(device) for t in (input_ids.roll(-1, dims=1), has_target, used))
+    uniform = None if draws is None else draws.flatten().to(device)
     loss = torch.zeros((), dtype=torch.promote_types(logits.source.dtype, torch.float32), device=device)
     for chunk in _chunks(logits):
         log_p = _log_probabilities(logits, chunk)
@@ -116,8 +116,8 @@ def next_token_loss(
         loss -= log_p.gather(1, label)[:, 0].masked_fill(~has_target[chunk], 0.0).sum()
         if logits.gradient is not None:
             p = log_p.exp_()
-            if sampler is not None:
-                label = sampler.draw(p)
+            if uniform is not None:
+                label = _sample(p, uniform[chunk, None])
             p.scatter_add_(1, label, p.new_full(label.shape, -1.0))
             logits.put(chunk, p.masked_fill_(~used[chunk, None], 0.0))
     return loss
@@ -188,3 +188,12 @@ def _overwritable(logits: Tensor) -> bool:
     if step is not None and step.name() == "UnsafeViewBackward0":
         step = step.next_functions[0][0]
     return step is not None and step.name() in ("MmBackward0", "AddmmBackward0")
+
+
+def _sample(p: Tensor, uniform: Tensor) -> Tensor:
+    """First entry of each row of ``p`` ``[n, V]`` up to which its sum exceeds the share ``uniform`` ``[n, 1]`` of it.
+
+    NaN passes: it is reported with the name of its layer.
+    """
+    sums = p.cumsum(dim=1)
+    return torch.searchsorted(sums, uniform.to(p.dtype) * sums[:, -1:], right=True).clamp_max_(p.shape[1] - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -164,11 +165,14 @@ def mean_loss(
         forward = ForwardPasses(model, device, dtype)
         for input_ids, mask in calibration.batches(batch_size, device):
             losses.append(next_token_loss(forward.logits(input_ids, mask), input_ids, mask))
-    for batch, finite in enumerate(to_list([loss.isfinite() for loss in losses])):
-        if not finite:
-            windows = range(len(calibration.input_ids))[batch * batch_size : (batch + 1) * batch_size]
-            raise BadBatchError("the loss", batch + 1, len(losses), windows)
-    return sum(to_list(losses)) / targets
+    sums = to_list(losses)
+    total = calibration.ranks.total(sum(sums))
+    if not math.isfinite(total):  # on every rank: none goes on alone
+        for batch, (part, value) in enumerate(zip(calibration.parts(batch_size), sums, strict=True), 1):
+            if not math.isfinite(value):
+                raise BadBatchError("the loss", batch, len(sums), range(part.start, part.stop))
+        raise NumericalError("NaN or infinity in the loss of another process's windows")
+    return total / targets
 
 
 def to_list(scalars: list[Tensor]) -> list:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.loss import CHUNK
 from llm_surgeon.models.offload import compute_device
@@ -48,9 +49,9 @@ class Memory:
         snapshot: of a copy of the linears' weights.
     """
 
-    def __init__(self, model: nn.Module, decoder: Decoder, config: PruneConfig) -> None:
+    def __init__(self, model: nn.Module, decoder: Decoder, config: PruneConfig, ranks: Ranks = ALONE) -> None:
         self.config, self.seqlen = config, config.seqlen
-        self.model = model
+        self.model, self.ranks = model, ranks
         self.device = compute_device(model, config)
         self.on_gpu = self.device.type == "cuda"
         self.method = config.method_record
@@ -99,7 +100,7 @@ class Memory:
     def limit(self) -> int:
         """Bytes that the run may have on the device, the model's included."""
         held = sum(p.nbytes for p in self.model.parameters() if p.device == self.device)
-        available = available_memory(self.device) + held
+        available = self.ranks.least(available_memory(self.device) + held)
         cap = self.config.gpu_memory_bytes
         if cap is None:
             return available

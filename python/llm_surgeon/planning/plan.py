@@ -9,6 +9,7 @@ from torch import nn
 
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.config.recover import RecoverConfig
+from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.models.passes import compute_dtype
 from llm_surgeon.planning.layout import Layout, choose_layout
@@ -114,6 +115,7 @@ def make_plan(
     saved_dtype: torch.dtype | None = None,
     held_out: int = 0,
     recovery: RecoverConfig | None = None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """Plan a run of ``config`` on a loaded model: two passes over a few tokens and a few timed matrix products.
 
@@ -127,8 +129,9 @@ def make_plan(
         saved_dtype: of the written checkpoint; the model's own where left out.
         held_out: windows whose loss is measured before and after.
         recovery: options of what follows, the training of all weights by distillation.
+        ranks: processes that share the run: all lay it out alike, for the one that has the least memory.
     """
-    memory = Memory(model, decoder, config)
+    memory = Memory(model, decoder, config, ranks)
     after = None if recovery is None else RecoveryMemory(model, decoder, recovery, memory.device)
     training_windows = 0 if after is None else after.windows((1 - SLACK) * memory.limit() - memory.model_weights())
     written = 1 if after is None else 2

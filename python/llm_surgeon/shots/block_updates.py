@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_surgeon.checkpoint.states import State, part
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.methods.update import LayerUpdate, total_increase
+from llm_surgeon.methods.update import Written, total_increase
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.report.decode import decode
 from llm_surgeon.report.schema import ShotReport, SolverTrace
@@ -35,18 +35,12 @@ class BlockUpdates:
         """What is to go of a linear, or has gone."""
         return self._selection_of[linear.name]
 
-    def add(
-        self, linear: PrunableLinear, update: LayerUpdate, increase: Tensor | None = None, jitter: float = 0.0
-    ) -> None:
-        """Take note of a linear that has its new weights.
-
-        Args:
-            increase: the predicted one, a scalar on any device; ``None`` where it is not known.
-            jitter: what a factorisation needed.
-        """
-        trace = SolverTrace(linear.name, update.objective, update.gap, update.bound) if update.objective else None
-        self._note(linear, update.selection, increase, jitter, trace)
-        self._notes[linear.name] = {"jitter": jitter, "trace": None if trace is None else dataclasses.asdict(trace)}
+    def add(self, linear: PrunableLinear, new: Written) -> None:
+        """Take note of a linear that has its new weights."""
+        trace = SolverTrace(linear.name, new.objective, new.gap, new.bound) if new.objective else None
+        selection = self.selection(linear) if new.pruned is None else Selection(new.pruned)
+        self._note(linear, selection, new.increase, new.jitter, trace)
+        self._notes[linear.name] = {"jitter": new.jitter, "trace": None if trace is None else dataclasses.asdict(trace)}
         if len(self._notes) == len(self._linears[linear.depth]):
             if self._run.states.keeps:
                 self._run.states.put_block(linear.depth, self._state(linear.depth))

@@ -50,16 +50,24 @@ class ShotCurvature:
         if not selects:
             return found.loss
         keep = run.plan.inverses_bytes > 0
-        self.factors = DampedFactors(found, config, run.decoder.linears, run.plan.device, keep_inverses=keep)
+        self.factors = DampedFactors(found, config, run.own_linears, run.plan.device, keep_inverses=keep)
         if config.kron_rank == 2:
             self.two_terms = TwoTermCurvature(run.decoder, config, found, functools.partial(self._estimate, index))
         return found.loss
 
-    def costs(self, linear: PrunableLinear) -> WeightCosts:
-        """Cost of removing each weight, ``[R, C]``."""
+    def costs(self) -> list[WeightCosts]:
+        """Cost of removing each weight of every linear, ``[R, C]``."""
+        linears = self._run.decoder.linears
+        found = zip(linears, self._run.each_linear(self._cost_factors), strict=True)
+        return [WeightCosts(*own) if len(own) == 1 else WeightCosts(linear.weight, *own) for linear, own in found]
+
+    def _cost_factors(self, linear: PrunableLinear) -> tuple[Tensor, ...]:
+        """Costs of a linear, or ``g`` and ``a`` of :class:`WeightCosts`: all but its weight."""
         if self.two_terms is not None:
-            return self.two_terms.costs(linear)
-        return element_costs(linear, self._method, self.factors)
+            costs = self.two_terms.costs(linear)
+        else:
+            costs = element_costs(linear, self._method, self.factors)
+        return (costs.weight,) if costs.g is None or costs.a is None else (costs.g, costs.a)
 
     def line_costs(self, linear: PrunableLinear) -> tuple[Tensor, Tensor]:
         """Cost of removing each row, ``[R]``, and each column, ``[C]``."""
@@ -77,7 +85,7 @@ class ShotCurvature:
         assert self.estimated is not None
         inputs = self._estimate(1, gradients=False)
         found, keep = self.estimated.with_inputs_of(inputs), run.plan.inverses_bytes > 0
-        return DampedFactors(found, config, run.decoder.linears, run.plan.device, keep_inverses=keep)
+        return DampedFactors(found, config, run.own_linears, run.plan.device, keep_inverses=keep)
 
     def free(self) -> None:
         """Let go of the shot's curvature."""
@@ -95,4 +103,5 @@ class ShotCurvature:
             squared_norms=squared_norms,
             blocks_per_pass=plan.blocks_per_pass,
             store=self._memory.store if kept_apart else None,
+            owners=self._run.owners,
         )

@@ -45,17 +45,16 @@ class GradientSteps:
             linear.name: selection.with_bias(linear.columns + linear.has_bias)
             for linear, selection in zip(linears, selections, strict=True)
         }
-        directions: dict[str, Tensor] = {}
 
-        def towards(linear: PrunableLinear) -> None:
+        def towards(linear: PrunableLinear) -> Tensor:
             gradient = gradients.pop(linear.name).to(run.plan.device)
             found = direction(gradient, pruned[linear.name], factors.of(linear), run.config.max_iterations)
-            directions[linear.name] = found.to(linear.weight)
+            return found.to(linear.weight)
 
         taken: list[GradientStep] = []
         for _ in range(run.config.gradient_steps):
             gradients = objective.gradients(for_gradients)
-            run.each_linear(towards)
+            directions = dict(zip((linear.name for linear in linears), run.each_linear(towards), strict=True))
             first = {"first": taken[-1].length} if taken else {}
             taken.append(step(linears, directions, lambda: objective.mean(for_lengths), self._anchors.follow, **first))
             if taken[-1].length == 0.0:

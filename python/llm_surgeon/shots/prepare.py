@@ -12,6 +12,8 @@ from torch import nn
 
 from llm_surgeon.checkpoint.run_states import RunStates
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.distributed import Ranks
+from llm_surgeon.errors import InputError
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
@@ -33,6 +35,7 @@ def prepared(
     plan: Plan | None,
     progress: Progress,
     states: RunStates,
+    ranks: Ranks,
 ) -> Iterator[Run]:
     """Context manager of a run, in which the model is in evaluation mode and ``config.gpu_memory`` holds.
 
@@ -41,13 +44,16 @@ def prepared(
             begun with; nothing was changed.
         NumericalError: a weight is NaN or infinite.
     """
-    windows = Windows.of(config, calibration, correction_data, held_out, step_windows)
+    windows = Windows.of(config, calibration, correction_data, held_out, step_windows, ranks)
     samples, seqlen = windows.calibration.input_ids.shape
     config = dataclasses.replace(config, samples=samples, seqlen=seqlen)
+    for name, asked in {"kron_rank 2": config.kron_rank > 1, "skip_bad_batches": config.skip_bad_batches}.items():
+        if asked and ranks.count > 1:
+            raise InputError(f"{name} takes a single process, not {ranks.count}")
     model, decoder, config = checked(model, config)
     windows.require_fit(model)
     with gpu_memory_capped(config.gpu_memory_bytes), evaluation_mode(model):
-        plan = plan or make_plan(model, decoder, config)
+        plan = plan or make_plan(model, decoder, config, ranks=ranks)
         if plan.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(plan.device)
         run = Run(

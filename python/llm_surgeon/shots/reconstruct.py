@@ -32,6 +32,7 @@ def fit_to_dense(
     """
     config, curvature = run.config, None
     with_G = not config.structure_record.coupled
+    owners = run.owners_of(run.decoder, in_turn=True)
     for linear, matrix in zip(run.decoder.linears if dense else (), dense, strict=True):
         linear.write(matrix)
     with closing(PinnedMemory()) as memory:
@@ -44,6 +45,7 @@ def fit_to_dense(
                 squared_norms=run.token_weights,
                 blocks_per_pass=run.plan.blocks_per_pass,
                 store=memory.store if kept_apart else None,
+                owners=owners,
             )
 
         def weights_of(readers: Sequence[PrunableLinear]) -> Tensor:
@@ -69,5 +71,6 @@ def fit_to_dense(
             skipped=skipped,
             compute_dtype=run.compute_dtype,
             memory=memory if run.plan.states_wait else None,
+            owners=owners,
             progress=run.progress.step,
         )

@@ -49,7 +49,7 @@ def claim_states(run: Run) -> None:
         run.plan = make_plan(run.model, run.decoder, kept)
     else:
         run.plan = Plan(**{**layout["plan"], "device": run.plan.device})
-    run.drawn_for, run.said = layout["drawn_for"], list(layout["said"])
+    run.said = list(layout["said"])
     for name, numbers in layout["left_out"].items():
         run.leave_out(name, numbers)
     if run.config.offloads:  # weights are about to move
@@ -80,7 +80,6 @@ def _layout(run: Run) -> dict[str, Any]:
     """What the bits of the result depend on besides options, data and weights, and what is said of it."""
     return {
         "plan": {**dataclasses.asdict(run.plan), "device": str(run.plan.device)},
-        "drawn_for": run.drawn_for,
         "offload": run.config.offload,
         "left_out": run.left_out,
         "said": run.said,

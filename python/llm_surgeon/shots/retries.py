@@ -21,6 +21,8 @@ _T = TypeVar("_T")
 def measured(run: Run, measure: Callable[[], _T], windows: Literal["calibration", "held_out"] = "calibration") -> _T:
     """What ``measure``, passes over ``windows`` that change nothing, comes to.
 
+    One of several ranks does not make passes again, in which others would not follow.
+
     Where the memory of a GPU does not suffice it is called again with half as many windows in a batch, as the rest of
     the run then has; where a batch holds NaN or infinity and such are to be skipped, the rest of the run goes without
     its windows. A line and the report say so.
@@ -34,7 +36,7 @@ def measured(run: Run, measure: Callable[[], _T], windows: Literal["calibration"
             return measure()
         except torch.OutOfMemoryError:
             size = run.plan.batch_size
-            if size == 1:
+            if size == 1 or run.ranks.count > 1:
                 raise
             said = f"GPU memory ran out in a pass over {size} windows at once: the run goes on with {size // 2}"
             run.plan = dataclasses.replace(run.plan, batch_size=size // 2)
@@ -74,7 +76,7 @@ def offloading_at_need(run: Run) -> Iterator[None]:
             offloaded = dataclasses.replace(run.config, offload="cpu")
         except InputError:
             offloaded = run.config
-        if offloaded == run.config:
+        if offloaded == run.config or run.ranks.count > 1:
             raise
     run.say("GPU memory ran out: weights and factors wait in main memory from there on (offload cpu)")
     note_layout(run, offload="cpu", plan=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,15 +18,18 @@ from llm_surgeon.checkpoint.states import State, part
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.curvature.estimate import Curvature, estimate_curvature
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.distributed import Ranks
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 from llm_surgeon.models.passes import compute_dtype, mean_loss
+from llm_surgeon.planning.owners import choose_owners
 from llm_surgeon.planning.plan import Plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.report.schema import ShotReport
 
 _logger = logging.getLogger(__name__)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # Tokens for each input of the widest linear from which on weights of tokens pay: an estimate.
@@ -39,7 +42,7 @@ class Run:
 
     Attributes:
         model: the causal LM that ``decoder`` is part of, pruned in place.
-        calibration: windows that curvature and losses are measured on.
+        calibration: windows that curvature and losses are measured on; their ranks are those of the run.
         config: what to prune and how.
         plan: the layout: device, windows per batch, blocks per pass, what is kept.
         correction_data: what low-rank corrections learn from; the calibration windows where left out.
@@ -47,7 +50,6 @@ class Run:
         step_windows: windows that the lengths of gradient steps are found on; some of the calibration windows where
             left out.
         states: takes what it has come to, and has what an interrupted one had come to.
-        drawn_for: windows in a batch that labels are drawn for, whatever goes through the model at once.
         left_out: numbers of windows that the run goes without, among those that were given, by their attribute.
         said: sentences for the report on what did not go as planned.
     """
@@ -62,12 +64,27 @@ class Run:
     held_out: Calibration | None = None
     step_windows: Calibration | None = None
     states: RunStates = field(default_factory=RunStates)
-    drawn_for: int = 0
     left_out: dict[str, list[int]] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.drawn_for = self.drawn_for or self.plan.batch_size
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the run."""
+        return self.calibration.ranks
+
+    @cached_property
+    def owners(self) -> dict[str, int]:
+        """The rank that owns each linear, by its name."""
+        return self.owners_of(self.decoder, in_turn=self.config.sequential)
+
+    def owners_of(self, decoder: Decoder, *, in_turn: bool = False) -> dict[str, int]:
+        """The same where only the linears of ``decoder`` are worked on, all or those of one input at a time."""
+        return choose_owners(decoder, self.ranks.count, in_turn=in_turn)
+
+    @cached_property
+    def own_linears(self) -> list[PrunableLinear]:
+        """The linears that this rank owns."""
+        return [linear for linear in self.decoder.linears if self.owners[linear.name] == self.ranks.index]
 
     def loss(self, windows: Calibration | None = None) -> float:
         """Mean token loss of ``windows``, or of the calibration windows, nats per token, as many tokens at once.
@@ -93,7 +110,6 @@ class Run:
             batch_size=self.plan.batch_size,
             fisher=self.config.fisher,
             seed=self.config.seed + draw,
-            drawn_for=self.drawn_for,
             dtype=self.compute_dtype,
             checkpoint_activations=self.plan.checkpoint_activations,
             progress=self.progress.step,
@@ -151,9 +167,36 @@ class Run:
             self.progress.step(done, len(every), name(item))
             yield item
 
-    def each_linear(self, function: Callable[[PrunableLinear], T]) -> list[T]:
-        """``function`` of every linear of the decoder, and tell which is under way."""
-        return [function(linear) for linear in self.each(self.decoder.linears, lambda linear: linear.name)]
+    def each_linear(
+        self, function: Callable[[PrunableLinear], T], linears: Sequence[PrunableLinear] | None = None
+    ) -> Iterator[T]:
+        """``function`` of every linear, or of ``linears``, by its owner; see :meth:`each_owned`."""
+        return self.each_owned(self.decoder.linears if linears is None else linears, lambda linear: linear, function)
+
+    def each_owned(
+        self,
+        items: Iterable[S],
+        linear_of: Callable[[S], PrunableLinear],
+        function: Callable[[S], T],
+        owners: Mapping[str, int] | None = None,
+    ) -> Iterator[T]:
+        """``function`` of every item, by the owner of its linear, and tell which is under way.
+
+        Results are on every rank, see :meth:`~llm_surgeon.distributed.Ranks.spread`.
+        """
+        every, whose = list(items), self.owners if owners is None else owners
+
+        def owner(item: S) -> int:
+            return whose[linear_of(item).name]
+
+        own = self.each((item for item in every if owner(item) == self.ranks.index), lambda item: linear_of(item).name)
+        return self.ranks.spread(every, owner, lambda _: function(next(own)))
+
+    def publish(self, linears: Sequence[PrunableLinear], owners: Mapping[str, int] | None = None) -> None:
+        """Give every rank the weights that the owners of ``linears`` have written."""
+        whose = self.owners if owners is None else owners
+        for linear in linears:
+            linear.share(self.ranks, whose[linear.name])
 
 
 class Shot:

@@ -47,7 +47,8 @@ class SequentialUpdates:
             compute_dtype=run.compute_dtype,
             memory=self._memory if run.plan.states_wait else None,
             taken=blocks.taken,
+            owners=run.owners,
             progress=run.progress.step,
         ):
-            blocks.add(linear, new.update, new.increase, new.jitter)
+            blocks.add(linear, new)
         return blocks.finish()

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.methods.update import remove, remove_and_compensate
+from llm_surgeon.methods.update import Written, remove, remove_and_compensate
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.report.schema import ShotReport
 from llm_surgeon.shots.anchors import AnchorWeights
@@ -36,14 +36,22 @@ class Updates:
         Raises:
             NumericalError: NaN or infinity, or a failed factorisation; the layer is named.
         """
-        blocks = BlockUpdates(self._run, selections, report)
-        self._run.each_linear(partial(self._write_linear, blocks))
+        run, linears = self._run, self._run.decoder.linears
+        blocks = BlockUpdates(run, selections, report)
+        left = [linear for linear in linears if not blocks.taken(linear.depth, self._keep_anchor)]
+        for linear in left:
+            if run.owners[linear.name] != run.ranks.index:
+                self._keep_anchor(linear)  # every rank has all
+        for linear, new in zip(left, run.each_linear(partial(self._write_linear, blocks), left), strict=True):
+            linear.share(run.ranks, run.owners[linear.name])
+            blocks.add(linear, new)
         return blocks.finish()
 
-    def _write_linear(self, blocks: BlockUpdates, linear: PrunableLinear) -> None:
+    def _keep_anchor(self, linear: PrunableLinear) -> None:
+        self._anchors.of(linear, linear.matrix(device=self._run.plan.device))
+
+    def _write_linear(self, blocks: BlockUpdates, linear: PrunableLinear) -> Written:
         device, factors = self._run.plan.device, self._curvature.factors
-        if blocks.taken(linear.depth, lambda other: self._anchors.of(other, other.matrix(device=device))):
-            return
         weight, selection = linear.matrix(device=device), blocks.selection(linear).to(device)
         anchor = self._anchors.of(linear, weight)
         known = self._curvature.factors_of(linear)
@@ -61,4 +69,4 @@ class Updates:
             increase = known.predicted_increase(new.delta)
             if anchor is not weight:
                 increase -= known.predicted_increase(weight - anchor)
-        blocks.add(linear, new, increase, new.jitter)
+        return Written.of(new, increase, new.jitter, changed=new.selection is not selection)

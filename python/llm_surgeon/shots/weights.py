@@ -66,12 +66,12 @@ class WeightShots:
         if not self._selects(shot):
             return
         if self.config.structure_record.single_weights:
-            costs = self.run.each_linear(self._curvature.costs)
+            costs = self._curvature.costs()
             previous = [selection.pruned for selection in self.selections]
             out = previous if self.config.offloads else None
             found = select_elements(costs, previous, self.config, target, out)
         else:
-            line_costs = self.run.each_linear(self._curvature.line_costs)
+            line_costs = list(self.run.each_linear(self._curvature.line_costs))
             found = select_rows_columns(line_costs, self.selections, self.config, target)
         self.selections, shot.report.threshold = found
 
@@ -92,8 +92,9 @@ class WeightShots:
             shot.phase("gradient steps")
             report.gradient_steps = self._steps.take(self.selections, self._curvature.after_update())
         if self._curvature.factors is not None:
-            for name, jitter in self._curvature.factors.jitter.items():
-                report.jitter[name] = max(jitter, report.jitter.get(name, 0.0))
+            for jitters in run.ranks.everyones(self._curvature.factors.jitter):
+                for name, jitter in jitters.items():
+                    report.jitter[name] = max(jitter, report.jitter.get(name, 0.0))
         self._curvature.free()  # what follows needs the memory
         if self.config.reconstruct and shot.last:
             shot.phase("reconstruction")

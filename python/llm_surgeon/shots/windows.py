@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
 from llm_surgeon.models.limits import require_fit
 
@@ -28,9 +29,15 @@ class Windows:
 
     @classmethod
     def of(
-        cls, config: PruneConfig, calibration: Any, correction: Any = None, held_out: Any = None, steps: Any = None
+        cls,
+        config: PruneConfig,
+        calibration: Any,
+        correction: Any = None,
+        held_out: Any = None,
+        steps: Any = None,
+        ranks: Ranks = ALONE,
     ) -> Windows:
-        """Read what :meth:`Calibration.of` takes.
+        """Read what :meth:`Calibration.of` takes, for ``ranks`` to share.
 
         Raises:
             InputError: sequences are malformed, or of no use.
@@ -39,8 +46,14 @@ class Windows:
             raise InputError("data for low-rank corrections mean nothing without lora_rank")
         if steps is not None and not config.gradient_steps:
             raise InputError("windows for the lengths of gradient steps mean nothing without gradient_steps")
-        others = (None if value is None else _own(Calibration.of(value)) for value in (correction, held_out, steps))
-        found = cls(_own(Calibration.of(calibration)), *others)
+        own, *others = (
+            None if value is None else _own(Calibration.of(value), ranks)
+            for value in (calibration, correction, held_out, steps)
+        )
+        assert own is not None
+        if len(own.input_ids) < ranks.count:
+            raise InputError(f"{ranks.count} processes need as many calibration windows, not {len(own.input_ids)}")
+        found = cls(own, *others)
         count, given = config.gradient_samples, None if found.steps is None else len(found.steps.input_ids)
         if given is not None and count not in (None, given):
             raise InputError(
@@ -62,6 +75,6 @@ class Windows:
                 require_fit(windows.input_ids, model, f"{use} sequences")
 
 
-def _own(windows: Calibration) -> Calibration:
+def _own(windows: Calibration, ranks: Ranks) -> Calibration:
     mask = windows.attention_mask
-    return Calibration(windows.input_ids.clone(), None if mask is None else mask.clone())
+    return Calibration(windows.input_ids.clone(), None if mask is None else mask.clone(), ranks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,8 +11,7 @@ from llm_surgeon.structures.find.dimension import Dimension
 from surgeon_kernels import column_block_cost, column_cost
 
 
-@dataclass(frozen=True)
-class DimensionCosts:
+class DimensionCosts(NamedTuple):
     """Costs of removing whole groups, ``[groups]``, and single parts, ``[groups, parts]``."""
 
     groups: Tensor

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from llm_surgeon.structures.remove.groups import remove_groups
 from llm_surgeon.structures.select import select_groups
 from surgeon_kernels import damp, objective, rows_columns_update
 
+T = TypeVar("T")
+
 
 class GroupShots:
     """Removes neurons and heads: costs and compensation in the linear that reads them, rows of the producers free.
@@ -41,6 +44,7 @@ class GroupShots:
         self.run, self.config, self.decoder = run, run.config, run.decoder
         dimensions = reachable_dimensions(run.model, run.decoder, run.config)
         self.dimensions = [_with_own_factor(dimension) for dimension in dimensions]
+        self._consumers = Decoder(run.decoder.blocks, [dimension.consumer for dimension in self.dimensions])
         self.removed = [
             torch.zeros(d.groups, d.parts, dtype=torch.bool, device=d.columns.device) for d in self.dimensions
         ]
@@ -49,6 +53,7 @@ class GroupShots:
         # All shots go on from the last one's weights: no anchors move.
         anchors = AnchorWeights(run, PinnedMemory())
         self._steps = GradientSteps(run, anchors) if run.config.gradient_steps else None
+        self._owners = run.owners_of(self._consumers)
         self._generator = torch.Generator().manual_seed(run.config.seed)
         # Of the shot that is under way:
         self._curvature: Curvature | None = None
@@ -72,8 +77,8 @@ class GroupShots:
         """Estimate the consumers' factors and the weights' gradients, where they are needed; the loss."""
         run, config = self.run, self.config
         if config.importance == "kronecker" or config.update == "joint":
-            consumers = Decoder(self.decoder.blocks, [dimension.consumer for dimension in self.dimensions])
-            self._curvature = run.curvature(shot.index, consumers, gradients=config.importance == "kronecker")
+            gradients = config.importance == "kronecker"
+            self._curvature = run.curvature(shot.index, self._consumers, gradients=gradients, owners=self._owners)
         if config.importance in GRADIENT_IMPORTANCES:
             weights = [linear.module.get_parameter("weight") for linear in self.decoder.linears]
             self._gradients = weight_gradients(run.model, weights, run.calibration, run.progress.step)
@@ -81,8 +86,14 @@ class GroupShots:
         return run.loss() if found is None else found.loss
 
     def select(self, shot: Shot) -> None:
-        jitter = shot.report.jitter
-        costs = [self._costs(dimension, removed, jitter) for dimension, removed in self._each_dimension()]
+        if self.config.importance == "kronecker":
+            found = list(self._each_dimension(self._costs))
+            costs = [cost for cost, _ in found]
+            jitters = zip(self._consumers.linears, found, strict=True)
+            shot.report.jitter |= {linear.name: jitter for linear, (_, jitter) in jitters if jitter}
+        else:
+            options = self.config.importance, self._gradients, self._generator
+            costs = [group_importance(dimension, *options) for dimension in self.dimensions]
         weights = sum(selection.pruned.numel() for selection in self.selections)
         sparsities = (shot.report.target_sparsity, self.config.sparsity)
         target, final = (math.ceil(sparsity * weights - 1e-6) for sparsity in sparsities)
@@ -92,7 +103,11 @@ class GroupShots:
         self.selections = self._as_selections()
 
     def update(self, shot: Shot) -> None:
-        increases = [self._update_dimension(dimension, removed) for dimension, removed in self._each_dimension()]
+        increases = list(self._each_dimension(self._update_consumer))
+        self.run.publish(self._consumers.linears, self._owners)
+        for dimension, removed in zip(self.dimensions, self.removed, strict=True):
+            for producer, rows in dimension.removed_rows(removed):
+                producer.write(producer.matrix().masked_fill(rows[:, None], 0.0))
         if self.config.importance == "kronecker":
             shot.report.predicted_increase = sum(increases)
         self._curvature = self._gradients = None  # what follows needs the memory
@@ -106,8 +121,8 @@ class GroupShots:
 
     def _factors(self) -> DampedFactors:
         """Factors of all linears, where nothing but zeros has gone yet."""
-        found = self.run.curvature(self.config.shots)
-        return DampedFactors(found, self.config, self.decoder.linears, self.run.plan.device)
+        found = self.run.curvature(self.config.shots, owners=self.run.owners)
+        return DampedFactors(found, self.config, self.run.own_linears, self.run.plan.device)
 
     def state(self) -> State:
         removed = {str(index): mask for index, mask in enumerate(self.removed)}
@@ -125,10 +140,9 @@ class GroupShots:
         """Take what is zero out of the model."""
         remove_groups(self.run.model, self.decoder, list(zip(self.dimensions, self.removed, strict=True)))
 
-    def _costs(self, dimension: Dimension, removed: Tensor, jitter: dict[str, float]) -> DimensionCosts:
+    def _costs(self, dimension: Dimension, removed: Tensor) -> tuple[DimensionCosts, float]:
+        """Costs of a dimension's groups, and the jitter that a factorisation needed for them."""
         config, consumer = self.config, dimension.consumer
-        if config.importance != "kronecker":
-            return group_importance(dimension, config.importance, self._gradients, self._generator)
         assert self._curvature is not None
         G, A = self._curvature.factors(consumer)
         assert G is not None
@@ -138,13 +152,12 @@ class GroupShots:
         A[len(gone) :, : len(gone)].masked_fill_(gone, 0.0)
         A[: len(gone), len(gone) :].masked_fill_(gone[:, None], 0.0)
         a = DampedFactor.checked(A, config.damp_a, f"A of {consumer.name}")
-        if a.jitter:
-            jitter[consumer.name] = a.jitter
         factors = KroneckerFactors(DampedFactor(G, config.damp_g), a)
-        return kronecker_costs(dimension, consumer.matrix(A.dtype), factors, removed)
+        return kronecker_costs(dimension, consumer.matrix(A.dtype), factors, removed), a.jitter
 
-    def _update_dimension(self, dimension: Dimension, removed: Tensor) -> float:
-        """Zero the removed parts, compensate in the consumer; the predicted increase of the loss, where G is known."""
+    def _update_consumer(self, dimension: Dimension, removed: Tensor) -> float:
+        """Zero what the consumer reads of removed parts, the others compensating; the predicted increase of the loss,
+        where G is known."""
         consumer, config = dimension.consumer, self.config
         G, A = (None, None) if self._curvature is None else self._curvature.factors(consumer)
         weight = consumer.matrix(torch.float32 if A is None else A.dtype)
@@ -161,9 +174,6 @@ class GroupShots:
         if not bool(torch.isfinite(delta).all()):
             raise NumericalError(f"update of {consumer.name} holds NaN or infinity: raise damp_a")
         consumer.write((weight + delta).masked_fill(columns, 0.0))
-        for producer, rows in dimension.removed_rows(removed):
-            matrix = producer.matrix(weight.dtype)
-            producer.write(matrix.masked_fill(rows[:, None], 0.0))
         return 0.0 if G is None or A is None else objective(delta, G, A)
 
     def _as_selections(self) -> list[Selection]:
@@ -179,9 +189,10 @@ class GroupShots:
                 rows[producer.name] |= mask
         return [Selection.of_rows_columns(rows[x.name], columns[x.name]) for x in self.decoder.linears]
 
-    def _each_dimension(self) -> Iterator[tuple[Dimension, Tensor]]:
+    def _each_dimension(self, function: Callable[[Dimension, Tensor], T]) -> Iterator[T]:
+        """``function`` of every dimension and what is removed of it, by the owner of its consumer."""
         pairs = zip(self.dimensions, self.removed, strict=True)
-        return self.run.each(pairs, lambda pair: pair[0].consumer.name)
+        return self.run.each_owned(pairs, lambda pair: pair[0].consumer, lambda pair: function(*pair), self._owners)
 
 
 def _with_own_factor(dimension: Dimension) -> Dimension:

@@ -42,6 +42,7 @@ def weight_gradients(
     Raises:
         BadBatchError: a loss is NaN or infinite.
     """
+    ranks = calibration.ranks
     chosen = list(parameters)
     mean = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in chosen}
     square = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in chosen}
@@ -58,7 +59,9 @@ def weight_gradients(
             total += finite_loss(loss, done, samples, range(done - 1, done)) / samples
             if progress is not None:
                 progress(done, samples)
-    return WeightGradients(total, mean, square)
+    for sums in (*mean.values(), *square.values()):
+        ranks.sum_(sums)
+    return WeightGradients(ranks.total(total), mean, square)
 
 
 def group_importance(

@@ -64,7 +64,7 @@ class WidthShots:
     def select(self, shot: Shot) -> None:
         assert self._moments is not None
         goal = round(shot.fraction * (self.residual.width - self._goal))
-        costs = self._costs(self._moments).masked_fill(self.removed, -torch.inf)
+        costs = self.run.ranks.broadcast_(self._costs(self._moments)).masked_fill(self.removed, -torch.inf)
         chosen = costs.argsort(stable=True)[:goal]
         if self.config.importance == "kronecker":
             shot.report.predicted_increase = float(costs[chosen].clamp_min(0.0).sum())
@@ -123,7 +123,10 @@ class WidthShots:
                 loss.backward()
                 total += finite_loss(loss, done, batches, range((done - 1) * size, (done - 1) * size + len(ids)))
                 run.progress.step(done, batches)
-        found.loss, found.tokens = total / targets, targets
+        ranks = run.ranks
+        for sums in (*found.outputs.values(), *found.gradients.values()):
+            ranks.sum_(sums)
+        found.loss, found.tokens = ranks.total(total) / targets, targets
         return found
 
     def _costs(self, moments: _Moments) -> Tensor:

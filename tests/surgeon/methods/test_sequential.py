@@ -185,7 +185,7 @@ def test_the_objective_is_that_of_the_joint_update_around_the_target():
     stage = Stage([one_linear(W)], A, cross, {"l": residual})
     options = {"target_damping": damping, "residual_damping": damping, "residual_weight": 0.7}
     config = PruneConfig(update="sequential", **options)
-    ((_, T, factor),) = sequential.targets(stage, config)
+    T, factor = sequential.Targets(stage, config).of(*stage.readers)
     torch.testing.assert_close(factor.undamped(), A)
     wanted, ridge = dense @ W.T + 0.7 * e, damping * A.diagonal().mean()
 
@@ -429,14 +429,14 @@ def test_the_model_is_as_it_was_after_a_failure(monkeypatch):
 def test_updates_are_let_go_once_they_are_written(monkeypatch):
     """All of them in float32 would be four times as large as a model in 16 bits."""
     made, alive = [], []
-    update = sequential._update
+    update = sequential.remove_and_compensate
 
     def noted(*arguments):
         alive.append(sum(reference() is not None for reference in made))
         new = update(*arguments)
-        made.append(weakref.ref(new.update.weight))
+        made.append(weakref.ref(new.weight))
         return new
 
-    monkeypatch.setattr(sequential, "_update", noted)
+    monkeypatch.setattr(sequential, "remove_and_compensate", noted)
     prune(build("llama"), TOKENS, update="sequential")
-    assert len(made) == 14 and max(alive) == 1
+    assert len(made) == 14 and max(alive) == 0

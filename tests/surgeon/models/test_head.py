@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from llm_surgeon.models.head import HeadLogits, left_out, plain_head
-from llm_surgeon.models.label_sampler import LabelSampler
-from llm_surgeon.models.loss import CHUNK, WholeLogits, next_token_loss
+from llm_surgeon.models.loss import WholeLogits, next_token_loss
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 
@@ -68,14 +67,14 @@ def test_losses_gradients_and_drawn_labels_are_those_of_whole_logits(
     ids = torch.arange(15).view(3, 5)
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[2, 3:] = False
+    draws = torch.rand(ids.shape) if sampled else None
     found = []
     for whole in (True, False):
-        sampler = LabelSampler(torch.device("cpu"), 3, [ids.numel()], CHUNK) if sampled else None
         if whole:
             logits = WholeLogits(head(hidden), with_gradient=True)
         else:
             logits = HeadLogits(hidden, head, torch.float64, with_gradient=True)
-        loss = next_token_loss(logits, ids, mask, sampler)
+        loss = next_token_loss(logits, ids, mask, draws)
         assert logits.gradient is not None
         (gradient,) = torch.autograd.grad(logits.source, hidden, logits.gradient)
         found.append((loss, gradient))

@@ -176,7 +176,7 @@ def test_what_is_gone_does_not_compensate_in_later_costs():
     consumer = Decoder(decoder.blocks, [heads.consumer])
     shots._curvature = curvature = estimate_curvature(model, consumer, calibration, batch_size=4)
     removed = torch.tensor([[True, False], [False, True]])
-    found = shots._costs(heads, removed, {})
+    found, _ = shots._costs(heads, removed)
 
     G, A = curvature.factors(heads.consumer)
     alive = ~heads.removed_columns(removed)

@@ -1,0 +1,5 @@
+"""Several processes that share one run: what each of them does, and what they tell each other."""
+
+from llm_surgeon.distributed.ranks import ALONE, Ranks
+
+__all__ = ["ALONE", "Ranks"]
