@@ -108,7 +108,7 @@ class Calibration:
             yield slice(start, min(start + batch_size, own.stop))
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """``(input_ids, attention_mask)`` of at most ``batch_size`` of the rank's sequences, on ``device``, in order."""
+        """``(input_ids, attention_mask)`` of at most ``batch_size`` of the rank's sequences at a time, on a device."""
         for part in self.parts(batch_size):
             mask = None if self.attention_mask is None else self.attention_mask[part].to(device)
             yield self.input_ids[part].to(device), mask

@@ -1,0 +1,108 @@
+"""Runs that several processes share, and the same ones in a single process.
+
+python -m tests.surgeon.distributed.runs FILE      # under torchrun: rank 0 writes what became of every run
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_surgeon import prune
+from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.distributed import ALONE, Ranks
+from llm_surgeon.distributed.group import joined
+from tests.surgeon.tiny_models import VOCABULARY, build
+
+ROOT = Path(__file__).parents[3]
+MODELS = ("llama", "opt", "gpt_neox")
+# Options by the name of the run.
+RUNS: dict[str, dict[str, Any]] = {
+    "2:4": {"structure": "2:4"},
+    "2:4 joint": {"structure": "2:4", "update": "joint", "shots": 2},
+    # Where less of a layer is kept, its update's conjugate gradients make 1e-4 of a difference of 1e-16.
+    "unstructured": {"structure": "unstructured", "shots": 2, "fisher": "empirical", "min_kept": 0.4},
+    "rows-columns": {"structure": "rows-columns", "shots": 2},
+    "groups": {"structure": "groups", "shots": 2},
+}
+# Of one model.
+MORE_RUNS: dict[str, dict[str, Any]] = {
+    "chunked": {"structure": "unstructured", "update": "chunked", "shots": 1},
+    "curvature_layers": {"structure": "2:4", "update": "joint", "curvature_layers": 1},
+    "gradient_steps": {"structure": "2:4", "gradient_steps": 1},
+    "gradient_steps joint": {"structure": "2:4", "update": "joint", "gradient_steps": 1, "shots": 1},
+    "lora_rank": {"structure": "2:4", "lora_rank": 2, "lora_steps": 2},
+    "token_weights": {"structure": "2:4", "token_weights": True},
+    "wanda": {"structure": "unstructured", "method": "wanda"},
+    "sparsegpt": {"structure": "2:4", "method": "sparsegpt", "update": "sequential"},
+    "sparsegpt none": {"structure": "2:4", "method": "sparsegpt", "update": "none"},
+    "rows-columns reconstruct": {"structure": "rows-columns", "shots": 1, "reconstruct": True},
+    "taylor": {"structure": "groups", "importance": "taylor2", "shots": 1},
+    "random": {"structure": "groups", "importance": "random", "shots": 1},
+    "width": {"structure": "width", "shots": 2},
+    "layers": {"structure": "layers", "sparsity": 0.5},
+}
+NAMES = [(model, run) for model in MODELS for run in RUNS] + [("llama", run) for run in MORE_RUNS]
+
+
+def calibration() -> Calibration:
+    """Seven windows, two of them padded."""
+    ids = torch.randint(3, VOCABULARY, (7, 32), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 20:] = False
+    mask[5, :4] = False
+    return Calibration(ids, mask)
+
+
+def carry_out(model_name: str, run: str, ranks: Ranks = ALONE, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """What a run leaves: weights by name, and the losses and threshold that it reports."""
+    model = build(model_name, dtype)
+    held_out = torch.randint(3, VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(1))
+    report = prune(model, calibration(), held_out=held_out, batch_size=2, ranks=ranks, **{**RUNS, **MORE_RUNS}[run])
+    numbers = [shot.loss_before for shot in report.shots] + [report.sparsity]
+    numbers += [value for shot in report.shots for value in (shot.threshold, shot.predicted_increase) if value]
+    assert report.held_out is not None
+    numbers += [report.held_out.loss_before, report.held_out.loss_after]
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {"weights": weights, "numbers": numbers, "solver": [trace.layer for trace in report.shots[-1].solver]}
+
+
+def launch(count: int, module: str, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Start ``python -m module`` as so many ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def main() -> None:
+    with joined("cpu") as ranks:
+        results = {}
+        for model, run in NAMES:
+            found = carry_out(model, run, ranks)
+            total = float(sum(weight.double().abs().sum() for weight in found["weights"].values()))
+            found["same"] = len(set(ranks.everyones((total, str(found["numbers"]))))) == 1
+            results[f"{model} {run}"] = found
+        if ranks.first:
+            torch.save(results, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

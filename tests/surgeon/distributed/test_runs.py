@@ -1,0 +1,49 @@
+"""Runs of two and three processes leave what the same runs leave in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.surgeon.distributed.runs import NAMES, carry_out, launch
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+    """What became of all runs of so many ranks, which are started once."""
+
+    @cache
+    def results(count: int) -> dict[str, Any]:
+        file = tmp_path_factory.mktemp("ranks") / "results.pt"
+        ranks = launch(count, "tests.surgeon.distributed.runs", str(file))
+        told = [rank.communicate(timeout=300)[1] for rank in ranks]
+        return torch.load(file) if file.exists() else {"told": told}
+
+    return results
+
+
+@cache
+def alone(model: str, run: str) -> dict[str, Any]:
+    return carry_out(model, run)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("model, run", NAMES, ids=" ".join)
+def test_masks_are_the_same_and_weights_to_the_order_of_sums(
+    shared: Callable[[int], dict[str, Any]], model: str, run: str, count: int
+) -> None:
+    results, name = shared(count), f"{model} {run}"
+    assert name in results, results.get("told")
+    found, expected = results[name], alone(model, run)
+    assert found["same"]  # on every rank
+    assert found["solver"] == expected["solver"]
+    assert found["numbers"] == pytest.approx(expected["numbers"], rel=1e-6)
+    for name, weight in expected["weights"].items():
+        assert found["weights"][name].shape == weight.shape, name
+        assert torch.equal(found["weights"][name] == 0.0, weight == 0.0), name
+        difference = (found["weights"][name] - weight).norm()
+        assert difference <= 1e-5 * weight.norm(), (name, float(difference / weight.norm()))
