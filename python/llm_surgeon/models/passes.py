@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.config.prune import ComputeDtype
 from llm_surgeon.data.calibration import Calibration
-from llm_surgeon.errors import BadBatchError
+from llm_surgeon.errors import BadBatchError, NumericalError
 from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.head import HeadLogits, left_out, plain_head
