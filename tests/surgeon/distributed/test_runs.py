@@ -32,7 +32,7 @@ def alone(model: str, run: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("model, run", NAMES, ids=" ".join)
+@pytest.mark.parametrize(("model", "run"), NAMES, ids=map(" ".join, NAMES))
 def test_masks_are_the_same_and_weights_to_the_order_of_sums(
     shared: Callable[[int], dict[str, Any]], model: str, run: str, count: int
 ) -> None:
