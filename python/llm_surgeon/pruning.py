@@ -12,6 +12,7 @@ from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
+from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.isolation import isolated
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.planning.plan import Plan
@@ -90,12 +91,20 @@ def prune(
             try:
                 return _prune(model, state, config, data, plan, progress or Progress(), states, ranks)
             except NeedsOffload as error:
-                state.restore()
+                _take_back(state, states)
                 plan = error.plan
             except BaseException:
-                state.restore()
+                _take_back(state, states)
                 raise
             free_memory()
+
+
+def _take_back(state: ModelState, states: RunStates) -> None:
+    """Put the model's ``state`` back, once nothing is copied of what it is now."""
+    try:
+        uninterrupted(states.settle)
+    finally:
+        state.restore()
 
 
 @isolated()

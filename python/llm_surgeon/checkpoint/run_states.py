@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class RunStates:
         return None
 
     def put_shot(self, index: int, state: State) -> None:
-        """Keep the state after shot ``index``; its tensors must not be written to until :meth:`settle`."""
+        """Keep the state after shot ``index``; its tensors must not change until :meth:`settle`."""
 
     def put_block(self, depth: int, state: State) -> None:
         """Keep what the shot under way has made of a block; its tensors must not be written to until :meth:`settle`."""
@@ -193,8 +194,8 @@ class FolderStates(RunStates):
 
     def settle(self) -> None:
         while self._copied:
-            self._copied[0].result()
-            self._copied.pop(0)
+            wait(self._copied[:1])
+            self._copied.pop(0).result()
 
     def close(self) -> None:
         uninterrupted(self._close)
@@ -230,16 +231,17 @@ class FolderStates(RunStates):
     ) -> None:
         if self._failed:
             return
+        note = copy.deepcopy(state.note)
         # What lies in main memory may be on its way there still.
         event = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
 
-        def copy() -> None:
+        def copy_tensors() -> None:
             if event is not None:
                 event.synchronize()
-            copied = State(_copies(state.tensors), state.note)
+            copied = State(_copies(state.tensors), note)
             self._writing.submit(self._write, name, copied, abandoned, then)
 
-        self._copied.append(self._copying.submit(copy))
+        self._copied.append(self._copying.submit(copy_tensors))
 
     def _write(self, name: str, state: State, abandoned: threading.Event, then: Callable[[], object]) -> None:
         try:

@@ -276,7 +276,7 @@ class Shots(Protocol):
     def state(self) -> State:
         """What this shot leaves to the next one: of the model (``run.weights()``, where it writes any) and here.
 
-        Nothing of it may be written to before the next shot's ``update``, nor its masks before its ``select``.
+        Nothing of it may be changed before the next shot's ``update``: other threads copy it meanwhile.
         """
 
     def restore(self, state: State) -> None:

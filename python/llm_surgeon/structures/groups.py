@@ -125,7 +125,7 @@ class GroupShots:
         return DampedFactors(found, self.config, self.run.own_linears, self.run.plan.device)
 
     def state(self) -> State:
-        removed = {str(index): mask for index, mask in enumerate(self.removed)}
+        removed = {str(index): mask.clone() for index, mask in enumerate(self.removed)}
         drawn = {"generator": self._generator.get_state()}
         return State({**self.run.weights(), **part("removed", removed), **drawn}, {})
 

@@ -76,7 +76,7 @@ class BlockShots:
 
     def state(self) -> State:
         fitted = self.config.reconstruct and not self._candidates()  # else no weight has changed
-        return State(self.run.weights() if fitted else {}, {"removed": self.removed})
+        return State(self.run.weights() if fitted else {}, {"removed": list(self.removed)})
 
     def restore(self, state: State) -> None:
         self.run.write_weights(state)

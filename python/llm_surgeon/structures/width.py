@@ -79,7 +79,7 @@ class WidthShots:
 
     def state(self) -> State:
         drawn = {"generator": self._generator.get_state()}
-        return State({**self.run.weights(), "removed": self.removed, **drawn}, {})
+        return State({**self.run.weights(), "removed": self.removed.clone(), **drawn}, {})
 
     def restore(self, state: State) -> None:
         self.run.write_weights(state)

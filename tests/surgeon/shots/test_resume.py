@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +52,33 @@ class Interrupted(BaseException):
     pass
 
 
+class Late:
+    """Does what it is asked to when that is waited for: as a thread that is as slow as it may be."""
+
+    def submit(self, action: Callable[[], None]) -> Any:
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        future.action = action  # type: ignore[attr-defined]
+        return future
+
+    def shutdown(self) -> None:
+        """All has been waited for."""
+
+
 class Interrupting(FolderStates):
-    """Counts the states that it keeps, and is interrupted in place of the one after ``most``."""
+    """Counts the states that it keeps, copied late, and is interrupted in place of the one after ``most``."""
 
     def __init__(self, folder: Path, most: float = math.inf, resume: bool = False) -> None:
         super().__init__(folder, resume)
         self.most, self.count = most, 0
+        self._copying.shutdown()
+        self._copying = Late()  # type: ignore[assignment]
+
+    def settle(self) -> None:
+        for future in self._copied:
+            future.action()  # type: ignore[attr-defined]
+            future.set_result(None)
+        super().settle()
 
     def put_shot(self, index: int, state: State) -> None:
         self._count()
