@@ -9,6 +9,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from surgeon_kernels.runtime.triton_support import has_dependent_launch
+
+# Up to so many rows the kernel starts while the one before it runs, and lets the next one start. Estimated: of norms
+# and 2:4 products by turns on an H200, seven numbers of rows at four sizes, all gained up to 100 rows, and some lost up
+# to 11 % from 333 on.
+_DEPENDENT_ROWS = 128
 
 
 @triton.jit
@@ -20,8 +28,16 @@ def rms_norm_kernel(
     columns: tl.tensor,
     eps: tl.tensor,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
-    """One row: ``y = weight x r``, ``r = 1 / sqrt(mean(x²) + eps)``."""
+    """One row: ``y = weight x r``, ``r = 1 / sqrt(mean(x²) + eps)``.
+
+    ``DEPENDENT``: it may start while the kernel before it runs, and waits for its end; the kernel after it may start,
+    too, if it is launched so, and waits for the end of this one.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < columns
@@ -61,9 +77,19 @@ def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[
     columns = x.shape[-1]
     y = torch.empty_like(x, dtype=dtype)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    dependent = rstd.numel() <= _DEPENDENT_ROWS and has_dependent_launch(x.device)
     with torch.cuda.device_of(x):
         rms_norm_kernel[(rstd.numel(),)](
-            x, weight, y, rstd, columns, eps, BLOCK=triton.next_power_of_2(columns), num_warps=_warps(columns)
+            x,
+            weight,
+            y,
+            rstd,
+            columns,
+            eps,
+            BLOCK=triton.next_power_of_2(columns),
+            DEPENDENT=dependent,
+            num_warps=_warps(columns),
+            **({"launch_pdl": True} if dependent else {}),
         )
     return y, rstd
 

@@ -15,3 +15,12 @@ HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 def has_kernels() -> bool:
     """True if Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """True if a kernel may start while the one before it runs, on NVIDIA devices of capability 9.0 and newer.
+
+    It is launched with the option ``launch_pdl`` then (programmatic dependent launch, CUDA C++ Programming Guide), and
+    waits for the one before itself (``gdc_wait``), before it touches anything that may change.
+    """
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9

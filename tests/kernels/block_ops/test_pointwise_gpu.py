@@ -40,10 +40,30 @@ def check(kernel, reference, *inputs, constants=()):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 5, 4096), (3, 100), (1, 8), (7, 5120), (2, 16384)])
+@pytest.mark.parametrize("shape", [(2, 5, 4096), (3, 100), (1, 8), (7, 5120), (2, 16384), (300, 4096)])
 def test_rms_norm(dtype, shape):
     x, weight = randn(*shape, dtype=dtype, scale=3.0), randn(shape[-1], dtype=dtype, seed=1)
     check(rms_norm, rms_norm_reference, x, constants=(weight, 1e-5))
+
+
+@pytest.mark.parametrize("rows", [1, 100, 128, 129])
+def test_a_norm_that_may_start_early_reads_what_the_kernel_before_wrote(rows):
+    """In a graph, norms by turns with additions that are not launched so, and with each other."""
+    weight = randn(4096, dtype=torch.bfloat16, seed=1, scale=2.0)
+    steps = [lambda x: rms_norm(x, weight, 1e-5), lambda x: rms_norm(x + 0.5, weight, 1e-5)] * 20
+    x = right = randn(rows, 4096, dtype=torch.bfloat16)
+    for step in steps:
+        right = step(right)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x
+        for step in steps:
+            y = step(y)
+    for _ in range(20):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, right)
 
 
 def test_rms_norm_with_a_result_of_another_dtype():
