@@ -1,10 +1,6 @@
 """2:4 linears against dense ``F.linear``, on a CUDA device.
 
-    python -m bench.kernels.linear_2_4            # every shape and number of tokens, appended to results/linear_2_4.csv
-    python -m bench.kernels.linear_2_4 --fit      # every wgmma kernel and split-K, appended to
-                                                  # results/linear_2_4_kernels.csv; prints the constants of
-                                                  # csrc/sparse24/linear_2_4.cpp, fitted to these times
-    python -m bench.kernels.linear_2_4 --fit FILE # the constants from such rows, without a GPU
+    python -m bench.kernels.linear_2_4   # every shape and number of tokens, appended to results/linear_2_4.csv
 
 The kernels are those that `tune_2_4` chooses, our own or, in a second row, with cuSPARSELt among them. All run in the
 same process, by turns: in a CUDA graph (device time) and called plainly (what a Python loop sees); weights rotate among
@@ -16,7 +12,6 @@ reading the packed weight once at the copy bandwidth measured here, and the oper
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -29,8 +24,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.environment import append_row, environment, require_gpu
-from bench.kernels.linear_2_4_fit import Timing, read_timings, report
-from bench.timing import graph_ms
 from surgeon_kernels.sparse24.linear_2_4 import linear_2_4, prepare_2_4
 from surgeon_kernels.sparse24.linear_2_4_tune import tune_2_4
 from surgeon_kernels.sparse24.pack_2_4 import pack_2_4
@@ -38,8 +31,6 @@ from surgeon_kernels.sparse24.pack_2_4 import pack_2_4
 DEVICE = "cuda"
 SHAPES = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
-FIT_SHAPES = [*SHAPES, (8192, 8192), (5120, 2048)]
-FIT_TOKENS = [32, 64, 96, 128, 256, 384, 512, 1024, 1536, 2048, 4096]
 LIBRARY_TOKENS = 1024  # from here on cuSPARSELt, where it was asked for, takes part
 SPARSE_RATE = 2 * 989.5e12  # of the H100 and H200 (SXM), 16 bits, by NVIDIA's datasheet
 _ROTATED_BYTES = 200 << 20
@@ -164,60 +155,13 @@ def measure(
             }
 
 
-def measure_kernels(weight: Tensor, tokens: list[int]) -> Iterable[Timing]:
-    """Device times of every kernel on wgmma and every split of K that leaves work for it, weights from memory."""
-    ops = torch.ops.surgeon_kernels
-    rows, columns = weight.shape
-    prepared = prepare_2_4(pack_2_4(weight))
-    weights = copies(prepared.fragments)
-    half = weight.dtype == torch.float16
-    geometries = {choice: ops.linear_2_4_geometry(choice, half) for choice in range(ops.linear_2_4_choices() - 1)}
-    geometries = {choice: geometry for choice, geometry in geometries.items() if geometry and geometry[0] >= 0}
-    blocks = {geometry[0]: geometry[4] for geometry in geometries.values() if geometry[3] == 1}
-    for n in tokens:
-        xs = [torch.randn(n, columns, device=DEVICE).to(weight.dtype) for _ in range(4)]
-        count = max(24, len(weights)) if n < 1024 else 12
-        for choice, (kernel, tile_rows, tile_tokens, split, clusters) in geometries.items():
-            tiles = -(-rows // tile_rows) * -(-n // tile_tokens)
-            if split > 1 and tiles % blocks[kernel] == 0:
-                continue
-            if ops.linear_2_4_run(xs[0], weights[0], rows, choice) is None:
-                continue
-            calls = [
-                partial(ops.linear_2_4_run, xs[i % 4], weights[i % len(weights)], rows, choice) for i in range(count)
-            ]
-            us = 1000 * graph_ms(calls, 5)
-            yield Timing(rows, columns, n, kernel, tile_rows, tile_tokens, split, blocks[kernel], clusters, us)
-
-
-def fit_from_device(out: Path) -> list[Timing]:
-    """Rows of every shape, appended to ``out``."""
-    gc.freeze()  # a CUDA graph collects garbage before every capture
-    about, timings = environment(DEVICE), []
-    for shape in FIT_SHAPES:
-        for timing in measure_kernels(weight_2_4(*shape, torch.bfloat16), FIT_TOKENS):
-            timings.append(timing)
-            append_row(out, {**timing._asdict(), "us": f"{timing.us:.2f}", **about})
-        print(*shape, len(timings), flush=True)
-    return timings
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     results = Path(__file__).parents[1] / "results"
     parser.add_argument("--out", type=Path, help="where rows are appended, instead of results/")
-    parser.add_argument(
-        "--fit", nargs="?", type=Path, const=Path(), metavar="FILE", help="fit the times that choose a kernel"
-    )
     options = parser.parse_args()
-    if options.fit is not None and options.fit != Path():
-        print(report(read_timings(options.fit)))
-        return
     require_gpu()
     torch.manual_seed(0)
-    if options.fit is not None:
-        print(report(fit_from_device(options.out or results / "linear_2_4_kernels.csv")))
-        return
     about = {**environment(DEVICE), "copy_TB_s": f"{(rate := bandwidth()) / 1e12:.2f}"}
     cases = [(shape, torch.bfloat16, False, TOKENS) for shape in SHAPES]
     cases += [

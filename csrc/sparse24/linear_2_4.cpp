@@ -1,6 +1,8 @@
 // The choice of a kernel for a 2:4 linear, and of the number of blocks that share its columns (split-K).
 #include "linear_2_4.h"
 
+#include "linear_2_4_times.h"
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -15,7 +17,6 @@ namespace {
 
 constexpr int kSplits[] = {1, 2, 3, 4, 5, 6, 8};  // blocks of a cluster
 constexpr int kSplitCount = sizeof(kSplits) / sizeof(kSplits[0]);
-constexpr int kKernelCount = kMmaCount + kWgmmaCount;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -64,6 +65,8 @@ bool allowed(const Linear24& call, int number, int split, const Device& device) 
   const Kernel24& kernel = kernel_of(number);
   if (kernel.tokens < (device.wgmma ? 128 : 32) && call.tokens > 8 * kernel.tokens)
     return false;  // never the fastest, and long to try
+  // No larger clusters; and blocks that share x take equal parts of a tile's tokens.
+  if (kernel.sharers > 1 && (split * kernel.sharers > 8 || call.tokens < kernel.tokens)) return false;
   return split == 1 || split * kernel.k_units <= call.units;
 }
 
@@ -74,9 +77,11 @@ bool allowed(const Linear24& call, int choice, const Device& device) {
 int resident_clusters(bool half, int number, int index, Device& device) {
   std::atomic<int>& known = device.resident[half][number][index];
   if (known.load(std::memory_order_relaxed) == 0) {
-    const int clusters = query_resident(kernel_of(number), half, kSplits[index]);
+    const Kernel24& kernel = kernel_of(number);
+    const int clusters = query_resident(kernel, half, kSplits[index]);
     // Large clusters do not always fit beside others.
-    known.store(kSplits[index] > 3 && clusters > 1 ? clusters * 9 / 10 : clusters, std::memory_order_relaxed);
+    const bool large = kSplits[index] * kernel.sharers > 3 && clusters > 1;
+    known.store(large ? clusters * 9 / 10 : clusters, std::memory_order_relaxed);
   }
   return known.load(std::memory_order_relaxed);
 }
@@ -101,16 +106,6 @@ int choice_for_few(const Linear24& call, Device& device) {
   return number * kSplitCount + best;
 }
 
-// Nanoseconds on an H200: of a unit of K of a tile of each of Wgmma24; of adding up the sums of a cluster for it; of
-// the prologue and epilogue of a tile; of a second launch. Fitted by hand;
-//   python -m bench.kernels.linear_2_4 --fit
-// fits them anew and judges both. These are kept: of the times in bench/results/linear_2_4_kernels.csv they choose
-// kernels 1.1 % slower than the fastest (mean; 21 % worst), the least squares of all 1.6 % (23 %), and 2.1 % (23 %) on
-// a shape left out.
-constexpr float kUnitTime[kWgmmaCount] = {510, 395, 535, 565, 790, 920};
-constexpr float kClusterTime[kWgmmaCount] = {2500, 3500, 4000, 3500, 4600, 7000};
-constexpr float kTileTime = 1700, kLaunchTime = 2700;
-
 // Without sparse wgmma, from this number of tokens on: cuSPARSELt by its own choice of an algorithm where the caller
 // has it, else the dense product with the weight, unpacked for the call. Estimated, not measured: the kernel for few
 // tokens reads W from L2 anew for every 32 of them, about 40 operations a byte, which takes longer than a dense product
@@ -122,23 +117,26 @@ int choice_without_wgmma(const Linear24& call, bool library, Device& device) {
   return library ? linear_2_4_choices() + kDefaultAlgorithm : linear_2_4_dense();
 }
 
-// Many tokens: the least estimated time. Whole waves of tiles are data-parallel, a block to a tile; the tiles of the
-// last, partial wave are split-K over clusters.
-int choice_for_many(const Linear24& call, Device& device) {
+// The least time by kTimes, of the kernels that have one there. On wgmma.sp whole waves of tiles are data-parallel, a
+// block to a tile, and the tiles of the last, partial wave are split-K over clusters; on mma.sp all tiles are.
+int choice_by_time(const Linear24& call, Device& device) {
   int best = -1;
   float least = 0;
-  for (int number = kMmaCount; number < kKernelCount; ++number) {
+  for (int number = 0; number < kKernelCount; ++number) {
+    const Times24& times = kTimes[number];
+    if (times.unit == 0 || !allowed(call, number, 1, device)) continue;
     const int tiles = tiles_of(call, kernel_of(number)), resident = resident_clusters(call.half, number, 0, device);
     if (resident <= 0) continue;
-    const int waves = tiles / resident, rest = tiles % resident;
-    const float unit = kUnitTime[number - kMmaCount];
     for (int index = 0; index < kSplitCount && allowed(call, number, kSplits[index], device); ++index) {
       const int clusters = resident_clusters(call.half, number, index, device);
+      const int waves = index == 0 ? ceil_div(tiles, resident) : number < kMmaCount ? 0 : tiles / resident;
+      const int rest = index == 0 ? 0 : number < kMmaCount ? tiles : tiles % resident;
       if (clusters <= 0 || (index > 0 && rest == 0)) continue;
-      const float wave = call.units * unit + kTileTime;
-      const float shared = ceil_div(call.units, kSplits[index]) * unit + kTileTime + kClusterTime[number - kMmaCount];
-      const float time = index == 0 ? ceil_div(tiles, resident) * wave
-                                    : waves * wave + (waves > 0) * kLaunchTime + ceil_div(rest, clusters) * shared;
+      float time = waves * (call.units * times.unit + times.tile);
+      if (rest > 0)
+        time +=
+            (waves > 0) * kLaunchTime +
+            ceil_div(rest, clusters) * (ceil_div(call.units, kSplits[index]) * times.unit + times.tile + times.cluster);
       if (best < 0 || time < least) best = number * kSplitCount + index, least = time;
     }
   }
@@ -152,7 +150,7 @@ constexpr int kLibraryTokens = 1024, kLibraryAlgorithm = 17;
 int choice_for(const Linear24& call, bool library, Device& device) {
   if (!device.wgmma) return choice_without_wgmma(call, library, device);
   if (library && call.tokens >= kLibraryTokens) return linear_2_4_choices() + kLibraryAlgorithm;
-  return call.tokens <= 16 ? choice_for_few(call, device) : choice_for_many(call, device);
+  return call.tokens <= kFewTokens ? choice_for_few(call, device) : choice_by_time(call, device);
 }
 
 // Sizes that share a pinned choice: tokens up to the same power of two.
@@ -196,7 +194,7 @@ cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream
   const int resident = std::max(1, resident_clusters(call.half, number, 0, device));
   const int whole = split == 1 ? tiles : tiles / resident * resident;
   if (whole > 0) {
-    const int clusters = call.activation == Activation::kNone ? std::min(whole, resident) : whole;
+    const int clusters = kernel.persistent && call.activation == Activation::kNone ? std::min(whole, resident) : whole;
     const cudaError_t status = launch(with, {0, whole, 1, clusters});
     if (status != cudaSuccess || whole == tiles) return status;
   }

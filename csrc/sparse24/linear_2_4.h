@@ -55,6 +55,8 @@ struct Kernel24 {
   int tokens;
   int rows;
   int k_units;
+  int sharers;      // blocks of a cluster that share x, for each of those that share K
+  bool persistent;  // a block may compute several tiles
   Overlap overlap;
   cudaError_t (*launch[2])(const Linear24& call, const TileRange24& tiles, cudaStream_t stream,
                            int* capacity);  // bf16, fp16
@@ -62,7 +64,8 @@ struct Kernel24 {
 
 // Kernels on mma.sp (every device from capability 8.0) and on wgmma.sp (9.0).
 enum Mma24 { kMma8Narrow, kMma8, kMma16, kMma32, kMmaCount };
-enum Wgmma24 { kWgmma32, kWgmma64, kWgmma64Wide, kWgmma128, kWgmma128Wide, kWgmma256, kWgmmaCount };
+constexpr int kWgmmaCount = 26;
+constexpr int kKernelCount = kMmaCount + kWgmmaCount;
 const Kernel24& linear_2_4_mma_kernel(int which);
 const Kernel24& linear_2_4_wgmma_kernel(int which);
 
@@ -85,7 +88,7 @@ cudaError_t linear_2_4_run(const Linear24& call, int choice, cudaStream_t stream
 
 // Tile and occupancy of a choice below linear_2_4_dense() on the current device: its estimated time depends on them.
 struct Geometry24 {
-  int wgmma;  // which of Wgmma24; negative for mma.sp
+  int wgmma;  // which of the kernels on wgmma.sp; negative for mma.sp
   int tile_rows, tile_tokens;
   int split;
   int resident;  // clusters at a time; 0 or less where it does not run

@@ -24,6 +24,8 @@ constexpr Kernel24 kernel(Overlap overlap) {
   return {Tile::kTokens,
           Tile::kRows,
           Config::kWarpsK,
+          1,
+          false,
           overlap,
           {launch_linear_2_4_mma<__nv_bfloat16, Config>, launch_linear_2_4_mma<__half, Config>}};
 }

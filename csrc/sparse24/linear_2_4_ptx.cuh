@@ -102,12 +102,27 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int column,
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
+// The same to one place in every block of the cluster that `mask` names; a barrier of each learns of its own copy.
+__device__ inline void copy_box_to_cluster(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier,
+                                           uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask)
+      : "memory");
+}
+__device__ inline void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 // Distributed shared memory of a cluster: an address in another block's, 16 bytes sent there, of which a barrier there
 // learns, and the barrier of all blocks.
 __device__ inline uint32_t remote_address(uint32_t address, int rank) {
   uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
+}
+__device__ inline void barrier_arrive_cluster(uint32_t remote) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
 }
 __device__ inline void send_async(uint32_t to, const float* v, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
@@ -133,6 +148,11 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint3
 __device__ inline uint4 load_shared4(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+__device__ inline uint32_t load_shared1(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
 }
 __device__ inline uint2 load_shared2(uint32_t address) {

@@ -42,41 +42,54 @@ struct KRange24 {
 template <class Config>
 __device__ inline KRange24 k_range(const Linear24& p, const TileRange24& tiles) {
   constexpr int kStages = Config::kStages;
-  const int rank = blockIdx.x % tiles.split, begin = p.units * rank / tiles.split;
+  const int rank = blockIdx.x / Config::kSharers % tiles.split, begin = p.units * rank / tiles.split;
   const int count = p.units * (rank + 1) / tiles.split - begin;
   return {rank, begin, count, tiles.split > 1 ? (kStages - count * (2 / Config::kBoxes) % kStages) % kStages : 0};
 }
 
-// First token and first row of a tile. Tiles are rasterized in groups of tokens: those that are computed at the same
-// time form a compact patch of y, so that L2 serves most of W and x.
-template <class Tile>
-__device__ inline int2 tile_origin(const Linear24& p, int tile) {
+// Tiles are rasterized in groups of tokens: those that are computed at the same time form a compact patch of y, so that
+// L2 serves most of W and x.
+template <class Config>
+__device__ inline Origin24 tile_origin(const Linear24& p, int tile) {
+  using Tile = WgmmaTile<Config>;
   constexpr int kGroup = 8;  // tiles of tokens
+  constexpr int kRows = Tile::kRows * Config::kSharers;
   const int token_tiles = (p.tokens + Tile::kTokens - 1) / Tile::kTokens;
-  const int row_tiles = (p.rows + Tile::kRows - 1) / Tile::kRows;
+  const int row_tiles = (p.rows + kRows - 1) / kRows;
   const int group = tile / (kGroup * row_tiles), index = tile - group * kGroup * row_tiles;
   const int width = min(kGroup, token_tiles - group * kGroup);
-  return make_int2((group * kGroup + index % width) * Tile::kTokens, index / width * Tile::kRows);
+  const int token = (group * kGroup + index % width) * Tile::kTokens;
+  const int begin = max(0, min(token, p.tokens - Tile::kTokens));
+  return {begin, token - begin, index / width * kRows + static_cast<int>(blockIdx.x % Config::kSharers) * Tile::kRows};
 }
 
 #endif
 
 template <class T, class Config>
-__global__ void __launch_bounds__(kHasWgmma ? WgmmaTile<Config>::kBlockThreads : 32, 1)
+__global__ void __launch_bounds__(kHasWgmma ? WgmmaTile<Config>::kBlockThreads : 32, Config::kBlocks)
     linear_2_4_wgmma(const Linear24 p, const TileRange24 tiles, const __grid_constant__ CUtensorMap map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Tile = WgmmaTile<Config>;
   constexpr int kTokens = Config::kTokens, kConsumers = Config::kConsumers, kBoxes = Config::kBoxes;
-  constexpr int kStages = Config::kStages, kWeightStages = Config::kWeightStages;
+  constexpr int kStages = Config::kStages, kWeightStages = Config::kWeightStages, kSharers = Config::kSharers;
   extern __shared__ uint8_t unaligned[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t base = (shared_address(unaligned) + 1023) / 1024 * 1024, x_stages = base + Tile::kXAt;
   const uint32_t full = base + Tile::kBarriersAt, empty = full + 8 * kStages;
-  int tile = tiles.first + blockIdx.x / tiles.split;
+  int tile = tiles.first + blockIdx.x / (tiles.split * kSharers);
   if (p.overlap == Overlap::kEarly) let_next_kernel_start();
 
+  // Those of the block, or of all that write to each other's stages.
+  auto barriers_are_ready = [] {
+    if constexpr (kSharers == 1)
+      __syncthreads();
+    else
+      __syncwarp(), cluster_arrive(), cluster_wait();
+  };
+
   // A thread begins with an equal share of the registers; the producer leaves most of its own to the consumers.
-  constexpr int kShare = 65536 / (128 * (kConsumers + 1)) / 8 * 8, kProducerRegisters = kConsumers == 3 ? 56 : 40;
+  constexpr int kShare = 65536 / (Tile::kBlockThreads * Config::kBlocks) / 8 * 8;
+  constexpr int kProducerRegisters = kConsumers == 3 || kSharers > 1 ? 56 : 40;
   constexpr int kConsumerRegisters = (kShare * (kConsumers + 1) - kProducerRegisters) / kConsumers / 8 * 8;
   if (warp >= 4 * kConsumers) {  // producer
     set_fewer_registers<kProducerRegisters>();
@@ -85,31 +98,41 @@ __global__ void __launch_bounds__(kHasWgmma ? WgmmaTile<Config>::kBlockThreads :
     if (threadIdx.x == 128 * kConsumers) {
       for (int s = 0; s < kStages; ++s) {
         barrier_init(full + 8 * s, 1);
-        barrier_init(empty + 8 * s, 4 * kConsumers);
-        if (s < stage) barrier_arrive(full + 8 * s, 1), barrier_arrive(empty + 8 * s, 4 * kConsumers);
+        barrier_init(empty + 8 * s, 4 * kConsumers * kSharers);
+        if (s < stage) barrier_arrive(full + 8 * s, 1), barrier_arrive(empty + 8 * s, 4 * kConsumers * kSharers);
       }
       barrier_init(base + Tile::kReceivedAt, 1);
       fence_barrier_init();
+      prefetch_map(&map);
     }
-    __syncthreads();
+    barriers_are_ready();
     if (threadIdx.x == 128 * kConsumers) {
       wait_for_previous_kernel();
       const int bytes = min(kTokens, p.tokens) * kBoxes * 128;
       for (; tile < tiles.end; tile += tiles.clusters) {
-        const int token0 = tile_origin<Tile>(p, tile).x;
+        const int token0 = tile_origin<Config>(p, tile).token;
         for (int box = 2 * k.begin; box < 2 * (k.begin + k.count); box += kBoxes) {
           const uint32_t barrier = full + 8 * stage;
           barrier_wait(empty + 8 * stage, phase ^ 1);
           barrier_expect(barrier, bytes);
 #pragma unroll
-          for (int b = 0; b < kBoxes; ++b)
-            copy_box(x_stages + stage * Tile::kStageBytes + b * kTokens * 128, &map, (box + b) * 64, token0, barrier);
+          for (int b = 0; b < kBoxes; ++b) {
+            const uint32_t to = x_stages + stage * Tile::kStageBytes + b * kTokens * 128;
+            if constexpr (kSharers == 1) {
+              copy_box(to, &map, (box + b) * 64, token0, barrier);
+            } else {
+              const int part = blockIdx.x % kSharers * (kTokens / kSharers);
+              const uint16_t sharers = ((1 << kSharers) - 1) << (k.rank * kSharers);
+              copy_box_to_cluster(to + part * 128, &map, (box + b) * 64, token0 + part, barrier, sharers);
+            }
+          }
           if (++stage == kStages) stage = 0, phase ^= 1;
         }
       }
     }
     __syncwarp();
     if (tiles.split > 1) cluster_arrive(), cluster_wait();
+    if (kSharers > 1) cluster_arrive(), cluster_wait();
   } else {  // consumer
     set_more_registers<kConsumerRegisters>();
     const KRange24 k = k_range<Config>(p, tiles);
@@ -135,54 +158,68 @@ __global__ void __launch_bounds__(kHasWgmma ? WgmmaTile<Config>::kBlockThreads :
       for (int unit = 0, to = weight_stage; unit < kWeightStages; ++unit)
         copy_unit(unit, to), to = to + 1 == kWeightStages ? 0 : to + 1;
     };
-    uint4 a[2][4];  // fragments of two units by turns, by step of 32 columns
-    uint2 e[2];     // their positions
+    // Fragments for two stages of x by turns, by step of 32 columns, and their positions.
+    uint4 a[2][2 * kBoxes];
+    uint32_t e[2][kBoxes];
     float sums[kTokens / 2];
-    auto load_fragments = [&](int set) {  // of the unit at weight_stage
-      barrier_wait(weight_full + 8 * weight_stage, weight_phase);
+    auto load_fragments = [&](int set, int half) {  // of the unit at weight_stage
+      if (half == 0) barrier_wait(weight_full + 8 * weight_stage, weight_phase);
       const uint32_t from = weight_stages + weight_stage * Tile::kWeightStageBytes;
-      e[set] = load_shared2(from + kUnitPositionsAt + lane * 8);
+      const uint32_t positions = from + kUnitPositionsAt + lane * 8;
+      if constexpr (kBoxes == 2) {
+        const uint2 both = load_shared2(positions);
+        e[set][0] = both.x, e[set][1] = both.y;
+      } else {
+        e[set][0] = load_shared1(positions + 4 * half);
+      }
 #pragma unroll
-      for (int s = 0; s < 4; ++s) a[set][s] = load_shared4(from + s * 512 + lane * 16);
+      for (int s = 0; s < 2 * kBoxes; ++s) a[set][s] = load_shared4(from + (2 * half + s) * 512 + lane * 16);
     };
 
     if (lane == 0) {
       for (int s = 0; s < kWeightStages; ++s) barrier_init(weight_full + 8 * s, 1);
       fence_barrier_init();
     }
-    prologue(tile_origin<Tile>(p, tile).y);
-    __syncthreads();
+    prologue(tile_origin<Config>(p, tile).row);
+    barriers_are_ready();
 
     auto release_previous = [&] {  // stage of x
-      if (lane == 0) barrier_arrive(empty + 8 * (stage > 0 ? stage - 1 : kStages - 1), 1);
-    };
-    auto multiply = [&](auto set_constant, int unit) {
-      constexpr int set = decltype(set_constant)::value;
-      const int read = weight_stage;
-#pragma unroll
-      for (int h = 0; h < 2; h += kBoxes) {  // half of the unit's columns, a box of x
-        barrier_wait(full + 8 * stage, phase);
-        wgmma_fence();
-#pragma unroll
-        for (int s = 2 * h; s < 2 * (h + kBoxes); ++s) {
-          const uint64_t b =
-              swizzled_operand(x_stages + stage * Tile::kStageBytes + (s / 2 - h) * (kTokens * 128) + s % 2 * 64);
-          if (s % 2 == 0)
-            wgmma_sp<T, 0>(sums, a[set][s], b, s / 2 ? e[set].y : e[set].x);
-          else
-            wgmma_sp<T, 1>(sums, a[set][s], b, s / 2 ? e[set].y : e[set].x);
-        }
-        wgmma_commit();
-        wgmma_wait<1>();  // what was multiplied before has ended: its operands are free
-        if (unit > 0 || h > 0) release_previous();
-        if (h == 0) {
-          if (++weight_stage == kWeightStages) weight_stage = 0, weight_phase ^= 1;
-          if (unit + 1 < count) load_fragments(1 - set);
-        }
-        if (++stage == kStages) stage = 0, phase ^= 1;
+      const uint32_t barrier = empty + 8 * (stage > 0 ? stage - 1 : kStages - 1);
+      if constexpr (kSharers == 1) {
+        if (lane == 0) barrier_arrive(barrier, 1);
+      } else {
+        if (lane < kSharers) barrier_arrive_cluster(remote_address(barrier, k.rank * kSharers + lane));
       }
-      __syncwarp();  // all lanes have read it
-      copy_unit(unit + kWeightStages, read);
+    };
+    auto multiply = [&](auto set_constant, int unit) {  // a stage of x: a unit, or half of one
+      constexpr int set = decltype(set_constant)::value, half = kBoxes == 1 ? set : 0;
+      constexpr bool unit_ends = kBoxes == 2 || half == 1;
+      const int read = weight_stage;
+      barrier_wait(full + 8 * stage, phase);
+      wgmma_fence();
+#pragma unroll
+      for (int s = 0; s < 2 * kBoxes; ++s) {
+        const uint64_t b =
+            swizzled_operand(x_stages + stage * Tile::kStageBytes + s / 2 * (kTokens * 128) + s % 2 * 64);
+        if (s % 2 == 0)
+          wgmma_sp<T, 0>(sums, a[set][s], b, e[set][s / 2]);
+        else
+          wgmma_sp<T, 1>(sums, a[set][s], b, e[set][s / 2]);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();  // what was multiplied before has ended: its operands are free
+      if (unit > 0 || half > 0) release_previous();
+      if constexpr (unit_ends) {
+        if (++weight_stage == kWeightStages) weight_stage = 0, weight_phase ^= 1;
+        if (unit + 1 < count) load_fragments(1 - set, 0);
+      } else {
+        load_fragments(1 - set, 1);
+      }
+      if (++stage == kStages) stage = 0, phase ^= 1;
+      if constexpr (unit_ends) {
+        __syncwarp();  // all lanes have read it
+        copy_unit(unit + kWeightStages, read);
+      }
     };
 
     for (; tile < tiles.end; tile += tiles.clusters) {
@@ -193,29 +230,30 @@ __global__ void __launch_bounds__(kHasWgmma ? WgmmaTile<Config>::kBlockThreads :
       float added = 0.f;
       if (takes_bias && p.bias != nullptr) {
         wait_for_previous_kernel();
-        added = load_bias<T>(p, tile_origin<Tile>(p, tile).y + row, 0);
+        added = load_bias<T>(p, tile_origin<Config>(p, tile).row + row, 0);
       }
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
-      load_fragments(0);
+      load_fragments(0, 0);
       if (takes_bias) bias[row] = added;
-      // Mainloop, unrolled by two so that the sets of fragments are registers.
+      // Mainloop, two stages of x in a round so that the sets of fragments are registers.
 #pragma unroll 1
-      for (int unit = 0; unit + 1 < count; unit += 2) {
+      for (int unit = 0; unit + kBoxes <= count; unit += kBoxes) {
         multiply(std::integral_constant<int, 0>(), unit);
-        multiply(std::integral_constant<int, 1>(), unit + 1);
+        multiply(std::integral_constant<int, 1>(), unit + kBoxes - 1);
       }
-      if (count % 2) multiply(std::integral_constant<int, 0>(), count - 1);
+      if (kBoxes == 2 && count % 2) multiply(std::integral_constant<int, 0>(), count - 1);
       if (tiles.split > 1) cluster_arrive();
       wgmma_wait<0>();
       release_previous();
-      if (tile + tiles.clusters < tiles.end) prologue(tile_origin<Tile>(p, tile + tiles.clusters).y);
-      const int2 origin = tile_origin<Tile>(p, tile);
-      if (tiles.split == 1 && p.activation == Activation::kNone)
-        store_whole_k<T, Config>(p, shared, bias, sums, origin.x, origin.y);
+      if (tile + tiles.clusters < tiles.end) prologue(tile_origin<Config>(p, tile + tiles.clusters).row);
+      const Origin24 origin = tile_origin<Config>(p, tile);
+      if (Tile::kPersistent && tiles.split == 1 && p.activation == Activation::kNone)
+        store_whole_k<T, Config>(p, shared, bias, sums, origin);
       else
-        store_split_k<T, Config>(p, shared, bias, sums, origin.x, origin.y, tiles.split, k.rank);
+        store_split_k<T, Config>(p, shared, bias, sums, origin, tiles.split, k.rank);
     }
+    if (kSharers > 1) __syncwarp(), cluster_arrive(), cluster_wait();  // nobody sends to a block that is gone
   }
 #else
   __trap();
@@ -230,7 +268,8 @@ cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const TileRange24& tiles,
   static std::atomic<bool> ready[kMaxDevices];
   const cudaError_t status = prepare_kernel(reinterpret_cast<const void*>(kernel), kThreads, Tile::kSharedBytes, ready);
   if (status != cudaSuccess) return status;
-  if (capacity != nullptr) return count_clusters(kernel, tiles.split, kThreads, Tile::kSharedBytes, capacity);
+  const int cluster = tiles.split * Config::kSharers;
+  if (capacity != nullptr) return count_clusters(kernel, cluster, kThreads, Tile::kSharedBytes, capacity);
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -244,7 +283,8 @@ cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const TileRange24& tiles,
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(p.columns) * 2};
   // Fewer tokens than a tile: a smaller box, for the copy engine is slow where it has nothing to read. What then lies
   // in the rest of a stage reaches only sums that are not stored.
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(p.tokens < Tile::kTokens ? p.tokens : Tile::kTokens)};
+  const int box_tokens = (p.tokens < Tile::kTokens ? p.tokens : Tile::kTokens) / Config::kSharers;
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_tokens)};
   const cuuint32_t steps[2] = {1, 1};
   const CUtensorMapDataType type =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -252,8 +292,22 @@ cudaError_t launch_linear_2_4_wgmma(const Linear24& p, const TileRange24& tiles,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
     return cudaErrorInvalidValue;
-  const Launch launch(tiles.clusters * tiles.split, tiles.split, kThreads, Tile::kSharedBytes, p.overlap, stream);
+  const Launch launch(tiles.clusters * cluster, cluster, kThreads, Tile::kSharedBytes, p.overlap, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, p, tiles, map);
+}
+
+// Numbers: those of WgmmaConfig.
+template <int... kNumbers>
+constexpr Kernel24 wgmma_kernel() {
+  using Config = WgmmaConfig<kNumbers...>;
+  using Tile = WgmmaTile<Config>;
+  return {Tile::kTokens,
+          Tile::kRows * Config::kSharers,
+          1,
+          Config::kSharers,
+          Tile::kPersistent,
+          Overlap::kEarly,
+          {launch_linear_2_4_wgmma<__nv_bfloat16, Config>, launch_linear_2_4_wgmma<__half, Config>}};
 }
 
 }  // namespace surgeon

@@ -6,6 +6,13 @@
 
 namespace surgeon {
 
+// A block's part of a tile: its first token, how many of its tokens the tile before stores, its first row. The last
+// tile of tokens begins earlier where it would reach past the end: the copy engine is slow where it has nothing to
+// read.
+struct Origin24 {
+  int token, stored, row;
+};
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Accumulators of a thread (PTX ISA, "wgmma", fragment D of m64nNk32): sums[i] belongs to token i / 4 * 8 + lane % 4 *
@@ -15,12 +22,12 @@ namespace surgeon {
 // the rows of a token lie together.
 template <class T, class Config>
 __device__ inline void store_whole_k(const Linear24& p, uint8_t* shared, const float* bias,
-                                     const float (&sums)[Config::kTokens / 2], int token0, int row0) {
+                                     const float (&sums)[Config::kTokens / 2], const Origin24& origin) {
   using Tile = WgmmaTile<Config>;
   constexpr int kPitch = Tile::kOutPitch, kVectors = 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, consumer = threadIdx.x / 128;
   T* out = reinterpret_cast<T*>(shared + Tile::kXEnd) + consumer * 32 * kPitch;  // [32][kPitch]
-  const int first = row0 + consumer * 64;
+  const int first = origin.row + consumer * 64;
   const bool aligned = p.rows % 8 == 0;
 #pragma unroll
   for (int c = 0; c < Tile::kTokens / 32; ++c) {
@@ -39,11 +46,11 @@ __device__ inline void store_whole_k(const Linear24& p, uint8_t* shared, const f
       store_matrices_transposed(shared_address(out + token * kPitch + row), packed);
     }
     barrier_sync(1 + consumer, 128);
-    const int valid = min(32, p.tokens - token0 - 32 * c);
-    for (int i = threadIdx.x % 128; i < valid * kVectors; i += 128) {
+    const int begin = max(0, origin.stored - 32 * c), end = min(32, p.tokens - origin.token - 32 * c);
+    for (int i = begin * kVectors + threadIdx.x % 128; i < end * kVectors; i += 128) {
       const int token = i / kVectors, row = first + i % kVectors * 8;
       const T* from = out + token * kPitch + i % kVectors * 8;
-      T* y = static_cast<T*>(p.y) + static_cast<size_t>(token0 + 32 * c + token) * p.rows + row;
+      T* y = static_cast<T*>(p.y) + static_cast<size_t>(origin.token + 32 * c + token) * p.rows + row;
       if (row + 8 <= p.rows && aligned) {
         *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(from);
       } else {
@@ -59,14 +66,14 @@ __device__ inline void store_whole_k(const Linear24& p, uint8_t* shared, const f
 // activation, only transposes its sums in shared memory, so that the rows of a token lie together.
 template <class T, class Config>
 __device__ inline void store_split_k(const Linear24& p, uint8_t* shared, const float* bias,
-                                     float (&sums)[Config::kTokens / 2], int token0, int row0, int split, int rank) {
+                                     float (&sums)[Config::kTokens / 2], const Origin24& origin, int split, int rank) {
   using Tile = WgmmaTile<Config>;
   constexpr int kPitch = Tile::kSumPitch, kQuads = Tile::kRows / 4, kOctets = Tile::kTokens / 8;
   constexpr int kAllConsumers = Config::kConsumers + 1;  // the barrier of their threads
   static_assert(Tile::kThreads % kQuads == 0, "a thread stores the same rows of every token it takes");
-  const int lane = threadIdx.x % 32, valid = min(Tile::kTokens, p.tokens - token0);
-  const int octets = (valid + 7) / 8, each = (octets + split - 1) / split, first = rank * each;
-  const int mine = max(0, min(each, octets - first)), part_bytes = each * Tile::kOctetBytes;
+  const int lane = threadIdx.x % 32, valid = min(Tile::kTokens, p.tokens - origin.token);
+  const int begin = origin.stored / 8, end = (valid + 7) / 8, each = (end - begin + split - 1) / split;
+  const int first = begin + rank * each, mine = max(0, min(each, end - first)), part_bytes = each * Tile::kOctetBytes;
   if (split > 1) {
     const uint32_t received = shared_address(shared) + Tile::kReceivedAt;
     cluster_wait();
@@ -74,10 +81,12 @@ __device__ inline void store_split_k(const Linear24& p, uint8_t* shared, const f
     int owner = 0, slot = 0;
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
-      if (o < octets && owner != rank) {
+      if (o < begin) continue;
+      if (o < end && owner != rank) {
         const int at = (rank - (rank > owner)) * part_bytes + slot * Tile::kOctetBytes + threadIdx.x * 16;
-        const uint32_t to = remote_address(shared_address(shared) + at, owner);
-        send_async(to, &sums[4 * o], remote_address(received, owner));
+        const int block = owner * Config::kSharers + blockIdx.x % Config::kSharers;
+        const uint32_t to = remote_address(shared_address(shared) + at, block);
+        send_async(to, &sums[4 * o], remote_address(received, block));
       }
       if (++slot == each) slot = 0, ++owner;
     }
@@ -105,9 +114,11 @@ __device__ inline void store_split_k(const Linear24& p, uint8_t* shared, const f
   }
   barrier_sync(kAllConsumers, Tile::kThreads);
   const int quad = threadIdx.x % kQuads * 4;
-  for (int token = threadIdx.x / kQuads; token < min(8 * mine, valid - 8 * first); token += Tile::kThreads / kQuads)
-    store_sums<T>(p, token0 + 8 * first + token, row0 + quad,
+  for (int token = threadIdx.x / kQuads; token < min(8 * mine, valid - 8 * first); token += Tile::kThreads / kQuads) {
+    if (8 * first + token < origin.stored) continue;
+    store_sums<T>(p, origin.token + 8 * first + token, origin.row + quad,
                   *reinterpret_cast<const float4*>(total + token * kPitch + quad));
+  }
 }
 
 #endif

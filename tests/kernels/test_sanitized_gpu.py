@@ -28,7 +28,8 @@ PROGRAMS = {
         "linalg/chunked_solve_factored.cu",
         "linalg/chunked_solve_apply.cu",
     ],
-    "linear_2_4": [f"sparse24/linear_2_4{part}" for part in (".cpp", "_mma.cu", "_wgmma.cu", "_unpack.cu")],
+    "linear_2_4": [f"sparse24/linear_2_4{part}" for part in (".cpp", "_mma.cu", "_wgmma.cpp", "_unpack.cu")]
+    + [f"sparse24/linear_2_4_wgmma_{part}.cu" for part in ("narrow", "middle", "wide", "shared")],
 }
 
 

@@ -68,15 +68,25 @@ void without_wgmma() {
   require(launched == -1, "a kernel was launched that the build does not hold", launched);
 }
 
-// The choices on the first device, a line each: rows, columns, tokens, and the kernel of Wgmma24 and its split.
+// What is known of the first device's kernels, a line each: kernel, rows and tokens of a tile, split, clusters. Then,
+// by rows, columns and tokens, kernels and splits that run, and those that are chosen.
 void print_choices() {
+  for (int choice = 0; choice < linear_2_4_dense(); ++choice) {
+    const Geometry24 of = linear_2_4_geometry(choice, false);
+    std::printf("kernel %d %d %d %d %d\n", of.wgmma, of.tile_rows, of.tile_tokens, of.split, of.resident);
+  }
   for (int rows : {1024, 4096, 12288, 22016})
     for (int columns : {1024, 4096, 11008})
       for (int tokens = 17; tokens <= 4096; tokens = tokens * 5 / 4) {
         Linear24 call = call_of(tokens);
         call.rows = rows, call.columns = columns, call.units = (columns + kUnitColumns - 1) / kUnitColumns;
+        for (int choice = 0; choice < linear_2_4_dense(); ++choice)
+          if (linear_2_4_run(call, choice, nullptr) == cudaSuccess) {
+            const Geometry24 of = linear_2_4_geometry(choice, false);
+            std::printf("run %d %d %d %d %d\n", rows, columns, tokens, of.wgmma, of.split);
+          }
         const Geometry24 chosen = linear_2_4_geometry(linear_2_4_choice(call, false), false);
-        std::printf("%d %d %d %d %d\n", rows, columns, tokens, chosen.wgmma, chosen.split);
+        std::printf("choice %d %d %d %d %d\n", rows, columns, tokens, chosen.wgmma, chosen.split);
       }
 }
 
@@ -85,19 +95,22 @@ void print_choices() {
 namespace surgeon {
 
 const Kernel24& linear_2_4_mma_kernel(int which) {
-  static const Kernel24 kernels[kMmaCount] = {{8, 16, 16, Overlap::kEarly, {run<0>, run<0>}},
-                                              {8, 64, 4, Overlap::kEarly, {run<1>, run<1>}},
-                                              {16, 128, 2, Overlap::kLate, {run<2>, run<2>}},
-                                              {32, 128, 2, Overlap::kLate, {run<3>, run<3>}}};
+  static const Kernel24 kernels[kMmaCount] = {{8, 16, 16, 1, false, Overlap::kEarly, {run<0>, run<0>}},
+                                              {8, 64, 4, 1, false, Overlap::kEarly, {run<1>, run<1>}},
+                                              {16, 128, 2, 1, false, Overlap::kLate, {run<2>, run<2>}},
+                                              {32, 128, 2, 1, false, Overlap::kLate, {run<3>, run<3>}}};
   return kernels[which];
 }
 
+// Tokens and rows of the tiles in csrc/sparse24/linear_2_4_wgmma_*.cu; the last six share x.
 const Kernel24& linear_2_4_wgmma_kernel(int which) {
-  static const Kernel24 kernels[kWgmmaCount] = {
-      {32, 192, 1, Overlap::kEarly, {run<4>, run<4>}},  {64, 128, 1, Overlap::kEarly, {run<5>, run<5>}},
-      {64, 192, 1, Overlap::kEarly, {run<6>, run<6>}},  {128, 128, 1, Overlap::kEarly, {run<7>, run<7>}},
-      {128, 192, 1, Overlap::kEarly, {run<8>, run<8>}}, {256, 128, 1, Overlap::kEarly, {run<9>, run<9>}}};
-  return kernels[which];
+  constexpr int kTiles[kWgmmaCount][2] = {
+      {32, 192},  {64, 128},  {64, 192},  {8, 128},   {16, 128},  {32, 128},  {64, 128},  {16, 64},   {32, 64},
+      {64, 64},   {96, 128},  {96, 192},  {128, 128}, {128, 192}, {160, 128}, {160, 192}, {192, 128}, {192, 192},
+      {224, 128}, {256, 128}, {128, 256}, {192, 384}, {256, 256}, {160, 384}, {64, 256},  {96, 256}};
+  static Kernel24 kernels[kWgmmaCount];
+  const int sharers = which < 20 ? 1 : 2, tokens = kTiles[which][0];
+  return kernels[which] = {tokens, kTiles[which][1], 1, sharers, tokens % 32 == 0, Overlap::kEarly, {run<4>, run<4>}};
 }
 
 }  // namespace surgeon
@@ -134,6 +147,13 @@ int main(int count, char**) {
   require(linear_2_4_pin(call_of(64), true, linear_2_4_choices() + 3), "not pinned");
   expect(64, true, kLibrary);
 
+  // Blocks that share x: as many tokens as a tile has, and clusters of no more than eight.
+  current = 0;
+  const auto runs = [](int tokens, int split) {
+    return linear_2_4_run(call_of(tokens), (kMmaCount + 20) * 7 + split, nullptr) == cudaSuccess;
+  };
+  require(runs(128, 0) && runs(200, 3) && !runs(127, 0) && !runs(128, 4), "other sizes for blocks that share x");
+
   // Asking leaves no error behind, and takes none away that was there.
   require(last == cudaSuccess, "an error of ours is left", last);
   current = 5;
@@ -148,13 +168,15 @@ int main(int count, char**) {
 
   // The geometry that the estimates go by is that of the kernels that run; 9/10 of the larger clusters.
   current = 0;
-  const Geometry24 wide = linear_2_4_geometry((kMmaCount + kWgmma64Wide) * 7, false);
-  require(wide.wgmma == kWgmma64Wide && wide.tile_tokens == 64 && wide.tile_rows == 192 && wide.split == 1,
-          "another tile", wide.tile_rows);
+  const Geometry24 wide = linear_2_4_geometry((kMmaCount + 2) * 7, false);
+  require(wide.wgmma == 2 && wide.tile_tokens == 64 && wide.tile_rows == 192 && wide.split == 1, "another tile",
+          wide.tile_rows);
   require(wide.resident == 132, "other blocks are resident", wide.resident);
   const Geometry24 split = linear_2_4_geometry(kMma8 * 7 + 6, false);
   require(split.wgmma < 0 && split.tile_rows == 64 && split.split == 8 && split.resident == 118, "another split",
           split.resident);
+  const Geometry24 shared = linear_2_4_geometry((kMmaCount + 20) * 7 + 1, false);
+  require(shared.split == 2 && shared.resident == 118, "clusters of four, though two of them share K", shared.resident);
   for (current = 1; current <= 4; ++current)
     require(linear_2_4_geometry(kMmaCount * 7, false).resident <= 0, "a kernel that the build does not hold");
   current = 2;

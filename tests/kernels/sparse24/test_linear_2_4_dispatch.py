@@ -48,9 +48,7 @@ def test_a_kernel_on_wgmma_without_its_instructions_traps_and_is_known_by_its_th
     source, cubin = tmp_path / "kernel.cu", tmp_path / "kernel.cubin"
     source.write_text(
         '#include "sparse24/linear_2_4_wgmma.cuh"\n'
-        "struct Config {\n"
-        "  static constexpr int kTokens = 32, kConsumers = 3, kStages = 6, kBoxes = 2, kWeightStages = 5;\n"
-        "};\n"
+        "using Config = surgeon::WgmmaConfig<32, 3, 6, 2, 5>;\n"
         "template __global__ void surgeon::linear_2_4_wgmma<__nv_bfloat16, Config>"
         "(surgeon::Linear24, surgeon::TileRange24, const __grid_constant__ CUtensorMap);\n"
     )
