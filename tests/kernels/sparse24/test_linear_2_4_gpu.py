@@ -320,7 +320,7 @@ def test_tuning_keeps_a_choice_that_is_right():
 
 def test_every_kernel_is_right_wherever_it_runs():
     weight, prepared, _ = problem(336, 1160)
-    for tokens in (1, 13, 70, 200):
+    for tokens in (1, 13, 70, 200, 333):
         x = torch.randn(tokens, 1160, device="cuda").bfloat16()
         exact = functional.linear(x.double(), weight.double())
         torchs = relative(functional.linear(x, weight), exact)
@@ -331,6 +331,18 @@ def test_every_kernel_is_right_wherever_it_runs():
                 assert relative(y, exact) <= 2 * torchs, choice
                 ran += 1
         assert ran >= 5
+
+
+@pytest.mark.parametrize("tokens", [5, 150, 333])
+def test_every_kernel_adds_a_bias_and_applies_an_activation(tokens):
+    """Pinned one after the other: of a number of rows that no other test has."""
+    weight, prepared, bias = problem(360, 1160)
+    ops = torch.ops.surgeon_kernels
+    x = torch.randn(tokens, 1160, device="cuda").bfloat16()
+    exact = functional.linear(x.double(), weight.double(), bias.double()).relu()
+    for choice in range(ops.linear_2_4_choices()):
+        assert ops.linear_2_4_pin(x, prepared.fragments, 360, choice)
+        assert relative(linear_2_4(x, prepared, bias, activation="relu"), exact) < 5e-3, choice
 
 
 def test_a_choice_that_does_not_exist_runs_and_pins_nothing_and_no_tokens_take_no_kernel():
