@@ -12,7 +12,6 @@ from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
-from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.isolation import isolated
 from llm_surgeon.models.state import ModelState
 from llm_surgeon.planning.plan import Plan
@@ -85,26 +84,20 @@ def prune(
     if resume and checkpoint is None:
         raise InputError("resume means nothing without checkpoint")
     data = calibration, correction_data, held_out, step_windows
-    with kept_states(checkpoint, resume) as states:
-        while True:
-            state = ModelState(model)
-            try:
-                return _prune(model, state, config, data, plan, progress or Progress(), states, ranks)
-            except NeedsOffload as error:
-                _take_back(state, states)
-                plan = error.plan
-            except BaseException:
-                _take_back(state, states)
-                raise
-            free_memory()
-
-
-def _take_back(state: ModelState, states: RunStates) -> None:
-    """Put the model's ``state`` back, once nothing is copied of what it is now."""
+    state = ModelState(model)
     try:
-        uninterrupted(states.settle)
-    finally:
+        with kept_states(checkpoint, resume) as states:
+            while True:
+                try:
+                    return _prune(model, state, config, data, plan, progress or Progress(), states, ranks)
+                except NeedsOffload as error:
+                    plan = error.plan
+                states.settle()
+                state.restore()
+                free_memory()
+    except BaseException:
         state.restore()
+        raise
 
 
 @isolated()

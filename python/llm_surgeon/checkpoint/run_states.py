@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ class FolderStates(RunStates):
         self._all_done.set()
         self._shot_done.set()
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        uninterrupted(partial(shutil.rmtree, self.folder, ignore_errors=True))
 
     def _close(self) -> None:
         self._copying.shutdown()
@@ -268,10 +269,13 @@ class FolderStates(RunStates):
 def kept_states(checkpoint: str | Path | RunStates | None, resume: bool) -> Iterator[RunStates]:
     """Context manager of the states of a run: in the folder ``checkpoint``, which goes once all is done, or nowhere.
 
-    Those of somebody else are left to them.
+    Those of somebody else are left to them. On exit nothing is copied any more.
     """
     if isinstance(checkpoint, RunStates):
-        yield checkpoint
+        try:
+            yield checkpoint
+        finally:
+            uninterrupted(checkpoint.settle)
         return
     states = RunStates() if checkpoint is None else FolderStates(Path(checkpoint), resume)
     try:
