@@ -118,8 +118,8 @@ def measure(
     modes = {"own": packed}
     if prepared.compressed is not None:
         modes["cusparselt"] = [prepared._replace(compressed=data) for data in copies(prepared.compressed)]
-        tune_2_4(prepared, [n for n in tokens if n >= LIBRARY_TOKENS])
-    tune_2_4(packed[0], tokens)
+        tune_2_4(prepared, [n for n in tokens if n >= LIBRARY_TOKENS], keep=False)
+    tune_2_4(packed[0], tokens, keep=False)
     b = torch.randn(rows, device=DEVICE).to(dtype) if bias else None
     for n in tokens:
         xs = [torch.randn(n, columns, device=DEVICE).to(dtype) for _ in range(4)]

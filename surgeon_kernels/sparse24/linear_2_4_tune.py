@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from surgeon_kernels.sparse24.kept_choices import add_kept, kept_path, read_kept
 from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -20,14 +23,17 @@ _LIBRARY_ALGORITHMS = 32  # of cuSPARSELt, at most; those that do not exist do n
 _wrong: set[tuple[int, str]] = set()  # kernels that a warning has named, and their devices
 
 
-def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = TOKENS) -> dict[int, int]:
+def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = TOKENS, *, keep: bool = True) -> dict[int, int]:
     """Time every kernel that can run and keep the fastest, per weight size, dtype, device and power of two of tokens.
 
     The kernel that would run anyway, by a rule measured on an H200 (csrc/sparse24/linear_2_4.cpp), stays unless another
-    is at least 5 % faster; other devices gain more from a measurement. The choice holds for the process, costs about
-    0.1 s a number of tokens and, meanwhile, memory for copies of the weight (twice the L2 cache), and must not be made
-    while a CUDA graph is captured. Equal inputs give equal bits as long as the choice stays; two may differ in
-    rounding.
+    is at least 5 % faster; other devices gain more from a measurement. The choice holds for the process, costs some
+    tenths of a second a number of tokens and, meanwhile, memory for copies of the weight (twice the L2 cache), and must
+    not be made while a CUDA graph is captured. Equal inputs give equal bits as long as the choice stays; two may differ
+    in rounding.
+
+    What was measured is kept on disk (:mod:`surgeon_kernels.sparse24.kept_choices`) and found by later processes with
+    the same name of the device, kernels and versions of this package, torch and cuSPARSELt.
 
     Every kernel's result is first compared with that of the kernel that would run anyway, both written over NaN::
 
@@ -39,6 +45,7 @@ def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = TOKENS) -> dict[int
     Args:
         weight: one weight of the size in question, with its CUDA kernel (otherwise nothing is done).
         tokens: each stands for all numbers down to the next lower power of two, exclusive.
+        keep: take choices from disk where they are there, and keep new ones; else measure all.
 
     Returns:
         The number of the chosen kernel for each number of tokens.
@@ -54,13 +61,27 @@ def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = TOKENS) -> dict[int
     device = weight.fragments.device
     ops = torch.ops.surgeon_kernels
     library = weight.compressed is not None
-    chosen = {}
+    dtype = str(weight.dtype).removeprefix("torch.")
+    names = {
+        n: f"{weight.rows} x {weight.columns} {dtype}, {n} tokens{', cuSPARSELt' if library else ''}" for n in tokens
+    }
+    chosen, measured = {}, {}
     with torch.cuda.device(device):
+        path = _path(device) if keep else None
+        kept = {} if path is None else read_kept(path)
+        for n in tokens:
+            x = torch.empty(n, weight.columns, device=device, dtype=weight.dtype)
+            if names[n] in kept and ops.linear_2_4_pin(x, weight.fragments, weight.rows, kept[names[n]], library):
+                chosen[n] = kept[names[n]]
+        if len(chosen) == len(set(tokens)):
+            return chosen
         # Copies beyond the L2 cache, taken in turn: the weight comes from memory as it does in a model.
         beyond = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         count = min(max(1, beyond // max(1, weight.fragments.nbytes)), _MOST_COPIES)
         weights = [weight, *(_copy(weight) for _ in range(count))]
         for n in tokens:
+            if n in chosen:
+                continue
             x = torch.randn(n, weight.columns, device=device).to(weight.dtype)
             present = ops.linear_2_4_choice(x, weight.fragments, weight.rows, library)
             right = _run(x, weight, present, poisoned=True)
@@ -86,7 +107,22 @@ def tune_2_4(weight: Linear24Weight, tokens: Iterable[int] = TOKENS) -> dict[int
             chosen[n] = best if times.get(best, 0.0) <= _GAIN * times.get(present, float("inf")) else present
             if not ops.linear_2_4_pin(x, weight.fragments, weight.rows, chosen[n], library):
                 raise ValueError(f"2:4 linears have no kernel of number {chosen[n]}")
-    return chosen
+            measured[names[n]] = chosen[n]
+    if path is not None and measured:
+        add_kept(path, measured)
+    return {n: chosen[n] for n in tokens}
+
+
+def _path(device: torch.device) -> Path:
+    """Where choices for the current device are kept."""
+    ops = torch.ops.surgeon_kernels
+    kernels = [list(ops.linear_2_4_geometry(choice)) for choice in range(ops.linear_2_4_choices())]
+    try:
+        version = importlib.metadata.version("surgeon-kernels")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        version = ""
+    numbered_by = [version, torch.__version__, ops.cusparselt_version(), kernels]
+    return kept_path(torch.cuda.get_device_name(device), numbered_by)
 
 
 def _copy(weight: Linear24Weight) -> Linear24Weight:

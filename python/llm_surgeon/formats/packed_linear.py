@@ -29,9 +29,9 @@ class PackedLinear(nn.Module):
     kernel (CUDA, bfloat16 and float16), ``values`` and ``indices`` give way to ``fragments``, the same bits in the
     kernel's order; state dicts hold the former all the same, in main memory. Who writes to ``fragments`` in place
     synchronizes the device before the next pass: see :class:`~surgeon_kernels.Linear24Weight`. Of several kernels the
-    fastest is found by measurement, once per size and process, unless ``SURGEON_TUNE=0`` is set (the same choice in
-    every process then). Elsewhere the first pass unpacks a dense weight and keeps it beside the packed one, which a
-    warning says once.
+    fastest is found by measurement, once per size and device (:func:`~surgeon_kernels.tune_2_4` keeps it on disk),
+    unless ``SURGEON_TUNE=0`` is set (the same choice on every machine then). Elsewhere the first pass unpacks a dense
+    weight and keeps it beside the packed one, which a warning says once.
     """
 
     values: nn.Parameter | None
@@ -158,7 +158,7 @@ def _may_have_kernel(packed: Packed24) -> bool:
 
 
 def tune_once(weight: Linear24Weight) -> None:
-    """Measure which kernel is fastest for a weight of this size, the first time that one is met: under a second."""
+    """Measure which kernel is fastest for a weight of this size, the first time that one is met: a few seconds."""
     size = (weight.rows, weight.columns, weight.dtype, weight.fragments.device)
     if size not in _tuned and os.environ.get("SURGEON_TUNE") != "0":
         _tuned.add(size)

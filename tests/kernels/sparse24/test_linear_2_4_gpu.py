@@ -27,6 +27,11 @@ def _needs_the_extension():
         pytest.skip("the CUDA extension cannot be built here")
 
 
+@pytest.fixture(autouse=True)
+def _keeps_choices_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 def relative(y, exact):
     return float((y.double() - exact).norm() / exact.norm())
 
@@ -310,10 +315,11 @@ def test_tuning_finds_no_kernel_wrong():
 def test_tuning_keeps_a_choice_that_is_right():
     weight, prepared, bias = problem(768, 1536)
     chosen = tune_2_4(prepared, (1, 64, 512))
-    assert list(chosen) == [1, 64, 512]
+    assert list(chosen) == [1, 64, 512] and tune_2_4(prepared, (512, 64, 1)) == chosen  # from disk
     ops = torch.ops.surgeon_kernels
     for tokens, choice in chosen.items():
         x = torch.randn(tokens, 1536, device="cuda").bfloat16()
+        assert ops.linear_2_4_choice(x, prepared.fragments, 768) == choice
         assert torch.equal(linear_2_4(x, prepared), ops.linear_2_4_run(x, prepared.fragments, 768, choice))
         assert_right(x, weight, prepared, bias)
 

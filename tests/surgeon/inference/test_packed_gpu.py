@@ -95,8 +95,9 @@ def test_devices_and_dtypes_change(tmp_path):
     assert torch.equal(logits(model.cuda().dequantize()), logits(dense.cuda()))
 
 
-def test_a_size_is_tuned_once(monkeypatch):
+def test_a_size_is_tuned_once(monkeypatch, tmp_path):
     monkeypatch.delenv("SURGEON_TUNE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuned = []
     monkeypatch.setattr(packed_linear, "tune_2_4", lambda weight, tokens: tuned.append(tune_2_4(weight, tokens)))
     weight = torch.randn(272, 640, device="cuda", dtype=torch.float16)
