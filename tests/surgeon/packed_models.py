@@ -51,6 +51,7 @@ def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     prepare = packed_linear.prepare_2_4
     monkeypatch.setenv("SURGEON_TUNE", "0")
+    monkeypatch.setattr(packed_linear, "DENSE_BELOW", 0)
     monkeypatch.setattr(packed_linear, "_may_have_kernel", lambda packed: packed.values.element_size() == 2)
     for module in (packed_linear, merged_linears):
         monkeypatch.setattr(module, "prepare_2_4", lambda packed, **_: prepare(packed)._replace(kernel=True))

@@ -19,6 +19,10 @@ from surgeon_kernels.sparse24.linear_2_4_tune import tune_2_4
 _logger = logging.getLogger(__name__)
 # Numbers of tokens of the decoding steps; for prefill the kernels' own estimates serve.
 _TUNED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+# Weights of fewer elements are multiplied dense where there is a kernel: 2 MiB of 16 bits are read in less time than a
+# launch takes, so that packing cannot win. An estimate from few sizes on an H200: after a norm, 576 x 576 and, from 17
+# tokens on, 1536 x 576 were slower packed, and 1600 x 1600 was faster at few tokens.
+DENSE_BELOW = 1 << 20
 _tuned: set[tuple[int, int, torch.dtype, torch.device]] = set()
 
 
@@ -30,8 +34,9 @@ class PackedLinear(nn.Module):
     kernel's order; state dicts hold the former all the same, in main memory. Who writes to ``fragments`` in place
     synchronizes the device before the next pass: see :class:`~surgeon_kernels.Linear24Weight`. Of several kernels the
     fastest is found by measurement, once per size and device (:func:`~surgeon_kernels.tune_2_4` keeps it on disk),
-    unless ``SURGEON_TUNE=0`` is set (the same choice on every machine then). Elsewhere the first pass unpacks a dense
-    weight and keeps it beside the packed one, which a warning says once.
+    unless ``SURGEON_TUNE=0`` is set (the same choice on every machine then). Weights of fewer than `DENSE_BELOW`
+    elements, where the kernel cannot be faster, are kept dense beside the packed form instead. Elsewhere the first pass
+    unpacks a dense weight and keeps it so, which a warning says once.
     """
 
     values: nn.Parameter | None
@@ -62,7 +67,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("fragments", None)
         self.register_parameter("compressed", None)  # beside the fragments, where cuSPARSELt was asked for
         self.bias = nn.Parameter(torch.empty(R, device=device, dtype=dtype)) if bias else None
-        self.kept_dense: Tensor | None = None  # where there is no kernel
+        self.kept_dense: Tensor | None = None  # where there is no kernel, or none that is faster
         self._dtype = _name_of(torch.get_default_dtype() if dtype is None else dtype)
 
     @classmethod
@@ -98,9 +103,13 @@ class PackedLinear(nn.Module):
         return functional.linear(x, self.weight if self.kept_dense is None else self.kept_dense, self.bias)
 
     def prepare(self) -> None:
-        """Rearrange the weight for the kernel where there is one for its device, dtype and shape."""
+        """Rearrange the weight for the kernel where there is one for its device, dtype and shape, and it may pay."""
         packed = self.packed
-        if _may_have_kernel(packed) and (prepared := prepare_2_4(packed)).kernel:
+        if not _may_have_kernel(packed):
+            return
+        if self.out_features * self.in_features < DENSE_BELOW:
+            self.kept_dense = None if self.streamed else unpack_2_4(packed)
+        elif (prepared := prepare_2_4(packed)).kernel:
             tune_once(prepared)
             self._dtype = _name_of(packed.values.dtype)
             self.values = self.indices = None

@@ -12,7 +12,8 @@ using namespace surgeon;
 
 namespace {
 
-// The device that is current; by its number, its capability and whether the build holds the kernels on wgmma.
+// The device that is current; by its number, its major capability and whether the build holds the kernels on wgmma: an
+// H200 and one without its instructions, sm_80 and sm_89, sm_100, sm_120.
 int current = 0;
 constexpr struct {
   int capability;

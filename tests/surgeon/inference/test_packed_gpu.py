@@ -39,8 +39,9 @@ def kernels():
 
 
 @pytest.fixture(autouse=True)
-def no_tuning(monkeypatch):
+def kernels_of_all_sizes_without_tuning(monkeypatch):
     monkeypatch.setenv("SURGEON_TUNE", "0")
+    monkeypatch.setattr(packed_linear, "DENSE_BELOW", 0)
 
 
 def layers(model):
@@ -93,6 +94,14 @@ def test_devices_and_dtypes_change(tmp_path):
     assert torch.equal(logits(model.to("cuda", torch.bfloat16)), first)
     assert torch.equal(logits(model.to("cpu")), on_cpu)
     assert torch.equal(logits(model.cuda().dequantize()), logits(dense.cuda()))
+
+
+def test_small_weights_are_multiplied_dense(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    dense = save_packed(tmp_path, "llama", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+    assert all(layer.fragments is None and layer.kept_dense.is_cuda for layer in layers(model))
+    assert torch.equal(logits(model), logits(dense.cuda()))
 
 
 def test_a_size_is_tuned_once(monkeypatch, tmp_path):

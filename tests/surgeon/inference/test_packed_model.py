@@ -180,6 +180,35 @@ def test_kernels_keep_the_weight_in_their_own_order(packed_folder, tmp_path, mon
     assert torch.equal(logits(model), logits(dense))
 
 
+def test_weights_below_a_size_are_kept_dense_where_there_is_a_kernel(packed_folder, tmp_path, monkeypatch, caplog):
+    """Told by the number of elements; the packed form stays what leaves the layers."""
+    pretend_kernels(monkeypatch)
+    dense, folder = packed_folder("opt", torch.bfloat16)
+    layers = packed_layers(AutoModelForCausalLM.from_pretrained(folder)).values()
+    sizes = [layer.out_features * layer.in_features for layer in layers]
+    assert len(set(sizes)) > 1
+    monkeypatch.setattr(packed_linear, "DENSE_BELOW", max(sizes))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for layer in packed_layers(model).values():
+        small = layer.out_features * layer.in_features < max(sizes)
+        assert (layer.fragments is None) == small == (layer.kept_dense is not None) == (layer.values is not None)
+        if small:
+            assert torch.equal(layer.kept_dense, layer.weight)
+    assert torch.equal(logits(model), logits(dense)) and "unpacked" not in caplog.text
+    model.save_pretrained(tmp_path / "again")
+    assert filecmp.cmp(folder / "model.safetensors", tmp_path / "again" / "model.safetensors", shallow=False)
+    assert torch.equal(logits(model.to(torch.float32)), logits(copy.deepcopy(dense).float()))
+
+
+def test_a_million_elements_are_the_least_that_the_kernel_takes(monkeypatch):
+    below = packed_linear.DENSE_BELOW
+    pretend_kernels(monkeypatch)
+    monkeypatch.setattr(packed_linear, "DENSE_BELOW", below)
+    weight = torch.zeros(1024, 1024).bfloat16()
+    assert PackedLinear.from_dense(weight).fragments is not None
+    assert PackedLinear.from_dense(weight[:-1]).fragments is None
+
+
 def test_every_size_is_tuned_once_and_never_with_cusparselt(monkeypatch):
     monkeypatch.delenv("SURGEON_TUNE", raising=False)
     tuned = []
