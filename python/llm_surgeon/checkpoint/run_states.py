@@ -34,6 +34,8 @@ _OWN = re.compile(r"(run|report)\.json(\.partial)?|shot-\d+(-block-\d+)?\.(parti
 class RunStates:
     """Keeper of a run's states: one after every shot, and of a shot under way one of every block that is updated.
 
+    Blocks go by their depth; where a last fit goes through them again, they are counted on.
+
     This one keeps none.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
@@ -35,6 +36,8 @@ def reconstruct(
     skipped: Collection[int] = (),
     compute_dtype: torch.dtype | None = None,
     memory: PinnedMemory | None = None,
+    taken: Callable[[int], bool] = lambda _: False,
+    fitted: Callable[[int], object] = lambda _: None,
     owners: Mapping[str, int] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
@@ -51,16 +54,18 @@ def reconstruct(
     Args:
         selections: one per linear, of rows and columns.
         weights_of: weights of tokens for linears, see :func:`~llm_surgeon.curvature.stages.stages`, like ``writers``,
-            ``batch_size``, ``skipped``, ``compute_dtype`` and ``memory``.
+            ``batch_size``, ``skipped``, ``compute_dtype``, ``memory`` and ``taken``.
         output_factor: damped G ``[R, R]`` of linears whose removed rows others make up for; ``None`` of others.
         damping: towards the dense weights.
         residual_weight: ρ.
+        fitted: called with the depth of a block whose linears have their new weights.
         owners: by linears' names the ranks, of the calibration data's, that solve; the first where left out.
         progress: called as ``progress(linears_done, linears, name)``.
 
     Raises:
         NumericalError: a moment matrix is not positive definite; the message names the layer.
     """
+    left = Counter(linear.depth for linear in decoder.linears)
     lines = dict(zip((linear.name for linear in decoder.linears), selections, strict=True))
     ranks, done, total = calibration.ranks, 0, sum(linear.depth not in skipped for linear in decoder.linears)
 
@@ -100,7 +105,12 @@ def reconstruct(
         skipped=skipped,
         compute_dtype=compute_dtype,
         memory=memory,
+        taken=taken,
     ):
         for linear, _ in zip(stage.readers, ranks.spread(stage.readers, owner, partial(solve, stage)), strict=True):
             linear.share(ranks, owner(linear))
         done += len(stage.readers)
+        depth = stage.readers[0].depth
+        left[depth] -= len(stage.readers)
+        if left[depth] == 0:
+            fitted(depth)

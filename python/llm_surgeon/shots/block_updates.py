@@ -96,11 +96,8 @@ class BlockUpdates:
             self._report.solver.append(trace)
 
     def _state(self, depth: int) -> State:
-        owned = {id(p) for linear in self._linears[depth] for p in linear.module.parameters(recurse=False)}
-        named = self._run.model.named_parameters()
-        tensors = part("weight", {name: p.detach() for name, p in named if id(p) in owned})
         increases = {name: self._increases[name] for name in self._notes if name in self._increases}
-        tensors |= part("increase", increases)
+        tensors = self._run.weights(depth) | part("increase", increases)
         for name in self._notes:
             tensors |= part(name, self._selection_of[name].packed())
         return State(tensors, self._notes)

@@ -7,6 +7,7 @@ from contextlib import closing
 
 from torch import Tensor
 
+from llm_surgeon.checkpoint.states import State
 from llm_surgeon.methods.reconstruct import reconstruct
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.sequential import token_weights
@@ -57,6 +58,18 @@ def fit_to_dense(
                 return None
             return damp(curvature.output_factor(linear, run.plan.device), config.damp_g)
 
+        first = len(run.decoder.blocks)  # states of fitted blocks come after those of updated ones
+
+        def taken(depth: int) -> bool:
+            state = run.states.block(first + depth)
+            if state is not None:
+                run.write_weights(state)
+            return state is not None
+
+        def fitted(depth: int) -> None:
+            if run.states.keeps:
+                run.states.put_block(first + depth, State(run.weights(depth), {}))
+
         reconstruct(
             run.model,
             run.decoder,
@@ -71,6 +84,9 @@ def fit_to_dense(
             skipped=skipped,
             compute_dtype=run.compute_dtype,
             memory=memory if run.plan.states_wait else None,
+            taken=taken,
+            fitted=fitted,
             owners=owners,
             progress=run.progress.step,
         )
+        run.states.settle()

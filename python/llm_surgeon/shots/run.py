@@ -147,10 +147,14 @@ class Run:
         _logger.warning("%s", sentence)
         self.said.append(sentence[0].upper() + sentence[1:] + ".")
 
-    def weights(self) -> dict[str, Tensor]:
-        """What a run may write of the model, for a :class:`State`: all parameters, or those of the linears alone."""
-        linears = {id(p) for linear in self.decoder.linears for p in linear.module.parameters(recurse=False)}
-        everything = self.config.structure_record.whole_model
+    def weights(self, depth: int | None = None) -> dict[str, Tensor]:
+        """What a run may write of the model, for a :class:`State`: all parameters, or those of the linears alone.
+
+        With ``depth`` those of the linears of one block.
+        """
+        chosen = [linear for linear in self.decoder.linears if depth in (None, linear.depth)]
+        linears = {id(p) for linear in chosen for p in linear.module.parameters(recurse=False)}
+        everything = self.config.structure_record.whole_model and depth is None
         named = self.model.named_parameters()
         return part("weight", {name: p.detach() for name, p in named if everything or id(p) in linears})
 
