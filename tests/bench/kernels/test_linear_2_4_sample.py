@@ -1,8 +1,11 @@
 """The random sample on which 2:4 linears are judged, and what is said of it."""
 
 import pytest
+import torch
 
 from bench.environment import append_row
+from bench.kernels import linear_2_4_sample as module
+from bench.kernels.linear_2_4_fit import Timing, estimate, fit, read_timings
 from bench.kernels.linear_2_4_sample import (
     BANDS,
     COUNTS,
@@ -10,6 +13,8 @@ from bench.kernels.linear_2_4_sample import (
     SHAPES,
     Geometry,
     Point,
+    Timings,
+    Weights,
     candidates,
     measured,
     rough_us,
@@ -81,3 +86,42 @@ def test_candidates_are_the_best_split_of_each_kernel_that_may_be_the_fastest():
     assert 0 in candidates(Point(1024, 4096, 8), known)
     # 32 tiles of a kernel: in half of a wave, they share K.
     assert next(iter(candidates(Point(4096, 4096, 128), known))) == 2
+
+
+def test_rows_of_kernels_are_those_that_the_fit_reads(monkeypatch, tmp_path, capsys):
+    """With times that are only pretended: every candidate that runs, what is chosen by default, and dense."""
+    known = {
+        7 * kernel + at: Geometry(kernel, rows, tokens, split, 132 // split)
+        for kernel, rows, tokens in ((-1, 128, 32), (0, 192, 32), (12, 128, 128))
+        for at, split in enumerate((1, 2, 4))
+    }
+
+    def us(point, geometry):
+        tiles = -(-point.rows // geometry.tile_rows) * -(-point.tokens // geometry.tile_tokens)
+        return 3 + tiles * point.columns / 1e5 * (2 + geometry.kernel)
+
+    def measure(point, copies, products):
+        chosen = [known[product.keywords["choice"]] for product in products[1:]]
+        return Timings(50.0, [40.0, *(us(point, geometry) for geometry in chosen)])
+
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "geometries", lambda: known)
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "weights", lambda r, c: Weights([torch.empty(r, c, device="meta")], [None]))
+    monkeypatch.setattr(module, "_by_choice", lambda x, weight, choice: None if choice == 1 else x)
+    path = tmp_path / "kernels.csv"
+    module.run("fit", 2, 1e9, path, True)
+    printed = capsys.readouterr().out
+    assert f"fit: {2 * SHAPES} of {2 * SHAPES} points" in printed
+    assert f"all tokens: {2 * SHAPES:4} points, min 1.25, geometric mean 1.250" in printed  # of the default choice
+    timings = read_timings(path)
+    assert {timing.size for timing in timings} == set(sample("fit", 2))
+    for timing in timings:
+        geometry = Geometry(timing.kernel, timing.tile_rows, timing.tile_tokens, timing.split, timing.clusters)
+        assert geometry in known.values() and geometry != known.get(1)
+        assert timing[7:] == (132, 132 // timing.split, round(us(timing.size, geometry), 2), 50.0, 40.0, "fit")
+    assert isinstance(timings[0], Timing)
+    found = fit(timings)
+    assert len(estimate(found, timings)) == len(timings) and sorted(found.kernels) == sorted(
+        {t.kernel for t in timings}
+    )
