@@ -31,7 +31,9 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         return hashlib.sha256(content.contiguous().flatten().view(torch.uint8).numpy().data).digest()
 
     whole = hashlib.sha256()
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:  # hashing lets go of the GIL
+    # Hashing lets go of the GIL; buffers for copies from a GPU are pinned for every thread, which keeps others waiting.
+    threads = 2 if any(tensor.is_cuda for tensor in tensors.values()) else min(8, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(threads) as executor:
         for (name, tensor), part in zip(tensors.items(), executor.map(digest, tensors.values()), strict=True):
             whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + part)
     return whole.hexdigest()

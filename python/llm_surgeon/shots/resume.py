@@ -52,8 +52,8 @@ def claim_states(run: Run) -> None:
     run.said = list(layout["said"])
     for name, numbers in layout["left_out"].items():
         run.leave_out(name, numbers)
-    if run.config.offloads:  # weights are about to move
-        run.states.settle()
+    if run.config.offloads and any(weight.is_cuda for weight in weights.values()):
+        run.states.settle()  # else what is to be freed on the GPU would be held
 
 
 def note_layout(run: Run, **changes: Any) -> None:

@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-FEW = ("2:4", "unstructured", "joint, steps", "offload", "lora", "rows-columns", "groups at random", "width", "layers")
+FEW = ("2:4", "unstructured", "joint, steps", "offload", "rows-columns", "groups at random", "width", "layers")
 KINDS = tuple(RUNS) if POINTS == "all" else FEW
 
 

@@ -22,7 +22,6 @@ from tests.surgeon.tiny_models import VOCABULARY, build
 RUNS: dict[str, dict[str, Any]] = {
     "2:4": {"structure": "2:4"},
     "joint": {"structure": "unstructured", "sparsity": 0.5, "shots": 2, "update": "joint"},
-    "empirical": {"structure": "unstructured", "sparsity": 0.5, "shots": 2, "fisher": "empirical"},
 }
 BAD = 60  # a token, none of those that models are probed with
 
