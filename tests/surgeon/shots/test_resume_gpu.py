@@ -11,7 +11,7 @@ from llm_surgeon import prune
 from tests.surgeon.shots.test_resume import HELD_OUT, RUNS, TOKENS, Interrupted, Interrupting, same, weights
 from tests.surgeon.tiny_models import build
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
