@@ -86,7 +86,7 @@ def prune(
     data = calibration, correction_data, held_out, step_windows
     state = ModelState(model)
     try:
-        with kept_states(checkpoint, resume) as states:
+        with kept_states(checkpoint if ranks.first else None, resume) as states:
             while True:
                 try:
                     return _prune(model, state, config, data, plan, progress or Progress(), states, ranks)

@@ -94,6 +94,6 @@ def _usage(error: Any) -> str:
 
 
 def _fail(error: SurgeonError | str, code: int) -> None:
-    if text := " ".join(str(error).split()):
+    if (text := " ".join(str(error).split())) and not getattr(error, "told", False):  # by another rank of a run
         print(f"surgeon: {printable(text)}", file=sys.stderr)
     sys.exit(code)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from llm_surgeon.checks import require_choice
 from llm_surgeon.cli.parameters import completion
 from llm_surgeon.data.rows import TEXT_KINDS
+from llm_surgeon.distributed import ALONE, Ranks, launched
 from llm_surgeon.errors import printable
 from llm_surgeon.progress import LineProgress, Progress, TerminalProgress
 
@@ -59,6 +61,20 @@ def progress_bars(quiet: bool) -> AbstractContextManager[Progress]:
     if quiet:
         return nullcontext(Progress())
     return TerminalProgress() if sys.stderr.isatty() else nullcontext(LineProgress())
+
+
+@contextmanager
+def joined_ranks(device: str | None) -> Iterator[Ranks]:
+    """Context manager of the ranks that a launcher started, or the only one; all but the first are silent."""
+    if not launched():
+        yield ALONE
+        return
+    from llm_surgeon.distributed.group import joined
+
+    with joined(device) as ranks:
+        if not ranks.first:
+            logging.getLogger("llm_surgeon").setLevel(logging.ERROR)
+        yield ranks
 
 
 def quiet_libraries() -> None:

@@ -18,6 +18,7 @@ from llm_surgeon.cli.options import (
     Quiet,
     TrustRemoteCode,
     console,
+    joined_ranks,
     progress_bars,
     quiet_libraries,
     show,
@@ -77,7 +78,7 @@ def prune(
         raise InputError(f"calibration must be text, not nothing, in config file {str(config)!r}")
     flags = {name: value for name, value in options.items() if value is not None}
     settings = PruneConfig(**present_names(PruneConfig, read) | present_names(PruneConfig, flags))
-    with progress_bars(quiet) as progress:
+    with joined_ranks(device) as ranks, progress_bars(quiet := quiet or not ranks.first) as progress:
         progress.phase("loading")
         quiet_libraries()
         from llm_surgeon.checkpoint import check_output
@@ -87,7 +88,7 @@ def prune(
         if dry_run:
             inputs = {name: job_options.get(name) for name in ("calibration", "lora_data")} | {"config_file": config}
             check_output(out, job_options.pop("overwrite", False), model=model, **inputs)
-            job = PruneJob(model, settings, **job_options)
+            job = PruneJob(model, settings, ranks=ranks, **job_options)
         else:
             command = ["surgeon", *context.obj]
             report = prune_checkpoint(
@@ -99,10 +100,12 @@ def prune(
                 resume=resume,
                 command=command,
                 progress=progress,
+                ranks=ranks,
                 **job_options,
             )
     if dry_run:
-        print_plan(console, job, out, keeps=not no_checkpoint)
+        if ranks.first:
+            print_plan(console, job, out, keeps=not no_checkpoint)
         return
     if not quiet:
         show("\n".join([report.summary(), *report.history]))

@@ -49,7 +49,8 @@ def run_answering_signals(command: Callable[[], object]) -> None:
         if not received or code == 0:  # it was done by the time
             raise
         with contextlib.suppress(OSError):  # a terminal that is gone
-            print(f"surgeon: {_WORDS[received[0].name]}", file=sys.stderr)
+            if not getattr(error, "told", False):  # by another rank of a run, of which a launcher ends the others
+                print(f"surgeon: {_WORDS[received[0].name]}", file=sys.stderr)
         raise SystemExit(128 + received[0]) from None
     finally:
         sys.unraisablehook = hook

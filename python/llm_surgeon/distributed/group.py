@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from llm_surgeon.distributed.ranks import ALONE, R, Ranks, T
+from llm_surgeon.distributed.ranks import ALONE, R, Ranks, T, launched
 from llm_surgeon.errors import InputError, RankError
 
 # A rank that waits for the work of another one is not lost: launchers notice those that are.
@@ -24,6 +24,8 @@ _TIMEOUT = timedelta(hours=6)
 
 class Group(Ranks):
     """The ranks of torch.distributed's default process group, whose tensors are exchanged by way of ``device``."""
+
+    device: torch.device
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.index, self.count = device, dist.get_rank(), dist.get_world_size()
@@ -112,11 +114,6 @@ def _heard() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise RankError("another process of the run has ended, and the run with it") from error
-
-
-def launched() -> bool:
-    """True where a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,9 +23,11 @@ class Ranks:
     Attributes:
         index: of this rank; rank 0 alone writes and tells.
         count: of all.
+        device: that the rank was given to compute on; ``None``: any.
     """
 
     index, count = 0, 1
+    device: torch.device | None = None
 
     @property
     def first(self) -> bool:
@@ -69,3 +74,8 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def launched() -> bool:
+    """True where a launcher (``torchrun``, ``accelerate launch``) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ

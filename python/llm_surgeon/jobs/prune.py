@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from llm_surgeon.data.documents import Documents, read_documents
 from llm_surgeon.data.held_out import further, split
 from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.data.tokens import token_stream
+from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.kept_run import finished, kept_run, own_report
 from llm_surgeon.jobs.recovery_after import RecoveryAfter, check_minutes
@@ -75,6 +76,7 @@ def prune_checkpoint(
     device: str | None = None,
     command: Sequence[str] = (),
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> PruneReport:
     """Prune the checkpoint ``source`` (a folder or hub id) into the new folder ``out``.
@@ -99,6 +101,7 @@ def prune_checkpoint(
         overwrite: replace an ``out`` that is not empty.
         trust_remote_code: run model code that comes with the checkpoint.
         command: the command line, word by word, for the report.
+        ranks: processes that share the run, see :func:`llm_surgeon.distributed.group.joined`: the first one writes.
         **options: fields of :class:`PruneConfig`, where ``config`` is not given.
 
     Raises:
@@ -110,13 +113,16 @@ def prune_checkpoint(
     require_bool("resume", resume)
     if resume and not checkpoint:
         raise InputError("resume means nothing without checkpoint")
-    if resume and (done := finished(out, recovers=recover_minutes is not None)) is not None:
+    done = finished(out, recovers=recover_minutes is not None) if resume and ranks.first else None
+    if (done := ranks.agreed(done)) is not None:
         return done
-    own = resume and own_report(out) is not None  # what is to be recovered still
-    with (
-        claimed_output(out, overwrite or own, **inputs) as output,
-        kept_run(output, resume, checkpoint) as states,
-    ):
+    with ExitStack() as stack:
+        output, states = None, RunStates()
+        if ranks.first:
+            own = resume and own_report(out) is not None  # what is to be recovered still
+            output = stack.enter_context(claimed_output(out, overwrite or own, **inputs))
+            states = stack.enter_context(kept_run(output, resume, checkpoint))
+        ranks.agreed(None)  # nobody goes on where the output cannot be had
         job = PruneJob(
             source,
             config,
@@ -126,6 +132,7 @@ def prune_checkpoint(
             recover_minutes=recover_minutes,
             trust_remote_code=trust_remote_code,
             device=device,
+            ranks=ranks,
         )
         return job.run(output, progress, command, states)
 
@@ -136,6 +143,7 @@ class PruneJob:
     Attributes:
         source: the folder or hub id.
         config: the options, all of them resolved.
+        ranks: that share it.
         device: where it will run.
         model, tokenizer, form: see :func:`~llm_surgeon.checkpoint.load_model`.
         decoder: of the model.
@@ -154,6 +162,7 @@ class PruneJob:
         recover_minutes: float | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         require_bool("trust_remote_code", trust_remote_code)
         if lora_data is not None and not config.lora_rank:
@@ -166,7 +175,7 @@ class PruneJob:
         require_model(self.source)
         sources = {"calibration": calibration} | ({} if lora_data is None else {"lora_data": lora_data})
         texts = {name: read_documents(str(data), "calibration", text_field) for name, data in sources.items()}
-        self.device = choose_device(device)
+        self.ranks, self.device = ranks, ranks.device or choose_device(device)
         self._load(config, trust_remote_code)
         self.windows = _draw(texts, self.model, self.tokenizer, self.config)
         self.recovery: RecoveryAfter | None = None
@@ -182,6 +191,7 @@ class PruneJob:
                 ids=windows.ids,
                 apart=windows.apart,
                 held_out=windows.held_out,
+                ranks=ranks,
             )
 
     def _load(self, config: PruneConfig, trust_remote_code: bool) -> None:
@@ -223,18 +233,19 @@ class PruneJob:
                 saved_dtype=self.form.main,
                 held_out=held_out,
                 recovery=None if self.recovery is None else self.recovery.config,
+                ranks=self.ranks,
             )
         written = 1 if self.recovery is None else 2  # the pruned one until the other is complete
         return dataclasses.replace(plan, disk_bytes=written * checkpoint_bytes(self.model, self.tokenizer, self.form))
 
     def run(
         self,
-        output: Output,
+        output: Output | None,
         progress: Progress | None = None,
         command: Sequence[str] = (),
         states: RunStates | None = None,
     ) -> PruneReport:
-        """Prune, and write to the claimed ``output``; ``states`` keep what is done."""
+        """Prune, and write to the claimed ``output``, on the first rank; ``states`` keep what is done."""
         states = states or RunStates()
         self._require_resources(output, states)
         windows = self.windows
@@ -249,6 +260,7 @@ class PruneJob:
                 plan=self.plan,
                 progress=progress,
                 checkpoint=states,
+                ranks=self.ranks,
             )
         if windows.held_out is None:
             report.warnings.append(
@@ -258,8 +270,8 @@ class PruneJob:
         report.command = list(command)
         report.data, report.revision = windows.records, getattr(self.model.config, "_commit_hash", None)
         report.warnings += filter(None, map(too_little_text, windows.records.values()))
-        written = own_report(output.path) if states.keeps else None
-        if written is None:
+        written = None if output is None or not states.keeps else own_report(output.path)
+        if written is None and output is not None:
             states.put_report(report.to_json())
             write_pruned(self.model, self.tokenizer, output, self.form, report, self.source)
         report = written or report
@@ -284,7 +296,7 @@ class PruneJob:
         """Bytes of disk and of main memory that the states of the run take while it goes on, at most."""
         return states_bytes(self.model, self.decoder, self.config)
 
-    def _require_resources(self, output: Output, states: RunStates) -> None:
+    def _require_resources(self, output: Output | None, states: RunStates) -> None:
         """Raise :class:`InputError` where memory or disk are too small for the plan."""
         plan = self.plan
         held = 0 if self.config.offloads else plan.weights_bytes
@@ -301,6 +313,8 @@ class PruneJob:
         if plan.host_bytes:
             host = plan.host_bytes - sum(p.nbytes for p in self.model.parameters() if p.device.type == "cpu")
             require_memory(host, "cpu")
+        if output is None:
+            return
         require_disk(output.path, plan.disk_bytes)
         if states.keeps:
             disk, memory = self.states_bytes

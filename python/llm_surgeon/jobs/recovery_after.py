@@ -16,6 +16,7 @@ from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.config.recover import LARGEST_SEED, RecoverConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.data.documents import Documents
+from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.jobs.recover import load_teacher, recovery_text, training_record, windows_for
@@ -56,12 +57,14 @@ class RecoveryAfter:
         ids: Tensor,
         apart: Tensor,
         held_out: Calibration | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Check all that can be, of options ``config`` of the pruning of ``model`` by the ``text``.
 
         Args:
             sha256: of the text's characters; ids: its tokens ``[tokens]``.
             apart: bool ``[tokens]``, True at those of the windows ``held_out``.
+            ranks: that share the training.
 
         Raises:
             InputError: the text is too short, or the model cannot be trained.
@@ -74,7 +77,8 @@ class RecoveryAfter:
         seqlen, seed = min(_SEQLEN, config.seqlen), config.seed % (LARGEST_SEED + 1)
         self.config = RecoverConfig(method="full", minutes=minutes, seqlen=seqlen, seed=seed)
         check_recoverable(model, None, self.config)
-        self._held_out, self._windows = held_out, windows_for(self.config, ids, apart)
+        windows = windows_for(self.config, ids, apart)
+        self._held_out, self._windows = (dataclasses.replace(each, ranks=ranks) for each in (held_out, windows))
         require_fit(self._windows.input_ids, model, "training sequences")
         self._source = text.source
         self._record = training_record(text, tokenizer, sha256, ids, self._windows.input_ids)
@@ -85,7 +89,7 @@ class RecoveryAfter:
         model: nn.Module,
         tokenizer: Any,
         form: StoredForm,
-        output: Output,
+        output: Output | None,
         *,
         windows_at_once: int,
         device: torch.device,
@@ -103,10 +107,12 @@ class RecoveryAfter:
             done = recover(model, self._windows, self._held_out, teacher=dense, config=config, progress=progress)
             done = dataclasses.replace(done, data={"training": self._record})
             told = recovery_text(config, done, self._source, source)
-            written = dataclasses.replace(output, overwrite=True)
-            made = Derived(source, written, Records.read(output.path), model, tokenizer, form)
-            made.save("recovered", told, files={"surgeon_recovery.json": done.to_json()})
+            if output is not None:
+                written = dataclasses.replace(output, overwrite=True)
+                made = Derived(source, written, Records.read(output.path), model, tokenizer, form)
+                made.save("recovered", told, files={"surgeon_recovery.json": done.to_json()})
         except BaseException:
-            _logger.warning("the recovery did not end: %s holds the pruned model", output.given)
+            if output is not None:
+                _logger.warning("the recovery did not end: %s holds the pruned model", output.given)
             raise
         return told

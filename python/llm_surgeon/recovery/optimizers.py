@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def preconditioners(
     """
     ids, mask = windows.input_ids, windows.attention_mask
     count = max(1, _CURVATURE_TOKENS // ids.shape[1])
-    some = Calibration(ids[:count], None if mask is None else mask[:count])
+    some = replace(windows, input_ids=ids[:count], attention_mask=None if mask is None else mask[:count])
     curvature = estimate_curvature(
         model, decoder, some, batch_size=batch_size, dtype=dtype, fisher="sampled", seed=seed
     )

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.distributed import ALONE
 from llm_surgeon.errors import NumericalError
 from llm_surgeon.interrupts import uninterrupted
 from llm_surgeon.models.decoder import find_decoder
@@ -96,13 +97,16 @@ class _Training:
     ) -> None:
         self._begun = time.perf_counter()
         self._model, self._windows, self._held_out = model, windows, held_out
-        self._config, self._objective, self._seconds = config, objective, seconds
+        self._ranks, enough = windows.ranks, config.batch_size >= windows.ranks.count
+        self._sharing = self._ranks if enough else ALONE  # of few windows a step every rank takes all
+        self._config, self._objective, self._seconds = config, objective, self._ranks.agreed(seconds)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(model.parameters()).device
         self._dtype = dtype_of_products(self._device)
         self._micro = config.windows_at_once(windows.input_ids.shape[1])
         self._order = _Order(len(windows.input_ids), config.seed)
         self._step, self._evaluations, self._worse = 0, 0, 0
+        self._steps_noted = 0  # as many of their losses are not in the log yet
         self._learning_rate = config.learning_rate
         self._log: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
@@ -150,7 +154,7 @@ class _Training:
 
     @property
     def _elapsed(self) -> float:
-        return time.perf_counter() - self._begun
+        return self._ranks.agreed(time.perf_counter() - self._begun)
 
     def _done(self) -> float:
         """Steps that are done, or that stand for the time that is over where that is more."""
@@ -161,13 +165,15 @@ class _Training:
         config = self._config
         torch.manual_seed((config.seed + self._step) % 2**32)  # of dropout: going on from any step gives the same
         rows = self._order.rows(self._step, config.batch_size)
-        parts = rows.split(self._micro)
-        for part in parts:
+        for part in rows[self._sharing.share(len(rows))].split(self._micro):
             ids, mask = self._batch(part)
             with autocast(self._device, self._dtype):
-                loss = self._objective(self._model, ids, mask) / len(parts)
+                loss = self._objective(self._model, ids, mask) / (len(rows) / len(part))
             loss.backward()
             self._losses.append(loss.detach())
+        for parameter in self._trained.values():
+            if parameter.grad is not None:
+                self._sharing.sum_(parameter.grad)
         torch.nn.utils.clip_grad_norm_(self._trained.values(), _LARGEST_NORM)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -175,6 +181,7 @@ class _Training:
             optimizer.step()
             optimizer.zero_grad()
         self._step += 1
+        self._steps_noted += 1
         if self._average is not None:
             decay = min(config.ema, self._step / (self._step + 10))  # the first weights are forgotten soon
             values = [p.detach() for p in self._trained.values()]
@@ -194,9 +201,10 @@ class _Training:
 
     def _evaluate(self, rate: float) -> None:
         """Note the losses, and keep the weights, or their mean, where they are the best so far."""
-        steps = len(self._losses) * self._micro / self._config.batch_size
-        entry = {"step": self._step, "learning_rate": rate, "loss": sum(to_list(self._losses)) / steps}
+        loss = self._sharing.total(sum(to_list(self._losses))) / self._steps_noted
+        entry = {"step": self._step, "learning_rate": rate, "loss": loss}
         self._losses.clear()
+        self._steps_noted = 0
         self._log.append(entry)
         if not math.isfinite(entry["loss"]):
             raise self._no_number("loss")

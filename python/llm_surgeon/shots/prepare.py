@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llm_surgeon.checkpoint.run_states import RunStates
+from llm_surgeon.checkpoint.shared_states import SharedStates
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.distributed import Ranks
 from llm_surgeon.errors import InputError
@@ -66,7 +67,7 @@ def prepared(
             correction_data=windows.correction,
             held_out=windows.held_out,
             step_windows=windows.steps,
-            states=states,
+            states=SharedStates(states, ranks),
         )
         claim_states(run)
         yield run
