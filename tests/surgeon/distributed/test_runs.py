@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.surgeon.distributed.runs import NAMES, carry_out, launch
+from tests.surgeon.distributed.runs import MORE_NAMES, NAMES, carry_out, launch
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,12 @@ def alone(model: str, run: str) -> dict[str, Any]:
     return carry_out(model, run)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize(("model", "run"), NAMES, ids=map(" ".join, NAMES))
+CASES = [(2, *names) for names in NAMES + MORE_NAMES] + [(3, *names) for names in NAMES]
+
+
+@pytest.mark.parametrize(("count", "model", "run"), CASES)
 def test_masks_are_the_same_and_weights_to_the_order_of_sums(
-    shared: Callable[[int], dict[str, Any]], model: str, run: str, count: int
+    shared: Callable[[int], dict[str, Any]], count: int, model: str, run: str
 ) -> None:
     results, name = shared(count), f"{model} {run}"
     assert name in results, results.get("told")
