@@ -63,8 +63,9 @@ bool allowed(const Linear24& call, int number, int split, const Device& device) 
   if (number >= kMmaCount && !device.wgmma) return false;
   if (split > 1 && device.capability < 9) return false;  // no clusters
   const Kernel24& kernel = kernel_of(number);
-  if (kernel.tokens < (device.wgmma ? 128 : 32) && call.tokens > 8 * kernel.tokens)
-    return false;  // never the fastest, and long to try
+  // Never the fastest, and long to try: tiles much smaller than all tokens, or much larger.
+  if (kernel.tokens < (device.wgmma ? 128 : 32) && call.tokens > 8 * kernel.tokens) return false;
+  if (kernel.tokens > 32 && kernel.tokens > 4 * call.tokens) return false;
   // No larger clusters; and blocks that share x take equal parts of a tile's tokens.
   if (kernel.sharers > 1 && (split * kernel.sharers > 8 || call.tokens < kernel.tokens)) return false;
   return split == 1 || split * kernel.k_units <= call.units;

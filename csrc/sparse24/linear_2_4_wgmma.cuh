@@ -13,6 +13,9 @@
 //                                  └── of a unit a stage, reissued when all lanes have read it
 //   next tile                    next tile: first units of W on their way, then the epilogue of this one
 //
+// Blocks that share x are a cluster of their own: each copies its part of a stage to all of them, and a stage is empty
+// when the consumers of all have read it.
+//
 // Loads of W from global memory into registers would share one scoreboard: waiting for the oldest is waiting for all.
 #pragma once
 

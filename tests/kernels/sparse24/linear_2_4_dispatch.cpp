@@ -155,6 +155,12 @@ int main(int count, char**) {
   };
   require(runs(128, 0) && runs(200, 3) && !runs(127, 0) && !runs(128, 4), "other sizes for blocks that share x");
 
+  // No tile of more than 32 tokens and four times the call's.
+  const auto wide_runs = [](int tokens) {
+    return linear_2_4_run(call_of(tokens), (kMmaCount + 19) * 7, nullptr) == cudaSuccess;
+  };
+  require(wide_runs(64) && !wide_runs(63), "other sizes for tiles of 256 tokens");
+
   // Asking leaves no error behind, and takes none away that was there.
   require(last == cudaSuccess, "an error of ours is left", last);
   current = 5;
