@@ -87,7 +87,9 @@ def weight(trial: Row) -> float:
     config = PruneConfig(**{**method_options(trial["method"]), **structure_options(trial["structure"])})
     singly = config.structure_record.single_weights
     solving = {"joint": 1.0, "chunked": 3.0}.get(config.update, 0.0) if singly else 0.0
-    return config.shots * (1.0 + solving) + 2.0 * (config.sequential or config.reconstruct)
+    return (
+        config.shots * (1.0 + solving) + 2.0 * (config.sequential or config.reconstruct) + (config.gradient_steps or 0)
+    )
 
 
 def main() -> None:

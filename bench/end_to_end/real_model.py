@@ -57,6 +57,7 @@ COMPARED = (
     "admm",
     "surgeon joint",
     "surgeon sequential",
+    "surgeon",
     "taylor1 local",
 )
 FIGURES = ("shots", "sparsity", "solver_iterations", "seconds")

@@ -37,11 +37,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt sequential": {"method": "sparsegpt", "update": "sequential"},
     "admm": {"method": ADMM.name},
     "admm sequential": {"method": ADMM.name, "update": "sequential"},
+    "surgeon": {"method": "surgeon"},
     "surgeon none": {"method": "surgeon", "update": "none"},
     "surgeon independent": {"method": "surgeon", "update": "independent"},
     "surgeon chunked": {"method": "surgeon", "update": "chunked"},
-    "surgeon joint": {"method": "surgeon", "update": "joint"},
-    "surgeon sequential": {"method": "surgeon", "update": "sequential"},
+    "surgeon joint": {"method": "surgeon", "update": "joint", "gradient_steps": 0},
+    "surgeon sequential": {"method": "surgeon", "update": "sequential", "gradient_steps": 0},
     # Of coupled groups, by LLM-Pruner's importances: alike in every layer, as its default is, or over the whole model.
     **{
         f"{importance}{suffix}": {"importance": importance, "allocation": allocation}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,9 @@ CALIBRATION, MEMORY, RESEARCH = "Calibration", "Memory", "Research"
 
 # Rounds of swaps in an update of single weights, and where more than half of them go: estimates.
 _SWAPS, _MANY_SWAPS = 4, 8
+# Gradient steps of models up to so many prunable weights, whose plan they fit where an update does; and the least
+# windows, the last of which tells their length. Estimates.
+_STEPS, _STEPS_UP_TO, _STEP_WINDOWS = 4, 2_000_000_000, 8
 # Damping of what a linear aims at in a sequential update, and in a last fit: estimates.
 _SWEEP_DAMPING, _FIT_DAMPING = 0.3, 0.1
 # Rounds of work beyond these are a slip of the keyboard, and would run for ever.
@@ -108,8 +112,9 @@ class PruneConfig:
     )
     # As far as windows that are held out tell: steps make up for what the curvature of single layers does not see.
     gradient_steps: int = option(
-        0,
-        "Natural-gradient steps of the kept weights after each shot's joint update, or after a sequential one.",
+        None,
+        "Natural-gradient steps of the kept weights after each shot's update, or the last: 4 towards the dense model "
+        f"where it has at most {_STEPS_UP_TO:,} prunable weights, else 0.",
         count(0, _MOST_ROUNDS),
         panel=COMPENSATION,
     )
@@ -232,7 +237,7 @@ class PruneConfig:
     )
     token_weights: bool | None = option(
         None,
-        "Weigh tokens by their gradients where the dense model is aimed at: in a sequential update of many tokens.",
+        "Weigh tokens by their gradients where the dense model is aimed at: where there are many.",
         panel=RESEARCH,
     )
 
@@ -281,6 +286,13 @@ class PruneConfig:
     def aims_at_dense(self) -> bool:
         """True where linears are at last fitted to what the dense model computes, at the inputs that they then get."""
         return self.sequential or self.reconstruct
+
+    def settled(self, weights: int) -> PruneConfig:
+        """These options for a model of so many prunable ``weights``: with ``gradient_steps``, if they were left out."""
+        if self.gradient_steps is not None:
+            return self
+        small = weights <= _STEPS_UP_TO and self.samples >= _STEP_WINDOWS
+        return dataclasses.replace(self, gradient_steps=_STEPS if small else 0)
 
     @property
     def skipped_layers(self) -> frozenset[int]:
@@ -334,10 +346,13 @@ class PruneConfig:
         # A fit to the dense model would undo what corrections between the shots have learned.
         fitted = structure.coupled and "reconstruct" in structure.options and self.lora_rank == 0
         fill("reconstruct", fitted and self.update == "joint")
-        if not self.sequential or record.sweep is not None:  # else it depends on the model and the windows
+        if not self.aims_at_dense or record.sweep is not None:  # else it depends on the model and the windows
             fill("token_weights", False)
         fill("gradient_target", "dense" if self.aims_at_dense else "labels")
         fill("target_damping", _SWEEP_DAMPING if self.sequential else _FIT_DAMPING)
+        solved = self.aims_at_dense and record.sweep is None and "gradient_steps" in structure.options
+        if not solved or self._without_steps():  # else it depends on the model and the windows
+            fill("gradient_steps", 0)
 
     def _check(self, structure: Structure, record: Method) -> None:
         """Refuse options that do not go together."""
@@ -389,7 +404,7 @@ class PruneConfig:
         if self.update not in structure.updates:
             choices = _quoted(structure.updates)
             raise InputError(f"update {self.update!r} has no meaning for {structure.name}: choose {choices}")
-        steps = self.gradient_steps > 0 and not self.reconstruct
+        steps = bool(self.gradient_steps) and not self.reconstruct
         single = "and a structure of single weights"
         needs = {
             "swaps": (self.swaps, f"update 'sequential' or 'joint' {single}"),
@@ -414,19 +429,22 @@ class PruneConfig:
             raise InputError("residual_damping means nothing without update 'sequential'")
         idle = {"gradient_target": "dense" if self.aims_at_dense else "labels", "gradient_samples": None}
         for name, value in idle.items():
-            if not self.gradient_steps and getattr(self, name) != value:
+            if self.gradient_steps == 0 and getattr(self, name) != value:
                 raise InputError(f"{name} means nothing without gradient_steps")
         held = self.checkpoint_activations or self.offload != "none"
         if self.kron_rank == 2 and (held or self.swaps):
             raise InputError("kron_rank 2 goes with neither checkpoint_activations nor offload nor swaps")
-        without_steps = {
+        for reason in self._without_steps() if self.gradient_steps else ():
+            raise InputError(f"gradient_steps {reason}")
+
+    def _without_steps(self) -> list[str]:
+        """Why there can be no gradient steps."""
+        reasons = {
             "need the gradients of all weights on one device: leave offload out": self.offloads,
             "need a curvature with an inverse, one Kronecker product: leave kron_rank out": self.kron_rank == 2,
             "move the weights that low-rank corrections train: leave lora_rank out": self.lora_rank > 0,
         }
-        for reason, given in without_steps.items() if self.gradient_steps else ():
-            if given:
-                raise InputError(f"gradient_steps {reason}")
+        return [reason for reason, given in reasons.items() if given]
 
     def _given(self, name: str) -> bool:
         """True where an option asks for something: it has neither its default nor ``False``."""

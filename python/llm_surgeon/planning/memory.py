@@ -50,6 +50,7 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module, decoder: Decoder, config: PruneConfig, ranks: Ranks = ALONE) -> None:
+        config = config.settled(decoder.weights)
         self.config, self.seqlen = config, config.seqlen
         self.model, self.ranks = model, ranks
         self.device = compute_device(model, config)

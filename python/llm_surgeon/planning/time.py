@@ -99,7 +99,7 @@ def run_seconds(
         last += 0.0 if config.structure_record.m else 2 / 3 * cubes  # costs of all weights
     # A gradient step: forward, twice as much backward, losses of what is held out, and a direction.
     of_step = _DENSE_STEP_PASSES if config.gradient_target == "dense" else _STEP_PASSES
-    steps = config.gradient_steps * (of_step * forward + (iterations + checks) * product)
+    steps = (config.gradient_steps or 0) * (of_step * forward + (iterations + checks) * product)
     steps *= 1 if config.aims_at_dense else config.shots
     total = config.shots * passes + (config.shots - 1) * update + last + steps
     return total + (1 + 2 * held_out / config.samples) * max(forward, transfer) + _START * on_gpu

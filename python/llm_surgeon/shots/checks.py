@@ -15,7 +15,8 @@ from llm_surgeon.models.wrappers import unwrapped
 
 
 def checked(model: Any, config: PruneConfig) -> tuple[Any, Decoder, PruneConfig]:
-    """The model itself, out of its wrappers, its decoder, and ``config`` with the number of shots that the model tells.
+    """The model itself, out of its wrappers, its decoder, and ``config`` with what the model tells: its
+    number of shots, and of gradient steps.
 
     Raises:
         InputError: ``config`` cannot be carried out on the model, as far as its sizes tell.
@@ -38,6 +39,7 @@ def checked(model: Any, config: PruneConfig) -> tuple[Any, Decoder, PruneConfig]
                 f"structure {structure.name!r} needs widths divisible by {structure.m}: "
                 f"{linear.name} has {linear.columns}"
             )
+    config = config.settled(decoder.weights)
     return model, decoder, dataclasses.replace(config, shots=structure.count_shots(decoder, config))
 
 

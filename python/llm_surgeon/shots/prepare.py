@@ -52,7 +52,7 @@ def prepared(
         if asked and ranks.count > 1:
             raise InputError(f"{name} takes a single process, not {ranks.count}")
     model, decoder, config = checked(model, config)
-    windows.require_fit(model)
+    windows.require_fit(model, config)
     with gpu_memory_capped(config.gpu_memory_bytes), evaluation_mode(model):
         plan = plan or make_plan(model, decoder, config, ranks=ranks)
         if plan.device.type == "cuda":

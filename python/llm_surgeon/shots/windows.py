@@ -44,8 +44,6 @@ class Windows:
         """
         if correction is not None and not config.lora_rank:
             raise InputError("data for low-rank corrections mean nothing without lora_rank")
-        if steps is not None and not config.gradient_steps:
-            raise InputError("windows for the lengths of gradient steps mean nothing without gradient_steps")
         own, *others = (
             None if value is None else _own(Calibration.of(value), ranks)
             for value in (calibration, correction, held_out, steps)
@@ -62,8 +60,10 @@ class Windows:
             )
         return found
 
-    def require_fit(self, model: Any) -> None:
-        """Raise :class:`InputError` where sequences hold tokens or positions that ``model`` lacks."""
+    def require_fit(self, model: Any, config: PruneConfig) -> None:
+        """Raise :class:`InputError` where ``config`` has no use for sequences, or ``model`` lacks what they hold."""
+        if self.steps is not None and not config.gradient_steps:
+            raise InputError("windows for the lengths of gradient steps mean nothing without gradient_steps")
         uses = {
             "calibration": self.calibration,
             "held-out": self.held_out,

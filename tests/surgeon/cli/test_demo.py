@@ -16,7 +16,7 @@ def test_the_demo_ranks_the_methods_and_leaves_a_2_4_model(tmp_path):
     dense, magnitude, wanda, sparsegpt, surgeon = (result.perplexity for result in results)
     assert dense < surgeon < sparsegpt < wanda < magnitude
     assert dense == pytest.approx(21.77, abs=0.02)
-    assert surgeon == pytest.approx(27.66, rel=0.02)  # rounding differs a little between machines
+    assert surgeon == pytest.approx(27.28, rel=0.02)  # rounding differs a little between machines
     weights = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in weights.items():
         if name.endswith("_proj.weight"):

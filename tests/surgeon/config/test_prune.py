@@ -214,6 +214,33 @@ def test_gradient_steps_go_towards_the_dense_model_after_a_sequential_update():
 
 
 @pytest.mark.parametrize(
+    "options, steps",
+    [
+        ({}, 4),
+        ({"structure": "unstructured"}, 4),
+        ({"structure": "groups"}, 4),
+        ({"gradient_steps": 1}, 1),
+        ({"gradient_steps": 0}, 0),
+        ({"samples": 7}, 0),
+        ({"update": "joint"}, 0),
+        ({"structure": "groups", "reconstruct": False}, 0),
+        ({"structure": "rows-columns"}, 0),
+        ({"structure": "layers"}, 0),
+        ({"method": "sparsegpt", "update": "sequential"}, 0),
+        ({"method": "wanda"}, 0),
+        ({"offload": "cpu"}, 0),
+        ({"lora_rank": 2}, 0),
+        ({"kron_rank": 2, "swaps": 0}, 0),
+    ],
+)
+def test_gradient_steps_depend_on_what_they_go_towards_and_on_the_models_size(options, steps):
+    config = PruneConfig(**options)
+    assert config.settled(2_000_000_000).gradient_steps == steps
+    assert config.settled(2_000_000_001).gradient_steps == options.get("gradient_steps", 0)
+    assert dataclasses.replace(config.settled(1), gradient_steps=config.gradient_steps) == config
+
+
+@pytest.mark.parametrize(
     "options, reason",
     [
         ({"offload": "cpu"}, "need the gradients of all weights on one device: leave offload out"),

@@ -174,7 +174,7 @@ def test_the_least_of_a_parabola() -> None:
 def test_steps_after_a_sequential_update_go_towards_the_dense_model(kind: str, apart: bool) -> None:
     data, lengths, others = (windows(24, seed=seed) for seed in (0, 2, 3))
     dense, plain, stepped = build(kind), build(kind), build(kind)
-    config = PruneConfig(structure="2:4", update="sequential")
+    config = PruneConfig(structure="2:4", update="sequential", gradient_steps=0)
     prune(plain, data, config=config)
     config = dataclasses.replace(config, gradient_steps=3, gradient_samples=None if apart else 4)
     report = prune(stepped, data, config=config, step_windows=lengths if apart else None)
@@ -218,7 +218,7 @@ def test_factors_of_steps_after_a_sequential_update(monkeypatch: pytest.MonkeyPa
 
 def test_windows_for_lengths_need_steps() -> None:
     with pytest.raises(InputError, match="windows for the lengths of gradient steps mean nothing without"):
-        prune(build("llama"), windows(8), step_windows=windows(2))
+        prune(build("llama"), windows(8), step_windows=windows(2), gradient_steps=0)
     with pytest.raises(InputError, match="gradient_samples 3 are not the 2 windows that were given for the lengths"):
         prune(build("llama"), windows(8), step_windows=windows(2), gradient_steps=1, gradient_samples=3)
 
