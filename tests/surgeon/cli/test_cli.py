@@ -192,14 +192,16 @@ def test_eval_refuses_windows_and_batches_of_no_size(capsys):
         assert f"Invalid value for '{options[0]}'" in capsys.readouterr().err
 
 
-def test_an_interruption_leaves_nothing_behind(tmp_path, sentence, monkeypatch):
+def test_an_interruption_leaves_what_is_done_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("llm_surgeon.checkpoint.save.move_into_place", interrupted)
     assert surgeon("prune", MODEL, tmp_path / "out", *SMALL, "--method", "magnitude") == 130
-    assert sentence() == "surgeon: interrupted"
-    assert list(tmp_path.iterdir()) == []
+    kept = tmp_path / ".out.pruning"
+    told = f"surgeon: what is done is kept in {str(kept)!r}: the same command with --resume goes on"
+    assert capsys.readouterr().err.splitlines()[-2:] == [told, "surgeon: interrupted"]
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_running_out_of_gpu_memory_is_one_sentence(tmp_path, sentence, monkeypatch):
@@ -216,9 +218,11 @@ def test_without_a_terminal_every_phase_is_a_line_and_quiet_prints_none(tmp_path
     options = [*SMALL[:-1], "--method", "k-obd", "--structure", "unstructured", "--shots", 2]
     assert surgeon("prune", MODEL, tmp_path / "out", *options) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == ["surgeon: loading", "surgeon: held-out loss"] and len(set(lines)) == len(lines)
-    assert [line.split(":")[1] for line in lines[2:]] == sorted(line.split(":")[1] for line in lines[2:])
-    assert {line.split(":")[1] for line in lines[2:]} == {" shot 1 of 2", " shot 2 of 2"}
+    assert lines[:2] == ["surgeon: loading", "surgeon: held-out loss"] and lines[-1] == "surgeon: held-out loss"
+    phases = lines[2:-1]
+    assert len(set(phases)) == len(phases)
+    assert [line.split(":")[1] for line in phases] == sorted(line.split(":")[1] for line in phases)
+    assert {line.split(":")[1] for line in phases} == {" shot 1 of 2", " shot 2 of 2"}
     assert surgeon("eval", MODEL, "--data", TEXT, "--seqlen", 256, "--quiet") == 0
     assert capsys.readouterr().err == ""
 
