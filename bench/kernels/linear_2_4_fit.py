@@ -45,6 +45,7 @@ from surgeon_kernels.runtime import toolchain
 
 MMA = 4  # kernels on mma.sp, numbered from -4 to -1
 KERNELS = 26  # on wgmma.sp
+FEW = 16  # up to so many tokens a rule chooses, where none were timed
 RELEVANT = 2.0  # times the fastest: no choice depends on slower ones
 _DRAWN = 1e-3  # weight of the rough guess, against a squared relative error of 1
 # Of the older rows on record, tried with 0.02 to 0.1 and 3 to 100: these lose least on shapes left out of the fit.
@@ -243,7 +244,7 @@ def source(constants: Constants, timings: Sequence[Timing]) -> str:
             *("    {" + ", ".join(f"{1000 * time:.0f}" for time in row) + "}," for row in rows),
             "};",
             f"constexpr float kLaunchTime = {1000 * constants.launch:.0f};  // of a second launch",
-            f"constexpr int kFewTokens = {0 if min(constants.kernels) < 0 else 16};"
+            f"constexpr int kFewTokens = {0 if min(timing.tokens for timing in timings) <= FEW else FEW};"
             "  // up to so many choose by a rule, not by time",
         ]
     )
