@@ -57,6 +57,7 @@ def _prune_and_compare(source: Path, assets: Path, output: Output, progress: Pro
     dense = perplexity(model, windows)
     results = [DemoResult("Dense", dense, 0.0)]
     for method, name in _METHODS.items():
+        progress.phase(name)
         model, tokenizer, form = load_model(str(source), device=torch.device("cpu"))
         begun = time.perf_counter()
         report = prune(model, calibration, config=PruneConfig(method=method), progress=progress)

@@ -102,7 +102,7 @@ class Plan:
             "curvature pass": self.curvature_bytes,
             "or selection": self.inverses_bytes + self.selection_bytes,
             "or update": self.inverses_bytes + self.update_bytes,
-            "then, of all this but the weights, recovery": self.recovery_bytes,
+            "or, beside the weights alone, recovery": self.recovery_bytes,
             "libraries and allocators": self.process_bytes,
         }
 

@@ -107,6 +107,7 @@ class _Training:
         self._order = _Order(len(windows.input_ids), config.seed)
         self._step, self._evaluations, self._worse = 0, 0, 0
         self._steps_noted = 0  # as many of their losses are not in the log yet
+        self._last_step = 0.0  # its seconds
         self._learning_rate = config.learning_rate
         self._log: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
@@ -138,8 +139,9 @@ class _Training:
         config = self._config
         self._model.train()
         while (done := self._done()) < config.steps and self._worse < config.patience:
-            rate = self._learning_rate * share_of_peak(done, config)
+            rate, begun = self._learning_rate * share_of_peak(done, config), time.perf_counter()
             self._take_step(rate)
+            self._last_step = self._ranks.agreed(time.perf_counter() - begun)
             done = self._done()
             if self._seconds is None:
                 progress.step(self._step, config.steps)
@@ -157,8 +159,13 @@ class _Training:
         return self._ranks.agreed(time.perf_counter() - self._begun)
 
     def _done(self) -> float:
-        """Steps that are done, or that stand for the time that is over where that is more."""
-        spent = 0.0 if self._seconds is None else self._elapsed / max(self._seconds, 1e-9)
+        """Steps that are done, or that stand for the time that is over where that is more; all, where it ends before
+        another one would.
+        """
+        if self._seconds is None:
+            return self._step
+        elapsed = self._elapsed
+        spent = 1.0 if elapsed + self._last_step > self._seconds else elapsed / max(self._seconds, 1e-9)
         return max(self._step, self._config.steps * min(spent, 1.0))
 
     def _take_step(self, rate: float) -> None:

@@ -268,7 +268,7 @@ def test_a_recovery_takes_its_turn_in_memory_and_its_minutes(monkeypatch):
     assert roomy.seconds == pytest.approx(without.seconds + 120.0)
     assert roomy.disk_bytes == 2 * without.disk_bytes
     assert roomy.additional_bytes == max(roomy.recovery_bytes, without.additional_bytes) == roomy.recovery_bytes
-    assert roomy.by_kind()["then, of all this but the weights, recovery"] == roomy.recovery_bytes
+    assert roomy.by_kind()["or, beside the weights alone, recovery"] == roomy.recovery_bytes
     assert roomy.recovery_windows == 32  # those of a step
     few = plan(batch_size=1)
     assert few.recovery_bytes < roomy.recovery_bytes

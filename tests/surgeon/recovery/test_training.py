@@ -182,6 +182,14 @@ def test_the_schedule_follows_the_clock_and_ends_in_time(monkeypatch):
     assert log[-1]["learning_rate"] == pytest.approx(1e-2 * share, rel=1e-4)
 
 
+def test_no_step_begins_that_would_not_end_in_time(monkeypatch):
+    clock = Clock(monkeypatch)
+    config = RecoverConfig(minutes=1.0, patience=100, **{**FULL, "steps": None, "eval_every": 10**9})
+    log = train(half_zero("llama"), Calibration(WINDOWS), Calibration(HELD_OUT), config, seconds=7.5)
+    # Five steps and, half-way, a held-out loss take seven seconds: no step fits the half that is left.
+    assert [entry["step"] for entry in log] == [4, 5] and clock.now == 7 + 2
+
+
 def test_steps_that_are_done_before_the_time_is_over_end_it(monkeypatch):
     clock = Clock(monkeypatch)
     config = RecoverConfig(minutes=10.0, **FULL)
