@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map_only
 
 from llm_surgeon.distributed.ranks import ALONE, R, Ranks, T, launched
@@ -85,6 +86,8 @@ class Group(Ranks):
                 operation(wire)
         if receives and wire.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(wire)
+        elif receives:
+            increment_version(tensor)  # so that copies of it from before are known to be old
         return tensor
 
     def _of_numbers(self, numbers: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

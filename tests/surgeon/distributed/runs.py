@@ -1,6 +1,6 @@
 """Runs that several processes share, and the same ones in a single process.
 
-python -m tests.surgeon.distributed.runs FILE      # under torchrun: rank 0 writes what became of every run
+python -m tests.surgeon.distributed.runs FILE DEVICE    # under torchrun: rank 0 writes what became of every run
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from llm_surgeon import prune
@@ -35,6 +36,8 @@ RUNS: dict[str, dict[str, Any]] = {
 MORE_RUNS: dict[str, dict[str, Any]] = {
     "chunked": {"structure": "unstructured", "update": "chunked", "shots": 1},
     "curvature_layers": {"structure": "2:4", "update": "joint", "curvature_layers": 1},
+    "offload": {"structure": "unstructured", "update": "joint", "shots": 2, "offload": "cpu", "min_kept": 0.4},
+    "offload sequential": {"structure": "2:4", "offload": "cpu"},
     "gradient_steps": {"structure": "2:4", "gradient_steps": 1},
     "gradient_steps joint": {"structure": "2:4", "update": "joint", "gradient_steps": 1, "shots": 1},
     "lora_rank": {"structure": "2:4", "lora_rank": 2, "lora_steps": 2},
@@ -61,9 +64,9 @@ def calibration(*, padded: bool) -> Calibration:
     return Calibration(ids, mask if padded else None)
 
 
-def carry_out(model_name: str, run: str, ranks: Ranks = ALONE, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """What a run leaves: weights by name, and the losses and threshold that it reports."""
-    model = build(model_name, dtype)
+def carry_out(model_name: str, run: str, ranks: Ranks = ALONE, device: torch.device | None = None) -> dict[str, Any]:
+    """What a run in float64 leaves: weights by name, and the losses and threshold that it reports."""
+    model = build(model_name, torch.float64).to(ranks.device or device)
     held_out = torch.randint(3, VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(1))
     options = {**RUNS, **MORE_RUNS}[run]
     # A batch's loss in training is the mean of its parts', however many tokens these have.
@@ -73,8 +76,20 @@ def carry_out(model_name: str, run: str, ranks: Ranks = ALONE, dtype: torch.dtyp
     numbers += [value for shot in report.shots for value in (shot.threshold, shot.predicted_increase) if value]
     assert report.held_out is not None
     numbers += [report.held_out.loss_before, report.held_out.loss_after]
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     return {"weights": weights, "numbers": numbers, "solver": [trace.layer for trace in report.shots[-1].solver]}
+
+
+def require_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Assert that a shared run left, on every rank, what the same run left in one process."""
+    assert found["same"]
+    assert found["solver"] == expected["solver"]
+    assert found["numbers"] == pytest.approx(expected["numbers"], rel=1e-6)
+    for name, weight in expected["weights"].items():
+        assert found["weights"][name].shape == weight.shape, name
+        assert torch.equal(found["weights"][name] == 0.0, weight == 0.0), name
+        difference = (found["weights"][name] - weight).norm()
+        assert difference <= 1e-5 * weight.norm(), (name, float(difference / weight.norm()))
 
 
 def launch(count: int, module: str, *arguments: str) -> list[subprocess.Popen[str]]:
@@ -97,7 +112,7 @@ def launch(count: int, module: str, *arguments: str) -> list[subprocess.Popen[st
 
 
 def main() -> None:
-    with joined("cpu") as ranks:
+    with joined(sys.argv[2]) as ranks:
         results = {}
         for model, run in NAMES + MORE_NAMES * (ranks.count == 2):
             found = carry_out(model, run, ranks)
