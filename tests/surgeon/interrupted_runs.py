@@ -234,7 +234,7 @@ def run(folder: Path, points: int, seed: str, kill: bool = False) -> dict[str, d
     found: dict[str, dict[str, Any]] = {}
     for kind in PRUNINGS if kill else KINDS:
         runs = Runs(kind, folder, seed)
-        for number in range(-(-points // 3) if kind == "shots" else points):
+        for number in range(-(-points // 5) if kind == "shots" else points):
             runs.point(number, (signal.SIGKILL,) if kill or kind == "shots" else SIGNALS)
         found[kind] = {"events": runs.events, "seconds": runs.seconds, "tried": runs.tried, "wrong": runs.wrong}
     return found

@@ -239,10 +239,14 @@ class FolderStates(RunStates):
         event = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
 
         def copy_tensors() -> None:
-            if event is not None:
-                event.synchronize()
-            copied = State(_copies(state.tensors), note)
-            self._writing.submit(self._write, name, copied, abandoned, then)
+            try:
+                if event is not None:
+                    event.synchronize()
+                copied = State(_copies(state.tensors), note)
+            except Exception as error:
+                self._give_up(error)
+            else:
+                self._writing.submit(self._write, name, copied, abandoned, then)
 
         self._copied.append(self._copying.submit(copy_tensors))
 
@@ -252,9 +256,14 @@ class FolderStates(RunStates):
             then()
         except Abandoned:
             pass
-        except OSError as error:
-            self._failed = True
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Neither a full disk nor too little memory for a copy ends a run of hours."""
+        if not self._failed:
             _logger.warning("the run goes on without being kept: %r: %s", str(self.folder), first_line(error))
+        self._failed = True
 
     def _tidy(self, index: int) -> None:
         """Delete what nobody will go on from, once the state after shot ``index`` is written."""

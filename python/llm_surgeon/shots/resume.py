@@ -12,6 +12,7 @@ from torch import nn
 from llm_surgeon.checkpoint.begun import fingerprint, tensors_of
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.errors import InputError
 from llm_surgeon.models.decoder import Decoder
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.report.schema import collect_versions
@@ -24,7 +25,8 @@ def claim_states(run: Run) -> None:
     """Claim the states of ``run``, before anything is changed, and take over the layout of an interrupted one.
 
     Raises:
-        InputError: that was begun with other options, data or weights; the first that differ are named.
+        InputError: that was begun with other options, data or weights, of which the first that differ are named, or by
+            another version that plans otherwise.
     """
     windows = {
         "calibration windows": run.calibration,
@@ -44,6 +46,8 @@ def claim_states(run: Run) -> None:
             before = layout["machine"].get(name)
             _logger.warning("the interrupted run had %s %s, not %s: bits may differ", name, before, value)
     run.config = dataclasses.replace(run.config, offload=layout["offload"])
+    if layout["plan"] is not None and layout["plan"].keys() != {field.name for field in dataclasses.fields(Plan)}:
+        raise InputError("the interrupted run was begun by another version of surgeon-kernels: go on with that")
     if layout["plan"] is None:  # it began to offload
         kept = dataclasses.replace(run.config, batch_size=run.plan.batch_size)
         run.plan = make_plan(run.model, run.decoder, kept)

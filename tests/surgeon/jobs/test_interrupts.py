@@ -40,4 +40,4 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def test_a_killed_command_loses_nothing(kind: str, found: dict[str, dict[str, Any]]) -> None:
     assert found[kind]["wrong"] == []
     tried = sum(number for what, number in found[kind]["tried"].items() if what.startswith("SIG"))
-    assert tried == (-(-POINTS // 3) if kind == "shots" else POINTS)
+    assert tried == (-(-POINTS // 5) if kind == "shots" else POINTS)

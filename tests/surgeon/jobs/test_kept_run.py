@@ -57,6 +57,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(cut, caplog):
         ("options", r"the interrupted run has sparsity 0\.5, not 0\.6: give that, or delete the folder '.*' to start"),
         ("weights", "the model's weights changed since the interrupted run began: put back what was there, or delete"),
         ("text", "the calibration windows changed since the interrupted run began: put back what was there, or"),
+        ("version", "the interrupted run was begun by another version of surgeon-kernels: go on with that"),
         ("note", r"run\.json', which says what was begun, is damaged: delete the folder"),
         ("foreign", r"\.out\.pruning' holds 'mine\.txt', which is no part of an interrupted run"),
     ],
@@ -71,6 +72,10 @@ def test_what_is_not_the_same_is_refused_by_name(cut, what, words):
             content = file.read()
             file.seek(0)
             file.write(content.replace("w5", "w6"))
+    if what == "version":
+        note = json.loads((states / "run.json").read_text())
+        note["layout"]["plan"]["more"] = 1
+        (states / "run.json").write_text(json.dumps(note))
     if what == "note":
         (states / "run.json").write_text("{")
     if what == "foreign":
