@@ -9,7 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,18 +168,19 @@ class FolderStates(RunStates):
         write_note(self.folder, *self._begun, layout=layout)
 
     def last_shot(self) -> State | None:
-        shots = {int(match[1]): name for name in self._left if (match := _NAME.fullmatch(name)) and not match[2]}
-        for index in sorted(shots, reverse=True):
-            state = self._read(shots[index])
-            if state is not None:
+        found = None
+        for index in sorted({shot for shot, block in map(_numbers, self._left) if block is None}, reverse=True):
+            found = self._read(f"shot-{index}")
+            if found is not None:
                 self._shot = index
-                return state
-        return None
+                break
+        self._forget(lambda shot, block: block is not None and shot != self._shot + 1)
+        return found
 
     def block(self, depth: int) -> State | None:
         state = self._read(f"shot-{self._shot + 1}-block-{depth}")
         if state is None:  # what comes after it was made of what it was
-            self._left = {}
+            self._forget(lambda shot, block: block is not None and block > depth)
         return state
 
     def put_shot(self, index: int, state: State) -> None:
@@ -207,7 +208,7 @@ class FolderStates(RunStates):
         self._all_done.set()
         self._shot_done.set()
         self.close()
-        uninterrupted(partial(shutil.rmtree, self.folder, ignore_errors=True))
+        uninterrupted(partial(clear_states, self.folder))
 
     def _close(self) -> None:
         self._copying.shutdown()
@@ -223,6 +224,11 @@ class FolderStates(RunStates):
             _logger.warning("the state %r is damaged and not gone on from", str(path))
             path.unlink(missing_ok=True)
         return None
+
+    def _forget(self, outdated: Callable[[int, int | None], bool]) -> None:
+        """Delete states that were left, told by the numbers of their shot and block."""
+        for name in [name for name in self._left if outdated(*_numbers(name))]:
+            _delete(self._left.pop(name))
 
     def _drain(self) -> None:
         """Wait until all that was put is written."""
@@ -268,12 +274,29 @@ class FolderStates(RunStates):
     def _tidy(self, index: int) -> None:
         """Delete what nobody will go on from, once the state after shot ``index`` is written."""
         for name, paths in find_states(self.folder).items():
-            match = _NAME.fullmatch(name)
-            assert match is not None
-            block = match[2] is not None
-            if int(match[1]) <= index - (0 if block else _KEPT):
-                for path in paths:
-                    path.unlink(missing_ok=True)
+            shot, block = _numbers(name)
+            if shot <= index - (_KEPT if block is None else 0):
+                _delete(paths)
+
+
+def clear_states(folder: Path) -> None:
+    """Delete the states of a run that is done; a kill meanwhile leaves what says so until the last."""
+    for path in sorted(folder.glob("*"), key=lambda path: (path.name == REPORT, path.suffix == ".json")):
+        path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        folder.rmdir()
+
+
+def _numbers(name: str) -> tuple[int, int | None]:
+    """Numbers of the shot, and of the block where it is a block's, of a state by its name."""
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return int(match[1]), None if match[2] is None else int(match[2])
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

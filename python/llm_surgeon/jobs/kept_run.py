@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llm_surgeon.checkpoint import Output, claimed_output
 from llm_surgeon.checkpoint.output_checks import output_path
-from llm_surgeon.checkpoint.run_states import REPORT, FolderStates, RunStates
+from llm_surgeon.checkpoint.run_states import REPORT, FolderStates, RunStates, clear_states
 from llm_surgeon.errors import InputError
 from llm_surgeon.report.schema import PruneReport
 
@@ -45,7 +44,7 @@ def finished(out: str | Path, *, recovers: bool) -> PruneReport | None:
         return None
     _logger.warning("the pruning into %r was complete already: what was kept of it is removed", str(out))
     with suppress(InputError), claimed_output(out, True):  # or the process that is about to end removes it
-        shutil.rmtree(states_folder(target), ignore_errors=True)
+        clear_states(states_folder(target))
     return report
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llm_surgeon.checkpoint import run_states
-from llm_surgeon.checkpoint.run_states import FolderStates
+from llm_surgeon.checkpoint.run_states import FolderStates, clear_states
 from llm_surgeon.checkpoint.states import State, find_states, part, read_state, write_state
 from llm_surgeon.errors import InputError
 
@@ -94,6 +94,23 @@ def test_blocks_after_one_that_is_damaged_are_not_taken(tmp_path: Path, caplog: 
     assert [states.block(depth) is None for depth in range(3)] == [False, True, True]
     assert f"the state {str(damaged)!r} is damaged" in caplog.text and not damaged.exists()
     states.close()
+    assert set(find_states(tmp_path / "s")) == {"shot-1-block-0"}  # nor later, after another one in its place
+
+
+def test_blocks_of_the_shot_after_one_that_is_damaged_are_not_taken(tmp_path: Path) -> None:
+    states = opened(tmp_path / "s")
+    for index in (1, 2):
+        states.put_shot(index, state(index))
+        states.settle()
+    states.put_block(0, state(0))
+    states.close()
+    (damaged,) = find_states(tmp_path / "s")["shot-2"]
+    damaged.write_bytes(b"")
+    states = opened(tmp_path / "s", resume=True)
+    last = states.last_shot()
+    assert last is not None and last.note == {"index": 1} and states.block(0) is None
+    states.close()
+    assert set(find_states(tmp_path / "s")) == {"shot-1"}
 
 
 def test_what_is_put_may_change_once_it_is_settled(tmp_path: Path) -> None:
@@ -149,6 +166,25 @@ def test_nothing_is_left_of_a_run_without_a_state_and_what_is_not_wanted_is_not_
     states.put_shot(1, state(1))
     states.close()
     assert set(find_states(tmp_path / "s")) == {"shot-1"} and written[-1] == "shot-1"
+
+
+def test_a_kill_while_states_are_cleared_leaves_what_says_that_all_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = opened(tmp_path / "s")
+    states.put_shot(1, state(1))
+    states.settle()
+    states.put_report("{}")
+    states.close()
+    unlink, left = Path.unlink, []
+
+    def watched(path: Path, missing_ok: bool = False) -> None:
+        left.append({each.name.split(".")[0] for each in path.parent.iterdir()})
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    clear_states(tmp_path / "s")
+    assert left == [{"shot-1", "run", "report"}, {"run", "report"}, {"report"}] and not (tmp_path / "s").exists()
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
