@@ -18,7 +18,15 @@ import pytest
 from llm_surgeon.config import methods, structure
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "csrc/README.md", "docs/adding.md", "docs/architecture.md", "docs/resume.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "csrc/README.md",
+    "docs/adding.md",
+    "docs/architecture.md",
+    "docs/resume.md",
+    "docs/scale.md",
+)
 EXAMPLES = dict(
     re.findall(
         r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```$",

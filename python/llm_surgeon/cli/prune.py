@@ -26,10 +26,11 @@ from llm_surgeon.cli.options import (
 from llm_surgeon.cli.parameters import examples, file_options, with_options
 from llm_surgeon.config.fields import present_names
 from llm_surgeon.config.prune import CALIBRATION, SHOTS, PruneConfig
+from llm_surgeon.distributed import PlannedRanks
 from llm_surgeon.errors import InputError, printable
 
 app = typer.Typer()
-_NOT_IN_FILE = ("context", "model", "out", "config", "resume", "no_checkpoint", "dry_run", "quiet")
+_NOT_IN_FILE = ("context", "model", "out", "config", "resume", "no_checkpoint", "dry_run", "gpus", "quiet")
 
 
 @app.command(
@@ -64,6 +65,9 @@ def prune(
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it takes.")] = False,
+    gpus: Annotated[
+        int | None, typer.Option(help="With --dry-run: on so many, memory and time of each.", min=1)
+    ] = None,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
@@ -76,6 +80,8 @@ def prune(
     job_options |= {name: value for name, value in given.items() if name in in_file}
     if job_options.setdefault("calibration", "wikitext2") is None:
         raise InputError(f"calibration must be text, not nothing, in config file {str(config)!r}")
+    if gpus is not None and not dry_run:
+        raise InputError("gpus is only planned for: give --dry-run, and run with torchrun --nproc-per-node")
     flags = {name: value for name, value in options.items() if value is not None}
     settings = PruneConfig(**present_names(PruneConfig, read) | present_names(PruneConfig, flags))
     with joined_ranks(device) as ranks, progress_bars(quiet := quiet or not ranks.first) as progress:
@@ -88,7 +94,8 @@ def prune(
         if dry_run:
             inputs = {name: job_options.get(name) for name in ("calibration", "lora_data")} | {"config_file": config}
             check_output(out, job_options.pop("overwrite", False), model=model, **inputs)
-            job = PruneJob(model, settings, ranks=ranks, **job_options)
+            planned = ranks if gpus is None else PlannedRanks(gpus)
+            job = PruneJob(model, settings, ranks=planned, **job_options)
         else:
             command = ["surgeon", *context.obj]
             report = prune_checkpoint(

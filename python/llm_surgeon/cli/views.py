@@ -31,6 +31,7 @@ def print_plan(console: Console, job: PruneJob, out: Path, *, keeps: bool) -> No
     host = f" and {human_bytes(plan.host_bytes)} of main memory" if plan.host_bytes else ""
     minutes = None if job.recovery is None else job.recovery.config.minutes
     training = f" ({minutes:g} min of it recovery)" if minutes else ""
+    of_each = "" if job.ranks.count == 1 else f", each of {job.ranks.count} processes"
     disk, memory = map(human_bytes, job.states_bytes)
     kept = f"what is done is kept until all is: {disk} of disk and {memory} of main memory more\n" if keeps else ""
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.by_kind().items() if size)
@@ -40,7 +41,7 @@ def print_plan(console: Console, job: PruneJob, out: Path, *, keeps: bool) -> No
         f"{plan.batch_size} windows of {config.seqlen} tokens at a time, {config.samples} in all, "
         f"{passes} for the curvature of a shot\n"
         f"memory {human_bytes(plan.memory_bytes)}{host}, disk {human_bytes(plan.disk_bytes)}, "
-        f"about {duration(plan.seconds)} on {plan.device}{training}\n"
+        f"about {duration(plan.seconds)} on {plan.device}{training}{of_each}\n"
         f"  {parts}\n"
         f"{kept}"
         f"nothing was written to {printable(str(out))}",

@@ -73,6 +73,13 @@ class Ranks:
         return (function(item) for item in items)
 
 
+class PlannedRanks(Ranks):
+    """So many ranks that a run is planned for, none of which is there: nothing can be exchanged."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
 ALONE = Ranks()
 
 

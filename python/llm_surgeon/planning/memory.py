@@ -12,6 +12,7 @@ from llm_surgeon.models.loss import CHUNK
 from llm_surgeon.models.offload import compute_device
 from llm_surgeon.models.passes import compute_dtype
 from llm_surgeon.planning.activations import measure_activations
+from llm_surgeon.planning.owners import largest_shares
 from llm_surgeon.resources import available_memory
 from surgeon_kernels import SymmetricAccumulator
 
@@ -52,7 +53,7 @@ class Memory:
     def __init__(self, model: nn.Module, decoder: Decoder, config: PruneConfig, ranks: Ranks = ALONE) -> None:
         config = config.settled(decoder.weights)
         self.config, self.seqlen = config, config.seqlen
-        self.model, self.ranks = model, ranks
+        self.model, self.ranks, self.shares = model, ranks, largest_shares(decoder, config, ranks.count)
         self.device = compute_device(model, config)
         self.on_gpu = self.device.type == "cuda"
         self.method = config.method_record
@@ -91,8 +92,8 @@ class Memory:
         return 0 if self.streamed else self.snapshot * (copies + config.reconstruct)
 
     def factors(self) -> int:
-        """Packed factors that stay on the device."""
-        return 0 if self.hosted else sum(self.factor_bytes)
+        """Packed factors that stay on the device; of several ranks what one of them owns."""
+        return 0 if self.hosted else int(self.shares.factors * sum(self.factor_bytes))
 
     def free(self) -> float:
         """Bytes for the phases, beside what stays on the device from the first to the last."""
@@ -125,7 +126,7 @@ class Memory:
                 activations = int(tokens * self.kept.inputs) + max(2 * logits + loss, logits + block + backward)
             else:
                 activations = int(tokens * self.kept.everything) + 2 * logits + max(loss, backward)
-        factors = 0
+        factors = self._of_others()
         if self.hosted:
             starts = range(0, len(self.factor_bytes), per_pass)
             factors = max(sum(self.factor_bytes[first : first + per_pass]) for first in starts)
@@ -141,7 +142,7 @@ class Memory:
         sequential update what it keeps of two models."""
         states = self.states()
         if self.states_wait(windows):  # of two batches
-            states = 2 * states * windows // self.config.samples
+            states = 2 * states * windows // max(1, round(self.shares.windows * self.config.samples))
         return self._at_work(windows) + states
 
     def states(self) -> int:
@@ -155,7 +156,8 @@ class Memory:
             return 0
         lack = max(_FLOAT, self.itemsize)
         inputs = max(sum(columns for columns, _ in groups) for groups in self.groups) * self._compute_itemsize()
-        return self.config.samples * self.seqlen * (self.width * (2 * self.itemsize + lack) + inputs)
+        windows = round(self.shares.windows * self.config.samples)
+        return windows * self.seqlen * (self.width * (2 * self.itemsize + lack) + inputs)
 
     def states_wait(self, windows: int) -> bool:
         """Whether these states wait in main memory: where they do not fit the one GPU beside an update."""
@@ -171,7 +173,7 @@ class Memory:
         needed = config.structure_record.single_weights and used
         if not self.on_gpu or self.hosted or not needed or config.kron_rank > 1:
             return 0
-        inverses = sum(self.factor_bytes)
+        inverses = int(self.shares.factors * sum(self.factor_bytes))
         working = max(self.selection(), self.update(windows))
         return inverses if inverses + working <= self.free() else 0
 
@@ -179,7 +181,7 @@ class Memory:
         """Pinned main memory for what is kept there: factors, masks, streamed weights, dense weights, hidden states."""
         if not self.on_gpu:
             return 0
-        pinned = sum(self.factor_bytes) if self.hosted else 0
+        pinned = int(self.shares.factors * sum(self.factor_bytes)) if self.hosted else 0
         pinned += self.states() if self.states_wait(windows) else 0
         if self.offload:
             pinned += self.weights + sum(self.blocks) + self.snapshot * self.config.around_dense_weights
@@ -212,7 +214,7 @@ class Memory:
         """Gradient steps, beyond an update: gradients, or directions and the weights before; activations."""
         if not self.config.gradient_steps:
             return 0
-        beyond = max(0, self.curvature(windows, 1) - self._layer_update())
+        beyond = max(0, self.curvature(windows, 1) - self._of_others() - self._layer_update())
         return max(_FLOAT, 2 * self.itemsize) * self.weights + beyond
 
     def _at_work(self, windows: int) -> int:
@@ -229,6 +231,10 @@ class Memory:
         moments = _FLOAT * (_MOMENT_SQUARES * columns**2 + largest)
         moments += tokens * max(int(self.kept.largest_block), weighted)
         return max(update, moments) + self._steps(windows) + self._norms()
+
+    def _of_others(self) -> int:
+        """Packed factors of linears that other ranks own: of its windows every rank sums up all."""
+        return 0 if self.hosted else sum(self.factor_bytes) - self.factors()
 
     def _norms(self) -> int:
         """Squared norms of all linears' gradients, for weights of tokens."""

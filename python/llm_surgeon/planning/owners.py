@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
 
 # Products with both factors, ``2 R C (R + C)`` operations each, that a selection and an update take, in those of full
@@ -24,6 +27,37 @@ def choose_owners(decoder: Decoder, count: int, *, in_turn: bool = False) -> dic
         return {linear.name: rank for group in groups.values() for linear, rank in _shared_out(group, loads)}
     ordered = sorted(groups.values(), key=lambda group: -sum(map(work_of, group)))
     return {linear.name: rank for group in ordered for rank in [loads.give(group)] for linear in group}
+
+
+class Shares(NamedTuple):
+    """Largest shares of a rank in what all ranks do.
+
+    Attributes:
+        windows: of the passes over the data.
+        work: of factorisations, selections and solutions.
+        factors: of what factors take.
+    """
+
+    windows: float
+    work: float
+    factors: float
+
+
+def largest_shares(decoder: Decoder, config: PruneConfig, count: int) -> Shares:
+    """Shares of a run of ``config`` on so many ranks; linears that wait for each other have theirs in turn."""
+    owners = choose_owners(decoder, count, in_turn=config.sequential)
+    work: dict[str, list[float]] = {}
+    factors = [0.0] * count
+    for linear in decoder.linears:
+        turn = linear.input_group if config.sequential else ""
+        work.setdefault(turn, [0.0] * count)[owners[linear.name]] += work_of(linear)
+        factors[owners[linear.name]] += _numbers(linear)
+    whole = sum(sum(of_ranks) for of_ranks in work.values())
+    return Shares(
+        -(-config.samples // count) / config.samples,
+        sum(max(of_ranks) for of_ranks in work.values()) / whole,
+        max(factors) / sum(factors),
+    )
 
 
 def _shared_out(group: list[PrunableLinear], loads: _Loads) -> list[tuple[PrunableLinear, int]]:

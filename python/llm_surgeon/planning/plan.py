@@ -170,7 +170,7 @@ def make_plan(
 def _seconds(memory: Memory, layout: Layout, held_out: int, inverted_once: bool) -> float:
     """Seconds of all shots, and of pinning main memory."""
     config, device = memory.config, memory.device
-    batches = -(-config.samples // layout.windows)
+    batches = -(-round(memory.shares.windows * config.samples) // layout.windows)
     waiting = memory.states() * memory.states_wait(layout.windows)
     own = next(memory.model.parameters()).dtype if memory.on_gpu else torch.float32
     dtype = compute_dtype(config.compute_dtype, memory.model, device) or own
@@ -191,6 +191,7 @@ def _seconds(memory: Memory, layout: Layout, held_out: int, inverted_once: bool)
             rates=(matmul_rate(device, dtype), matmul_rate(device, torch.float32)),
             on_gpu=memory.on_gpu,
             inverted_once=inverted_once,
+            shares=memory.shares,
         )
         + memory.pinned(layout.windows) / PINNING_RATE
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.planning.owners import Shares
 
 # Bytes a second at which main memory is pinned and given back, in huge pages by 16 threads: 8e9 where the machine has
 # the memory, half of that where a virtual machine grows by it. Taken once, then used again.
@@ -47,6 +48,7 @@ def run_seconds(
     rates: tuple[float, float],
     on_gpu: bool,
     inverted_once: bool,
+    shares: Shares,
 ) -> float:
     """Seconds of all shots, with P weights of the linears and the output head, N tokens, n the factors' sizes::
 
@@ -67,14 +69,15 @@ def run_seconds(
         moved: seconds in which what a sequential update keeps of all windows is copied once for every block.
         rates: operations per second of matrix products in the model's dtype, and in float32.
         inverted_once: the inverses are computed with their diagonals.
+        shares: of a rank, where several share the run; what they exchange counts for nothing (docs/scale.md).
     """
-    tokens = config.samples * config.seqlen
+    tokens = round(shares.windows * config.samples) * config.seqlen
     half, single = rates
     forward = 2 * (sum(R * C for R, C in sizes) + head) * tokens / (half * _PASS_EFFICIENCY)
     passes = forward_passes * max(forward, transfer) + backward_passes * max(backward_cost * forward, transfer)
     passes += tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
-    cubes = sum(n**3 for n in factors) / (single * _FACTORISATION_EFFICIENCY)
-    products = sum(2 * R * C * (R + C) for R, C in sizes)
+    cubes = shares.work * sum(n**3 for n in factors) / (single * _FACTORISATION_EFFICIENCY)
+    products = shares.work * sum(2 * R * C * (R + C) for R, C in sizes)
     faster, checks = (_HALF_SPEED, _SOLVER_CHECKS * _CHECK_COST) if on_gpu else (1.0, _SOLVER_CHECKS)
     product = products / (single * faster)
     iterations = min(config.max_iterations, _SOLVER_ITERATIONS)
@@ -93,7 +96,8 @@ def run_seconds(
     last = update
     if config.sequential and config.method_record.compensates:
         moments = tokens * sum(3 * C**2 + 2 * R * C for C, R in inputs) / (half * _GRAM_EFFICIENCY)
-        inverses = _SWEEP_INVERSES * sum(C**3 for C, _ in inputs) + sum(R**3 for R, _ in sizes)
+        # Every rank that owns a reader of an input inverts its A.
+        inverses = _SWEEP_INVERSES * sum(C**3 for C, _ in inputs) + shares.work * sum(R**3 for R, _ in sizes)
         last = max(_SWEEP_PASSES * forward + moments, _SWEEP_MOVES * moved)
         last += inverses / (single * _FACTORISATION_EFFICIENCY) + (rounds + iterations + checks) * product
         last += 0.0 if config.structure_record.m else 2 / 3 * cubes  # costs of all weights
