@@ -55,8 +55,9 @@ def test_methods_take_options(monkeypatch: pytest.MonkeyPatch) -> None:
         "update": "joint",
         "swaps": 2,
         "schedule": 1.5,
+        "gradient_steps": 0,
     }
-    for wrong in ("surgeon", "surgeon joint, swaps"):
+    for wrong in ("surgeons", "surgeon joint, swaps"):
         with pytest.raises(trials.argparse.ArgumentTypeError):
             trials.method_options(wrong)
 
@@ -88,7 +89,7 @@ def test_scripts_for_a_gpu_say_so_in_a_line_where_there_is_none(
     paths = [path for path in BENCH.glob("*/*.py") if "def main()" in path.read_text()]
     scripts = {f"{path.parent.name}.{path.stem}" for path in paths}
     on_a_cpu = {"studies.swaps", "studies.interleaved_lora", "studies.solver"}
-    on_a_cpu |= {"end_to_end.quality", "end_to_end.real_model", "end_to_end.recover"}
+    on_a_cpu |= {"end_to_end.quality", "end_to_end.real_model", "end_to_end.recover", "kernels.linear_2_4_fit"}
     assert len(scripts) >= 15 and on_a_cpu < scripts
     for name in scripts - on_a_cpu:
         with pytest.raises(SystemExit) as exit:

@@ -138,12 +138,12 @@ class Memory:
         return masks + self._factor_workspace(2)
 
     def update(self, windows: int) -> int:
-        """The largest layer's update; with gradient steps, over passes of ``windows``, all weights' gradients; with a
-        sequential update what it keeps of two models."""
+        """The largest layer's update, with a sequential one what it keeps of two models; or, once that is done,
+        gradient steps over passes of ``windows``, with all weights' gradients."""
         states = self.states()
         if self.states_wait(windows):  # of two batches
             states = 2 * states * windows // max(1, round(self.shares.windows * self.config.samples))
-        return self._at_work(windows) + states
+        return max(self._at_work(windows) + states, self._steps(windows))
 
     def states(self) -> int:
         """What a sequential update or a last fit keeps of every window: hidden states of both models and, not rounded,
@@ -211,17 +211,20 @@ class Memory:
         return self._factor_workspace(2) + _FLOAT * largest * held
 
     def _steps(self, windows: int) -> int:
-        """Gradient steps, beyond an update: gradients, or directions and the weights before; activations."""
+        """Gradient steps: all gradients beside a pass of half as many windows, or an update of the largest layer; then
+        all directions and the weights before beside a pass without gradients."""
         if not self.config.gradient_steps:
             return 0
-        beyond = max(0, self.curvature(windows, 1) - self._of_others() - self._layer_update())
-        return max(_FLOAT, 2 * self.itemsize) * self.weights + beyond
+        passes = self.curvature(max(1, windows // 2), 1) - self._of_others()
+        gradients = max(passes, self._layer_update()) + _FLOAT * self.weights
+        logits = windows * self.seqlen * self.vocabulary * self.itemsize
+        return max(gradients, 2 * self.itemsize * self.weights + 2 * logits)
 
     def _at_work(self, windows: int) -> int:
         """An update without the states: of the largest layer, or the moments that it needs of a batch of inputs."""
         update = self._layer_update()
         if not self.config.aims_at_dense or self.kept is None:
-            return update + self._steps(windows)
+            return update
         tokens, columns = windows * self.seqlen, max(C for _, C in self.sizes)
         largest = max(R * C for R, C in self.sizes)
         update += _FLOAT * (_STAGE_SQUARES * columns**2 + _STAGE_MATRICES * largest)
@@ -230,7 +233,7 @@ class Memory:
         weighted = columns * (4 * self._compute_itemsize() + _FLOAT) + 3 * _FLOAT * self.width
         moments = _FLOAT * (_MOMENT_SQUARES * columns**2 + largest)
         moments += tokens * max(int(self.kept.largest_block), weighted)
-        return max(update, moments) + self._steps(windows) + self._norms()
+        return max(update, moments) + self._norms()
 
     def _of_others(self) -> int:
         """Packed factors of linears that other ranks own: of its windows every rank sums up all."""

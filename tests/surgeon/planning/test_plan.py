@@ -34,7 +34,7 @@ def plan_of(name="llama", device="cpu", memory=10**12, link=1e300, monkeypatch=N
     model = build(name)
     decoder = find_decoder(model)
     update = {} if "method" in options else {"update": "joint"}
-    config = PruneConfig(**{"samples": 8, "seqlen": 16, **update, **options})
+    config = PruneConfig(**{"samples": 8, "seqlen": 16, "gradient_steps": 0, **update, **options})
     if monkeypatch is not None:
         monkeypatch.setattr(llm_surgeon.planning.plan, "matmul_rate", lambda device, dtype: 2.0)
         monkeypatch.setattr(llm_surgeon.planning.plan, "copy_rate", lambda device: link)
@@ -299,13 +299,14 @@ def peak_bytes(work):
         {"structure": "2:4", "batch_size": 1, "update": "sequential"},
         {"structure": "2:4", "batch_size": 4, "update": "sequential", "checkpoint_activations": True},
         {"structure": "2:4", "batch_size": 2, "update": "sequential", "samples": 24},  # hidden states count most
+        {"structure": "2:4", "batch_size": 4, "update": "sequential", "gradient_steps": 1},
     ],
 )
 def test_the_plan_is_within_a_tenth_of_the_peak(options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=3, **sizes))
-    config = PruneConfig(**{"shots": 1, "samples": 4, "seqlen": 256, **options})
+    config = PruneConfig(**{"shots": 1, "samples": 4, "seqlen": 256, "gradient_steps": 0, **options})
     plan = make_plan(model, find_decoder(model), config)
     ids = torch.randint(0, 256, (config.samples, 256))
     # The copies to restore are made by a thread of their own, which the profiler does not see.
