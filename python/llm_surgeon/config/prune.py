@@ -294,6 +294,14 @@ class PruneConfig:
         small = weights <= _STEPS_UP_TO and self.samples >= _STEP_WINDOWS
         return dataclasses.replace(self, gradient_steps=_STEPS if small else 0)
 
+    def offloaded(self) -> PruneConfig:
+        """These options with weights and factors in main memory, and so without gradient steps.
+
+        Raises:
+            InputError: other options do not go with that.
+        """
+        return dataclasses.replace(self, offload="cpu", gradient_steps=0, gradient_samples=None)
+
     @property
     def skipped_layers(self) -> frozenset[int]:
         """The decoder blocks that ``skip_layers`` names."""

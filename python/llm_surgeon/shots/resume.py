@@ -45,7 +45,8 @@ def claim_states(run: Run) -> None:
         if layout["machine"].get(name) != value:
             before = layout["machine"].get(name)
             _logger.warning("the interrupted run had %s %s, not %s: bits may differ", name, before, value)
-    run.config = dataclasses.replace(run.config, offload=layout["offload"])
+    if layout["offload"] != run.config.offload:
+        run.config = run.config.offloaded()
     if layout["plan"] is not None and layout["plan"].keys() != {field.name for field in dataclasses.fields(Plan)}:
         raise InputError("the interrupted run was begun by another version of surgeon-kernels: go on with that")
     if layout["plan"] is None:  # it began to offload

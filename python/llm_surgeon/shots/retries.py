@@ -65,22 +65,27 @@ class NeedsOffload(Exception):
 def offloading_at_need(run: Run) -> Iterator[None]:
     """Context manager that raises :class:`NeedsOffload` where the memory of a GPU does not suffice for ``run``.
 
-    Whoever makes the run again from its states, if it has any, finds it offloaded. Where that does not go with the
-    options, or is so already, the :class:`torch.OutOfMemoryError` itself passes.
+    Whoever makes the run again from its states, if it has any, finds it offloaded, and without gradient steps. Where
+    that does not go with the options, or is so already, the :class:`torch.OutOfMemoryError` itself passes.
     """
     try:
         yield
         return
     except torch.OutOfMemoryError:
-        try:
-            offloaded = dataclasses.replace(run.config, offload="cpu")
-        except InputError:
-            offloaded = run.config
-        if offloaded == run.config or run.ranks.count > 1:
+        if run.config.offloads or run.ranks.count > 1 or not _goes_offloaded(run):
             raise
-    run.say("GPU memory ran out: weights and factors wait in main memory from there on (offload cpu)")
+    without = ", and there are no gradient steps" if run.config.gradient_steps else ""
+    run.say(f"GPU memory ran out: weights and factors wait in main memory from there on (offload cpu){without}")
     note_layout(run, offload="cpu", plan=None)
     raise NeedsOffload(run.plan)
+
+
+def _goes_offloaded(run: Run) -> bool:
+    try:
+        run.config.offloaded()
+    except InputError:
+        return False
+    return True
 
 
 def free_memory() -> None:

@@ -81,26 +81,30 @@ class Failing:
         return self._update(*arguments)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("kept", [False, True])
 def test_an_update_that_does_not_fit_goes_on_offloaded(
-    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: bool, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plain = build("llama"), build("llama")
-    wanted = prune(plain, TOKENS, held_out=HELD_OUT)
+    wanted = prune(plain, TOKENS, held_out=HELD_OUT, gradient_steps=0)
     failing = Failing(9)  # in the second block of two, of seven linears each
     monkeypatch.setattr(sequential, "remove_and_compensate", failing)
     states = FolderStates(tmp_path / "states", resume=False) if kept else None
-    report = prune(model, TOKENS, held_out=HELD_OUT, checkpoint=states)
+    report = prune(model, TOKENS, held_out=HELD_OUT, checkpoint=states, gradient_steps=steps)
     assert failing.calls == (9 + 7 if kept else 9 + 14)
     assert same(weights(model), weights(plain))
     assert report.config["offload"] == "cpu" and wanted.config["offload"] == "none"
-    said = "GPU memory ran out: weights and factors wait in main memory from there on (offload cpu)."
+    said = "GPU memory ran out: weights and factors wait in main memory from there on (offload cpu)"
+    said += ", and there are no gradient steps." if steps else "."
     assert said in report.warnings and report.layers == wanted.layers
     assert report.held_out == wanted.held_out
     if states is not None:  # whoever goes on with it finds it offloaded
         states.close()
         again = build("llama")
-        report = prune(again, TOKENS, held_out=HELD_OUT, checkpoint=tmp_path / "states", resume=True)
+        report = prune(
+            again, TOKENS, held_out=HELD_OUT, checkpoint=tmp_path / "states", resume=True, gradient_steps=steps
+        )
         assert same(weights(again), weights(plain))
         assert report.config["offload"] == "cpu" and said in report.warnings
 
@@ -109,7 +113,7 @@ def test_what_cannot_be_offloaded_fails_and_leaves_the_model(monkeypatch: pytest
     model = build("llama")
     monkeypatch.setattr(sequential, "remove_and_compensate", Failing(9))
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-        prune(model, TOKENS, gradient_steps=1)
+        prune(model, TOKENS, update="sequential", lora_rank=2)
     assert same(weights(model), weights(build("llama")))
 
 
