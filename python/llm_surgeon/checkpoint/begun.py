@@ -87,7 +87,7 @@ def read_note(folder: Path) -> dict[str, Any] | None:
         InputError: the note cannot be read, or something lies there without one.
     """
     note = folder / _NOTE
-    if not note.exists() and all(path.name.endswith(".partial") for path in folder.glob("*")):
+    if not note.exists() and all(path.name.endswith(".partial") for path in own_paths(folder)):
         return None
     try:
         begun = dict(json.loads(note.read_text(encoding="utf-8")))
@@ -112,6 +112,11 @@ def require_same(
                 f"the {name} changed since the interrupted {kind} began: put back what was there, or "
                 f"{_start_over(folder)}"
             )
+
+
+def own_paths(folder: Path) -> list[Path]:
+    """What lies in ``folder``, but for what file systems and desktops put there, whose names begin with a dot."""
+    return [path for path in folder.glob("*") if not path.name.startswith(".")]
 
 
 def _start_over(folder: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_surgeon.checkpoint.begun import read_note, require_same, write_note, write_text
+from llm_surgeon.checkpoint.begun import own_paths, read_note, require_same, write_note, write_text
 from llm_surgeon.checkpoint.states import Abandoned, State, find_states, read_state, write_state
 from llm_surgeon.errors import InputError, first_line
 from llm_surgeon.interrupts import uninterrupted
@@ -120,14 +119,14 @@ class FolderStates(RunStates):
         """
         super().__init__()
         self.folder, self._shot = folder, 0
-        foreign = sorted(path.name for path in folder.glob("*") if not _OWN.fullmatch(path.name))
+        foreign = sorted(path.name for path in own_paths(folder) if not _OWN.fullmatch(path.name))
         if foreign:
             raise InputError(f"{str(folder)!r} holds {foreign[0]!r}, which is no part of an interrupted run")
         self._left = find_states(folder)
         if self._left and not resume:
             raise InputError(f"{str(folder)!r} holds an interrupted run: pass --resume to go on with it, or delete it")
-        if folder.exists() and not self._left:
-            shutil.rmtree(folder)
+        if not self._left:
+            clear_states(folder)
         self._begun: tuple[dict[str, Any], dict[str, str | None]] | None = None
         self._copying, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._copied: list[Future[None]] = []
@@ -150,22 +149,26 @@ class FolderStates(RunStates):
         self._drain()
         noted, self._shot, self._left = read_note(self.folder), 0, find_states(self.folder)
         if noted is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            layout = layout | self._layout
+            self._tried(lambda: self.folder.mkdir(parents=True, exist_ok=True))
 
             def note() -> None:
                 self._begun = run, content()
                 write_note(self.folder, *self._begun, layout=layout)
 
-            self._copied.append(self._copying.submit(note))
+            if not self._failed:
+                self._copied.append(self._copying.submit(partial(self._tried, note)))
             return layout
         self._begun = run, content()
         require_same(self.folder, noted, *self._begun, "run")
-        return layout | noted["layout"]
+        return layout | noted["layout"] | self._layout  # which could not be noted, it may be
 
     def note_layout(self, layout: dict[str, Any]) -> None:
         self.settle()
-        assert self._begun is not None
-        write_note(self.folder, *self._begun, layout=layout)
+        self._layout = layout
+        if not self._failed:
+            assert self._begun is not None
+            self._tried(partial(write_note, self.folder, *self._begun, layout=layout))
 
     def last_shot(self) -> State | None:
         found = None
@@ -194,7 +197,7 @@ class FolderStates(RunStates):
         self._put(f"shot-{self._shot + 1}-block-{depth}", state, self._shot_done)
 
     def put_report(self, report: str) -> None:
-        write_text(self.folder / REPORT, report)
+        self._tried(partial(write_text, self.folder / REPORT, report))
 
     def settle(self) -> None:
         while self._copied:
@@ -214,7 +217,8 @@ class FolderStates(RunStates):
         self._copying.shutdown()
         self._writing.shutdown()
         if not self.kept:  # nothing to go on from
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                clear_states(self.folder)
 
     def _read(self, name: str) -> State | None:
         for path in self._left.get(name, []):
@@ -257,11 +261,17 @@ class FolderStates(RunStates):
         self._copied.append(self._copying.submit(copy_tensors))
 
     def _write(self, name: str, state: State, abandoned: threading.Event, then: Callable[[], object]) -> None:
+        def write() -> None:
+            with suppress(Abandoned):
+                write_state(self.folder, name, state, abandoned)
+                then()
+
+        self._tried(write)
+
+    def _tried(self, action: Callable[[], object]) -> None:
+        """Carry out what writes, and give up keeping where that fails."""
         try:
-            write_state(self.folder, name, state, abandoned)
-            then()
-        except Abandoned:
-            pass
+            action()
         except Exception as error:
             self._give_up(error)
 
@@ -280,10 +290,13 @@ class FolderStates(RunStates):
 
 
 def clear_states(folder: Path) -> None:
-    """Delete the states of a run that is done; a kill meanwhile leaves what says so until the last."""
-    for path in sorted(folder.glob("*"), key=lambda path: (path.name == REPORT, path.suffix == ".json")):
+    """Delete the states of a run that is done; a kill meanwhile leaves what says so until the last.
+
+    Names that begin with a dot are somebody else's: they stay, and the folder with them.
+    """
+    for path in sorted(own_paths(folder), key=lambda path: (path.name == REPORT, path.suffix == ".json")):
         path.unlink(missing_ok=True)
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         folder.rmdir()
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from llm_surgeon.checkpoint import Output, claimed_output
+from llm_surgeon.checkpoint.begun import require_same
 from llm_surgeon.checkpoint.output_checks import output_path
 from llm_surgeon.checkpoint.run_states import REPORT, FolderStates, RunStates, clear_states
+from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.errors import InputError
 from llm_surgeon.report.schema import PruneReport
 
 _logger = logging.getLogger(__name__)
+
+# Options that a run may have changed, or let go, as its machine wanted it.
+_LAYOUT = {"offload", "gpu_memory"}
 
 
 def states_folder(target: Path) -> Path:
@@ -31,6 +37,32 @@ def own_report(out: str | Path) -> PruneReport | None:
     except InputError:  # not there, or damaged
         return None
     return found if dataclasses.replace(found, history=kept.history) == kept else None
+
+
+def require_own(
+    out: str | Path, source: str | Path, config: PruneConfig, data: Mapping[str, str | Path | None]
+) -> bool:
+    """True where the model in ``out`` is that of an interrupted run, which must have been this one.
+
+    Args:
+        source: what is pruned, with what ``config`` says; ``data``: what is read for it, by its use.
+
+    Raises:
+        InputError: that run was begun with something else; the first that differs is named.
+    """
+    report = own_report(out)
+    if report is None:
+        return False
+    given: dict[str, Any] = {"model": str(source)}
+    given |= {use: None if name is None else str(name) for use, name in data.items()}
+    left_open = _LAYOUT if config.structure_record.shots_in is None else {*_LAYOUT, "shots"}
+    options = dataclasses.asdict(config).items()
+    given |= {name: value for name, value in options if value is not None and name not in left_open}
+    texts = {use: record.source for use, record in report.data.items()}
+    require_same(
+        states_folder(output_path(out)), {"run": {**report.config, **texts, "model": report.model}}, given, {}, "run"
+    )
+    return True
 
 
 def finished(out: str | Path, *, recovers: bool) -> PruneReport | None:

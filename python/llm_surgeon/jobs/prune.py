@@ -33,7 +33,7 @@ from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
-from llm_surgeon.jobs.kept_run import finished, kept_run, own_report
+from llm_surgeon.jobs.kept_run import finished, kept_run, own_report, require_own
 from llm_surgeon.jobs.recovery_after import RecoveryAfter, check_minutes
 from llm_surgeon.methods.gradient_steps import HELD_OUT
 from llm_surgeon.models.limits import choose_seqlen, require_fit
@@ -113,13 +113,14 @@ def prune_checkpoint(
     require_bool("resume", resume)
     if resume and not checkpoint:
         raise InputError("resume means nothing without checkpoint")
-    done = finished(out, recovers=recover_minutes is not None) if resume and ranks.first else None
+    data = {"calibration": calibration, "lora_data": lora_data}
+    own = resume and ranks.first and require_own(out, source, config, data)  # what is to be recovered still, or done
+    done = finished(out, recovers=recover_minutes is not None) if own else None
     if (done := ranks.agreed(done)) is not None:
         return done
     with ExitStack() as stack:
         output, states = None, RunStates()
         if ranks.first:
-            own = resume and own_report(out) is not None  # what is to be recovered still
             output = stack.enter_context(claimed_output(out, overwrite or own, **inputs))
             states = stack.enter_context(kept_run(output, resume, checkpoint))
         ranks.agreed(None)  # nobody goes on where the output cannot be had

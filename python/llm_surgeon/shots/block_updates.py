@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llm_surgeon.checkpoint.states import State, part
@@ -96,11 +97,18 @@ class BlockUpdates:
             self._report.solver.append(trace)
 
     def _state(self, depth: int) -> State:
+        arrived(self._run)
         increases = {name: self._increases[name] for name in self._notes if name in self._increases}
         tensors = self._run.weights(depth) | part("increase", increases)
         for name in self._notes:
             tensors |= part(name, self._selection_of[name].packed())
         return State(tensors, self._notes)
+
+
+def arrived(run: Run) -> None:
+    """Wait until masks are in main memory that were :func:`adopted` there, where they can be read on the CPU."""
+    if run.config.offloads and run.plan.device.type == "cuda":
+        torch.cuda.current_stream(run.plan.device).synchronize()
 
 
 def adopted(former: Selection, new: Selection, *, in_place: bool) -> Selection:

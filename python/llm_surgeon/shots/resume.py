@@ -39,7 +39,7 @@ def claim_states(run: Run) -> None:
     def content() -> dict[str, str | None]:
         return {"model's weights": fingerprint(weights), **{name: _windows(each) for name, each in windows.items()}}
 
-    options = {"device": run.plan.device.type, **dataclasses.asdict(run.config)}
+    options = {"device": run.plan.device.type, "processes": run.ranks.count, **dataclasses.asdict(run.config)}
     layout = run.states.claim(options, content, _layout(run))
     for name, value in _machine().items():
         if layout["machine"].get(name) != value:
@@ -69,16 +69,17 @@ def note_layout(run: Run, **changes: Any) -> None:
 def states_bytes(model: nn.Module, decoder: Decoder, config: PruneConfig) -> tuple[int, int]:
     """Bytes of disk and of main memory that the states of a run take while it goes on, at most.
 
-    On disk are two states of shots, that of the next one or its blocks', and a third that is being written; in memory
-    the copy of one.
+    On disk are two states of shots, that of the next one or its blocks', and a third that is being written; and
+    blocks that a last fit has gone through, beside what the update made of them. In memory is the copy of one.
     """
     whole = config.structure_record.whole_model
     linears = [p for linear in decoder.linears for p in linear.module.parameters(recurse=False)]
     weights = sum(p.nbytes for p in (model.parameters() if whole else linears))
     masks = decoder.weights // 8 if config.structure_record.single_weights else 0
     anchors = weights if config.gradient_steps and config.around_dense_weights else 0
+    fitted = weights if config.reconstruct and not config.structure_record.coupled else 0
     state = weights + masks + anchors
-    return state * (min(config.shots, 3) + 1), state
+    return state * (min(config.shots, 3) + 1) + fitted, state
 
 
 def _layout(run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from llm_surgeon.methods.select import Selection, select_elements, select_rows_c
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.shots.anchors import AnchorWeights
-from llm_surgeon.shots.block_updates import adopted
+from llm_surgeon.shots.block_updates import adopted, arrived
 from llm_surgeon.shots.curvature import ShotCurvature
 from llm_surgeon.shots.gradient_steps import GradientSteps
 from llm_surgeon.shots.reconstruct import fit_to_dense
@@ -102,6 +102,7 @@ class WeightShots:
             self._dense.clear()
 
     def state(self) -> State:
+        arrived(self.run)
         linears = self.run.decoder.linears
         tensors = self.run.weights() | part("anchor", self._anchors.state())
         for linear, selection in zip(linears, self.selections, strict=True):

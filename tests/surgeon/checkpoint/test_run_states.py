@@ -144,6 +144,37 @@ def test_a_run_goes_on_where_the_disk_does_not(
     assert set(find_states(tmp_path / "s")) == {"shot-1"}
 
 
+@pytest.mark.parametrize("fails", ["write_note", "write_text"])
+def test_a_run_goes_on_where_its_notes_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_states, fails, full)
+    states = opened(tmp_path / "s")
+    states.settle()
+    states.note_layout({"batch": 1})
+    assert states.claim({"option": 1}, lambda: {"weights": "abc"}, {"batch": 2}) == {"batch": 1}
+    states.put_shot(1, state(1))
+    states.put_report("{}")
+    states.close()
+    assert caplog.text.count("the run goes on without being kept") == 1 and "No space left" in caplog.text
+    assert set(find_states(tmp_path / "s")) == ({"shot-1"} if fails == "write_text" else set())
+
+
+def test_a_layout_that_could_not_be_noted_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    states = opened(tmp_path / "s")
+    states.settle()
+    monkeypatch.setattr(run_states, "write_note", full)
+    states.note_layout({"batch": 1})
+    assert states.claim({"option": 1}, lambda: {"weights": "abc"}, {"batch": 2}) == {"batch": 1}
+    states.close()
+
+
 def test_nothing_is_left_of_a_run_without_a_state_and_what_is_not_wanted_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +216,18 @@ def test_a_kill_while_states_are_cleared_leaves_what_says_that_all_is_done(
     monkeypatch.setattr(Path, "unlink", watched)
     clear_states(tmp_path / "s")
     assert left == [{"shot-1", "run", "report"}, {"run", "report"}, {"report"}] and not (tmp_path / "s").exists()
+
+
+def test_names_that_begin_with_a_dot_are_let_be(tmp_path: Path) -> None:
+    (tmp_path / ".nfs0001").touch()
+    (tmp_path / ".git").mkdir()
+    states = opened(tmp_path)
+    states.put_shot(1, state(1))
+    states.close()
+    assert set(find_states(tmp_path)) == {"shot-1"}
+    states = opened(tmp_path, resume=True)
+    states.remove()
+    assert {path.name for path in tmp_path.iterdir()} == {".nfs0001", ".git"}
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(cut, caplog):
         ("options", r"the interrupted run has sparsity 0\.5, not 0\.6: give that, or delete the folder '.*' to start"),
         ("weights", "the model's weights changed since the interrupted run began: put back what was there, or delete"),
         ("text", "the calibration windows changed since the interrupted run began: put back what was there, or"),
+        ("processes", "the interrupted run has processes 2, not 1: give that, or delete the folder"),
         ("version", "the interrupted run was begun by another version of surgeon-kernels: go on with that"),
         ("note", r"run\.json', which says what was begun, is damaged: delete the folder"),
         ("foreign", r"\.out\.pruning' holds 'mine\.txt', which is no part of an interrupted run"),
@@ -75,6 +76,10 @@ def test_what_is_not_the_same_is_refused_by_name(cut, what, words):
     if what == "version":
         note = json.loads((states / "run.json").read_text())
         note["layout"]["plan"]["more"] = 1
+        (states / "run.json").write_text(json.dumps(note))
+    if what == "processes":
+        note = json.loads((states / "run.json").read_text())
+        note["run"]["processes"] = 2
         (states / "run.json").write_text(json.dumps(note))
     if what == "note":
         (states / "run.json").write_text("{")
@@ -112,6 +117,34 @@ def test_a_run_that_was_done_but_for_clearing_up_is_cleared_up(places, monkeypat
     assert "was complete already" in caplog.text and not states.exists() and tree(out) == written
     with pytest.raises(InputError, match="is not empty"):
         prune_checkpoint(source, out, calibration=text, resume=True, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (
+            {"sparsity": 0.7},
+            r"the interrupted run has sparsity 0\.5, not 0\.7: give that, or delete the folder '.*' to",
+        ),
+        ({"shots": 1}, r"the interrupted run has shots 2, not 1: give that"),
+        ({"source": "other"}, r"the interrupted run has model '.*dense', not 'other': give that"),
+        ({"calibration": "c4"}, r"the interrupted run has calibration '.*text\.txt', not 'c4': give that"),
+        ({"sparsity": 0.7, "recover_minutes": 0.05}, r"the interrupted run has sparsity 0\.5, not 0\.7: give that"),
+    ],
+)
+def test_another_run_than_the_one_that_was_done_is_refused_by_name(places, monkeypatch, given, words):
+    source, out, text = places
+    monkeypatch.setattr(kept_run.FolderStates, "remove", lambda states: None)
+    prune_checkpoint(source, out, calibration=text, **OPTIONS)
+    states = out.with_name(".out.pruning")
+    for path in states.iterdir():  # a kill when all but the last file is deleted
+        if path.name != "report.json":
+            path.unlink()
+    kept = tree(states), tree(out)
+    monkeypatch.setattr(job, "PruneJob", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match=words):
+        prune_checkpoint(out=out, resume=True, **{"source": source, "calibration": text, **OPTIONS, **given})
+    assert (tree(states), tree(out)) == kept
 
 
 def test_an_interrupted_recovery_after_it_is_begun_again(places, monkeypatch):

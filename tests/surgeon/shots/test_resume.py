@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,11 @@ import torch
 from llm_surgeon import prune
 from llm_surgeon.checkpoint.run_states import FolderStates
 from llm_surgeon.checkpoint.states import State
+from llm_surgeon.config.prune import PruneConfig
+from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.report.schema import PruneReport
+from llm_surgeon.shots import block_updates
+from llm_surgeon.shots.resume import states_bytes
 from tests.surgeon.tiny_models import VOCABULARY, build
 
 POINTS = os.environ.get("SURGEON_RESUME_POINTS", "one")
@@ -149,3 +154,26 @@ def test_states_change_nothing_and_go_once_all_is_done(tmp_path: Path) -> None:
     prune(plain, TOKENS, **options)
     prune(kept, TOKENS, checkpoint=tmp_path / "states", **options)
     assert same(weights(plain), weights(kept)) and list(tmp_path.iterdir()) == []
+
+
+def test_the_blocks_of_a_last_fit_lie_beside_those_before_it() -> None:
+    model = build("opt")
+    decoder = find_decoder(model)
+
+    def disk(**options: Any) -> int:
+        return states_bytes(model, decoder, PruneConfig(structure="rows-columns", shots=2, **options))[0]
+
+    linears = sum(p.nbytes for linear in decoder.linears for p in linear.module.parameters(recurse=False))
+    assert disk(gradient_steps=0, reconstruct=True) - disk(gradient_steps=0) == linears
+
+
+@pytest.mark.parametrize("offload, device, waits", [("cpu", "cuda", 1), ("none", "cuda", 0), ("cpu", "cpu", 0)])
+def test_masks_are_read_once_they_are_in_main_memory(
+    monkeypatch: pytest.MonkeyPatch, offload: Any, device: str, waits: int
+) -> None:
+    calls: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: calls.append("waits"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    run: Any = SimpleNamespace(config=PruneConfig(offload=offload), plan=SimpleNamespace(device=torch.device(device)))
+    block_updates.arrived(run)
+    assert len(calls) == waits
