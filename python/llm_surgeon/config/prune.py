@@ -291,8 +291,15 @@ class PruneConfig:
         """These options for a model of so many prunable ``weights``: with ``gradient_steps``, if they were left out."""
         if self.gradient_steps is not None:
             return self
-        small = weights <= _STEPS_UP_TO and self.samples >= _STEP_WINDOWS
-        return dataclasses.replace(self, gradient_steps=_STEPS if small else 0)
+        if self.offloads or self.samples < _STEP_WINDOWS or weights > _STEPS_UP_TO:
+            for name, value in self._without_use_of_steps().items():
+                if getattr(self, name) != value:
+                    raise InputError(
+                        f"{name} means nothing without gradient_steps, which are 0 by default of offloaded models, "
+                        f"with fewer than {_STEP_WINDOWS} windows and beyond {_STEPS_UP_TO:,} weights: give them"
+                    )
+            return dataclasses.replace(self, gradient_steps=0)
+        return dataclasses.replace(self, gradient_steps=_STEPS)
 
     def offloaded(self) -> PruneConfig:
         """These options with weights and factors in main memory, and so without gradient steps.
@@ -300,7 +307,8 @@ class PruneConfig:
         Raises:
             InputError: other options do not go with that.
         """
-        return dataclasses.replace(self, offload="cpu", gradient_steps=0, gradient_samples=None)
+        idle: dict[str, Any] = {"gradient_steps": 0, "gradient_samples": None, "gradient_target": None}
+        return dataclasses.replace(self, offload="cpu", **idle)
 
     @property
     def skipped_layers(self) -> frozenset[int]:
@@ -312,6 +320,8 @@ class PruneConfig:
         """``config``, or what ``options`` make where it is left out; an :class:`InputError` if both are given."""
         if config is not None and options:
             raise InputError("give either config or single options, not both")
+        if config is not None and not isinstance(config, PruneConfig):
+            raise InputError(f"config must be a PruneConfig, not {shown(config)}")
         return cls.from_mapping(options) if config is None else config
 
     @classmethod
@@ -359,7 +369,7 @@ class PruneConfig:
         fill("gradient_target", "dense" if self.aims_at_dense else "labels")
         fill("target_damping", _SWEEP_DAMPING if self.sequential else _FIT_DAMPING)
         solved = self.aims_at_dense and record.sweep is None and "gradient_steps" in structure.options
-        if not solved or self._without_steps():  # else it depends on the model and the windows
+        if not solved or self.kron_rank == 2 or self.lora_rank:  # else it depends on the model and the windows
             fill("gradient_steps", 0)
 
     def _check(self, structure: Structure, record: Method) -> None:
@@ -435,8 +445,7 @@ class PruneConfig:
             raise InputError(f"method {self.method!r} knows no gradients: leave token_weights out")
         if self._given("residual_damping") and not self.sequential:
             raise InputError("residual_damping means nothing without update 'sequential'")
-        idle = {"gradient_target": "dense" if self.aims_at_dense else "labels", "gradient_samples": None}
-        for name, value in idle.items():
+        for name, value in self._without_use_of_steps().items():
             if self.gradient_steps == 0 and getattr(self, name) != value:
                 raise InputError(f"{name} means nothing without gradient_steps")
         held = self.checkpoint_activations or self.offload != "none"
@@ -444,6 +453,10 @@ class PruneConfig:
             raise InputError("kron_rank 2 goes with neither checkpoint_activations nor offload nor swaps")
         for reason in self._without_steps() if self.gradient_steps else ():
             raise InputError(f"gradient_steps {reason}")
+
+    def _without_use_of_steps(self) -> dict[str, object]:
+        """Options of gradient steps, and what they are where there are none."""
+        return {"gradient_target": "dense" if self.aims_at_dense else "labels", "gradient_samples": None}
 
     def _without_steps(self) -> list[str]:
         """Why there can be no gradient steps."""

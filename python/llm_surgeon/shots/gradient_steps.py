@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llm_surgeon.curvature.factors import DampedFactors
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.errors import InputError
 from llm_surgeon.methods.gradient_steps import direction, split_windows, step
 from llm_surgeon.methods.select import Selection
 from llm_surgeon.methods.step_objective import StepObjective
@@ -13,6 +14,7 @@ from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.dense_weights import DenseWeights
 from llm_surgeon.report.schema import GradientStep
 from llm_surgeon.shots.anchors import AnchorWeights
+from llm_surgeon.shots.retries import measured
 from llm_surgeon.shots.run import Run
 
 
@@ -26,13 +28,20 @@ class GradientSteps:
 
     def begin(self) -> None:
         """Keep the weights of the dense model, where it is the target."""
-        if self._run.config.gradient_target == "dense":
-            self._dense = DenseWeights(self._run.decoder)
+        run = self._run
+        if run.config.gradient_target == "dense":
+            self._dense = DenseWeights(run.decoder)
+        if run.step_windows is not None and run.config.skip_bad_batches:  # else NaN would be met after an update
+            measured(run, lambda: run.loss(run.step_windows), "step_windows")
 
     def take(self, selections: list[Selection], factors: DampedFactors) -> list[GradientStep]:
         """Take as many steps as are asked for, or until none helps."""
         run, linears = self._run, self._run.decoder.linears
-        for_gradients, for_lengths = self._windows()
+        try:
+            for_gradients, for_lengths = self._windows()
+        except InputError:
+            run.say("too few windows are left for gradient steps")
+            return []
         objective = StepObjective(
             run.model,
             run.decoder,

@@ -18,7 +18,14 @@ from llm_surgeon.shots.run import Run
 _T = TypeVar("_T")
 
 
-def measured(run: Run, measure: Callable[[], _T], windows: Literal["calibration", "held_out"] = "calibration") -> _T:
+_NAMES = {"calibration": "calibration", "held_out": "held-out", "step_windows": "gradient step"}
+
+
+def measured(
+    run: Run,
+    measure: Callable[[], _T],
+    windows: Literal["calibration", "held_out", "step_windows"] = "calibration",
+) -> _T:
     """What ``measure``, passes over ``windows`` that change nothing, comes to.
 
     One of several ranks does not make passes again, in which others would not follow.
@@ -45,8 +52,7 @@ def measured(run: Run, measure: Callable[[], _T], windows: Literal["calibration"
             if not run.config.skip_bad_batches or len(error.windows) >= len(kept.input_ids):
                 raise
             numbers = run.leave_out(windows, error.windows)
-            name = "calibration" if windows == "calibration" else "held-out"
-            said = f"{name} windows {numbers[0] + 1} to {numbers[-1] + 1} are left out: {error}"
+            said = f"{_NAMES[windows]} windows {numbers[0] + 1} to {numbers[-1] + 1} are left out: {error}"
         # Out here nothing holds the tensors of the pass that failed any more.
         free_memory()
         run.say(said)

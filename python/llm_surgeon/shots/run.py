@@ -133,7 +133,7 @@ class Run:
         return self.calibration.counts()[1] >= _TOKENS_PER_INPUT * widest
 
     def leave_out(self, windows: str, positions: Sequence[int]) -> list[int]:
-        """Go on without some ``"calibration"`` or ``"held_out"`` windows; their numbers among those that were given."""
+        """Go on without some windows of an attribute ``windows``; their numbers among those that were given."""
         held, left_out = getattr(self, windows), self.left_out.setdefault(windows, [])
         count = len(held.input_ids) + len(left_out)
         numbers = [number for number in range(count) if number not in left_out]

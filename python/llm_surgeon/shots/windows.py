@@ -63,7 +63,7 @@ class Windows:
     def require_fit(self, model: Any, config: PruneConfig) -> None:
         """Raise :class:`InputError` where ``config`` has no use for sequences, or ``model`` lacks what they hold."""
         if self.steps is not None and not config.gradient_steps:
-            raise InputError("windows for the lengths of gradient steps mean nothing without gradient_steps")
+            raise InputError("windows for the lengths of gradient steps mean nothing without gradient_steps: give them")
         uses = {
             "calibration": self.calibration,
             "held-out": self.held_out,

@@ -213,6 +213,23 @@ def test_gradient_steps_go_towards_the_dense_model_after_a_sequential_update():
             PruneConfig(**options, **joint)
 
 
+@pytest.mark.parametrize("options", [{"gradient_samples": 2}, {"gradient_target": "labels"}])
+def test_options_of_steps_that_a_model_has_not_are_refused_with_the_reason(options):
+    assert PruneConfig(**options).settled(1000).gradient_steps == 4
+    for config, weights in ((PruneConfig(**options, samples=7), 1000), (PruneConfig(**options), 2_000_000_001)):
+        with pytest.raises(
+            InputError, match=f"^{next(iter(options))} means nothing without gradient_steps, which are 0"
+        ):
+            config.settled(weights)
+    offloaded = PruneConfig(**options).settled(1000).offloaded()
+    assert (offloaded.offload, offloaded.gradient_steps, offloaded.gradient_target) == ("cpu", 0, "dense")
+
+
+def test_a_config_of_another_class_is_refused():
+    with pytest.raises(InputError, match=r"^config must be a PruneConfig, not "):
+        PruneConfig.given({"structure": "2:4"}, {})
+
+
 @pytest.mark.parametrize(
     "options, steps",
     [

@@ -171,3 +171,21 @@ def test_a_run_of_nothing_but_bad_windows_stops() -> None:
     with pytest.raises(BadBatchError, match=r"\(batch 1 of 1\)"):
         prune(with_bad_token(), tokens, batch_size=2, skip_bad_batches=True)
     assert not PruneConfig().skip_bad_batches
+
+
+def test_further_windows_that_hold_nan_are_left_out_of_gradient_steps() -> None:
+    lengths = TOKENS[:3].clone()
+    lengths[1, 2] = BAD
+    report = prune(
+        with_bad_token(), TOKENS, batch_size=1, gradient_steps=1, step_windows=lengths, skip_bad_batches=True
+    )
+    assert any(warning.startswith("Gradient step windows 2 to 2 are left out") for warning in report.warnings)
+    assert len(report.shots[0].gradient_steps) == 1
+
+
+def test_a_run_to_which_too_few_windows_are_left_takes_no_gradient_steps() -> None:
+    data = TOKENS[:8].clone() if len(TOKENS) >= 8 else TOKENS.repeat(2, 1)[:8]
+    data[1:, 2] = BAD
+    report = prune(with_bad_token(), data, batch_size=1, skip_bad_batches=True)
+    assert "Too few windows are left for gradient steps." in report.warnings
+    assert not report.shots[0].gradient_steps and report.sparsity == 0.5
