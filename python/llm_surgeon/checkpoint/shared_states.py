@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from llm_surgeon.checkpoint.run_states import RunStates
 from llm_surgeon.checkpoint.states import State
 from llm_surgeon.distributed import Ranks
@@ -41,10 +43,18 @@ class SharedStates(RunStates):
         self._own.settle()
 
     def _told(self, state: State | None) -> State | None:
-        """The state that rank 0 has, if any."""
-
-        def content(found: State | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-            return None if found is None else (dict(found.tensors), dict(found.note))
-
-        (told,) = self._ranks.spread([state], lambda _: 0, content)
-        return None if told is None else State(*told)
+        """The state that rank 0 has, if any; in main memory, where a whole one has room."""
+        told = None
+        if state is not None:
+            forms = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.tensors.items()}
+            told = forms, dict(state.note)
+        told = self._ranks.agreed(told)
+        if told is None:
+            return None
+        forms, note = told
+        if state is None:
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in forms.items()}
+            state = State(tensors, note)
+        for tensor in state.tensors.values():
+            self._ranks.broadcast_(tensor)
+        return state

@@ -22,6 +22,9 @@ from llm_surgeon.errors import InputError, RankError
 # A rank that waits for the work of another one is not lost: launchers notice those that are.
 _TIMEOUT = timedelta(hours=6)
 
+# What is at fault on this rank itself; not every supported PyTorch has the second.
+_OWN_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
 
 class Group(Ranks):
     """The ranks of torch.distributed's default process group, whose tensors are exchanged by way of ``device``."""
@@ -113,10 +116,11 @@ def _heard() -> Iterator[None]:
     """Context manager in which a rank that does not answer is a :class:`RankError`."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except _OWN_ERRORS:
         raise
     except RuntimeError as error:
-        raise RankError("another process of the run has ended, and the run with it") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise RankError(f"another process of the run has ended, and the run with it ({reason})") from error
 
 
 @contextmanager
@@ -142,7 +146,9 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         device_id=place if place.type == "cuda" else None,
     )  # fmt: skip
     try:
-        yield Group(place)
+        group = Group(place)
+        yield group
+        group.total(0.0)  # all have come to the end: asked in main memory, as NCCL would wait for a rank that is gone
     except BaseException as error:
         told = False
         with suppress(Exception):  # the process that kept the store may have gone
@@ -150,7 +156,6 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         error.told = told  # type: ignore[attr-defined]
         raise
     else:
-        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -49,7 +49,7 @@ from llm_surgeon.resources import (
     require_disk,
     require_memory,
 )
-from llm_surgeon.shots.checks import checked
+from llm_surgeon.shots.checks import checked, require_shareable
 from llm_surgeon.shots.resume import states_bytes
 from llm_surgeon.shots.run import Run
 
@@ -172,6 +172,7 @@ class PruneJob:
             raise InputError(f"text_field must be text, not {text_field!r}")
         if recover_minutes is not None:
             check_minutes(recover_minutes, config)
+        require_shareable(config, ranks.count)
         self.source, self._trust_remote_code = str(source), trust_remote_code
         require_model(self.source)
         sources = {"calibration": calibration} | ({} if lora_data is None else {"lora_data": lora_data})

@@ -35,7 +35,7 @@ class Shares(NamedTuple):
     Attributes:
         windows: of the passes over the data.
         work: of factorisations, selections and solutions.
-        factors: of what factors take.
+        factors: of what factors take, of which ranks whose linears read one input each have its own ``A``.
     """
 
     windows: float
@@ -47,16 +47,20 @@ def largest_shares(decoder: Decoder, config: PruneConfig, count: int) -> Shares:
     """Shares of a run of ``config`` on so many ranks; linears that wait for each other have theirs in turn."""
     owners = choose_owners(decoder, count, in_turn=config.sequential)
     work: dict[str, list[float]] = {}
-    factors = [0.0] * count
+    inputs: list[dict[str, int]] = [{} for _ in range(count)]  # of every rank C² of those that its linears read
+    outputs = [0] * count  # R² of its linears
     for linear in decoder.linears:
         turn = linear.input_group if config.sequential else ""
         work.setdefault(turn, [0.0] * count)[owners[linear.name]] += work_of(linear)
-        factors[owners[linear.name]] += _numbers(linear)
+        inputs[owners[linear.name]][linear.input_group] = linear.columns**2
+        outputs[owners[linear.name]] += linear.rows**2
     whole = sum(sum(of_ranks) for of_ranks in work.values())
+    every = {name: square for of_rank in inputs for name, square in of_rank.items()}
+    most = max(sum(of_rank.values()) + squares for of_rank, squares in zip(inputs, outputs, strict=True))
     return Shares(
         -(-config.samples // count) / config.samples,
         sum(max(of_ranks) for of_ranks in work.values()) / whole,
-        max(factors) / sum(factors),
+        most / (sum(every.values()) + sum(outputs)),
     )
 
 

@@ -132,6 +132,7 @@ class _Training:
         self._take_steps(folder, progress)
         if self._best is not None:
             self._write(self._best)
+        self._take_first_ranks()
         return self._log
 
     def _take_steps(self, folder: Path | None, progress: Progress) -> None:
@@ -208,7 +209,7 @@ class _Training:
 
     def _evaluate(self, rate: float) -> None:
         """Note the losses, and keep the weights, or their mean, where they are the best so far."""
-        loss = self._sharing.total(sum(to_list(self._losses))) / self._steps_noted
+        loss = self._ranks.agreed(self._sharing.total(sum(to_list(self._losses)))) / self._steps_noted
         entry = {"step": self._step, "learning_rate": rate, "loss": loss}
         self._losses.clear()
         self._steps_noted = 0
@@ -238,11 +239,18 @@ class _Training:
         return better
 
     def _held_out_loss(self, held_out: Calibration) -> float:
+        self._take_first_ranks()
         base = self._base()
         try:
             return mean_loss(base, held_out, self._micro, compute_dtype("auto", base, self._device))
         except NumericalError as error:
             raise self._no_number("eval_loss") from error
+
+    def _take_first_ranks(self) -> None:
+        """Take rank 0's weights, where every rank trains by itself: passes on a GPU need not repeat to the bit."""
+        if self._sharing is not self._ranks:
+            for parameter in self._trained.values():
+                self._ranks.broadcast_(parameter.detach())
 
     def _no_number(self, name: str) -> NumericalError:
         return NumericalError(f"the {name} is not a number after {self._step} steps: lower learning_rate")

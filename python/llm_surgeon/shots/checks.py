@@ -43,6 +43,15 @@ def checked(model: Any, config: PruneConfig) -> tuple[Any, Decoder, PruneConfig]
     return model, decoder, dataclasses.replace(config, shots=structure.count_shots(decoder, config))
 
 
+def require_shareable(config: PruneConfig, count: int) -> None:
+    """Raise :class:`InputError` where ``count`` processes cannot share a run of ``config``."""
+    for name, asked in {"kron_rank 2": config.kron_rank > 1, "skip_bad_batches": config.skip_bad_batches}.items():
+        if asked and count > 1:
+            raise InputError(f"{name} takes a single process, not {count}")
+    if config.samples < count:
+        raise InputError(f"{count} processes need as many calibration windows, not {config.samples}")
+
+
 def _check_heads(model: Any) -> None:
     # Models that were made smaller here may count their groups of heads where they had no such number.
     for depth, own in enumerate(() if hasattr(model, "is_pruned") else model.config.per_layer_config):

@@ -14,12 +14,11 @@ from llm_surgeon.checkpoint.run_states import RunStates
 from llm_surgeon.checkpoint.shared_states import SharedStates
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.distributed import Ranks
-from llm_surgeon.errors import InputError
 from llm_surgeon.models.passes import evaluation_mode
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.resources import gpu_memory_capped
-from llm_surgeon.shots.checks import checked
+from llm_surgeon.shots.checks import checked, require_shareable
 from llm_surgeon.shots.resume import claim_states
 from llm_surgeon.shots.run import Run
 from llm_surgeon.shots.windows import Windows
@@ -48,9 +47,7 @@ def prepared(
     windows = Windows.of(config, calibration, correction_data, held_out, step_windows, ranks)
     samples, seqlen = windows.calibration.input_ids.shape
     config = dataclasses.replace(config, samples=samples, seqlen=seqlen)
-    for name, asked in {"kron_rank 2": config.kron_rank > 1, "skip_bad_batches": config.skip_bad_batches}.items():
-        if asked and ranks.count > 1:
-            raise InputError(f"{name} takes a single process, not {ranks.count}")
+    require_shareable(config, ranks.count)
     model, decoder, config = checked(model, config)
     windows.require_fit(model, config)
     with gpu_memory_capped(config.gpu_memory_bytes), evaluation_mode(model):

@@ -49,8 +49,6 @@ class Windows:
             for value in (calibration, correction, held_out, steps)
         )
         assert own is not None
-        if len(own.input_ids) < ranks.count:
-            raise InputError(f"{ranks.count} processes need as many calibration windows, not {len(own.input_ids)}")
         found = cls(own, *others)
         count, given = config.gradient_samples, None if found.steps is None else len(found.steps.input_ids)
         if given is not None and count not in (None, given):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from llm_surgeon import prune_checkpoint
 from llm_surgeon.cli.app import main
 from llm_surgeon.config.recover import RecoverConfig
+from llm_surgeon.distributed import PlannedRanks
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs import prune as job
 from llm_surgeon.jobs import recovery_after
@@ -85,6 +86,19 @@ def test_a_recovery_that_does_not_end_leaves_the_pruned_model(places, monkeypatc
     plain = out.with_name("plain")
     prune_checkpoint(source, plain, calibration=text, **OPTIONS)
     assert tree(out)["model.safetensors"] == tree(plain)["model.safetensors"]
+
+
+def test_what_several_processes_cannot_share_is_refused_when_it_is_planned(places, monkeypatch):
+    source, _, text = places
+    monkeypatch.setattr(job, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    cases = {
+        "kron_rank 2 takes a single process, not 5": {"kron_rank": 2, "samples": 8},
+        "skip_bad_batches takes a single process, not 5": {"skip_bad_batches": True, "samples": 8},
+        "5 processes need as many calibration windows, not 4": {"samples": 4},
+    }
+    for match, options in cases.items():
+        with pytest.raises(InputError, match=f"^{match}$"):
+            job.PruneJob(source, job.PruneConfig(**options), calibration=text, ranks=PlannedRanks(5))
 
 
 def test_what_cannot_be_recovered_is_refused_before_the_work(places, tmp_path):

@@ -33,4 +33,14 @@ def test_linears_that_wait_for_each_other_are_shared_out_in_turn() -> None:
     gates = [linear for linear in decoder.linears if linear.kind in ("mlp.gate_proj", "mlp.up_proj")]
     for depth in (0, 1):
         assert {owners[linear.name] for linear in gates if linear.depth == depth} == {0, 1}
-    assert 0.5 < largest_shares(decoder, PruneConfig(update="sequential"), 2).work < 1.0
+    shares = largest_shares(decoder, PruneConfig(update="sequential"), 2)
+    assert 0.5 < shares.work < 1.0
+    # The factor A of an input is on every rank that owns one of its readers.
+    held, whole = [0, 0], 0
+    for group in {linear.input_group for linear in decoder.linears}:
+        readers = [linear for linear in decoder.linears if linear.input_group == group]
+        whole += readers[0].columns ** 2 + sum(linear.rows**2 for linear in readers)
+        for rank in (0, 1):
+            own = [linear for linear in readers if owners[linear.name] == rank]
+            held[rank] += (readers[0].columns ** 2 if own else 0) + sum(linear.rows**2 for linear in own)
+    assert shares.factors == max(held) / whole and sum(held) > whole

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.curvature.estimate import estimate_curvature
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.distributed import Ranks
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.passes import mean_loss
@@ -85,6 +86,35 @@ def test_blocks_that_differ_are_not_compared():
     for name in ("block_weight", "label_weight"):
         with pytest.raises(InputError, match=f"{name} means nothing without a teacher"):
             recover(half_zero("llama"), WINDOWS, HELD_OUT, **FULL | {name: 0.5})
+
+
+class _SecondRank(Ranks):
+    """Rank 1 of three, which notes what it was sent: ones."""
+
+    index, count = 1, 3
+
+    def __init__(self):
+        self.sent = 0
+
+    def broadcast_(self, tensor, owner=0):
+        self.sent += 1
+        return tensor.fill_(1.0)
+
+
+@pytest.mark.parametrize("held_out", [None, Calibration(HELD_OUT)])
+def test_ranks_that_train_by_themselves_take_the_weights_of_the_first(held_out):
+    """Those of two windows a step on three ranks; those of three windows share them, and add up gradients."""
+    settings = RecoverConfig(**FULL | {"steps": 2, "eval_every": 2, "batch_size": 2})
+    model, ranks = build("llama"), _SecondRank()
+    train(model, Calibration(WINDOWS, ranks=ranks), held_out, settings)
+    parameters = len(list(model.parameters()))
+    # Before the training, after it, and at its end.
+    assert ranks.sent == parameters * (1 if held_out is None else 3)
+    assert all(torch.equal(weight, torch.ones_like(weight)) for weight in weights(model).values())
+    sharing = _SecondRank()
+    settings = RecoverConfig(**FULL | {"steps": 2, "eval_every": 2, "batch_size": 3})
+    train(build("llama"), Calibration(WINDOWS, ranks=sharing), held_out, settings)
+    assert sharing.sent == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
