@@ -19,9 +19,6 @@ from llm_surgeon.report.schema import PruneReport
 
 _logger = logging.getLogger(__name__)
 
-# Options that a run may have changed, or let go, as its machine wanted it.
-_LAYOUT = {"offload", "gpu_memory"}
-
 
 def states_folder(target: Path) -> Path:
     """Folder beside the output ``target`` for the states of the run that writes it."""
@@ -55,7 +52,11 @@ def require_own(
         return False
     given: dict[str, Any] = {"model": str(source)}
     given |= {use: None if name is None else str(name) for use, name in data.items()}
-    left_open = _LAYOUT if config.structure_record.shots_in is None else {*_LAYOUT, "shots"}
+    left_open = {"offload", "gpu_memory"}  # which a run may change, or let go, as its machine wants it
+    if config.structure_record.shots_in is not None:
+        left_open |= {"shots"}
+    if report.config.get("offload") != config.offload:
+        left_open |= {"gradient_steps", "gradient_samples"}  # that do not go with main memory
     options = dataclasses.asdict(config).items()
     given |= {name: value for name, value in options if value is not None and name not in left_open}
     texts = {use: record.source for use, record in report.data.items()}

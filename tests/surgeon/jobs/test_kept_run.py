@@ -119,6 +119,18 @@ def test_a_run_that_was_done_but_for_clearing_up_is_cleared_up(places, monkeypat
         prune_checkpoint(source, out, calibration=text, resume=True, **OPTIONS)
 
 
+def test_a_run_that_memory_took_gradient_steps_from_is_the_same(places, monkeypatch):
+    source, out, text = places
+    monkeypatch.setattr(kept_run.FolderStates, "remove", lambda states: None)
+    prune_checkpoint(source, out, calibration=text, **OPTIONS, gradient_steps=0)
+    for path in (out / "surgeon_report.json", out.with_name(".out.pruning") / "report.json"):
+        report = PruneReport.read(path)
+        report.config["offload"] = "cpu"
+        path.write_text(report.to_json())
+    monkeypatch.setattr(job, "PruneJob", lambda *_, **__: 1 / 0)
+    assert prune_checkpoint(source, out, calibration=text, resume=True, **OPTIONS, gradient_steps=2) == report
+
+
 @pytest.mark.parametrize(
     "given, words",
     [
