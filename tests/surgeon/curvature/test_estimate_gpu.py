@@ -17,6 +17,11 @@ pytestmark = [
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}
 LLAMA = LlamaConfig(intermediate_size=2180, **SIZES)
 OPT = OPTConfig(ffn_dim=2048, word_embed_proj_dim=64, max_position_embeddings=128, **SIZES)
+# Where rounding moves a ReLU's input past zero, a gradient changes altogether: on CPUs G of v_proj by 0.047 in bfloat16
+# passes, and with this by 0.007.
+SMOOTH = OPTConfig(
+    activation_function="gelu", ffn_dim=2048, word_embed_proj_dim=64, max_position_embeddings=128, **SIZES
+)
 
 
 @pytest.mark.parametrize(("config", "padded"), [(LLAMA, False), (OPT, True)], ids=["llama", "opt, padded"])
@@ -40,15 +45,14 @@ def test_factors_are_those_of_the_cpu(config, padded):
             assert (computed.cpu() - wanted).norm() <= 1e-4 * wanted.norm(), linear.name
 
 
-# Where rounding moves a ReLU's input past zero, a gradient changes altogether (on CPUs G of OPT's v_proj by 0.047); so
-# does a token's whose label is drawn otherwise, where two were about as likely.
+# A label that is drawn otherwise, where two were about as likely, changes the gradients of its token altogether.
 @pytest.mark.parametrize(
     ("config", "padded", "fisher", "close"),
     [
         (LLAMA, False, "empirical", 0.03),
         (LLAMA, False, "sampled", 0.3),
-        (OPT, True, "empirical", 0.06),
-        (OPT, True, "sampled", 0.3),
+        (SMOOTH, True, "empirical", 0.03),
+        (SMOOTH, True, "sampled", 0.3),
     ],
 )
 def test_bfloat16_passes_of_a_float32_model(config, padded, fisher, close):
