@@ -10,15 +10,34 @@ import pytest
 import llm_surgeon
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "matplotlib", "peft", "datasets", "pyarrow")
+HEAVY = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "triton",
+    "numpy",
+    "safetensors",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "peft",
+    "datasets",
+    "pyarrow",
+    "surgeon_kernels",
+)
 HELP = """
-import sys
+import os, sys
 from llm_surgeon.cli import main
 for line in ("--help", "-h", "prune --help", "bench generate -h", "recover -h", "--version"):
     try:
         main(line.split())
     except SystemExit as exit:
         assert not exit.code, (line, exit.code)
+os.environ |= {"_SURGEON_COMPLETE": "complete_bash", "COMP_WORDS": "surgeon prune --method spa", "COMP_CWORD": "3"}
+try:
+    main([])
+except SystemExit:
+    pass
 """
 
 
@@ -34,6 +53,7 @@ def test_neither_the_package_nor_help_import_what_is_slow():
     found, text = loaded(HELP, *HEAVY)
     assert found == []
     assert "Usage: surgeon" in text and "--install-completion" in text and "\nsurgeon-kernels " in text
+    assert "\nsparsegpt\n" in text
 
 
 @pytest.mark.parametrize(
