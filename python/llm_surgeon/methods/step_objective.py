@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ class StepObjective:
         self._checkpointed = decoder.blocks if checkpoint_activations else []
         self._model, self._decoder, self._batch_size = model, decoder, batch_size
         self._dense, self._dtype = dense, dtype
+        # Of batches the dense model's logits, where they take little: it computes them once.
+        self._wanted: WeakKeyDictionary[Calibration, dict[tuple[int, int], Logits]] = WeakKeyDictionary()
         self._device = model.get_input_embeddings().weight.device
         self._forward = ForwardPasses(model, self._device, dtype)
 
@@ -64,7 +67,10 @@ class StepObjective:
         if self._dense is None:
             return mean_loss(self._model, windows, self._batch_size, self._dtype)
         with torch.no_grad(), evaluation_mode(self._model), fused_pointwise(self._model):
-            sums = [self._loss(*batch)[0] for batch in windows.batches(self._batch_size, self._device)]
+            sums = []
+            for loss, logits in self._losses(windows, self._batch_size):
+                sums.append(loss)
+                del logits
         mean = windows.ranks.total(sum(to_list(sums))) / self._count(windows)
         if not math.isfinite(mean):
             raise NumericalError("NaN or infinity in the divergence from the dense model")
@@ -89,8 +95,7 @@ class StepObjective:
             _summed(parameters) as sums,
             torch.enable_grad(),
         ):
-            for batch in windows.batches(max(1, self._batch_size // 2), self._device):
-                _, logits = self._loss(*batch, with_gradient=True)
+            for _, logits in self._losses(windows, max(1, self._batch_size // 2), with_gradient=True):
                 logits.source.backward(logits.gradient)
                 del logits
         for total in sums.values():
@@ -103,15 +108,31 @@ class StepObjective:
                 raise NumericalError(f"NaN or infinity in the gradient of {name}")
         return found
 
-    def _loss(self, input_ids: Tensor, mask: Tensor | None, *, with_gradient: bool = False) -> tuple[Tensor, Logits]:
-        """Sum of a batch's token losses, and the logits with its gradient."""
-        if self._dense is None:
-            logits = self._forward.logits(input_ids, mask, with_gradient=with_gradient)
-            return next_token_loss(logits, input_ids, mask), logits
+    def _losses(
+        self, windows: Calibration, batch_size: int, *, with_gradient: bool = False
+    ) -> Iterator[tuple[Tensor, Logits]]:
+        """Sum of the token losses of every batch, and the logits with its gradient."""
+        for index, (ids, mask) in enumerate(windows.batches(batch_size, self._device)):
+            wanted = None if self._dense is None else self._wanted_logits(windows, (batch_size, index), ids, mask)
+            logits = self._forward.logits(ids, mask, with_gradient=with_gradient)
+            loss = next_token_loss(logits, ids, mask) if wanted is None else divergence(logits, wanted, mask)
+            del wanted
+            yield loss, logits
+            del logits  # before the next batch's are made
+
+    def _wanted_logits(
+        self, windows: Calibration, batch: tuple[int, int], input_ids: Tensor, mask: Tensor | None
+    ) -> Logits:
+        """Logits of the dense model."""
+        assert self._dense is not None
+        kept = self._wanted.setdefault(windows, {})
+        if batch in kept:
+            return kept[batch]
         with self._dense.in_place(), torch.no_grad():
             wanted = self._forward.logits(input_ids, mask)
-        logits = self._forward.logits(input_ids, mask, with_gradient=with_gradient)
-        return divergence(logits, wanted, mask), logits
+        if self._forward.compact:
+            kept[batch] = wanted
+        return wanted
 
     def _count(self, windows: Calibration) -> int:
         """Tokens that have a loss: those that precede another, or all real ones."""

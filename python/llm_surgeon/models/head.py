@@ -21,14 +21,15 @@ _probed: weakref.WeakKeyDictionary[nn.Module, tuple[object, bool]] = weakref.Wea
 class HeadLogits:
     """Logits ``W h + b`` of last hidden states ``h`` ``[..., H]``: a :class:`~llm_surgeon.models.loss.Logits`.
 
-    Hidden states and weights are multiplied in ``dtype`` and summed in float32 (float64 for float64), and so are the
-    logits of a chunk; those of all tokens are never there at once.
+    Hidden states are multiplied in the dtype of ``weight`` ``[V, H]`` and summed in float32 (float64 for float64), and
+    so are the logits of a chunk; those of all tokens are never there at once. Without a gradient only the hidden states
+    in that dtype are held.
     """
 
-    def __init__(self, hidden: Tensor, head: nn.Linear, dtype: torch.dtype, *, with_gradient: bool = False) -> None:
-        self.source, self._head = hidden, head
-        self._hidden = hidden.detach().flatten(0, -2).to(dtype)
-        self._weight = head.weight.detach().to(dtype)
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, with_gradient: bool = False) -> None:
+        self._weight, self._bias = weight.detach(), bias if bias is None else bias.detach()
+        self._hidden = hidden.detach().flatten(0, -2).to(weight.dtype)
+        self.source = hidden if with_gradient else self._hidden
         self.gradient = hidden.new_empty(hidden.shape) if with_gradient else None
 
     @property
@@ -37,7 +38,7 @@ class HeadLogits:
 
     def rows(self, chunk: slice) -> Tensor:
         z = _product(self._hidden[chunk], self._weight.T)
-        return z if self._head.bias is None else z.add_(self._head.bias.detach())
+        return z if self._bias is None else z.add_(self._bias)
 
     def put(self, chunk: slice, gradient: Tensor) -> None:
         assert self.gradient is not None

@@ -126,23 +126,30 @@ class ForwardPasses:
     """Forward passes of a causal LM that end in logits.
 
     With a ``dtype`` under autocast: linears and attention multiply in it, the residual stream stays in float32. So do
-    the logits where the model's head allows to compute them chunk by chunk; elsewhere they are rounded to it.
+    the logits where the model's head allows to compute them chunk by chunk; elsewhere they are rounded to it. The head
+    is taken as it is at first.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> None:
         self._model, self._device, self._dtype = model, device, dtype
         self._head = None if dtype is None else plain_head(model)
+        self._weight = None if self._head is None else self._head.weight.detach().to(dtype)
+
+    @property
+    def compact(self) -> bool:
+        """True where logits are computed chunk by chunk, and only hidden states are held."""
+        return self._head is not None
 
     def logits(self, input_ids: Tensor, mask: Tensor | None, *, with_gradient: bool = False) -> Logits:
         """Logits of a batch, with room for their gradient where it is wanted."""
         if self._dtype is None:
             return WholeLogits(run_model(self._model, input_ids, mask).logits, with_gradient=with_gradient)
         with autocast(self._device, self._dtype):
-            if self._head is None:
+            if self._head is None or self._weight is None:
                 return WholeLogits(run_model(self._model, input_ids, mask).logits, with_gradient=with_gradient)
             with left_out(self._head):
                 hidden = run_model(self._model, input_ids, mask).logits
-        return HeadLogits(hidden, self._head, self._dtype, with_gradient=with_gradient)
+        return HeadLogits(hidden, self._weight, self._head.bias, with_gradient=with_gradient)
 
 
 @torch.no_grad()

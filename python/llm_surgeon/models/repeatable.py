@@ -13,6 +13,7 @@ from torch.nn import functional
 
 # Between what attention returns and its own node lie views at most, of padded heads.
 _VIEWS = 4
+_ON = (True, False, False)  # see `_switch`
 
 
 @contextlib.contextmanager
@@ -21,16 +22,21 @@ def repeatable() -> Iterator[None]:
 
     Its kernels for GPUs would otherwise add up in the order in which their blocks happen to end. Nothing else in a
     frozen decoder's backward pass does. The whole pass cannot be made deterministic by torch's switch: it refuses
-    operations that know no other way, and in its milder form leaves attention as it is. So it is thrown for the
-    attention nodes alone. Everything is restored on exit.
+    operations that know no other way, and in its milder form leaves attention as it is. So it is thrown for attention
+    alone: forward, as some of its kernels have no other backward pass, and for its node. Everything is restored on
+    exit.
     """
     attention, chosen = functional.scaled_dot_product_attention, _switch()
 
     def watched(*args: Any, **kwargs: Any) -> Tensor:
-        out = attention(*args, **kwargs)
+        _throw(_ON)
+        try:
+            out = attention(*args, **kwargs)
+        finally:
+            _throw(chosen)
         node = _attention_node(out.grad_fn)
         if node is not None:
-            node.register_prehook(lambda _: _throw((True, False, False)))
+            node.register_prehook(lambda _: _throw(_ON))
             node.register_hook(lambda *_: _throw(chosen))
         return out
 

@@ -9,7 +9,7 @@ from llm_surgeon.planning.memory import Memory
 # Tokens per pass: enough to feed the matrix units, few enough to leave memory to other things. A GPU needs the more of
 # them the narrower a model is, until its kernels take longer than the host does to launch them: so many numbers in a
 # hidden state, within bounds (estimates).
-_CPU_TOKENS, _GPU_TOKENS, _MOST_GPU_TOKENS = 4096, 8192, 32768
+_CPU_TOKENS, _GPU_TOKENS, _MOST_GPU_TOKENS = 4096, 8192, 65536
 _GPU_NUMBERS = 2**25
 
 

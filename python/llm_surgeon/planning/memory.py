@@ -218,7 +218,9 @@ class Memory:
         passes = self.curvature(max(1, windows // 2), 1) - self._of_others()
         gradients = max(passes, self._layer_update()) + _FLOAT * self.weights
         logits = windows * self.seqlen * self.vocabulary * self.itemsize
-        return max(gradients, 2 * self.itemsize * self.weights + 2 * logits)
+        # Of all windows the dense model's last hidden states.
+        held = round(self.shares.windows * self.config.samples) * self.seqlen * self.width * self._compute_itemsize()
+        return held + max(gradients, 2 * self.itemsize * self.weights + 2 * logits)
 
     def _at_work(self, windows: int) -> int:
         """An update without the states: of the largest layer, or the moments that it needs of a batch of inputs."""

@@ -73,7 +73,7 @@ def test_losses_gradients_and_drawn_labels_are_those_of_whole_logits(
         if whole:
             logits = WholeLogits(head(hidden), with_gradient=True)
         else:
-            logits = HeadLogits(hidden, head, torch.float64, with_gradient=True)
+            logits = HeadLogits(hidden, head.weight, head.bias, with_gradient=True)
         loss = next_token_loss(logits, ids, mask, draws)
         assert logits.gradient is not None
         (gradient,) = torch.autograd.grad(logits.source, hidden, logits.gradient)
@@ -85,7 +85,7 @@ def test_losses_gradients_and_drawn_labels_are_those_of_whole_logits(
 def test_products_of_16_bits_are_summed_in_float32() -> None:
     torch.manual_seed(0)
     head, hidden = nn.Linear(64, VOCABULARY, bias=False), torch.randn(2, 5, 64)
-    rows = HeadLogits(hidden, head, torch.bfloat16).rows(slice(3, 7))
+    rows = HeadLogits(hidden, head.weight.bfloat16(), None).rows(slice(3, 7))
     exact = hidden.bfloat16().double().flatten(0, 1)[3:7] @ head.weight.bfloat16().double().T
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows.double(), exact, rtol=1e-5, atol=1e-6)

@@ -84,7 +84,7 @@ def test_as_many_windows_and_blocks_as_fit(monkeypatch):
 
     roomy = plan(10**12, seqlen=2048)
     assert roomy.batch_size == 8  # all of them
-    assert plan(10**12, seqlen=2048, samples=100).batch_size == 32768 // 2048  # of a narrow model
+    assert plan(10**12, seqlen=2048, samples=100).batch_size == 65536 // 2048  # of a narrow model
     with monkeypatch.context() as patch:
         patch.setattr("llm_surgeon.planning.layout._GPU_NUMBERS", 1)
         assert plan(10**12, seqlen=2048).batch_size == 8192 // 2048
