@@ -74,12 +74,13 @@ FITTED = [
     *(Case(t, c, torch.float32) for t in (1024, 4096) for c in (1024, 2048, 4096, 5120)),
 ]
 _WIDE = GramConfig(128, 256, 64, 8, 3, 1, True, step=0.63)
-_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
+_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, run=16, in_registers=True, step=0.36)
 CONFIGS = {
     torch.bfloat16: [
-        *(config._replace(run=run) for config in (_WIDE, _SQUARE) for run in (32, 64, 128, 256)),
-        _WIDE._replace(stages=4),
-        GramConfig(256, 128, 64, 8, 3, 1, True),
+        *(_WIDE._replace(run=run) for run in (64, 128, 256)),
+        *(_SQUARE._replace(run=run) for run in (4, 16, 64)),
+        *(config._replace(prefetch=True) for config in (_WIDE, _SQUARE)),
+        _SQUARE._replace(run=128, in_registers=False),
         GramConfig(128, 128, 64, 4, 3, 2, True),
     ],
     torch.float32: [
@@ -179,7 +180,7 @@ def work(columns: int, tokens: int, config: GramConfig, programs: int) -> tuple[
     shared = -(-parts // programs)
     return (
         whole * steps + shared * -(-steps // split.splits),
-        whole * -(-steps // config.run) + shared,
+        whole * -(-steps // config.longest) + shared,
         4 * parts * config.block_m * config.block_n,
     )
 

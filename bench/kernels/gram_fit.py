@@ -93,10 +93,11 @@ def in_force(major: int = 9) -> Constants:
 
 def losses(constants: Constants, timings: Sequence[Timing]) -> list[float]:
     """By how much the configuration chosen by ``constants`` is slower than the fastest, relative, for every size that
-    has several."""
+    has several that they know."""
     groups: dict[tuple[object, ...], list[Timing]] = {}
     for timing in timings:
-        groups.setdefault(timing[:3], []).append(timing)
+        if name(timing) in constants.step:
+            groups.setdefault(timing[:3], []).append(timing)
     return [
         min(group, key=lambda timing: estimate(constants, timing)).us / min(timing.us for timing in group) - 1
         for group in groups.values()
@@ -120,8 +121,11 @@ def report(timings: Sequence[Timing]) -> str:
 
 
 def label(config: plan.GramConfig) -> str:
-    """Blocks, warps, stages, programs a multiprocessor and run of a configuration, as rows have them."""
-    return "x".join(map(str, (*config[:6], config.run)))
+    """Blocks, warps, stages, programs a multiprocessor and run of a configuration, as rows have them.
+
+    With an r where runs are added up in registers, a p where the output is prefetched.
+    """
+    return "x".join(map(str, (*config[:6], config.run))) + "r" * config.in_registers + "p" * config.prefetch
 
 
 def name(timing: Timing) -> str:

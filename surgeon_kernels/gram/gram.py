@@ -35,9 +35,9 @@ def gram_accumulate_(
     On CUDA devices with a tuned configuration a Triton kernel computes the lower triangle only and adds it to ``out``
     in the same pass, reading ``x`` where it lies. Rows that are not aligned to 16 bytes or have a mask are copied
     first, at the speed of memory, because the kernel's operands go from memory to the tensor cores without passing
-    through registers, where they could be masked. The copy takes the column of ones along; without one, its products
-    are sums of columns. Small products are cuBLAS's (:func:`surgeon_kernels.gram.plan.choose` is the rule). The same
-    inputs give the same bits.
+    through registers, where they could be masked. Products with a column of ones are sums of columns, computed apart:
+    the product is as wide as ``x``. Small products are cuBLAS's (:func:`surgeon_kernels.gram.plan.choose` is the rule).
+    The same inputs give the same bits.
 
     Args:
         out: symmetric ``[C', C']``, float32 or float64, ``C' = C + ones_column``: a tensor, or a
@@ -137,13 +137,10 @@ def _accumulate_with_kernel(
     from surgeon_kernels.gram import gram_rows_triton, gram_triton
 
     tokens, columns = rows.shape
-    unaligned = columns * rows.element_size() % 16 > 0
-    if mask is not None or not gram_triton.readable(rows) or (ones_column and (unaligned or not packed)):
-        rows = gram_rows_triton.gather_rows(rows, mask, ones_column=ones_column)[:, : columns + ones_column]
-        columns += ones_column
-    elif ones_column:
-        # Cheaper than a copy of a large matrix, and the product need not be wider than x.
-        gram_rows_triton.add_column_sums_(target, rows, alpha)
+    if mask is not None or not gram_triton.readable(rows):
+        rows = gram_rows_triton.gather_rows(rows, mask)
+    if ones_column:  # apart: the product need not be wider than x
+        gram_rows_triton.add_column_sums_(target, rows, mask, alpha, packed)
     gram_triton.accumulate_(
         target, rows, alpha, gram_triton.plan(columns, tokens, rows.dtype, packed, config, rows.device)
     )

@@ -41,15 +41,22 @@ class GramConfig(NamedTuple):
     descriptors: bool  # loads through TMA tensor descriptors (from sm_90 on), else through pointers
     precision: str = "tf32"  # of float32 operands; 16-bit ones are exact
     # Steps that the tensor cores sum by themselves (the promotion interval). They truncate, so that the error grows
-    # with the number of steps; additions to the output are rounded.
+    # with the number of steps; additions of runs are rounded.
     run: int = 128
+    in_registers: bool = False  # where runs are added up, if there is room for a second block; else in the output
+    prefetch: bool = False  # ask for a packed output's block shortly before it is added to
     step: float = 0.5  # microseconds of one such product, with every program at work
+
+    @property
+    def longest(self) -> int:
+        """The most steps of a unit of work."""
+        return _UNLIMITED if self.in_registers else self.run
 
 
 _WIDE = GramConfig(128, 256, 64, 8, 3, 1, True, step=0.63)
-_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, step=0.36)
-_AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=256, step=0.5)
-_AMPERE_TF32 = GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED, 2.0)
+_SQUARE = GramConfig(128, 128, 64, 8, 4, 1, True, run=16, in_registers=True, step=0.36)
+_AMPERE = GramConfig(128, 128, 32, 8, 3, 1, False, run=32, in_registers=True, step=0.5)
+_AMPERE_TF32 = GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED, step=2.0)
 # By major compute capability and type of x; where there are several, the one whose schedule takes the least time by the
 # figures above. Those of sm_90 are the fastest of `python -m bench.kernels.gram --tune` on an H200, the others
 # estimates. 128x256 blocks feed wgmma at the least shared-memory and L2 traffic per product, but a small matrix has too
@@ -58,7 +65,7 @@ _AMPERE_TF32 = GramConfig(128, 64, 32, 8, 2, 1, False, "tf32x3", _UNLIMITED, 2.0
 CONFIGS: dict[tuple[int, torch.dtype], list[GramConfig]] = {
     (9, torch.bfloat16): [_WIDE, _SQUARE],
     (9, torch.float16): [_WIDE, _SQUARE],
-    (9, torch.float32): [GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3", _UNLIMITED, 2.4)],
+    (9, torch.float32): [GramConfig(128, 64, 32, 4, 3, 2, True, "tf32x3", _UNLIMITED, step=2.4)],
     (8, torch.bfloat16): [_AMPERE],
     (8, torch.float16): [_AMPERE],
     (8, torch.float32): [_AMPERE_TF32],
@@ -76,8 +83,7 @@ _LEAST_TOKENS = 64
 _LEAST_WORK = 1 << 32
 _LEAST_HALF_WORK = 1 << 34
 # Widths that are no multiple of 8 excepted: cuBLAS has no fast product for them, but the one it has sums in short
-# runs, so that these are shorter here as well (an estimate).
-_UNALIGNED_RUN = 16
+# runs, as only the configurations that add runs up in registers do.
 
 
 @functools.lru_cache(maxsize=1024)
@@ -106,10 +112,8 @@ def choose(
     best, least = None, math.inf
     for config in CONFIGS.get((major, dtype), []):
         if config.block_n > 128 and (unaligned or not packed):
-            continue  # with the addresses of a dense output, wide blocks run out of registers; short runs want smaller
-        if unaligned:
-            config = config._replace(run=_UNALIGNED_RUN)
-        blocks = _number_of_blocks(n, config.block_m, config.block_n)
+            continue  # with the addresses of a dense output, or a second block, wide blocks run out of registers
+        blocks = _number_of_blocks(columns, config.block_m, config.block_n)
         time = _split(blocks, -(-tokens // config.block_k), config, processors * config.programs_per_sm).time
         if time < least:
             best, least = config, time
@@ -166,13 +170,13 @@ def schedule(n: int, steps: int, config: GramConfig, programs: int) -> Schedule:
     """Work of ``programs`` persistent programs on an ``n x n`` Gram matrix of ``steps`` steps of tokens.
 
     Program ``p`` takes units ``p``, ``p + programs`` and so on. Blocks are computed whole in as many rounds of
-    ``programs`` as pays, in runs of at most ``config.run`` steps that one program adds to the output one after the
+    ``programs`` as pays, in runs of at most ``config.longest`` steps that one program adds to the output one after the
     other. The remaining blocks, which would leave programs idle, are split along the tokens into parts whose sums are
     added up afterwards, always in the same order.
     """
     order = blocks_in_order(n, config)
     whole, splits, time = _split(len(order), steps, config, programs)
-    runs = _ranges(steps, -(-steps // config.run))
+    runs = _ranges(steps, -(-steps // config.longest))
     units = []
     for start in range(0, whole, programs):
         blocks = order[start : min(start + programs, whole)]
@@ -202,11 +206,11 @@ class _Split(NamedTuple):
 def _split(blocks: int, steps: int, config: GramConfig, programs: int) -> _Split:
     """The fastest split of ``blocks`` among programs, by the estimated time."""
     rounds = -(-blocks // programs)
-    whole_time = (steps + -(-steps // config.run) * _UNIT_COST) * config.step
+    whole_time = (steps + -(-steps // config.longest) * _UNIT_COST) * config.step
     best = _Split(blocks, 1, rounds * whole_time)
     for whole_rounds in range(max(0, rounds - 3), rounds):
         rest = blocks - whole_rounds * programs
-        for splits in range(max(2, -(-steps // config.run)), min(MAX_SPLITS, steps) + 1):
+        for splits in range(max(2, -(-steps // config.longest)), min(MAX_SPLITS, steps) + 1):
             part_rounds = -(-rest * splits // programs)
             part_time = (-(-steps // splits) + _UNIT_COST) * config.step
             # The parts' sums are written, read and added.

@@ -48,6 +48,8 @@ def test_gram_kernel(capability, dtype, config, packed):
             "PACKED": packed,
             "PRECISION": config.precision,
             "FLOAT32": dtype == torch.float32,
+            "RUN": config.run if config.in_registers else 0,
+            "PREFETCH": config.prefetch and packed,
         },
         capability,
         warps=config.warps,
@@ -108,9 +110,9 @@ def test_mirror_kernel(capability, packed):
 def test_row_kernels():
     pointers = {"x": "*bf16", "mask": "*u8", "target": "*bf16", "partial": "*fp32", "out": "*fp32", "alpha": "fp32"}
     for kernel, constants in (
-        (gram_rows_triton.gather_rows_kernel, {"MASKED": True, "ONES": True, "BLOCK_T": 16, "BLOCK_C": 256}),
-        (gram_rows_triton.column_sums_kernel, {"BLOCK_T": 32, "BLOCK_C": 128}),
-        (gram_rows_triton.add_sums_kernel, {"SHARES": 64, "BLOCK_C": 128}),
+        (gram_rows_triton.gather_rows_kernel, {"MASKED": True, "BLOCK_T": 16, "BLOCK_C": 256}),
+        (gram_rows_triton.column_sums_kernel, {"MASKED": True, "BLOCK_T": 32, "BLOCK_C": 128}),
+        (gram_rows_triton.add_sums_kernel, {"PACKED": True, "SHARES": 64, "BLOCK_C": 128}),
     ):
         types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
         aligned = [name for name, kind in types.items() if kind.startswith("*")]
