@@ -32,8 +32,13 @@ def require_gpu(device: str = "cuda") -> None:
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Append one row to a CSV file, with a header where the file is new."""
+    """Append one row to a CSV file, with a header where the file is new; end the script where it has other columns."""
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != list(row):
+            sys.exit(f"{path} has the columns {', '.join(header)}, not those of the new row: {', '.join(row)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
