@@ -28,6 +28,8 @@ _STEP_PASSES, _DENSE_STEP_PASSES = 27 / 8, 27 / 8 + 13 / 8
 _SWEEP_PASSES = 3.5
 # Inverses of A: damped for either part of the target, and for the solver. How often what waits in main memory moves.
 _SWEEP_INVERSES, _SWEEP_MOVES = 3, 5
+# Of a Cholesky factorisation and of two triangular solves, in inverses and in products with one factor.
+_CHOLESKY, _FIT_PRODUCTS = 1 / 3, 2
 # Iterations before a sequential update, where weights are counted.
 _ROUGH_ITERATIONS = 8
 
@@ -57,8 +59,9 @@ def run_seconds(
                    for rows and columns the diagonals and three products)
         + 2 P N for the final loss, and for the share of N that is held out twice; some seconds before a GPU runs
 
-    The last update of a sequential run has passes of its own besides, and N (3 C'² + 2 R C') for its moments, R of
-    linears that alone read an input. A pass takes no less time than the weights that are streamed meanwhile.
+    The last update of a sequential run, or a last fit, has passes of its own besides, and N (3 C'² + 2 R C') for its
+    moments, R of linears that alone read an input; a fit one more for gradients where G or tokens' weights need them.
+    A pass takes no less time than the weights that are streamed meanwhile.
 
     Args:
         sizes: ``(R, C')`` of every linear; head: weights of the output head; held_out: windows.
@@ -75,6 +78,7 @@ def run_seconds(
     half, single = rates
     forward = 2 * (sum(R * C for R, C in sizes) + head) * tokens / (half * _PASS_EFFICIENCY)
     passes = forward_passes * max(forward, transfer) + backward_passes * max(backward_cost * forward, transfer)
+    for_gradients = max(forward, transfer) + max(backward_cost * forward, transfer) if not backward_passes else passes
     passes += tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
     cubes = shares.work * sum(n**3 for n in factors) / (single * _FACTORISATION_EFFICIENCY)
     products = shares.work * sum(2 * R * C * (R + C) for R, C in sizes)
@@ -93,14 +97,19 @@ def run_seconds(
             update += (rounds + iterations + checks) * product
         elif config.sequential:
             update += (min(iterations, _ROUGH_ITERATIONS) + checks) * product
+    moments = tokens * sum(3 * C**2 + 2 * R * C for C, R in inputs) / (half * _GRAM_EFFICIENCY)
+    sweep = max(_SWEEP_PASSES * forward + moments, _SWEEP_MOVES * moved)
     last = update
     if config.sequential and config.method_record.compensates:
-        moments = tokens * sum(3 * C**2 + 2 * R * C for C, R in inputs) / (half * _GRAM_EFFICIENCY)
         # Every rank that owns a reader of an input inverts its A.
         inverses = _SWEEP_INVERSES * sum(C**3 for C, _ in inputs) + shares.work * sum(R**3 for R, _ in sizes)
-        last = max(_SWEEP_PASSES * forward + moments, _SWEEP_MOVES * moved)
-        last += inverses / (single * _FACTORISATION_EFFICIENCY) + (rounds + iterations + checks) * product
+        last = sweep + inverses / (single * _FACTORISATION_EFFICIENCY) + (rounds + iterations + checks) * product
         last += 0.0 if config.structure_record.m else 2 / 3 * cubes  # costs of all weights
+    if config.reconstruct:
+        last += sweep + shares.work * _CHOLESKY * sum(C**3 for _, C in sizes) / (single * _FACTORISATION_EFFICIENCY)
+        last += shares.work * _FIT_PRODUCTS * sum(2 * R * C**2 for R, C in sizes) / single
+        if not config.structure_record.coupled or config.token_weights is not False:
+            last += for_gradients
     # A gradient step: forward, twice as much backward, losses of what is held out, and a direction.
     of_step = _DENSE_STEP_PASSES if config.gradient_target == "dense" else _STEP_PASSES
     steps = (config.gradient_steps or 0) * (of_step * forward + (iterations + checks) * product)

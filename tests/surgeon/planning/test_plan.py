@@ -213,6 +213,14 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     solver = (10 + 3 * 9 + 10 + 2 * 3) / 10.5 * products
     operations = (2 + 2 * 1.5 + 1) * forward + tokens * grams + 5 / 3 * cubes + solver
     assert fast.seconds == pytest.approx(operations / 2.0 + pinned + 2.5)
+    # A last fit: its passes and moments, Cholesky factors of A, and a pass for gradients where they weigh tokens.
+    lines = {"structure": "groups", "update": "joint", "token_weights": False}
+    _, plain = plan_of(**lines, reconstruct=False, monkeypatch=monkeypatch)
+    _, fitted = plan_of(**lines, reconstruct=True, monkeypatch=monkeypatch)
+    _, weighed = plan_of(**lines | {"token_weights": None}, reconstruct=True, monkeypatch=monkeypatch)
+    fits = 2 * sum(C**3 / 3 + 2 * 2 * R * C**2 for R, C in BLOCK)
+    assert fitted.seconds == pytest.approx(plain.seconds + (3.5 * forward + more + fits) / 2.0)
+    assert weighed.seconds == pytest.approx(fitted.seconds + 2 * forward / 2.0)
     _, magnitude = plan_of(method="magnitude", monkeypatch=monkeypatch)
     assert magnitude.seconds == pytest.approx(forward / 2.0)
 
