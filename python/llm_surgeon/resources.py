@@ -138,12 +138,17 @@ def gpu_memory_capped(cap: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def require_memory(needed: int, device: torch.device | str, purpose: str = "") -> None:
-    """Raise :class:`InputError` where fewer than ``needed`` bytes, for ``purpose``, are available on ``device``."""
-    available = available_memory(device)
-    if needed > available:
+def require_memory(needed: int, device: torch.device | str, purpose: str = "", *, processes: int = 1) -> None:
+    """Raise :class:`InputError` where fewer than ``needed`` bytes, for ``purpose``, are available on ``device``.
+
+    Main memory must have room for as many ``processes`` of this machine, GPUs for one.
+    """
+    available, in_all = available_memory(device), needed
+    if torch.device(device).type != "cuda" and processes > 1:
+        in_all, purpose = processes * needed, f"{purpose or 'the run'} in {processes} processes"
+    if in_all > available:
         raise InputError(
-            f"about {human_bytes(needed)} of memory are needed on {device}{purpose and ' for ' + purpose} "
+            f"about {human_bytes(in_all)} of memory are needed on {device}{purpose and ' for ' + purpose} "
             f"and {human_bytes(available)} are available"
         )
 

@@ -44,6 +44,8 @@ def test_require_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     require_memory(5_000_000, torch.device("cpu"))
     with pytest.raises(InputError, match="about 6 MB of memory are needed on cpu and 5 MB are available"):
         require_memory(6_000_000, "cpu")
+    with pytest.raises(InputError, match="about 6 MB of memory are needed on cpu for the run in 3 processes and 5 MB"):
+        require_memory(2_000_000, "cpu", processes=3)
 
 
 def write_group(folder: Path, **files: str) -> None:

@@ -36,6 +36,7 @@ def load_model(
     trust_remote_code: bool = False,
     *,
     packed: bool = False,
+    processes: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, StoredForm]:
     """A causal LM in ``dtype`` on ``device``, its tokenizer, and the form that it is stored in, for saving.
 
@@ -46,6 +47,7 @@ def load_model(
     Args:
         path_or_id: a folder, or a model id on the Hugging Face hub.
         dtype: of the weights in memory; ``None`` for the one that most of them are stored in.
+        processes: so many load it into the main memory of this machine.
         packed: also take what ``surgeon pack`` wrote, with its packed layers.
         trust_remote_code: run model and tokenizer code that comes with the checkpoint.
 
@@ -74,7 +76,7 @@ def load_model(
     if packed and torch.device(device or "cpu").type != "cuda":  # a dense weight will be kept beside a packed one
         numbers += 2 * sum(tensor.numbers for key, tensor in stored.items() if key.endswith(".values"))
     for place in {torch.device("cpu"), torch.device(device or "cpu")}:  # read into main memory, then moved
-        require_memory(numbers * dtype.itemsize, place)
+        require_memory(numbers * dtype.itemsize, place, processes=processes)
     tokenizer = _load_tokenizer(name, folder, trust_remote_code)  # before the weights, which may take minutes
     try:
         _check_size(name, folder, own, stored, trust_remote_code)

@@ -33,6 +33,10 @@ class Group(Ranks):
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.index, self.count = device, dist.get_rank(), dist.get_world_size()
+        self.on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
+
+    def meet(self) -> None:
+        self.total(0.0)  # in main memory, as NCCL would wait for a rank that is gone
 
     def sum_(self, tensor: Tensor, owner: int | None = None) -> Tensor:
         def add(wire: Tensor) -> None:
@@ -148,7 +152,7 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
     try:
         group = Group(place)
         yield group
-        group.total(0.0)  # all have come to the end: asked in main memory, as NCCL would wait for a rank that is gone
+        group.meet()
     except BaseException as error:
         told = False
         with suppress(Exception):  # the process that kept the store may have gone

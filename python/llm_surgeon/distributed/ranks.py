@@ -23,16 +23,20 @@ class Ranks:
     Attributes:
         index: of this rank; rank 0 alone writes and tells.
         count: of all.
+        on_machine: how many of them share this one's main memory.
         device: that the rank was given to compute on; ``None``: any.
     """
 
-    index, count = 0, 1
+    index, count, on_machine = 0, 1, 1
     device: torch.device | None = None
 
     @property
     def first(self) -> bool:
         """True on rank 0."""
         return self.index == 0
+
+    def meet(self) -> None:
+        """Wait until all ranks have come here."""
 
     def share(self, items: int) -> slice:
         """Those of ``items`` that this rank goes through: the same for the same number, none where there are few."""
