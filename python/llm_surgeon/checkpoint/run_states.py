@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -115,16 +116,11 @@ class FolderStates(RunStates):
         """Look at what an interrupted run left in ``folder``, and forget it where that is no whole state.
 
         Raises:
-            InputError: there is a state and no wish to ``resume``, or something that is no part of a run.
+            InputError: see :func:`states_left`.
         """
         super().__init__()
         self.folder, self._shot = folder, 0
-        foreign = sorted(path.name for path in own_paths(folder) if not _OWN.fullmatch(path.name))
-        if foreign:
-            raise InputError(f"{str(folder)!r} holds {foreign[0]!r}, which is no part of an interrupted run")
-        self._left = find_states(folder)
-        if self._left and not resume:
-            raise InputError(f"{str(folder)!r} holds an interrupted run: pass --resume to go on with it, or delete it")
+        self._left = states_left(folder, resume)
         if not self._left:
             clear_states(folder)
         self._begun: tuple[dict[str, Any], dict[str, str | None]] | None = None
@@ -287,6 +283,24 @@ class FolderStates(RunStates):
             shot, block = _numbers(name)
             if shot <= index - (_KEPT if block is None else 0):
                 _delete(paths)
+
+
+def states_left(folder: Path, resume: bool) -> dict[str, list[Path]]:
+    """The states in ``folder`` of an interrupted run, by their names, as they are found.
+
+    Raises:
+        InputError: there is a state and no wish to ``resume``, or something that is no part of a run, or ``folder`` is
+            none that can be written to.
+    """
+    if os.path.lexists(folder) and not (folder.is_dir() and os.access(folder, os.R_OK | os.W_OK | os.X_OK)):
+        raise InputError(f"{str(folder)!r} is to hold states of the run and is no writable folder: delete or rename it")
+    foreign = sorted(path.name for path in own_paths(folder) if not _OWN.fullmatch(path.name))
+    if foreign:
+        raise InputError(f"{str(folder)!r} holds {foreign[0]!r}, which is no part of an interrupted run")
+    left = find_states(folder)
+    if left and not resume:
+        raise InputError(f"{str(folder)!r} holds an interrupted run: pass --resume to go on with it, or delete it")
+    return left
 
 
 def clear_states(folder: Path) -> None:

@@ -87,32 +87,21 @@ def prune(
     with joined_ranks(device) as ranks, progress_bars(quiet := quiet or not ranks.first) as progress:
         progress.phase("loading")
         quiet_libraries()
-        from llm_surgeon.checkpoint import check_output
         from llm_surgeon.cli.views import print_plan
-        from llm_surgeon.jobs.prune import PruneJob, prune_checkpoint
+        from llm_surgeon.jobs.prune import planned_job, prune_checkpoint
 
+        job_options |= {"config_file": config, "checkpoint": not no_checkpoint, "resume": resume}
         if dry_run:
-            inputs = {name: job_options.get(name) for name in ("calibration", "lora_data")} | {"config_file": config}
-            check_output(out, job_options.pop("overwrite", False), model=model, **inputs)
             planned = ranks if gpus is None else PlannedRanks(gpus)
-            job = PruneJob(model, settings, ranks=planned, **job_options)
+            job, resumes = planned_job(model, out, settings, ranks=planned, **job_options)
         else:
             command = ["surgeon", *context.obj]
             report = prune_checkpoint(
-                model,
-                out,
-                settings,
-                config_file=config,
-                checkpoint=not no_checkpoint,
-                resume=resume,
-                command=command,
-                progress=progress,
-                ranks=ranks,
-                **job_options,
+                model, out, settings, command=command, progress=progress, ranks=ranks, **job_options
             )
     if dry_run:
         if ranks.first:
-            print_plan(console, job, out, keeps=not no_checkpoint)
+            print_plan(console, job, out, keeps=not no_checkpoint, resumes=resumes)
         return
     if not quiet:
         show("\n".join([report.summary(), *report.history]))

@@ -18,8 +18,8 @@ from llm_surgeon.resources import human_bytes
 from surgeon_kernels import build_info
 
 
-def print_plan(console: Console, job: PruneJob, out: Path, *, keeps: bool) -> None:
-    """Print what a run would prune, and the memory, disk and time it would take."""
+def print_plan(console: Console, job: PruneJob, out: Path, *, keeps: bool, resumes: bool) -> None:
+    """Print what a run would prune, the memory, disk and time it would take, and whether it goes on with another."""
     removal, config, linears, plan = job.removal(), job.config, job.decoder.linears, job.plan
     shots = plural(config.shots, "shot")
     table = Table("layers", "kind", "rows × columns", title=f"{printable(job.source)}: {len(linears)} linear layers")
@@ -34,6 +34,7 @@ def print_plan(console: Console, job: PruneJob, out: Path, *, keeps: bool) -> No
     of_each = "" if job.ranks.count == 1 else f", each of {job.ranks.count} processes"
     disk, memory = map(human_bytes, job.states_bytes)
     kept = f"what is done is kept until all is: {disk} of disk and {memory} of main memory more\n" if keeps else ""
+    goes_on = "it would go on with the interrupted run, of which some is done\n" if resumes else ""
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.by_kind().items() if size)
     console.print(
         f"method {config.method}, structure {config.structure}, update {config.update}, {shots}: "
@@ -43,7 +44,7 @@ def print_plan(console: Console, job: PruneJob, out: Path, *, keeps: bool) -> No
         f"memory {human_bytes(plan.memory_bytes)}{host}, disk {human_bytes(plan.disk_bytes)}, "
         f"about {duration(plan.seconds)} on {plan.device}{training}{of_each}\n"
         f"  {parts}\n"
-        f"{kept}"
+        f"{kept}{goes_on}"
         f"nothing was written to {printable(str(out))}",
         soft_wrap=True,
     )

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from llm_surgeon.checkpoint import (
     Output,
     StoredForm,
+    check_output,
     checkpoint_bytes,
     claimed_output,
     load_model,
     require_model,
     save_checkpoint,
 )
-from llm_surgeon.checkpoint.run_states import RunStates
+from llm_surgeon.checkpoint.output_checks import output_path
+from llm_surgeon.checkpoint.run_states import RunStates, states_left
 from llm_surgeon.checks import require_bool
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration, calibration_windows, require_room
@@ -33,7 +35,7 @@ from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
-from llm_surgeon.jobs.kept_run import finished, kept_run, own_report, require_own
+from llm_surgeon.jobs.kept_run import finished, kept_run, own_report, require_own, states_folder
 from llm_surgeon.jobs.recovery_after import RecoveryAfter, check_minutes
 from llm_surgeon.methods.gradient_steps import HELD_OUT
 from llm_surgeon.models.limits import choose_seqlen, require_fit
@@ -50,7 +52,7 @@ from llm_surgeon.resources import (
     require_memory,
 )
 from llm_surgeon.shots.checks import checked, require_shareable
-from llm_surgeon.shots.resume import states_bytes
+from llm_surgeon.shots.resume import require_same_run, states_bytes
 from llm_surgeon.shots.run import Run
 
 _logger = logging.getLogger(__name__)
@@ -108,12 +110,9 @@ def prune_checkpoint(
         InputError: see :func:`prune`; also for what is wrong with ``source``, ``out``, memory or disk.
     """
     config = PruneConfig.given(config, options)
-    inputs = {"model": source, "calibration": calibration, "lora_data": lora_data, "config_file": config_file}
-    require_bool("checkpoint", checkpoint)
-    require_bool("resume", resume)
-    if resume and not checkpoint:
-        raise InputError("resume means nothing without checkpoint")
     data = {"calibration": calibration, "lora_data": lora_data}
+    inputs = {"model": source, "config_file": config_file, **data}
+    _require_resumable(checkpoint, resume)
     own = resume and ranks.first and require_own(out, source, config, data)  # what is to be recovered still, or done
     done = finished(out, recovers=recover_minutes is not None) if own else None
     if (done := ranks.agreed(done)) is not None:
@@ -136,6 +135,46 @@ def prune_checkpoint(
             ranks=ranks,
         )
         return job.run(output, progress, command, states)
+
+
+def planned_job(
+    source: str | Path,
+    out: str | Path,
+    config: PruneConfig,
+    *,
+    calibration: str = "wikitext2",
+    lora_data: str | None = None,
+    config_file: str | Path | None = None,
+    checkpoint: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> tuple[PruneJob, bool]:
+    """The job of :func:`prune_checkpoint`, whose arguments these are, and whether it would go on with another run.
+
+    Nothing is written, pruned or cleared up, and what would be refused is.
+
+    Args:
+        **options: further ones of :class:`PruneJob`.
+    """
+    data = {"calibration": calibration, "lora_data": lora_data}
+    _require_resumable(checkpoint, resume)
+    own = resume and require_own(out, source, config, data)
+    check_output(out, overwrite or own, model=source, config_file=config_file, **data)
+    folder = states_folder(output_path(out))
+    left = checkpoint and bool(states_left(folder, resume))
+    job = PruneJob(source, config, calibration=calibration, lora_data=lora_data, **options)
+    run = job.to_run()  # plans it, which all ranks do together
+    if left:
+        require_same_run(run, folder)
+    return job, left or own
+
+
+def _require_resumable(checkpoint: bool, resume: bool) -> None:
+    require_bool("checkpoint", checkpoint)
+    require_bool("resume", resume)
+    if resume and not checkpoint:
+        raise InputError("resume means nothing without checkpoint")
 
 
 class PruneJob:
@@ -205,11 +244,13 @@ class PruneJob:
                 _logger.warning("--%s has no effect: this runs on %s, no GPU", name.replace("_", "-"), self.device)
                 config = dataclasses.replace(config, **{name: default})
         # What is offloaded never lies on the GPU as a whole. A CPU computes faster, and no less exactly, in float32.
+        self.ranks.meet()  # what one of them has loaded another would not find free
         self.model, self.tokenizer, self.form = load_model(
             self.source,
             dtype=None if on_gpu else torch.float32,
             device=torch.device("cpu") if config.offloads else self.device,
             trust_remote_code=trust_remote_code,
+            processes=self.ranks.on_machine,
         )
         config = dataclasses.replace(config, seqlen=choose_seqlen(config.seqlen, self.model))
         self.model, self.decoder, self.config = checked(self.model, config)
@@ -220,8 +261,21 @@ class PruneJob:
         Raises:
             InputError: the model cannot become smaller as asked, as :meth:`run` would.
         """
-        run = Run(self.model, self.decoder, self.windows.calibration, self.config, self.plan)
-        return self.config.structure_record.shot_class(run).removal()
+        return self.config.structure_record.shot_class(self.to_run()).removal()
+
+    def to_run(self) -> Run:
+        """The run as its shots would see it at first."""
+        windows = self.windows
+        return Run(
+            self.model,
+            self.decoder,
+            dataclasses.replace(windows.calibration, ranks=self.ranks),
+            self.config,
+            self.plan,
+            correction_data=windows.correction,
+            held_out=windows.held_out,
+            step_windows=windows.steps,
+        )
 
     @cached_property
     def plan(self) -> Plan:
@@ -300,11 +354,12 @@ class PruneJob:
 
     def _require_resources(self, output: Output | None, states: RunStates) -> None:
         """Raise :class:`InputError` where memory or disk are too small for the plan."""
-        plan = self.plan
+        plan, processes = self.plan, self.ranks.on_machine
         held = 0 if self.config.offloads else plan.weights_bytes
         if plan.device.type == "cpu":  # the plan is of the whole process
             held = process_memory()
-        require_memory(plan.memory_bytes - held, plan.device)
+        self.ranks.meet()  # all have loaded the model
+        require_memory(plan.memory_bytes - held, plan.device, processes=processes)
         cap = self.config.gpu_memory_bytes
         if cap is not None and plan.memory_bytes > cap:
             raise InputError(
@@ -314,7 +369,7 @@ class PruneJob:
         host = 0
         if plan.host_bytes:
             host = plan.host_bytes - sum(p.nbytes for p in self.model.parameters() if p.device.type == "cpu")
-            require_memory(host, "cpu")
+            require_memory(host, "cpu", processes=processes)
         if output is None:
             return
         require_disk(output.path, plan.disk_bytes)
@@ -322,7 +377,8 @@ class PruneJob:
             disk, memory = self.states_bytes
             try:
                 require_disk(output.path, plan.disk_bytes + disk - states.nbytes)
-                require_memory(memory + (plan.memory_bytes - held if plan.device.type == "cpu" else host), "cpu")
+                of_each = plan.memory_bytes - held if plan.device.type == "cpu" else host
+                require_memory(memory + processes * of_each, "cpu")
             except InputError as error:
                 raise InputError(f"{error}, with what is kept for --resume: --no-checkpoint does without") from error
 

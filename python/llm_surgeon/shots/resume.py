@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from llm_surgeon.checkpoint.begun import fingerprint, tensors_of
+from llm_surgeon.checkpoint.begun import fingerprint, read_note, require_same, tensors_of
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.errors import InputError
@@ -20,6 +22,9 @@ from llm_surgeon.shots.run import Run
 
 _logger = logging.getLogger(__name__)
 
+# Options that defaults of others follow from: where both differ, these are what was given.
+_DECISIVE = ("structure", "method", "importance", "sparsity", "lora_rank", "kron_rank", "offload", "samples", "seqlen")
+
 
 def claim_states(run: Run) -> None:
     """Claim the states of ``run``, before anything is changed, and take over the layout of an interrupted one.
@@ -28,27 +33,14 @@ def claim_states(run: Run) -> None:
         InputError: that was begun with other options, data or weights, of which the first that differ are named, or by
             another version that plans otherwise.
     """
-    windows = {
-        "calibration windows": run.calibration,
-        "held-out windows": run.held_out,
-        "data of low-rank corrections": run.correction_data,
-        "windows of gradient steps": run.step_windows,
-    }
-    weights = tensors_of(run.model)
-
-    def content() -> dict[str, str | None]:
-        return {"model's weights": fingerprint(weights), **{name: _windows(each) for name, each in windows.items()}}
-
-    options = {"device": run.plan.device.type, "processes": run.ranks.count, **dataclasses.asdict(run.config)}
-    layout = run.states.claim(options, content, _layout(run))
+    layout = run.states.claim(*_begun_with(run), _layout(run))
+    _require_version(layout)
     for name, value in _machine().items():
         if layout["machine"].get(name) != value:
             before = layout["machine"].get(name)
             _logger.warning("the interrupted run had %s %s, not %s: bits may differ", name, before, value)
     if layout["offload"] != run.config.offload:
         run.config = run.config.offloaded()
-    if layout["plan"] is not None and layout["plan"].keys() != {field.name for field in dataclasses.fields(Plan)}:
-        raise InputError("the interrupted run was begun by another version of surgeon-kernels: go on with that")
     if layout["plan"] is None:  # it began to offload
         kept = dataclasses.replace(run.config, batch_size=run.plan.batch_size)
         run.plan = make_plan(run.model, run.decoder, kept)
@@ -57,8 +49,17 @@ def claim_states(run: Run) -> None:
     run.said = list(layout["said"])
     for name, numbers in layout["left_out"].items():
         run.leave_out(name, numbers)
-    if run.config.offloads and any(weight.is_cuda for weight in weights.values()):
+    if run.config.offloads and any(weight.is_cuda for weight in tensors_of(run.model).values()):
         run.states.settle()  # else what is to be freed on the GPU would be held
+
+
+def require_same_run(run: Run, folder: Path) -> None:
+    """Raise what :func:`claim_states` would where ``folder`` has the states, of which nothing is changed."""
+    begun = read_note(folder)
+    if begun is not None:
+        options, content = _begun_with(run)
+        require_same(folder, begun, options, content(), "run")
+        _require_version(begun["layout"])
 
 
 def note_layout(run: Run, **changes: Any) -> None:
@@ -80,6 +81,29 @@ def states_bytes(model: nn.Module, decoder: Decoder, config: PruneConfig) -> tup
     fitted = weights if config.reconstruct and not config.structure_record.coupled else 0
     state = weights + masks + anchors
     return state * (min(config.shots, 3) + 1) + fitted, state
+
+
+def _begun_with(run: Run) -> tuple[dict[str, Any], Callable[[], dict[str, str | None]]]:
+    """Options of ``run`` by name, and fingerprints of what it reads, to be computed."""
+    windows = {
+        "calibration windows": run.calibration,
+        "held-out windows": run.held_out,
+        "data of low-rank corrections": run.correction_data,
+        "windows of gradient steps": run.step_windows,
+    }
+    weights = tensors_of(run.model)
+
+    def content() -> dict[str, str | None]:
+        return {"model's weights": fingerprint(weights), **{name: _windows(each) for name, each in windows.items()}}
+
+    config = dataclasses.asdict(run.config)
+    first = {"device": run.plan.device.type, "processes": run.ranks.count, **{name: config[name] for name in _DECISIVE}}
+    return first | config, content
+
+
+def _require_version(layout: Mapping[str, Any]) -> None:
+    if layout["plan"] is not None and layout["plan"].keys() != {field.name for field in dataclasses.fields(Plan)}:
+        raise InputError("the interrupted run was begun by another version of surgeon-kernels: go on with that")
 
 
 def _layout(run: Run) -> dict[str, Any]:

@@ -235,3 +235,29 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds 'mine.txt', which is no part of an interrupted run"):
         FolderStates(tmp_path, resume=True)
     assert (tmp_path / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link to a file", "link to nowhere"])
+def test_what_is_no_folder_is_refused_in_a_sentence(tmp_path: Path, kind: str) -> None:
+    folder, other = tmp_path / "states", tmp_path / "other"
+    if kind == "link to a file":
+        other.touch()
+    if kind == "file":
+        folder.touch()
+    else:
+        folder.symlink_to(other)
+    with pytest.raises(InputError, match=r"states' is to hold states of the run and is no writable folder: delete or"):
+        opened(folder)
+    assert folder.is_symlink() == (kind != "file")
+
+
+def test_a_link_to_a_folder_holds_states_and_stays(tmp_path: Path) -> None:
+    folder, other = tmp_path / "states", tmp_path / "other"
+    other.mkdir()
+    folder.symlink_to(other)
+    states = opened(folder)
+    states.put_shot(1, state())
+    states.close()
+    assert list(find_states(other)) == ["shot-1"]
+    opened(folder, resume=True).remove()
+    assert folder.is_symlink() and list(other.iterdir()) == []

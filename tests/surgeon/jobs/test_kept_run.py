@@ -195,14 +195,25 @@ def test_the_command_goes_on(cut, capsys):
     source, out, text, states = cut
     given = ["--calibration", text, "--samples", "4", "--seqlen", "16", "--shots", "2", "--device", "cpu"]
     given += ["--structure", "unstructured"]
+
+    def dry_run(*more):
+        with pytest.raises(SystemExit) as ended:
+            main(["prune", str(source), str(out), *given, "--dry-run", *more])
+        return ended.value.code or 0, capsys.readouterr()
+
+    kept = tree(states)
+    code, told = dry_run()
+    assert code == 2 and "holds an interrupted run: pass --resume to go on with it" in told.err
+    code, told = dry_run("--resume", "--samples", "5", "--fisher", "empirical")
+    assert code == 2 and "the interrupted run has samples 4, not 5: give that" in told.err
+    code, told = dry_run("--resume")
+    assert code == 0 and "it would go on with the interrupted run, of which some is done" in told.out
+    assert tree(states) == kept and not out.exists()
     for more, code in (([], 2), (["--resume", "--no-checkpoint"], 2), (["--resume"], None)):
         with pytest.raises(SystemExit) as ended:
             main(["prune", str(source), str(out), *given, *more])
         assert (ended.value.code or None) == code
     assert "surgeon: goes on after shot 2" in capsys.readouterr().err and not states.exists()
-    with pytest.raises(SystemExit):
-        main(["prune", str(source), str(out.with_name("new")), *given, "--dry-run"])
-    assert "what is done is kept until all is: " in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["prune", str(source), str(out.with_name("new")), *given, "--dry-run", "--no-checkpoint"])
-    assert "what is done is kept" not in capsys.readouterr().out
+    out = out.with_name("new")
+    assert "what is done is kept until all is: " in dry_run()[1].out
+    assert "what is done is kept" not in dry_run("--no-checkpoint")[1].out
