@@ -10,6 +10,8 @@ to ``W``. Costs and objectives are increases of the mean loss, in nats per token
 import warnings
 from typing import Any
 
+from surgeon_kernels.block_ops.add_rms_norm import add_rms_norm
+from surgeon_kernels.block_ops.decode_attention import DecodeAttention
 from surgeon_kernels.block_ops.rms_norm import rms_norm
 from surgeon_kernels.block_ops.rotary import rotary
 from surgeon_kernels.block_ops.swiglu import swiglu
@@ -45,12 +47,14 @@ from surgeon_kernels.updates.rows_columns_update import rows_columns_update
 __all__ = [
     "ChunkedUpdate",
     "DampedInverse",
+    "DecodeAttention",
     "JointUpdate",
     "Linear24Weight",
     "NotPositiveDefiniteError",
     "Packed24",
     "SymmetricAccumulator",
     "WeightCosts",
+    "add_rms_norm",
     "build_info",
     "check_packed_2_4",
     "cholesky_with_jitter",

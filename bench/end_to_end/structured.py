@@ -31,7 +31,7 @@ from llm_surgeon import PruneConfig, prune
 from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.formats.modeling_pruned import CompactLinear
 from llm_surgeon.inference import merge_linears
-from llm_surgeon.inference.decoding import GreedyDecoder, wait
+from llm_surgeon.inference.decoding import Decoder, wait
 from llm_surgeon.inference.speed import measure_speed
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.structures.remove.rows_columns import compact
@@ -113,7 +113,7 @@ def compiled_step_ms(model: PreTrainedModel, options: argparse.Namespace, new: i
     """Median milliseconds of a decoding step of one sequence through torch.compile."""
     torch.compiler.reset()
     ids = torch.randint(model.config.vocab_size, (1, options.prompt)).to(model.device)
-    decoder = GreedyDecoder(model, ids, new, Decoding.COMPILED)
+    decoder = Decoder(model, ids, new, Decoding.COMPILED)
     seconds = []
     for _ in range(4):
         decoder.restart()

@@ -10,7 +10,7 @@ from torch import Tensor
 from surgeon_kernels.runtime.triton_support import HALF_OR_SINGLE, has_kernels
 
 # A row is held in registers (an estimate: 1024 values a warp).
-_MAX_COLUMNS = 16384
+MOST_COLUMNS = 16384
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
         and has_kernels()
         and x.dtype == weight.dtype
         and x.dtype in HALF_OR_SINGLE
-        and 0 < x.shape[-1] <= _MAX_COLUMNS
+        and 0 < x.shape[-1] <= MOST_COLUMNS
         and x.numel() > 0
         and not (weight.requires_grad and torch.is_grad_enabled())
     ):

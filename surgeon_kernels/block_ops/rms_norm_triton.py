@@ -11,12 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from surgeon_kernels.runtime.triton_support import has_dependent_launch
-
-# Up to so many rows the kernel starts while the one before it runs, and lets the next one start. Estimated: of norms
-# and 2:4 products by turns on an H200, seven numbers of rows at four sizes, all gained up to 100 rows, and some lost up
-# to 11 % from 333 on.
-_DEPENDENT_ROWS = 128
+from surgeon_kernels.runtime.triton_support import DEPENDENT_ROWS, has_dependent_launch
 
 
 @triton.jit
@@ -77,7 +72,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[
     columns = x.shape[-1]
     y = torch.empty_like(x, dtype=dtype)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    dependent = rstd.numel() <= _DEPENDENT_ROWS and has_dependent_launch(x.device)
+    dependent = rstd.numel() <= DEPENDENT_ROWS and has_dependent_launch(x.device)
     with torch.cuda.device_of(x):
         rms_norm_kernel[(rstd.numel(),)](
             x,
@@ -88,7 +83,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[
             eps,
             BLOCK=triton.next_power_of_2(columns),
             DEPENDENT=dependent,
-            num_warps=_warps(columns),
+            num_warps=warps(columns),
             **({"launch_pdl": True} if dependent else {}),
         )
     return y, rstd
@@ -100,10 +95,10 @@ def backward(gradient: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tenso
     dx = torch.empty_like(x)
     with torch.cuda.device_of(x):
         rms_norm_backward_kernel[(rstd.numel(),)](
-            gradient, x, weight, rstd, dx, columns, BLOCK=triton.next_power_of_2(columns), num_warps=_warps(columns)
+            gradient, x, weight, rstd, dx, columns, BLOCK=triton.next_power_of_2(columns), num_warps=warps(columns)
         )
     return dx
 
 
-def _warps(columns: int) -> int:
+def warps(columns: int) -> int:
     return max(1, min(16, triton.next_power_of_2(columns) // 512))

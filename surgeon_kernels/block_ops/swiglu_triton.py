@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from surgeon_kernels.runtime.triton_support import DEPENDENT_ROWS, has_dependent_launch
 
 # Elements of a program (an estimate): with four warps, a thread has 8.
 _BLOCK = 1024
@@ -23,8 +26,12 @@ def swiglu_kernel(
     gate_row: tl.tensor,
     up_row: tl.tensor,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
-    """A part of one row: ``y = silu(gate) up``."""
+    """A part of one row: ``y = silu(gate) up``; ``DEPENDENT`` as in ``rms_norm_kernel``."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     parts = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // parts).to(tl.int64)
     c = (tl.program_id(0) % parts).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -60,9 +67,18 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     """``y`` of ``gate`` and ``up`` ``[rows, columns]``, last strides 1: they may be halves of one tensor."""
     rows, columns = gate.shape
     y = gate.new_empty(rows, columns)
+    dependent = rows <= DEPENDENT_ROWS and has_dependent_launch(gate.device)
     with torch.cuda.device_of(gate):
         swiglu_kernel[(rows * triton.cdiv(columns, _BLOCK),)](
-            gate, up, y, columns, gate.stride(0), up.stride(0), BLOCK=_BLOCK
+            gate,
+            up,
+            y,
+            columns,
+            gate.stride(0),
+            up.stride(0),
+            BLOCK=_BLOCK,
+            DEPENDENT=dependent,
+            **({"launch_pdl": True} if dependent else {}),
         )
     return y
 

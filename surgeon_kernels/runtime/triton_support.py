@@ -9,6 +9,10 @@ import torch
 
 # Dtypes of the pointwise kernels, which compute in float32.
 HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
+# Up to so many rows a pointwise kernel starts while the one before it runs, and lets the next one start. Estimated: of
+# norms and 2:4 products by turns on an H200, seven numbers of rows at four sizes, all gained up to 100 rows, and some
+# lost up to 11 % from 333 on.
+DEPENDENT_ROWS = 128
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from tests.kernels.interpreter import assert_agrees
     "checks",
     [
         "gram.interpreted_gram",
+        "block_ops.interpreted_decoding",
         "block_ops.interpreted_pointwise",
         "linalg.interpreted_masked_cg",
         "linalg.interpreted_quadratic_form",

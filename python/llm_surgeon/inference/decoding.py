@@ -1,4 +1,4 @@
-"""Greedy decoding, one token of every sequence a step, in the modes that :mod:`~llm_surgeon.inference.speed` times."""
+"""Decoding, one token of every sequence a step, in the modes that :mod:`~llm_surgeon.inference.speed` times."""
 
 from __future__ import annotations
 
@@ -10,47 +10,83 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
 from llm_surgeon.config.decoding import Decoding
+from llm_surgeon.inference.fused_step import FusedStep
+from llm_surgeon.inference.fusible import unfused_part
 
 
-class GreedyDecoder:
-    """Greedy decoding after ``ids`` ``[batch, prompt]`` by a loop that leaves the device to itself: no step waits.
+class Decoder:
+    """Decoding after ``ids`` ``[batch, prompt]`` by a loop that leaves the device to itself: no step waits.
 
-    :meth:`restart` runs the prompt, :meth:`run` the steps; ``tokens`` ``[batch, 1 + new_tokens]`` is what came out.
-    ``decoding`` is any but ``generate``.
+    :meth:`restart` runs the prompt, :meth:`run` all steps, :meth:`step` one; ``tokens`` ``[batch, 1 + new_tokens]`` is
+    what came out. ``decoding`` is any but ``generate``. Tokens are the most likely ones or, at a ``temperature`` T > 0,
+    drawn from softmax(logits / T) on the device. ``unfused`` names what keeps the model from ``fused`` steps where
+    these are asked for.
     """
 
     def __init__(
-        self, model: PreTrainedModel, ids: Tensor, new_tokens: int, decoding: Decoding = Decoding.EAGER
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        new_tokens: int,
+        decoding: Decoding = Decoding.EAGER,
+        temperature: float = 0.0,
     ) -> None:
-        self._model, self._ids, self._steps = model, ids, new_tokens
+        self._model, self._ids, self._steps, self._temperature = model, ids, new_tokens, temperature
         compiled = decoding is Decoding.COMPILED
         self._forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
-        self._cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + new_tokens)
+        length = ids.shape[1] + new_tokens
+        self._cache = StaticCache(config=model.config, max_cache_len=length)
         self._token = ids[:, -1:].clone()
+        self._position = ids.new_zeros(1)
         self.tokens = ids.new_zeros(ids.shape[0], 1 + new_tokens)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._fused: FusedStep | None = None
+        self.unfused: str | None = None
         self.restart()
-        if decoding is Decoding.GRAPH or (compiled and ids.is_cuda):
+        if decoding is Decoding.FUSED:
+            self.unfused = unfused_part(model, self._cache, length)
+            if self.unfused is None:
+                self._fused = FusedStep(model, self._cache, length)
+        if decoding is Decoding.GRAPH or (ids.is_cuda and decoding in (Decoding.FUSED, Decoding.COMPILED)):
             self._capture()
 
+    @torch.no_grad()
     def restart(self) -> None:
         self._cache.reset()
         output = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._token.copy_(output.logits[:, -1:].argmax(-1))
+        self._choose(output.logits)
+        self._position.fill_(self._ids.shape[1])
         self.tokens[:, :1] = self._token
 
     def run(self) -> None:
         for position in range(1, 1 + self._steps):
-            if self._graph is None:
-                self._step()
-            else:
-                self._graph.replay()
+            self.step()
             self.tokens[:, position : position + 1] = self._token
 
-    def _step(self) -> None:
-        output = self._forward(input_ids=self._token, past_key_values=self._cache, use_cache=True)
-        self._token.copy_(output.logits[:, -1:].argmax(-1))
+    @torch.no_grad()
+    def step(self) -> None:
+        """The next token, of which there must be fewer than ``new_tokens``."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
 
+    def _step(self) -> None:
+        if self._fused is None:
+            self._choose(self._forward(input_ids=self._token, past_key_values=self._cache, use_cache=True).logits)
+        else:
+            self._choose(self._fused(self._token, self._position))
+            self._position.add_(1)
+
+    def _choose(self, logits: Tensor) -> None:
+        last = logits[:, -1:]
+        if self._temperature > 0:
+            # Of p_i / e_i, e_i exponential, the i-th is the largest with probability p_i: no number reaches the host.
+            last = torch.softmax(last.float() / self._temperature, dim=-1)
+            last = last / torch.empty_like(last).exponential_()
+        self._token.copy_(last.argmax(-1))
+
+    @torch.no_grad()
     def _capture(self) -> None:
         stream = torch.cuda.Stream(self._ids.device)
         stream.wait_stream(torch.cuda.current_stream(self._ids.device))

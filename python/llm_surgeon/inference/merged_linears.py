@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class MergedPackedLinear(PackedLinear):
         # A tensor written to in between is another input. torch.compile traces no versions.
         version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
         if self.first_row == 0:
-            outputs = linear_2_4(x, self._kernel_weight(fragments)._replace(rows=self.group_rows, compressed=None))
+            outputs = self.outputs_of_all(x)
             _waiting.entry = x, version, self.group, outputs
         else:
             entry = _waiting.entry
@@ -79,6 +79,17 @@ class MergedPackedLinear(PackedLinear):
             if self.last:
                 _waiting.entry = None
         return outputs[..., self.first_row : self.first_row + self.out_features]
+
+    def leads(self, layers: Sequence[PackedLinear]) -> bool:
+        """True if ``layers`` are those of the group, and this one is the first."""
+        if not self.group or self.first_row or {getattr(layer, "group", 0) for layer in layers} != {self.group}:
+            return False
+        return sum(layer.out_features for layer in layers) == self.group_rows
+
+    def outputs_of_all(self, x: Tensor) -> Tensor:
+        """``[..., Σ R]``, of all layers of the group that this one leads."""
+        assert self.fragments is not None
+        return linear_2_4(x, self._kernel_weight(self.fragments)._replace(rows=self.group_rows, compressed=None))
 
     def _own(self, fragments: Tensor) -> Linear24Weight:
         """This layer's weight; ``fragments`` of the first layer go on with those of the others."""
@@ -102,23 +113,27 @@ def merge_packed_linears(model: PreTrainedModel) -> list[list[str]]:
     names = {layer: name for name, layer in packed_linears(model)}
     merged = []
     for group in filter(_mergeable_packed, shared_inputs(model, names)):
-        together = Packed24(*map(torch.cat, zip(*(layer.packed for layer in group), strict=True)))
-        prepared = prepare_2_4(together)
-        tune_once(prepared)
-        number, row = next(_numbers), 0
-        for layer in group:
-            rows = prepared.fragments[row // UNIT_ROWS : -(-(row + layer.out_features) // UNIT_ROWS)]
-            layer.__class__ = MergedPackedLinear
-            assert isinstance(layer, MergedPackedLinear)
-            layer.fragments = frozen_parameter(rows if row else prepared.fragments)
-            layer.group, layer.group_rows, layer.first_row = number, prepared.rows, row
-            layer.last = layer is group[-1]
-            row += layer.out_features
+        _merge_packed(group)
         merged.append([names[layer] for layer in group])
     return merged
 
 
-def _mergeable_packed(layers: list[PackedLinear]) -> bool:
+def _merge_packed(group: Sequence[PackedLinear]) -> None:
+    together = Packed24(*map(torch.cat, zip(*(layer.packed for layer in group), strict=True)))
+    prepared = prepare_2_4(together)
+    tune_once(prepared)
+    number, row = next(_numbers), 0
+    for layer in group:
+        rows = prepared.fragments[row // UNIT_ROWS : -(-(row + layer.out_features) // UNIT_ROWS)]
+        layer.__class__ = MergedPackedLinear
+        assert isinstance(layer, MergedPackedLinear)
+        layer.fragments = frozen_parameter(rows if row else prepared.fragments)
+        layer.group, layer.group_rows, layer.first_row = number, prepared.rows, row
+        layer.last = layer is group[-1]
+        row += layer.out_features
+
+
+def _mergeable_packed(layers: Sequence[PackedLinear]) -> bool:
     if len(set(layers)) < max(2, len(layers)):  # one alone, or one called twice
         return False
     if any(layer.fragments is None or layer.bias is not None or getattr(layer, "group", 0) for layer in layers):
@@ -146,15 +161,46 @@ def merge_linears(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+def merged_product(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """``x [..., C] → [..., Σ R]``, what ``linears`` compute of ``x`` side by side, by one launch where they allow it.
+
+    Dense ones of one dtype on one device do, and packed ones without biases that have a kernel. Their weights are views
+    of one tensor from then on. Others are called one after the other. A result holds as long as the layers are neither
+    moved nor cast nor loaded anew.
+    """
+    if all(type(linear) is nn.Linear and "forward" not in vars(linear) for linear in linears):
+        dense = cast("Sequence[nn.Linear]", linears)
+        if _mergeable(dense):
+            return functools.partial(_product, *_merge(dense))
+    elif all(isinstance(linear, PackedLinear) for linear in linears):
+        packed = cast("Sequence[PackedLinear]", linears)
+        if _mergeable_packed(packed):
+            _merge_packed(packed)
+        first = packed[0]
+        if isinstance(first, MergedPackedLinear) and first.leads(packed):
+            return first.outputs_of_all
+    return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
+
+
+def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return functional.linear(x, weight, bias)
+
+
+def _merge(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of all, the former as a tensor that those of the linears are views of from now on."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+    for linear, rows in zip(linears, weight.split([linear.out_features for linear in linears]), strict=True):
+        linear.weight.data = rows
+    return weight, bias
+
+
 class _Merged:
     """Linears that are called in this order with one input."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         self._linears, self._sizes = linears, [linear.out_features for linear in linears]
-        self._weight = torch.cat([linear.weight.detach() for linear in linears])
-        self._bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
-        for linear, rows in zip(linears, self._weight.split(self._sizes), strict=True):
-            linear.weight.data = rows
+        self._weight, self._bias = _merge(linears)
         self._waiting: tuple[Tensor, int | None, tuple[Tensor, ...]] | None = None  # input, its version, outputs
 
     def output(self, position: int, x: Tensor) -> Tensor:
@@ -180,7 +226,7 @@ def _separate(linear: nn.Linear) -> None:
     linear.weight.data = linear.weight.data.clone()
 
 
-def _mergeable(group: list[nn.Linear]) -> bool:
+def _mergeable(group: Sequence[nn.Linear]) -> bool:
     kinds = {(linear.weight.dtype, linear.weight.device, linear.bias is None) for linear in group}
     return len(set(group)) == len(group) > 1 and len(kinds) == 1
 

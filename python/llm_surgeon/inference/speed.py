@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.errors import InputError
 from llm_surgeon.formats.packed_linear import PackedLinear
-from llm_surgeon.inference.decoding import GreedyDecoder, generate_seconds, wait
+from llm_surgeon.inference.decoding import Decoder, generate_seconds, wait
+from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.limits import positions, text_config
 
 
@@ -25,8 +26,8 @@ class Speed:
     """Median times of one batch of equally long prompts.
 
     Attributes:
-        decoding: how the steps ran; with ``compiled`` the prompts' pass was compiled, too, and with ``generate`` it
-            is generate's, from the call on.
+        decoding: how the steps ran; with ``compiled`` the prompts' pass was compiled, too, with ``fused`` its pointwise
+            parts were one kernel each, and with ``generate`` it is generate's, from the call on.
         batch_size, prompt, new_tokens: sequences, tokens of each prompt, tokens decoded after the first new one.
         prefill_seconds: the prompts' forward pass, up to the first new token.
         decode_seconds: of ``new_tokens`` greedy steps with a static cache.
@@ -141,16 +142,17 @@ def _trial(
     device = ids.device
     forward = torch.compile(model, dynamic=False) if decoding is Decoding.COMPILED else model
     decodes = new_tokens > 0 and decoding is not Decoding.GENERATE
-    decoder = GreedyDecoder(model, ids, new_tokens, decoding) if decodes else None
+    decoder = Decoder(model, ids, new_tokens, decoding) if decodes else None
 
     def prefill() -> float:
-        wait(device)
-        begun = time.perf_counter()
-        forward(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-        wait(device)
-        return time.perf_counter() - begun
+        with fused_pointwise(model) if decoding is Decoding.FUSED else contextlib.nullcontext():
+            wait(device)
+            begun = time.perf_counter()
+            forward(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            wait(device)
+            return time.perf_counter() - begun
 
-    def decode(decoder: GreedyDecoder) -> float:
+    def decode(decoder: Decoder) -> float:
         decoder.restart()
         wait(device)
         begun = time.perf_counter()

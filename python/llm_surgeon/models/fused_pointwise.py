@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import sys
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_surgeon.formats.packed_linear import PackedLinear
+from llm_surgeon.models.trial import numbers, shallow_copy, small_linear
 from surgeon_kernels import rms_norm, rotary, swiglu
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -57,11 +57,11 @@ def is_rms_norm(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if list(module._parameters) != ["weight"] or weight is None or weight.ndim != 1 or module._modules:
         return False
-    if not isinstance(_epsilon(module), float) or not _takes_one_tensor(module):
+    if not isinstance(epsilon(module), float) or not _takes_one_tensor(module):
         return False
     if type(module) not in _verdicts:
-        probe = _shallow_copy(module, _parameters={"weight": nn.Parameter(_numbers(len(weight)))})
-        _verdicts[type(module)] = _agree(type(module).forward, _rms_norm, probe, 3.0 * _numbers(2, len(weight)))
+        probe = shallow_copy(module, _parameters={"weight": nn.Parameter(numbers(len(weight)))})
+        _verdicts[type(module)] = _agree(type(module).forward, _rms_norm, probe, 3.0 * numbers(2, len(weight)))
     return _verdicts[type(module)]
 
 
@@ -76,9 +76,11 @@ def is_swiglu(module: nn.Module) -> bool:
         return False  # the activation is not called on its own any more: a hook would miss it
     key = type(module), type(activation)
     if key not in _verdicts:
-        small = dict(zip(_LINEARS, (_linear(4, 6, 0.5), _linear(4, 6, 0.9), _linear(6, 4, 0.7)), strict=True))
-        probe = _shallow_copy(module, _modules={**module._modules, **small})
-        _verdicts[key] = _agree(type(module).forward, _swiglu, probe, 3.0 * _numbers(5, 4))
+        small = dict(
+            zip(_LINEARS, (small_linear(4, 6, 0.5), small_linear(4, 6, 0.9), small_linear(6, 4, 0.7)), strict=True)
+        )
+        probe = shallow_copy(module, _modules={**module._modules, **small})
+        _verdicts[key] = _agree(type(module).forward, _swiglu, probe, 3.0 * numbers(5, 4))
     return _verdicts[key]
 
 
@@ -95,8 +97,8 @@ def _rotates(function: Callable[..., tuple[Tensor, Tensor]]) -> bool:
     names = list(inspect.signature(function).parameters.values())
     if [p.name for p in names[:4]] != ["q", "k", "cos", "sin"] or any(p.default is p.empty for p in names[4:]):
         return False
-    q, k = _numbers(1, 2, 3, 4), 2.0 * _numbers(1, 1, 3, 4)
-    cos, sin = 1.5 * _numbers(1, 3, 4), 0.3 - _numbers(1, 3, 4)
+    q, k = numbers(1, 2, 3, 4), 2.0 * numbers(1, 1, 3, 4)
+    cos, sin = 1.5 * numbers(1, 3, 4), 0.3 - numbers(1, 3, 4)
     theirs = function(q, k, cos, sin)
     return all(torch.allclose(theirs[i], rotary(x, cos, sin), rtol=1e-5, atol=1e-6) for i, x in enumerate((q, k)))
 
@@ -104,9 +106,9 @@ def _rotates(function: Callable[..., tuple[Tensor, Tensor]]) -> bool:
 def _rms_norm(module: Any, x: Tensor) -> Tensor:
     dtype = _autocast_dtype(x)
     if dtype is None:
-        return rms_norm(x, module.weight, _epsilon(module))
+        return rms_norm(x, module.weight, epsilon(module))
     # Linears that follow would round the result, each for itself.
-    return rms_norm(x, module.weight.to(x.dtype), _epsilon(module), dtype)
+    return rms_norm(x, module.weight.to(x.dtype), epsilon(module), dtype)
 
 
 def _swiglu(module: Any, x: Tensor) -> Tensor:
@@ -134,7 +136,14 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
-def _epsilon(module: Any) -> Any:
+def has_own_forward(module: nn.Module) -> bool:
+    """True where somebody has replaced ``module``'s ``forward``, other than :func:`fused_pointwise`."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "func", None) not in (_rms_norm, _swiglu)
+
+
+def epsilon(module: Any) -> Any:
+    """What an RMS norm adds to the mean square; None where it has no such number."""
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
@@ -145,22 +154,3 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 def _agree(theirs: Callable[..., Tensor], ours: Callable[..., Tensor], module: nn.Module, x: Tensor) -> bool:
     with torch.no_grad():
         return torch.allclose(theirs(module, x), ours(module, x), rtol=1e-5, atol=1e-6)
-
-
-def _shallow_copy(module: nn.Module, **attributes: dict[str, Any]) -> nn.Module:
-    """``module`` with other parameters or children; called by its class's forward, no hook notices."""
-    probe = copy.copy(module)
-    vars(probe).update(attributes)
-    return probe
-
-
-def _linear(columns: int, rows: int, scale: float) -> nn.Linear:
-    linear = nn.Linear(columns, rows, bias=False, device="meta")  # draws no random numbers
-    linear.weight = nn.Parameter(scale * _numbers(rows, columns))
-    return linear
-
-
-def _numbers(*shape: int) -> Tensor:
-    """Numbers in [-1, 1] without any pattern, on the CPU."""
-    count = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
-    return torch.sin(count.square()).view(shape)

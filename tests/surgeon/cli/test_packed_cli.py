@@ -21,7 +21,7 @@ from llm_surgeon import InputError
 from llm_surgeon.cli import generate
 from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.inference import decoding, pack_model
-from llm_surgeon.inference.decoding import GreedyDecoder
+from llm_surgeon.inference.decoding import Decoder
 from llm_surgeon.inference.speed import measure_speed, measure_speeds
 from llm_surgeon.jobs.pack import pack_checkpoint
 from llm_surgeon.report.schema import PruneReport
@@ -212,7 +212,7 @@ def test_bench_refuses_a_dense_model_and_a_machine_without_a_gpu(pruned, sentenc
 def test_the_timed_decoding_is_greedy_decoding(name):
     model = build_2_4(name)
     expected = torch.tensor(continuation(model))[:, 6:]
-    decoder = GreedyDecoder(model, IDS, 7)
+    decoder = Decoder(model, IDS, 7)
     for _ in range(2):
         with torch.no_grad():
             decoder.restart()

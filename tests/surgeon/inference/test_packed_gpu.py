@@ -19,7 +19,8 @@ from llm_surgeon.inference import (
     unpack_model,
     use_cusparselt,
 )
-from llm_surgeon.inference.decoding import GreedyDecoder
+from llm_surgeon.inference.decoding import Decoder
+from llm_surgeon.inference.fused_step import FusedStep
 from llm_surgeon.inference.speed import measure_speed, measure_speeds
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from surgeon_kernels.runtime import extension
@@ -134,7 +135,7 @@ def test_generation_with_a_static_cache_and_a_cuda_graph(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
     expected = continuation(model)
     assert continuation(model, cache_implementation="static", disable_compile=True) == expected
-    decoder = GreedyDecoder(model, IDS.cuda(), 7, Decoding.GRAPH)
+    decoder = Decoder(model, IDS.cuda(), 7, Decoding.GRAPH)
     with torch.no_grad():
         for _ in range(2):
             decoder.restart()
@@ -178,12 +179,54 @@ def test_generation_with_everything_fused(tmp_path):
         assert continuation(model, cache_implementation="static") == expected
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_fused_steps(name, form, tmp_path):
+    """One graph a step; float16, in which the tiny model's most likely tokens stand apart from the others."""
+    save_packed(tmp_path, name, torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+    if form == "dense":
+        unpack_model(model)
+    expected = continuation(model)
+    decoder = Decoder(model, IDS.cuda(), 7, Decoding.FUSED)
+    assert (decoder.unfused is None) == (name != "qwen3")
+    with torch.no_grad():
+        for _ in range(3):
+            decoder.restart()
+            decoder.run()
+            assert decoder.tokens.tolist() == [row[6:] for row in expected]
+
+
+def test_logits_of_fused_steps_are_as_good_as_those_of_the_dense_model(tmp_path):
+    dense = save_packed(tmp_path, "llama", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+    cache, ids = StaticCache(config=model.config, max_cache_len=16), IDS.cuda()
+    with torch.no_grad():
+        model(ids[:, :3], past_key_values=cache, use_cache=True)
+        step = FusedStep(model, cache, 16)
+        for position in range(3, ids.shape[1]):
+            found = step(ids[:, position : position + 1], torch.tensor([position], device="cuda"))
+    assert_as_good_as_dense(found, dense)
+
+
+def test_drawn_tokens_differ_from_replay_to_replay(tmp_path):
+    save_packed(tmp_path, "llama", torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+    decoder = Decoder(model, IDS.cuda(), 20, Decoding.FUSED, temperature=100.0)
+    runs = []
+    for _ in range(2):
+        decoder.restart()
+        decoder.run()
+        runs.append(decoder.tokens.clone())
+    assert not torch.equal(*runs) and all(len(set(row.tolist())) > 5 for row in runs[0])
+
+
 def test_fused_layers(tmp_path):
     dense = save_packed(tmp_path, "llama", torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
     assert len(merge_packed_linears(model)) == 4
     assert_as_good_as_dense(logits(model), dense)
-    decoder = GreedyDecoder(model, IDS.cuda(), 7, Decoding.GRAPH)
+    decoder = Decoder(model, IDS.cuda(), 7, Decoding.GRAPH)
     with torch.no_grad():
         decoder.restart()
         decoder.run()
@@ -245,7 +288,7 @@ def test_torch_sparse():
             assert_as_good_as_dense(logits(model), dense)
 
 
-@pytest.mark.parametrize("decoding", [Decoding.GRAPH, Decoding.COMPILED, Decoding.GENERATE])
+@pytest.mark.parametrize("decoding", [Decoding.GRAPH, Decoding.FUSED, Decoding.COMPILED, Decoding.GENERATE])
 def test_two_models_take_turns_and_have_a_peak_each(decoding, tmp_path):
     save_packed(tmp_path, "llama", torch.bfloat16)
     packed, dense = (AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda") for _ in range(2))

@@ -1,0 +1,114 @@
+"""A decoding step by few kernels: four products and four other kernels a block.
+
+A block of a Llama-like decoder computes::
+
+    h ← h + o(attention(R q, R k, v)),         [q, k, v] = W_qkv norm₁(h)
+    h ← h + down(silu(gate) ∘ up),             [gate, up] = W_gu norm₂(h)
+
+Here q, k and v are one product, and gate and up; one kernel rotates, writes the cache and attends
+(:class:`surgeon_kernels.DecodeAttention`), one each adds to the residual stream and takes the norm that follows
+(:func:`surgeon_kernels.add_rms_norm`), and one is the gated activation. Dense and packed weights go the same way.
+
+Norms that are not RMS norms and feed-forward layers that are no SwiGLU run as the model's own modules. What else keeps
+a model from such a step :func:`~llm_surgeon.inference.fusible.unfused_part` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from llm_surgeon.inference.fusible import unfused_part
+from llm_surgeon.inference.merged_linears import merged_product
+from llm_surgeon.models.fused_pointwise import epsilon, has_own_forward, is_rms_norm, is_swiglu
+from surgeon_kernels import DecodeAttention, add_rms_norm, rms_norm, swiglu
+
+if TYPE_CHECKING:  # it would bring transformers' models, which bring this: see _registration.py
+    from transformers import PreTrainedModel
+
+
+class FusedStep:
+    """Logits of one new token of every sequence, see the module's text.
+
+    The weights that are multiplied together become views of one tensor, for good. A model that is moved or cast
+    afterwards needs a new object.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: StaticCache, length: int) -> None:
+        """For steps up to ``length`` tokens in ``cache``, which a prompt has filled.
+
+        Raises:
+            ValueError: :func:`unfused_part` names a part.
+        """
+        reason = unfused_part(model, cache, length)
+        if reason is not None:
+            raise ValueError(f"the model has no fused decoding step because of {reason}")
+        trunk = model.base_model
+        self._embed, self._head = trunk.embed_tokens, model.get_output_embeddings()
+        first = cache.layers[0]
+        batch, kv_heads, length, dim = first.keys.shape
+        attention = trunk.layers[0].self_attn
+        heads = attention.o_proj.in_features // dim
+        self._attention = DecodeAttention(batch, heads, kv_heads, dim, length, attention.scaling, first.keys.device)
+        positions = torch.arange(length, device=first.keys.device)[None]
+        with torch.no_grad():
+            cos, sin = trunk.rotary_emb(first.keys.new_empty(1, 1, 1), positions)
+            self._first_norm = _norm(trunk.layers[0].input_layernorm)
+            norms = [*(block.input_layernorm for block in trunk.layers[1:]), trunk.norm]
+            self._blocks = [
+                _Block(block, _add_norm(norm), layer.keys, layer.values)
+                for block, norm, layer in zip(trunk.layers, norms, cache.layers, strict=True)
+            ]
+        self._angles = cos[0].contiguous(), sin[0].contiguous()
+
+    @torch.no_grad()
+    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
+        """Logits ``[batch, 1, vocabulary]`` after ``token`` ``[batch, 1]``, which all stand at ``position`` ``[1]``."""
+        h = self._embed(token)
+        x = self._first_norm(h)
+        for block in self._blocks:
+            attended = self._attention(block.qkv(x), *self._angles, block.keys, block.values, position)
+            h, x = block.attention_norm(block.o_proj(attended), h)
+            h, x = block.next_norm(block.mlp(x), h)
+        return self._head(x)
+
+
+class _Block:
+    def __init__(
+        self, block: Any, next_norm: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], keys: Tensor, values: Tensor
+    ) -> None:
+        attention = block.self_attn
+        self.qkv = merged_product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o_proj = attention.o_proj
+        self.attention_norm, self.next_norm = _add_norm(block.post_attention_layernorm), next_norm
+        self.mlp = _mlp(block.mlp)
+        self.keys, self.values = keys, values
+
+
+def _mlp(module: Any) -> Callable[[Tensor], Tensor]:
+    if has_own_forward(module) or not is_swiglu(module):
+        return module
+    gate_up, down = merged_product([module.gate_proj, module.up_proj]), module.down_proj
+    return lambda x: down(swiglu(*gate_up(x).chunk(2, dim=-1)))
+
+
+def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+    if has_own_forward(module) or not is_rms_norm(module):
+        return module
+    return lambda x: rms_norm(x, module.weight, epsilon(module))
+
+
+def _add_norm(module: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """``(x, h) → (x + h, norm(x + h))``."""
+    if not has_own_forward(module) and is_rms_norm(module):
+        return lambda x, h: add_rms_norm(x, h, module.weight, epsilon(module))
+
+    def add_norm(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h + x
+        return h, module(h)
+
+    return add_norm

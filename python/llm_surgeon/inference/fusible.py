@@ -1,0 +1,133 @@
+"""Models that decode by :class:`~llm_surgeon.inference.fused_step.FusedStep`, found by trial."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from llm_surgeon.formats.packed_linear import PackedLinear
+from llm_surgeon.models.fused_pointwise import has_own_forward
+from llm_surgeon.models.trial import numbers, shallow_copy, small_linear
+from surgeon_kernels.block_ops.decode_attention import decode_attention_reference
+
+if TYPE_CHECKING:  # it would bring transformers' models, which bring this: see _registration.py
+    from transformers import PreTrainedModel
+
+_TRUNK = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+# Of scaled products with an additive mask, the same for all: other kernels have masks of their own.
+_ATTENTIONS = ("eager", "sdpa")
+# Angles that depend on how long the sequence has become.
+_MOVING_ANGLES = ("dynamic", "longrope")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_verdicts: dict[Any, bool] = {}
+
+
+def unfused_part(model: PreTrainedModel, cache: StaticCache, length: int) -> str | None:
+    """Name what keeps ``model`` from fused steps up to ``length`` tokens in ``cache``; None where nothing does.
+
+    The cache is one that a prompt has filled.
+
+    A block whose modules are replaced by small linears must compute the equations of
+    :mod:`~llm_surgeon.inference.fused_step`, and the model without its blocks what embedding, norm and head compute one
+    after the other. So models are left out that take norms of queries and keys or after a layer, scale their residuals
+    or logits, rotate a part of each head, route to experts with more than one result, or look through a sliding window;
+    and modules that somebody hooked or whose ``forward`` somebody replaced.
+    """
+    trunk: Any = model.base_model
+    if trunk is model or set(trunk._modules) != _TRUNK or trunk._parameters:
+        return "the model's parts"
+    if any(not isinstance(layer, StaticLayer) or layer.keys.shape[2] < length for layer in cache.layers):
+        return "a sliding window"  # that is shorter
+    if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) != 1:
+        return "weights on several devices"
+    if model.config._attn_implementation not in _ATTENTIONS:
+        return f"attention by {model.config._attn_implementation}"
+    keys = cache.layers[0].keys
+    for index, block in enumerate(trunk.layers):
+        if cache.layers[index].keys.shape != keys.shape or not _is_plain_block(block, keys.shape[3]):
+            return f"block {index}"
+    if getattr(trunk.rotary_emb, "rope_type", "default") in _MOVING_ANGLES:
+        return "rotary angles that depend on the length"
+    cos, _ = trunk.rotary_emb(keys.new_empty(1, 1, 1), torch.zeros(1, 1, dtype=torch.long, device=keys.device))
+    if cos.shape[-1] != keys.shape[3]:
+        return "rotary angles of a part of each head"
+    return None if _is_plain_outside(model, trunk) else "what is computed before and after the blocks"
+
+
+def _is_plain_block(block: Any, dim: int) -> bool:
+    if set(block._modules) != _BLOCK or block._parameters or has_own_forward(block) or _hooked(block):
+        return False
+    attention = block.self_attn
+    if set(attention._modules) != _LINEARS or attention._parameters or has_own_forward(attention) or _hooked(attention):
+        return False
+    linears = attention._modules
+    if any(not isinstance(linear, (nn.Linear, PackedLinear)) for linear in linears.values()):
+        return False
+    heads, kv_heads = linears["q_proj"].out_features // dim, linears["k_proj"].out_features // dim
+    if not isinstance(getattr(attention, "scaling", None), float) or kv_heads == 0 or heads % kv_heads or dim % 2:
+        return False
+    key = type(block), type(attention), attention.config._attn_implementation, heads // kv_heads, dim
+    if key not in _verdicts:
+        _verdicts[key] = _computes_the_equations(block, heads // kv_heads, dim)
+    return _verdicts[key]
+
+
+@torch.no_grad()
+def _computes_the_equations(block: Any, group: int, dim: int) -> bool:
+    width, length = 6, 3
+    q, k, v = small_linear(width, group * dim, 0.8), small_linear(width, dim, 0.7), small_linear(width, dim, 0.9)
+    o = small_linear(group * dim, width, 0.3)
+    norms = small_linear(width, width, 0.5), small_linear(width, width, 0.6)
+    mlp = small_linear(width, width, -0.4)
+    linears = {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": o}
+    attention = shallow_copy(block.self_attn, _modules=linears)
+    modules = dict(zip(("input_layernorm", "post_attention_layernorm"), norms, strict=True))
+    probe = shallow_copy(block, _modules={**modules, "self_attn": attention, "mlp": mlp})
+    h = 2.0 * numbers(2, length, width)
+    cos, sin = 1.5 * numbers(length, dim), 0.3 - numbers(length, dim)
+    theirs = type(block).forward(
+        probe,
+        h,
+        attention_mask=torch.full((length, length), float("-inf")).triu(1)[None, None],
+        position_ids=torch.arange(length)[None],
+        past_key_values=None,
+        use_cache=False,
+        position_embeddings=(cos[None], sin[None]),
+    )
+    if not isinstance(theirs, Tensor):
+        return False
+    keys, values = torch.zeros(2, 2, 1, length, dim)
+    for position in range(length):
+        at = torch.tensor([position])
+        ours = h[:, position : position + 1]
+        x = norms[0](ours)
+        qkv = torch.cat([q(x), k(x), v(x)], dim=-1)
+        scale = block.self_attn.scaling
+        ours = ours + o(decode_attention_reference(qkv, cos, sin, keys, values, at, scale))
+        ours = ours + mlp(norms[1](ours))
+        if not torch.allclose(theirs[:, position : position + 1], ours, rtol=1e-4, atol=1e-5):
+            return False
+    return True
+
+
+@torch.no_grad()
+def _is_plain_outside(model: PreTrainedModel, trunk: Any) -> bool:
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model._modules.items() if module is trunk), None)
+    if head is None or name is None or _hooked(trunk) or _hooked(model):
+        return False
+    bare = shallow_copy(trunk, _modules={**trunk._modules, "layers": nn.ModuleList()})
+    probe = shallow_copy(model, _modules={**model._modules, name: bare})
+    ids = torch.tensor([[1, 2], [3, 0]], device=trunk.embed_tokens.weight.device) % model.config.vocab_size
+    theirs = type(model).forward(probe, input_ids=ids, use_cache=False).logits
+    return torch.equal(theirs, head(trunk.norm(trunk.embed_tokens(ids))))
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
