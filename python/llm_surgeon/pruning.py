@@ -32,6 +32,7 @@ def prune(
     correction_data: Any = None,
     held_out: Any = None,
     step_windows: Any = None,
+    evaluation: Any = None,
     plan: Plan | None = None,
     progress: Progress | None = None,
     checkpoint: str | Path | RunStates | None = None,
@@ -59,6 +60,7 @@ def prune(
             losses on them before and after.
         step_windows: sequences that the lengths of gradient steps are found on, given like ``calibration``, whose last
             ``gradient_samples`` (an eighth) they are where left out; else that is left out.
+        evaluation: sequences of another text, given like ``calibration``: the same as of ``held_out``.
         plan: the run's layout, where :func:`~llm_surgeon.planning.plan.make_plan` was asked for it already.
         progress: receiver of progress; none by default.
         checkpoint: a folder of this run's own, in which what is done is kept until all of it is; nothing is by default.
@@ -83,7 +85,7 @@ def prune(
     require_bool("resume", resume)
     if resume and checkpoint is None:
         raise InputError("resume means nothing without checkpoint")
-    data = calibration, correction_data, held_out, step_windows
+    data = calibration, correction_data, held_out, step_windows, evaluation
     state = ModelState(model)
     try:
         with kept_states(checkpoint if ranks.first else None, resume) as states:
@@ -105,7 +107,7 @@ def _prune(
     model: nn.Module,
     state: ModelState,
     config: PruneConfig,
-    data: tuple[Any, Any, Any, Any],
+    data: tuple[Any, Any, Any, Any, Any],
     plan: Plan | None,
     progress: Progress,
     states: RunStates,

@@ -1,10 +1,11 @@
 """Small reports with known numbers, and a strict reader of the pages made of them."""
 
 import dataclasses
+import math
 from html.parser import HTMLParser
 
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.report.schema import LayerReport, PruneReport, ShotReport, SolverTrace
+from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, ShotReport, SolverTrace
 
 QUERY, DOWN = "self_attn.q_proj", "mlp.down_proj"
 
@@ -37,7 +38,7 @@ def surgeon_report() -> PruneReport:
         peak_memory_bytes=3 * 2**29,
         layers=layers,
         shots=[first, second],
-        perplexity={"dense": 27.654, "pruned": 34.0},
+        evaluation=HeldOutLoss(8, 1024, math.log(27.654), math.log(34.0)),
     )
 
 
@@ -45,7 +46,7 @@ def magnitude_report() -> PruneReport:
     """A method without passes, and a run that did not even record its shots."""
     report = surgeon_report()
     report.config = dataclasses.asdict(PruneConfig("2:4", method="magnitude"))
-    report.shots, report.perplexity, report.peak_memory_bytes = [], {}, 0
+    report.shots, report.evaluation, report.peak_memory_bytes = [], None, 0
     return report
 
 

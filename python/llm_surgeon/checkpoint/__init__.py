@@ -4,7 +4,7 @@ from llm_surgeon.checkpoint.folder import require_model
 from llm_surgeon.checkpoint.load import load_model
 from llm_surgeon.checkpoint.output import Output, claimed_output
 from llm_surgeon.checkpoint.output_checks import check_output
-from llm_surgeon.checkpoint.save import checkpoint_bytes, save_checkpoint
+from llm_surgeon.checkpoint.save import checkpoint_bytes, save_checkpoint, weights_bytes
 from llm_surgeon.checkpoint.stored_form import StoredForm
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "load_model",
     "require_model",
     "save_checkpoint",
+    "weights_bytes",
 ]

@@ -77,13 +77,18 @@ def checkpoint_bytes(
     Args:
         dtype: what floating-point tensors are cast to (``None``: each in its own).
     """
+    return weights_bytes(model, dtype) + _TOKEN_BYTES * len(tokenizer) + _OTHER_BYTES
+
+
+def weights_bytes(model: PreTrainedModel, dtype: torch.dtype | StoredForm | None) -> int:
+    """Bytes of the tensors that :func:`save_checkpoint` writes."""
     others = dtype.others if isinstance(dtype, StoredForm) else {}
     main = dtype.main if isinstance(dtype, StoredForm) else dtype
     sizes = {}
     for name, tensor in model.state_dict().items():
         saved = others.get(name, main or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
         sizes[tensor.device, tensor.data_ptr(), tensor.shape] = tensor.numel() * saved.itemsize
-    return sum(sizes.values()) + _TOKEN_BYTES * len(tokenizer) + _OTHER_BYTES
+    return sum(sizes.values())
 
 
 def _write(

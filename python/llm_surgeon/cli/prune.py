@@ -52,6 +52,23 @@ def prune(
         str | None,
         typer.Option(help="Text that low-rank corrections learn from (default: the windows).", rich_help_panel=SHOTS),
     ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-data",
+            "--eval",
+            help="Text whose test part perplexity is also measured on, before and after.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    samples_shown: Annotated[
+        int | None,
+        typer.Option(
+            help="Texts whose continuations before and after are shown (default: 3, offloaded 0).",
+            min=0,
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
     recover_minutes: Annotated[
         float | None,
         typer.Option(help="Then train what is left for so long, by distillation from MODEL on the calibration text."),
@@ -104,9 +121,10 @@ def prune(
             print_plan(console, job, out, keeps=not no_checkpoint, resumes=resumes)
         return
     if not quiet:
-        show("\n".join([report.summary(), *report.history]))
         shown = printable(str(out))
+        show(report.summary())
         console.print(f"\nwritten to {shown}: the model, surgeon_report.json, report.html", soft_wrap=True)
         if settings.structure_record.packs:
             advice = f"to make it smaller, and faster on NVIDIA GPUs: surgeon pack {shown} {shown}-packed"
             console.print(advice, soft_wrap=True)
+        show("\n".join([*report.quality(), *report.history]))

@@ -64,6 +64,11 @@ def further(ids: Tensor, samples: int, seqlen: int, seed: int, count: int) -> Ca
     return Calibration(ids[chosen[:, None] + torch.arange(seqlen)])
 
 
+def spread(windows: Tensor) -> Tensor:
+    """At most as many of ``windows`` ``[n, seqlen]`` as are held out of a text, from the first to the last."""
+    return windows[_spread(len(windows), MOST)]
+
+
 def _spread(length: int, most: int) -> Tensor:
     """At most ``most`` indices from the first to the last of ``length``."""
     return torch.linspace(0, length - 1, min(most, length)).long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -18,6 +19,7 @@ from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.jobs.prune import write_pruned
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import prune
+from llm_surgeon.report.schema import HeldOutLoss
 from llm_surgeon.resources import require_disk
 
 _NAME = "the demo model of surgeon-kernels"
@@ -64,6 +66,7 @@ def _prune_and_compare(source: Path, assets: Path, output: Output, progress: Pro
         seconds = time.perf_counter() - begun
         results.append(DemoResult(name, perplexity(model, windows), seconds))
     report.model = _NAME
-    report.perplexity = {"dense": dense, "pruned": results[-1].perplexity}
+    losses = math.log(dense), math.log(results[-1].perplexity)
+    report.evaluation = HeldOutLoss(len(windows), windows.numel(), *losses)
     write_pruned(model, tokenizer, output, form, report, _NAME)
     return results

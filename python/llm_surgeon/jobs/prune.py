@@ -23,18 +23,20 @@ from llm_surgeon.checkpoint import (
     load_model,
     require_model,
     save_checkpoint,
+    weights_bytes,
 )
 from llm_surgeon.checkpoint.output_checks import output_path
 from llm_surgeon.checkpoint.run_states import RunStates, states_left
-from llm_surgeon.checks import require_bool
+from llm_surgeon.checks import require_bool, require_int
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.data.calibration import Calibration, calibration_windows, require_room
+from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows, require_room
 from llm_surgeon.data.documents import Documents, read_documents
-from llm_surgeon.data.held_out import further, split
+from llm_surgeon.data.held_out import further, split, spread
 from llm_surgeon.data.record import DataRecord, data_record, too_little_text
 from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
+from llm_surgeon.evaluation.continuation import continuations
 from llm_surgeon.jobs.kept_run import finished, kept_run, own_report, require_own, states_folder
 from llm_surgeon.jobs.recovery_after import RecoveryAfter, check_minutes
 from llm_surgeon.methods.gradient_steps import HELD_OUT
@@ -42,7 +44,7 @@ from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import prune
-from llm_surgeon.report.schema import PruneReport
+from llm_surgeon.report.schema import PruneReport, Sample
 from llm_surgeon.resources import (
     choose_device,
     gpu_memory_capped,
@@ -59,6 +61,8 @@ _logger = logging.getLogger(__name__)
 
 # Options about a GPU's memory alone.
 _GPU_OPTIONS = ("offload", "gpu_memory")
+# Continuations that are shown unless their number is given, and at most; tokens of a prompt and of what follows.
+_SAMPLES, _MOST_SAMPLES, _PROMPT, _CONTINUATION = 3, 64, 32, 24
 
 
 def prune_checkpoint(
@@ -68,6 +72,8 @@ def prune_checkpoint(
     *,
     calibration: str = "wikitext2",
     lora_data: str | None = None,
+    eval_data: str | None = None,
+    samples_shown: int | None = None,
     text_field: str | None = None,
     recover_minutes: float | None = None,
     config_file: str | Path | None = None,
@@ -93,7 +99,10 @@ def prune_checkpoint(
         calibration: ``"wikitext2"``, ``"c4"``, a data set of the hub or a path, see
             :func:`~llm_surgeon.data.documents.read_documents`.
         lora_data: the same for what low-rank corrections learn from (left out: the calibration windows).
-        text_field: the field of both's rows to read (left out: chosen by the file's fields).
+        eval_data: the same for a text that the losses are also measured on, up to 16 windows of its test part.
+        samples_shown: texts, of what is held out or ``eval_data``, whose continuations before and after are reported
+            (left out: 3, with ``offload`` none).
+        text_field: the field of their rows to read (left out: chosen by the file's fields).
         recover_minutes: then train what is left, for so many minutes, by distillation from ``source`` on the
             calibration text, without what is held out. ``out`` holds the pruned model until that is done, and if it
             fails.
@@ -110,7 +119,7 @@ def prune_checkpoint(
         InputError: see :func:`prune`; also for what is wrong with ``source``, ``out``, memory or disk.
     """
     config = PruneConfig.given(config, options)
-    data = {"calibration": calibration, "lora_data": lora_data}
+    data = {"calibration": calibration, "lora_data": lora_data, "eval_data": eval_data}
     inputs = {"model": source, "config_file": config_file, **data}
     _require_resumable(checkpoint, resume)
     own = resume and ranks.first and require_own(out, source, config, data)  # what is to be recovered still, or done
@@ -128,6 +137,8 @@ def prune_checkpoint(
             config,
             calibration=calibration,
             lora_data=lora_data,
+            eval_data=eval_data,
+            samples_shown=samples_shown,
             text_field=text_field,
             recover_minutes=recover_minutes,
             trust_remote_code=trust_remote_code,
@@ -144,6 +155,7 @@ def planned_job(
     *,
     calibration: str = "wikitext2",
     lora_data: str | None = None,
+    eval_data: str | None = None,
     config_file: str | Path | None = None,
     checkpoint: bool = True,
     resume: bool = False,
@@ -157,13 +169,13 @@ def planned_job(
     Args:
         **options: further ones of :class:`PruneJob`.
     """
-    data = {"calibration": calibration, "lora_data": lora_data}
+    data = {"calibration": calibration, "lora_data": lora_data, "eval_data": eval_data}
     _require_resumable(checkpoint, resume)
     own = resume and require_own(out, source, config, data)
     check_output(out, overwrite or own, model=source, config_file=config_file, **data)
     folder = states_folder(output_path(out))
     left = checkpoint and bool(states_left(folder, resume))
-    job = PruneJob(source, config, calibration=calibration, lora_data=lora_data, **options)
+    job = PruneJob(source, config, calibration=calibration, lora_data=lora_data, eval_data=eval_data, **options)
     run = job.to_run()  # plans it, which all ranks do together
     if left:
         require_same_run(run, folder)
@@ -198,6 +210,8 @@ class PruneJob:
         *,
         calibration: str,
         lora_data: str | None = None,
+        eval_data: str | None = None,
+        samples_shown: int | None = None,
         text_field: str | None = None,
         recover_minutes: float | None = None,
         trust_remote_code: bool = False,
@@ -207,6 +221,8 @@ class PruneJob:
         require_bool("trust_remote_code", trust_remote_code)
         if lora_data is not None and not config.lora_rank:
             raise InputError("lora_data means nothing without lora_rank")
+        if samples_shown is not None:
+            require_int("samples_shown", samples_shown, 0, _MOST_SAMPLES)
         if text_field is not None and not isinstance(text_field, str):
             raise InputError(f"text_field must be text, not {text_field!r}")
         if recover_minutes is not None:
@@ -214,11 +230,19 @@ class PruneJob:
         require_shareable(config, ranks.count)
         self.source, self._trust_remote_code = str(source), trust_remote_code
         require_model(self.source)
-        sources = {"calibration": calibration} | ({} if lora_data is None else {"lora_data": lora_data})
-        texts = {name: read_documents(str(data), "calibration", text_field) for name, data in sources.items()}
+        sources = {"calibration": calibration, "lora_data": lora_data, "eval_data": eval_data}
+        texts = {
+            name: read_documents(str(data), "evaluation" if name == "eval_data" else "calibration", text_field)
+            for name, data in sources.items()
+            if data is not None
+        }
         self.ranks, self.device = ranks, ranks.device or choose_device(device)
         self._load(config, trust_remote_code)
         self.windows = _draw(texts, self.model, self.tokenizer, self.config)
+        if samples_shown and self.config.offloads:
+            raise InputError("samples_shown needs the whole model on one device: leave offload out")
+        self._samples_shown = (0 if self.config.offloads else _SAMPLES) if samples_shown is None else samples_shown
+        self._dense_bytes = weights_bytes(self.model, self.form)
         self.recovery: RecoveryAfter | None = None
         if recover_minutes is not None:
             windows = self.windows
@@ -275,19 +299,20 @@ class PruneJob:
             correction_data=windows.correction,
             held_out=windows.held_out,
             step_windows=windows.steps,
+            evaluation=windows.evaluation,
         )
 
     @cached_property
     def plan(self) -> Plan:
         """Plan of the run: layout, memory, disk and time."""
-        held_out = 0 if self.windows.held_out is None else len(self.windows.held_out.input_ids)
+        measured = [windows for windows in (self.windows.held_out, self.windows.evaluation) if windows is not None]
         with self._on_device():
             plan = make_plan(
                 self.model,
                 self.decoder,
                 self.config,
                 saved_dtype=self.form.main,
-                held_out=held_out,
+                held_out=sum(len(windows.input_ids) for windows in measured) + self._sampled_windows,
                 recovery=None if self.recovery is None else self.recovery.config,
                 ranks=self.ranks,
             )
@@ -304,8 +329,9 @@ class PruneJob:
         """Prune, and write to the claimed ``output``, on the first rank; ``states`` keep what is done."""
         states = states or RunStates()
         self._require_resources(output, states)
-        windows = self.windows
+        windows, prompts = self.windows, self._prompts()
         with self._on_device():
+            before = self._continuations(prompts)
             report = prune(
                 self.model,
                 windows.calibration,
@@ -313,12 +339,13 @@ class PruneJob:
                 correction_data=windows.correction,
                 held_out=windows.held_out,
                 step_windows=windows.steps,
+                evaluation=windows.evaluation,
                 plan=self.plan,
                 progress=progress,
                 checkpoint=states,
                 ranks=self.ranks,
             )
-        if windows.held_out is None:
+        if windows.held_out is None and windows.evaluation is None:
             report.warnings.append(
                 f"No text was held out, as {windows.tokens:,} tokens are fewer than 8 windows of {self.config.seqlen}: "
                 "the losses are those on the calibration windows alone."
@@ -326,6 +353,12 @@ class PruneJob:
         report.command = list(command)
         report.data, report.revision = windows.records, getattr(self.model.config, "_commit_hash", None)
         report.warnings += filter(None, map(too_little_text, windows.records.values()))
+        report.disk = {"before": self._dense_bytes, "after": weights_bytes(self.model, self.form)}
+        if report.config["offload"] == "none":  # which memory may have brought about
+            with self._on_device():
+                ids = prompts, before, self._continuations(prompts)
+            decoded = ([self.tokenizer.decode(row, skip_special_tokens=True) for row in each] for each in ids)
+            report.samples = [Sample(*each) for each in zip(*decoded, strict=True)]
         written = None if output is None or not states.keeps else own_report(output.path)
         if written is None and output is not None:
             states.put_report(report.to_json())
@@ -346,6 +379,25 @@ class PruneJob:
                 )
             report.history.append(told)
         return report
+
+    @property
+    def _sampled_windows(self) -> int:
+        """As many tokens as the passes of continuations go through, in windows."""
+        count, tokens = self._prompts().shape
+        more = min(_CONTINUATION, self.config.seqlen - tokens)
+        return -(-count * more * (tokens + more // 2) // self.config.seqlen)
+
+    def _prompts(self) -> Tensor:
+        """Beginnings of windows that are not fitted to, ``[samples_shown, tokens]``."""
+        source = self.windows.evaluation or self.windows.held_out
+        if source is None:
+            return torch.empty(0, 0, dtype=torch.int64)
+        return source.input_ids[: self._samples_shown, : min(_PROMPT, self.config.seqlen // 2)]
+
+    def _continuations(self, prompts: Tensor) -> Tensor:
+        if not len(prompts):
+            return prompts
+        return continuations(self.model, prompts, min(_CONTINUATION, self.config.seqlen - prompts.shape[1]))
 
     @property
     def states_bytes(self) -> tuple[int, int]:
@@ -393,6 +445,7 @@ class _Windows:
     Attributes:
         steps: what the lengths of gradient steps are found on, where they are asked for and the text is long enough.
         correction: what low-rank corrections learn from, where they have a text of their own.
+        evaluation: what losses are measured on besides, where there is a text for it.
         text, ids, digest: the calibration text, its tokens ``[tokens]`` and the SHA-256 of its characters.
         apart: bool ``[tokens]``, True at those that are held out.
         records: of the texts, by their use.
@@ -402,6 +455,7 @@ class _Windows:
     held_out: Calibration | None
     steps: Calibration | None
     correction: Calibration | None
+    evaluation: Calibration | None
     text: Documents
     ids: Tensor
     digest: str
@@ -414,7 +468,7 @@ class _Windows:
 
 
 def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, config: PruneConfig) -> _Windows:
-    """Draw the windows from the text ``"calibration"`` and, where there is one, from ``"lora_data"``.
+    """Draw the windows from the text ``"calibration"`` and, where they are, from ``"lora_data"`` and ``"eval_data"``.
 
     Raises:
         InputError: a text is too short, or the model lacks tokens or positions.
@@ -437,13 +491,15 @@ def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, conf
         more, other = streams["lora_data"]
         # The same text: then nothing that is held out is learned from.
         windows["lora_data"] = calibration if digest == other else calibration_windows(more, *shape)
+    if "eval_data" in streams:
+        windows["eval_data"] = Calibration(spread(evaluation_windows(streams["eval_data"][0], config.seqlen)))
     records = {}
     for name, each in windows.items():
         require_fit(each.input_ids, model, f"the tokens of {name}")
         stream, its_digest = streams[name]
         records[name] = data_record(texts[name], tokenizer, its_digest, stream, each.input_ids)
-    text, correction = texts["calibration"], windows.get("lora_data")
-    return _Windows(calibration, held_out, steps, correction, text, ids, digest, apart, records)
+    others = windows.get("lora_data"), windows.get("eval_data")
+    return _Windows(calibration, held_out, steps, *others, texts["calibration"], ids, digest, apart, records)
 
 
 def write_pruned(

@@ -111,15 +111,15 @@ def _rows_columns_delta(
     return torch.where(pruned, -weight, -rows_part - columns_part)
 
 
-def total_increase(increases: dict[str, Tensor]) -> float | None:
-    """Sum of the predicted increases of linears by name; ``None`` of none.
+def checked_increases(increases: dict[str, Tensor]) -> dict[str, float]:
+    """Predicted increases of linears by name, on the host.
 
     Raises:
         NumericalError: one is NaN or infinite; the linear is named.
     """
     # Read back together: the host runs ahead of the device.
-    predicted = to_list(list(increases.values()))
-    for name, increase in zip(increases, predicted, strict=True):
+    found = dict(zip(increases, to_list(list(increases.values())), strict=True))
+    for name, increase in found.items():
         if not math.isfinite(increase):
             raise NumericalError(f"update of {name} holds NaN or infinity: raise damp_g or damp_a")
-    return sum(predicted) if increases else None
+    return found

@@ -116,7 +116,7 @@ def prediction_figure(report: PruneReport) -> Figure | None:
 
 
 def _single_shot_figure(report: PruneReport) -> Figure:
-    bars = [("predicted", report.predicted_increase, BLUE), (report.loss_name, report.measured_increase, VERMILION)]
+    bars = [("predicted", report.predicted_increase, BLUE), ("training loss", report.measured_increase, VERMILION)]
     if report.held_out is not None:
         bars.append(("held-out loss", report.held_out.increase, VERMILION))
     names, values, colors = zip(*bars, strict=True)

@@ -16,10 +16,14 @@ from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError
 from llm_surgeon.report import format as text
 from llm_surgeon.report import plots
-from llm_surgeon.report.schema import PruneReport
+from llm_surgeon.report.schema import HeldOutLoss, PruneReport
 from llm_surgeon.resources import human_bytes
 
-_DATA = {"calibration": "Calibration text", "lora_data": "Text of the low-rank corrections"}
+_DATA = {
+    "calibration": "Calibration text",
+    "lora_data": "Text of the low-rank corrections",
+    "eval_data": "Evaluation text",
+}
 
 
 def render_html(report: PruneReport) -> str:
@@ -109,8 +113,7 @@ def _context(report: PruneReport) -> dict[str, Any]:
         "paper": paper,
         "structure": describe_structure(str(report.config.get("structure"))),
         "kinds": report.sparsity_by("kind"),
-        "dense": report.perplexity.get("dense"),
-        "pruned": report.perplexity.get("pruned"),
+        "unseen": _unseen(report),
         "measured_shots": len(measured),
         "measured": sum(shot.measured_increase or 0.0 for shot in measured),
         # Beside the measured total only if it is a total over the same shots.
@@ -122,6 +125,14 @@ def _context(report: PruneReport) -> dict[str, Any]:
         "sizes": text.size_table(report.sizes) if report.sizes else [],
         "missing": text.MISSING,
     }
+
+
+def _unseen(report: PruneReport) -> list[tuple[str, HeldOutLoss]]:
+    """Losses on text that pruning did not see, the most telling ones first, with the names of the texts."""
+    record = report.data.get("eval_data")
+    name = "evaluation text" if record is None else text.published_name(record.source)
+    found = ((name, report.evaluation), ("held-out text", report.held_out))
+    return [(name, losses) for name, losses in found if losses is not None]
 
 
 def _describe_data(record: DataRecord) -> str:
@@ -164,7 +175,7 @@ def _figures(report: PruneReport) -> list[tuple[Markup, str, str]]:
             plots.prediction_figure(report),
             "Predicted and measured loss increase of each shot",
             "What each shot was expected to cost, from the curvature of the loss, and what it then cost, "
-            f"measured on the calibration windows ({report.loss_name})"
+            "measured on the calibration windows (training loss)"
             f"{' and on held-out text' if report.held_out and len(report.shots) == 1 else ''}.",
         ),
         (

@@ -20,7 +20,16 @@ import torch
 from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError, NumericalError, one_line
 from llm_surgeon.report.decode import decode, floats, reject_constant
-from llm_surgeon.report.format import duration, percent, perplexity_of, plural, signed, size_table, two_decimals
+from llm_surgeon.report.format import (
+    duration,
+    percent,
+    perplexity_of,
+    plural,
+    published_name,
+    signed,
+    size_table,
+    two_decimals,
+)
 from llm_surgeon.resources import human_bytes
 
 SCHEMA_VERSION = 1
@@ -88,7 +97,8 @@ class ShotReport:
         index: 1 for the first shot.
         target_sparsity, sparsity: asked for and reached after this shot, over all layers.
         threshold: cost up to which weights were removed, ``None`` where each layer had its own.
-        loss_before: mean calibration loss before this shot; ``None`` when the method needs no passes.
+        loss_before: mean training loss, that of the calibration windows, before this shot; ``None`` when the method
+            needs no passes.
         predicted_increase: the quadratic objective of the update, summed over layers, less what earlier
             shots were predicted to cost where the update begins at the dense weights again.
         measured_increase: the next shot's ``loss_before`` minus this one's, where both are known.
@@ -97,6 +107,7 @@ class ShotReport:
         jitter: layer -> damping that had to be added beyond the configured one; usually empty.
         gradient_steps: what each step along the natural gradient did, where there were any.
         correction_rank: rank that the low-rank corrections absorbed so far, this shot's included, can add up to.
+        layer_increases: parts of ``predicted_increase`` by layer, as far as they are known.
     """
 
     index: int
@@ -111,6 +122,7 @@ class ShotReport:
     jitter: dict[str, float] = field(default_factory=dict)
     gradient_steps: list[GradientStep] = field(default_factory=list)
     correction_rank: int = 0
+    layer_increases: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,15 @@ class HeldOutLoss:
         return f"{change} ({plural(self.windows, 'window')}, {plural(self.tokens, 'token')})"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """How the dense and the pruned model continue a ``prompt``, each by the most likely token."""
+
+    prompt: str
+    before: str
+    after: str
+
+
 @dataclass
 class PruneReport:
     """Record of a pruning run: what was pruned, how, and what it cost.
@@ -156,15 +177,17 @@ class PruneReport:
         started: ISO 8601 time.
         seconds, peak_memory_bytes: of the whole run; 0 bytes where the peak is not known.
         layers, shots: in execution order.
-        perplexity: optional entries "dense" and "pruned", of a test set.
         sizes: of structures that leave the model, entries "before" and "after", each with "parameters", "macs" (of all
             linears for one token), "bytes" of weights and "seconds" of a forward pass over one calibration sequence
             (the median; "seconds_low" and "seconds_high" are the quartiles).
         custom_code: the model needs the code that its checkpoint carries.
-        data: what it was calibrated on, and what low-rank corrections learned from: entries "calibration" and
-            "lora_data"; none where token ids were given.
+        data: what it was calibrated on, what low-rank corrections learned from, and what it was evaluated on: entries
+            "calibration", "lora_data" and "eval_data"; none where token ids were given.
         revision: commit of the hub repository that the model came from; ``None`` for a folder.
-        held_out: the losses on text that was held out; ``None`` where none was.
+        held_out: the losses on windows of the calibration text that were held out; ``None`` where none were.
+        evaluation: those on a text of their own; ``None`` where there was none.
+        samples: continuations of such text.
+        disk: bytes of the stored weights, "before" and "after".
         warnings: sentences on what makes the result doubtful, see :func:`llm_surgeon.report.warnings.warnings_of`.
         command: the command line, word by word, where one was given.
         history: what was done to the model after pruning, a sentence each.
@@ -180,12 +203,14 @@ class PruneReport:
     peak_memory_bytes: int
     layers: list[LayerReport]
     shots: list[ShotReport]
-    perplexity: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, dict[str, float]] = field(default_factory=dict)
     custom_code: bool = False
     data: dict[str, DataRecord] = field(default_factory=dict)
     revision: str | None = None
     held_out: HeldOutLoss | None = None
+    evaluation: HeldOutLoss | None = None
+    samples: list[Sample] = field(default_factory=list)
+    disk: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     history: list[str] = field(default_factory=list)
@@ -205,11 +230,6 @@ class PruneReport:
         return self.removed / self.weights if self.weights else 0.0
 
     @property
-    def trained(self) -> bool:
-        """True where weights were fitted to the loss or the activations of the calibration windows, beyond updates."""
-        return any(self.config.get(name) for name in ("gradient_steps", "reconstruct", "lora_rank"))
-
-    @property
     def weighing(self) -> str | None:
         """Sentence on how tokens counted where a linear was aimed at the dense model; ``None`` where none was."""
         weighed = self.config.get("token_weights")
@@ -219,13 +239,17 @@ class PruneReport:
         return f"Tokens of the calibration windows {'were weighed by their gradients' if weighed else 'counted alike'}."
 
     @property
-    def loss_name(self) -> str:
-        """Name of the loss on the calibration windows: "training loss" where something was fitted to them."""
-        return "training loss" if self.trained else "calibration loss"
+    def layer_increases(self) -> dict[str, float]:
+        """Predicted increases by layer, of all shots together."""
+        totals: dict[str, float] = {}
+        for shot in self.shots:
+            for name, increase in shot.layer_increases.items():
+                totals[name] = totals.get(name, 0.0) + increase
+        return totals
 
     @property
     def measured_increase(self) -> float | None:
-        """Rise of the loss on the calibration windows over all shots; ``None`` unless each was measured."""
+        """Rise of the training loss over all shots; ``None`` unless each was measured."""
         return _total([shot.measured_increase for shot in self.shots])
 
     @property
@@ -266,6 +290,7 @@ class PruneReport:
             raise InputError(
                 f"the report has schema_version {version!r}, but this version of llm_surgeon reads {SCHEMA_VERSION}"
             )
+        data.pop("perplexity", None)  # of reports before there was an evaluation
         report: PruneReport = decode(cls, data, "report")
         _check_sizes(report.sizes)
         return report
@@ -281,7 +306,7 @@ class PruneReport:
             raise InputError(f"report {str(path)!r} is damaged: {error}") from error
 
     def summary(self) -> str:
-        """A few lines for the terminal: what was done, perplexity, each shot's predicted and measured cost."""
+        """A few lines for the terminal: what was done, each shot's predicted and measured cost, samples."""
         options = f"structure {self.config.get('structure')}, update {self.config.get('update')}"
         peak = f", peak memory {human_bytes(self.peak_memory_bytes)}" if self.peak_memory_bytes else ""
         lines = [
@@ -291,13 +316,9 @@ class PruneReport:
         ]
         if self.weighing is not None:
             lines.append(self.weighing)
-        if self.held_out is not None:
-            lines.append(f"Perplexity on held-out text: {self.held_out.describe()}")
-        if self.perplexity:
-            lines.append("Perplexity: " + ", ".join(f"{value:.2f} {key}" for key, value in self.perplexity.items()))
         lines += [f"Warning: {warning}" for warning in self.warnings]
         if self.shots:
-            lines.append(f"shot  sparsity  predicted   measured   (increase of the {self.loss_name}, nats per token)")
+            lines.append("shot  sparsity  predicted   measured   (increase of the training loss, nats per token)")
         if any(shot.correction_rank for shot in self.shots):
             ranks = ", ".join(str(shot.correction_rank) for shot in self.shots)
             lines[-1] = f"Low-rank corrections absorbed after each shot, rank so far: {ranks}\n{lines[-1]}"
@@ -312,7 +333,19 @@ class PruneReport:
             lines.append(f"{shot.index:>4}  {percent(shot.sparsity):>8}  {predicted:>9}  {measured:>9}")
         if self.sizes:
             lines += [" ".join(f"{cell:>12}" for cell in row) for row in size_table(self.sizes)]
+        for sample in self.samples:
+            prompt, before, after = (" ".join(part.split()) for part in (sample.prompt, sample.before, sample.after))
+            lines += [f"> {prompt} …", f"  before: {before}", f"  after:  {after}"]
         return "\n".join(lines)
+
+    def quality(self) -> list[str]:
+        """Sentences on perplexity before and after, the one on what is most telling last."""
+        lines = [] if self.held_out is None else [f"Perplexity on held-out text: {self.held_out.describe()}"]
+        if self.evaluation is not None:
+            record = self.data.get("eval_data")
+            text = "evaluation text" if record is None else published_name(record.source)
+            lines.append(f"Perplexity on {text}: {self.evaluation.describe()}")
+        return lines
 
 
 def collect_versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ def warnings_of(report: PruneReport, tokens: int) -> list[str]:
 
     - The calibration text has fewer than 8 ``tokens`` for every input of the widest layer.
     - The loss rose by more than 3 times what was predicted, and by more than 0.05 nats beyond it.
-    - The loss on held-out text rose by more than 3 times what it rose by on the calibration windows, and by more than
+    - The loss on held-out text rose by more than 3 times what the training loss rose by, and by more than
       0.05 nats beyond it: what was learned from the windows does not carry over.
     """
     found = []
@@ -32,14 +32,14 @@ def warnings_of(report: PruneReport, tokens: int) -> list[str]:
     measured, predicted = report.measured_increase, report.predicted_increase
     if measured is not None and predicted is not None and _far_above(measured, predicted):
         found.append(
-            f"The {report.loss_name} rose by {measured:.3f} nats per token where {predicted:.3f} were predicted: the "
+            f"The training loss rose by {measured:.3f} nats per token where {predicted:.3f} were predicted: the "
             "curvature does not describe changes as large as these."
         )
-    held_out = report.held_out
+    held_out = report.held_out or report.evaluation
     if held_out is not None and measured is not None and _far_above(held_out.increase, measured):
         found.append(
-            f"The loss changed by {held_out.increase:+.3f} nats per token on held-out text, and the {report.loss_name} "
-            f"by {measured:+.3f}: the weights were fitted to the calibration windows; take more of them."
+            f"The loss changed by {held_out.increase:+.3f} nats per token on held-out text, and the training "
+            f"loss by {measured:+.3f}: the weights were fitted to the calibration windows; take more of them."
         )
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_surgeon.checkpoint.states import State, part
 from llm_surgeon.methods.select import Selection
-from llm_surgeon.methods.update import Written, total_increase
+from llm_surgeon.methods.update import Written, checked_increases
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.report.decode import decode
 from llm_surgeon.report.schema import ShotReport, SolverTrace
@@ -64,7 +64,9 @@ class BlockUpdates:
     def finish(self) -> list[Selection]:
         """What is pruned now; the report has the predicted increase."""
         self._run.states.settle()
-        self._report.predicted_increase = total_increase(self._increases)
+        self._report.layer_increases = checked_increases(self._increases)
+        if self._increases:
+            self._report.predicted_increase = sum(self._report.layer_increases.values())
         return list(self._selection_of.values())
 
     def _take(self, linears: list[PrunableLinear], state: State) -> None:

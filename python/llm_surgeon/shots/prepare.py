@@ -32,6 +32,7 @@ def prepared(
     correction_data: Any,
     held_out: Any,
     step_windows: Any,
+    evaluation: Any,
     plan: Plan | None,
     progress: Progress,
     states: RunStates,
@@ -44,7 +45,7 @@ def prepared(
             begun with; nothing was changed.
         NumericalError: a weight is NaN or infinite.
     """
-    windows = Windows.of(config, calibration, correction_data, held_out, step_windows, ranks)
+    windows = Windows.of(config, calibration, correction_data, held_out, step_windows, evaluation, ranks)
     samples, seqlen = windows.calibration.input_ids.shape
     config = dataclasses.replace(config, samples=samples, seqlen=seqlen)
     require_shareable(config, ranks.count)
@@ -64,6 +65,7 @@ def prepared(
             correction_data=windows.correction,
             held_out=windows.held_out,
             step_windows=windows.steps,
+            evaluation=windows.evaluation,
             states=SharedStates(states, ranks),
         )
         claim_states(run)

@@ -54,6 +54,8 @@ class RunRecord:
         )
         if run.held_out is not None:
             report.held_out = HeldOutLoss(*run.held_out.counts(), *outcome.held_out)
+        if run.evaluation is not None:
+            report.evaluation = HeldOutLoss(*run.evaluation.counts(), *outcome.evaluation)
         report.warnings = warnings_of(report, run.calibration.counts()[1]) + run.said
         return report
 

@@ -90,6 +90,7 @@ def _begun_with(run: Run) -> tuple[dict[str, Any], Callable[[], dict[str, str | 
         "held-out windows": run.held_out,
         "data of low-rank corrections": run.correction_data,
         "windows of gradient steps": run.step_windows,
+        "evaluation windows": run.evaluation,
     }
     weights = tensors_of(run.model)
 

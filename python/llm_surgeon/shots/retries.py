@@ -18,13 +18,18 @@ from llm_surgeon.shots.run import Run
 _T = TypeVar("_T")
 
 
-_NAMES = {"calibration": "calibration", "held_out": "held-out", "step_windows": "gradient step"}
+_NAMES = {
+    "calibration": "calibration",
+    "held_out": "held-out",
+    "step_windows": "gradient step",
+    "evaluation": "evaluation",
+}
 
 
 def measured(
     run: Run,
     measure: Callable[[], _T],
-    windows: Literal["calibration", "held_out", "step_windows"] = "calibration",
+    windows: Literal["calibration", "held_out", "step_windows", "evaluation"] = "calibration",
 ) -> _T:
     """What ``measure``, passes over ``windows`` that change nothing, comes to.
 

@@ -49,6 +49,7 @@ class Run:
         held_out: windows that the loss is measured on before the first and after the last shot.
         step_windows: windows that the lengths of gradient steps are found on; some of the calibration windows where
             left out.
+        evaluation: windows of another text that the loss is measured on like that of ``held_out``.
         states: takes what it has come to, and has what an interrupted one had come to.
         left_out: numbers of windows that the run goes without, among those that were given, by their attribute.
         said: sentences for the report on what did not go as planned.
@@ -63,6 +64,7 @@ class Run:
     correction_data: Calibration | None = None
     held_out: Calibration | None = None
     step_windows: Calibration | None = None
+    evaluation: Calibration | None = None
     states: RunStates = field(default_factory=RunStates)
     left_out: dict[str, list[int]] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 from llm_surgeon.checkpoint.states import State
 from llm_surgeon.models.offload import offloaded
@@ -27,7 +28,7 @@ class Outcome:
     Attributes:
         shots: a report for every shot.
         losses: of the calibration windows, nats per token, before every shot and after the last.
-        held_out: the held-out losses before and after, or none.
+        held_out, evaluation: the losses of these windows before and after, or none.
         last: no shot is left.
         seconds: of interrupted runs, as far as they are gone on from.
     """
@@ -35,6 +36,7 @@ class Outcome:
     shots: list[ShotReport]
     losses: list[float]
     held_out: list[float]
+    evaluation: list[float]
     last: bool = False
     seconds: float = 0.0
 
@@ -45,14 +47,14 @@ def run_shots(shots: Shots, run: Run, before_update: Callable[[], object] = lamb
     Raises:
         NumericalError: NaN or infinity, or a factor that is not positive definite; the layer is named.
     """
-    outcome, started = Outcome([], [], []), time.perf_counter()
+    outcome, started = Outcome([], [], [], []), time.perf_counter()
     with ExitStack() as resources, ExitStack() as home:
         if run.config.offloads:
             home.enter_context(offloaded(run.model, run.decoder, run.plan.device))
         shots.begin(resources)
         begun = run.states.last_shot()
         if begun is None:
-            _measure_held_out(run, outcome)
+            _measure_unseen(run, outcome)
         else:
             before_update()
             shots.restore(State(begun.tensors, begun.note["shots"]))
@@ -72,7 +74,7 @@ def run_shots(shots: Shots, run: Run, before_update: Callable[[], object] = lamb
             outcome.losses.append(run.loss())
             shot.end_phase()
             run.progress.shots_done()
-            _measure_held_out(run, outcome)
+            _measure_unseen(run, outcome)
         run.states.settle()
     for report, (before, after) in zip(outcome.shots, pairwise(outcome.losses), strict=True):
         report.measured_increase = after - before
@@ -117,10 +119,16 @@ def _carry_out(shots: Shots, run: Run, shot: Shot, before_update: Callable[[], o
     return loss
 
 
-def _measure_held_out(run: Run, outcome: Outcome) -> None:
-    if run.held_out is not None:
-        run.progress.phase("held-out loss")
-        if outcome.held_out:  # of the same windows
-            outcome.held_out.append(run.loss(run.held_out))
+def _measure_unseen(run: Run, outcome: Outcome) -> None:
+    _measure(run, outcome.held_out, "held_out")
+    _measure(run, outcome.evaluation, "evaluation")
+
+
+def _measure(run: Run, losses: list[float], name: Literal["held_out", "evaluation"]) -> None:
+    """Add the loss of windows of ``run`` to ``losses``."""
+    if getattr(run, name) is not None:
+        run.progress.phase(f"{name.replace('_', '-')} loss")
+        if losses:  # of the same windows
+            losses.append(run.loss(getattr(run, name)))
         else:
-            outcome.held_out.append(measured(run, lambda: run.loss(run.held_out), "held_out"))
+            losses.append(measured(run, lambda: run.loss(getattr(run, name)), name))

@@ -33,7 +33,7 @@ class WeightShots:
         self.run, self.config, self.method = run, run.config, run.config.method_record
         self.selections: list[Selection] = []
         self._dense: list[Tensor] = []  # weights before pruning, where the rest is fitted to what these compute
-        self._predicted = 0.0  # increase by the shots so far
+        self._predicted: dict[str, float] = {}  # increase of every linear by the shots so far
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._curvature = ShotCurvature(run, self._shot_memory)
         anchors = AnchorWeights(run, self._memory)
@@ -85,9 +85,11 @@ class WeightShots:
         updates = self._sweep if self._sweeps(shot) else self._updates
         self.selections = updates.write(self.selections, report)
         # A sweep makes dense again what shots before it changed.
+        former, increases = self._predicted, report.layer_increases
         if self._sweeps(shot) and report.predicted_increase is not None:
-            report.predicted_increase -= self._predicted
-        self._predicted += report.predicted_increase or 0.0
+            report.predicted_increase -= sum(former.values())
+            increases |= {name: value - former.get(name, 0.0) for name, value in increases.items()}
+        self._predicted = former | {name: former.get(name, 0.0) + value for name, value in increases.items()}
         if self._steps is not None and self._sweeps(shot) == self.config.sequential:
             shot.phase("gradient steps")
             report.gradient_steps = self._steps.take(self.selections, self._curvature.after_update())

@@ -1,6 +1,7 @@
 """The token sequences of a run: what curvature is estimated on, what corrections learn from, what is held out.
 
-Held out are windows for losses, before and after, and windows for the lengths of gradient steps.
+Held out are windows for losses, before and after, and windows for the lengths of gradient steps. Losses are measured
+on windows of an evaluation text, too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Windows:
     correction: Calibration | None
     held_out: Calibration | None
     steps: Calibration | None
+    evaluation: Calibration | None
 
     @classmethod
     def of(
@@ -35,6 +37,7 @@ class Windows:
         correction: Any = None,
         held_out: Any = None,
         steps: Any = None,
+        evaluation: Any = None,
         ranks: Ranks = ALONE,
     ) -> Windows:
         """Read what :meth:`Calibration.of` takes, for ``ranks`` to share.
@@ -46,7 +49,7 @@ class Windows:
             raise InputError("data for low-rank corrections mean nothing without lora_rank")
         own, *others = (
             None if value is None else _own(Calibration.of(value), ranks)
-            for value in (calibration, correction, held_out, steps)
+            for value in (calibration, correction, held_out, steps, evaluation)
         )
         assert own is not None
         found = cls(own, *others)
@@ -67,6 +70,7 @@ class Windows:
             "held-out": self.held_out,
             "correction": self.correction,
             "gradient step": self.steps,
+            "evaluation": self.evaluation,
         }
         for use, windows in uses.items():
             if windows is not None:

@@ -110,6 +110,8 @@ class GroupShots:
                 producer.write(producer.matrix().masked_fill(rows[:, None], 0.0))
         if self.config.importance == "kronecker":
             shot.report.predicted_increase = sum(increases)
+            names = (dimension.consumer.name for dimension in self.dimensions)
+            shot.report.layer_increases = dict(zip(names, increases, strict=True))
         self._curvature = self._gradients = None  # what follows needs the memory
         if self.config.reconstruct and shot.last:
             shot.phase("reconstruction")

@@ -23,7 +23,8 @@ def test_the_demo_ranks_the_methods_and_leaves_a_2_4_model(tmp_path):
             assert bool(((weight == 0).view(-1, 4).sum(dim=1) == 2).all()), name
             assert weight.dtype == torch.bfloat16
     report = PruneReport.from_json((tmp_path / "out" / "surgeon_report.json").read_text())
-    assert report.perplexity == pytest.approx({"dense": dense, "pruned": surgeon})
+    found = report.evaluation
+    assert (found.perplexity_before, found.perplexity_after) == pytest.approx((dense, surgeon))
 
 
 def test_the_demo_does_not_overwrite_a_folder(tmp_path):

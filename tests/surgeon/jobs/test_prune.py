@@ -1,4 +1,4 @@
-"""Pruning with a recovery after it, in one job."""
+"""Pruning of a checkpoint: measured on text that it does not see, and with a recovery after it, in one job."""
 
 import json
 import logging
@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_surgeon import prune_checkpoint
+from llm_surgeon import perplexity, prune_checkpoint
 from llm_surgeon.cli.app import main
 from llm_surgeon.config.recover import RecoverConfig
 from llm_surgeon.distributed import PlannedRanks
@@ -30,6 +30,36 @@ def places(tmp_path):
     words = " ".join(f"w{int(token)}" for token in text_windows(100).flatten())
     (tmp_path / "text.txt").write_text(words)
     return save_folder(tmp_path / "dense", build("llama")), tmp_path / "out", str(tmp_path / "text.txt")
+
+
+def test_a_run_is_measured_and_continued_on_another_text(places, tmp_path):
+    source, out, text = places
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"w{1 + (7 * place + place * place) % 60}" for place in range(500)))
+    options = {"calibration": text, "samples": 4, "seqlen": 16, "device": "cpu", "structure": "unstructured"}
+    report = prune_checkpoint(source, out, eval_data=str(other), samples_shown=2, **options)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = torch.tensor([0, *tokenizer(other.read_text(), add_special_tokens=False)["input_ids"]])
+    windows = ids[: 31 * 16].view(31, 16)[::2]  # sixteen from the first to the last
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (source, out)]
+    found = report.evaluation
+    assert (found.windows, found.tokens) == (16, 256) and report.held_out.windows == 16
+    assert [found.perplexity_before, found.perplexity_after] == pytest.approx(
+        [perplexity(model, windows) for model in models], rel=1e-5
+    )
+    assert report.data["eval_data"].source == str(other) and report.data["eval_data"].split == "evaluation"
+    for model, name in zip(models, ("before", "after"), strict=True):
+        prompts = {"input_ids": windows[:2, :8], "attention_mask": torch.ones(2, 8)}
+        more = model.generate(**prompts, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, 8:]
+        assert [getattr(sample, name) for sample in report.samples] == tokenizer.batch_decode(more)
+    assert report.samples[0].prompt == "w1 w9 w19 w31 w45 w1 w19"  # but for the beginning of text
+    assert report.disk == dict.fromkeys(("before", "after"), 4 * sum(p.numel() for p in models[0].parameters()))
+    assert report.layer_increases.keys() == {layer.name for layer in report.layers}
+    for shot in report.shots:
+        assert shot.predicted_increase == pytest.approx(sum(shot.layer_increases.values()), rel=1e-6)
+    plain = prune_checkpoint(source, out.with_name("plain"), samples_shown=0, **options)
+    assert plain.evaluation is None and plain.samples == []
+    assert tree(out)["model.safetensors"] == tree(out.with_name("plain"))["model.safetensors"]
 
 
 def test_what_is_pruned_is_recovered_and_both_are_told_of(places, monkeypatch):

@@ -41,9 +41,8 @@ def test_prediction_figure_of_a_single_shot_has_bars():
     report.shots = report.shots[:1]
     (axes,) = plots.prediction_figure(report).axes
     assert [bar.get_width() for bar in axes.patches] == [0.0123, 0.015]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["predicted", "calibration loss"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["predicted", "training loss"]
     report.held_out = HeldOutLoss(4, 400, 3.0, 3.5)
-    report.config["reconstruct"] = True
     (axes,) = plots.prediction_figure(report).axes
     assert [bar.get_width() for bar in axes.patches] == [0.0123, 0.015, 0.5]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["predicted", "training loss", "held-out loss"]

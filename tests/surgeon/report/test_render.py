@@ -21,7 +21,7 @@ def html() -> str:
 
 def test_html_tells_the_numbers(html):
     page = Page(html)
-    for words in ("facebook/opt-125m", "50.0%", "27.65 → 34.00", "+22.9%", "+0.065", "predicted +0.058", "3 min 12 s"):
+    for words in ("facebook/opt-125m", "50.0%", "27.65 → 34.00", "+0.207", "+0.065", "predicted +0.058", "3 min 12 s"):
         assert words in page.text
     assert "peak memory 1.61 GB" in page.text and "1.2 M parameters" in page.text
     assert ["1", "25.0%", "25.0%", "3.0000", "+0.0123", "+0.0150", "2.0 s", "0.5 s", "2.5 s"] in page.rows
@@ -89,19 +89,12 @@ def test_html_of_an_empty_report():
     assert "0 of 0 in 0 linear layers" in page.text and "svg" not in page.tags
 
 
-@pytest.mark.parametrize("entry, words", [("dense", "before pruning"), ("pruned", "after pruning")])
-def test_html_with_one_perplexity(entry, words):
-    report = surgeon_report()
-    report.layers, report.shots, report.perplexity = [], [], {entry: 31.25}
-    assert f"31.25 {words}; lower is better" in " ".join(Page(render.render_html(report)).text.split())
-
-
 def test_measured_total_says_how_many_shots_it_covers():
     report = surgeon_report()
     report.layers, report.shots[1].solver = [], []
     report.shots[1].measured_increase = None
     page = Page(render.render_html(report))
-    assert "measured on the windows that pruning used in 1 of 2 shots; predicted +0.012" in page.text
+    assert "measured on the calibration windows in 1 of 2 shots; predicted +0.012" in page.text
     report.shots[0].predicted_increase = None
     page = Page(render.render_html(report))
     assert "in 1 of 2 shots" in page.text and "; predicted" not in page.text
@@ -143,11 +136,10 @@ def test_model_card_body():
     assert "# facebook/opt-125m, 50.0% pruned" in card
     assert "400 of 800 weights in 4 linear layers; the whole model has 1,234,567 parameters." in card
     assert f"| `{QUERY}` | 40.0% |\n| `{DOWN}` | 53.3% |" in card
-    assert "- Perplexity before pruning: 27.65\n- Perplexity after pruning: 34.00\n" in card
-    assert (
-        "- Increase of the calibration loss, on the windows that pruning used: +0.0650 nats per token measured, "
-        "+0.0579 predicted\n" in card
-    )
+    assert "**Perplexity on evaluation text: 27.65 → 34.00 (8 windows, 1,024 tokens).**" in card
+    assert "- Increase of the loss on evaluation text: +0.2066 nats per token\n" in card
+    words = "on the calibration windows: +0.0650 nats per token measured, +0.0579 predicted\n"
+    assert f"- Increase of the training loss, {words}" in card
     assert 'AutoModelForCausalLM.from_pretrained(path, dtype="auto")' in card
     assert "Versions: python 3.11.7, torch 2.13.0.\n" in card
     assert "ICLR 2024" in card
@@ -182,30 +174,28 @@ def test_held_out_perplexity_and_warnings_come_first():
     report = surgeon_report()
     report.held_out = HeldOutLoss(16, 2048, 3.3026, 3.7206)
     report.warnings = ["Few <tokens>."]
-    report.config["reconstruct"] = True
+    report.evaluation = None
     card = render.render_model_card(report, "facebook/opt-125m")
     assert card.index("**Perplexity on held-out text: 27.18 → 41.29 (16 windows, 2,048 tokens).**") < card.index(
         "## What"
     )
     assert card.index("> Warning: Few <tokens>.\n") < card.index("## What")
     assert "- Increase of the loss on held-out text: +0.4180 nats per token\n" in card
-    assert "- Increase of the training loss, on the windows that pruning was fitted to: +0.0650 nats" in card
+    assert "- Increase of the training loss, on the calibration windows: +0.0650 nats" in card
     assert "\n\n\n" not in card
     page = Page(render.render_html(report))
     words = " ".join(page.text.split())
     assert "Perplexity on held-out text 27.18 → 41.29 before and after; lower is better. Loss +0.418 nats" in words
     assert "Warnings Few <tokens>." in words and words.index("Few <tokens>") < words.index("27.18")
-    assert (
-        "Increase of the training loss, nats per token +0.065 measured on the windows that pruning was fitted" in words
-    )
+    assert "Increase of the training loss, nats per token +0.065 measured on the calibration windows" in words
     assert words.index("Perplexity on held-out text") < words.index("Weights removed")
 
 
 def test_what_was_not_measured_is_said():
     report = surgeon_report()
     card, page = render.render_model_card(report, "a/b"), Page(render.render_html(report)).text
-    assert "**Perplexity on the test set: 27.65 → 34.00.**" in card and "did not see" not in card + page
-    report.perplexity = {}
+    assert "did not see" not in card + page
+    report.evaluation = None
     card, page = render.render_model_card(report, "a/b"), " ".join(Page(render.render_html(report)).text.split())
     assert "predicted\n- On text that pruning did not see nothing was measured\n" in card
     assert "predicted +0.058; nothing was measured on text that pruning did not see" in page

@@ -1,5 +1,6 @@
 """The record itself: what it counts, what survives JSON, what its summary says."""
 
+import dataclasses
 import json
 import math
 from importlib import metadata
@@ -11,7 +12,15 @@ from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError, NumericalError
 from llm_surgeon.report import format as text
 from llm_surgeon.report.render import render_html, render_model_card
-from llm_surgeon.report.schema import HeldOutLoss, LayerReport, PruneReport, ShotReport, SolverTrace, collect_versions
+from llm_surgeon.report.schema import (
+    HeldOutLoss,
+    LayerReport,
+    PruneReport,
+    Sample,
+    ShotReport,
+    SolverTrace,
+    collect_versions,
+)
 from llm_surgeon.report.warnings import warnings_of
 from tests.surgeon.reports import DOWN, QUERY, layer, magnitude_report, surgeon_report
 
@@ -41,6 +50,8 @@ def full_report():
     report.held_out, report.warnings = HeldOutLoss(16, 2048, 3.3, 3.7), ["a", "b"]
     report.revision, report.history = "0" * 40, ["It was packed."]
     report.command = ["surgeon", "prune", "a b", "out"]
+    report.samples, report.disk = [Sample("a", "b", "c\n")], {"before": 2, "after": 1}
+    report.shots[0].layer_increases = {"a": 0.5}
     return report
 
 
@@ -73,10 +84,13 @@ def test_json_is_indented_and_versioned():
 
 def test_reports_of_before_there_were_held_out_losses_load():
     data = json.loads(full_report().to_json())
-    for name in ("held_out", "warnings", "revision", "command", "history"):
+    for name in ("held_out", "evaluation", "samples", "disk", "warnings", "revision", "command", "history"):
         del data[name]
+    del data["shots"][0]["layer_increases"]
+    data["perplexity"] = {"dense": 27.654, "pruned": 34.0}
     report = PruneReport.from_json(json.dumps(data))
-    assert report == surgeon_report() and report.held_out is None and report.warnings == []
+    assert dataclasses.replace(report, evaluation=surgeon_report().evaluation) == surgeon_report()
+    assert report.held_out is None and report.warnings == []
 
 
 def test_whole_numbers_are_read_as_floats_where_floats_belong():
@@ -92,7 +106,7 @@ def test_json_never_holds_nan_or_infinity(value):
     report.shots[1].predicted_increase = value
     with pytest.raises(NumericalError, match=r"shots\[1\]\.predicted_increase is (nan|inf|-inf)"):
         report.to_json()
-    text = surgeon_report().to_json().replace("27.654", "NaN")
+    text = surgeon_report().to_json().replace("192.3", "NaN")
     with pytest.raises(InputError, match="NaN"):
         PruneReport.from_json(text)
 
@@ -121,7 +135,7 @@ def corrupt(change) -> str:
         (corrupt(lambda d: d["layers"][1].update(removed=1.5)), r"report.layers\[1\].removed must be of type int"),
         (corrupt(lambda d: d["layers"][1].update(rows=True)), r"report.layers\[1\].rows must be of type int, not bool"),
         (corrupt(lambda d: d["shots"].append(3)), r"report.shots\[2\] must be of type dict, not int"),
-        (corrupt(lambda d: d["perplexity"].update(dense="x")), "report.perplexity.dense must be of type float"),
+        (corrupt(lambda d: d["evaluation"].update(loss_before="x")), "evaluation.loss_before must be of type float"),
         (corrupt(lambda d: d.update(held_out=3)), "report.held_out must be of type dict, not int"),
         (corrupt(lambda d: d.update(held_out={"windows": 1})), "report.held_out lacks the field 'tokens'"),
         (corrupt(lambda d: d["layers"][0].update(depth=-1)), r"report.layers\[0\].depth must lie between 0 and 2\^63"),
@@ -158,39 +172,28 @@ def test_summary():
     assert surgeon_report().summary().splitlines() == [
         "Pruned facebook/opt-125m with surgeon (structure unstructured, update joint) on NVIDIA H100",
         "Removed 400 of 800 weights (50.0%) in 4 layers, 2 shots, 3 min 12 s, peak memory 1.61 GB",
-        "Perplexity: 27.65 dense, 34.00 pruned",
-        "shot  sparsity  predicted   measured   (increase of the calibration loss, nats per token)",
+        "shot  sparsity  predicted   measured   (increase of the training loss, nats per token)",
         "   1     25.0%    +0.0123    +0.0150",
         "   2     50.0%    +0.0456    +0.0500",
     ]
 
 
-def test_summary_begins_with_held_out_perplexity_and_warnings():
+def test_summary_has_warnings_and_samples_and_perplexities_stand_apart():
     report = surgeon_report()
     report.held_out = HeldOutLoss(16, 2048, 3.3026, 3.7206)
+    report.data["eval_data"] = DataRecord("/data/mine.txt", "evaluation", "ab" * 32, 243, 8, 8, 128)
     report.warnings = ["Too little of everything."]
-    report.config["gradient_steps"] = 1
+    report.samples = [Sample("The town\nof", "Paris is", "is is")]
     lines = report.summary().splitlines()
-    assert lines[2] == "Perplexity on held-out text: 27.18 → 41.29 (16 windows, 2,048 tokens)"
-    assert lines[4:6] == [
+    assert lines[-3:] == ["> The town of …", "  before: Paris is", "  after:  is is"]
+    assert report.quality() == [
+        "Perplexity on held-out text: 27.18 → 41.29 (16 windows, 2,048 tokens)",
+        "Perplexity on mine.txt: 27.65 → 34.00 (8 windows, 1,024 tokens)",
+    ]
+    assert lines[2:4] == [
         "Warning: Too little of everything.",
         "shot  sparsity  predicted   measured   (increase of the training loss, nats per token)",
     ]
-
-
-@pytest.mark.parametrize(
-    "options, name",
-    [
-        ({}, "calibration loss"),
-        ({"gradient_steps": 1}, "training loss"),
-        ({"reconstruct": True}, "training loss"),
-        ({"lora_rank": 8}, "training loss"),
-    ],
-)
-def test_a_loss_on_windows_that_something_was_fitted_to_is_a_training_loss(options, name):
-    report = surgeon_report()
-    report.config |= options
-    assert report.loss_name == name
 
 
 @pytest.mark.parametrize(
@@ -221,6 +224,8 @@ def test_perplexities_are_exponentials_of_the_losses():
 
 def test_totals_are_over_all_shots_or_none():
     report = surgeon_report()
+    report.shots[0].layer_increases, report.shots[1].layer_increases = {"a": 0.25, "b": 1.0}, {"a": 0.5}
+    assert report.layer_increases == {"a": 0.75, "b": 1.0}
     assert report.measured_increase == pytest.approx(0.065) and report.predicted_increase == pytest.approx(0.0579)
     report.shots[1].measured_increase = None
     assert report.measured_increase is None
@@ -232,7 +237,9 @@ def with_costs(predicted: float, measured: float, held_out: float | None = None,
     report = surgeon_report()
     report.config |= config
     report.shots = [ShotReport(1, 0.5, 0.5, predicted_increase=predicted, measured_increase=measured)]
-    report.held_out = None if held_out is None else HeldOutLoss(4, 400, 3.0, 3.0 + held_out)
+    report.evaluation, report.held_out = None, None
+    if held_out is not None:
+        report.held_out = HeldOutLoss(4, 400, 3.0, 3.0 + held_out)
     return report
 
 
@@ -267,7 +274,7 @@ def test_summary_leaves_out_what_is_not_known():
     report.shots = [ShotReport(1, 0.5, 0.5)]
     assert report.summary().splitlines()[1:] == [
         "Removed 400 of 800 weights (50.0%) in 4 layers, 1 shot, 3 min 12 s",
-        "shot  sparsity  predicted   measured   (increase of the calibration loss, nats per token)",
+        "shot  sparsity  predicted   measured   (increase of the training loss, nats per token)",
         "   1     50.0%          –          –",
     ]
 

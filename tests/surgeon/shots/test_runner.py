@@ -66,30 +66,35 @@ class FakeShots:
         raise AssertionError("the runner leaves this to its caller")
 
 
-def run_of(log, monkeypatch, held_out=None, **options):
-    """A run of a model without weights: the mean loss after the last shot is 10, that of what is held out 7."""
+def run_of(log, monkeypatch, held_out=None, evaluation=None, **options):
+    """A run of a model without weights: the mean loss after the last shot is 10, of others 7."""
 
     def mean_loss(model, windows, batch_size, dtype):
-        assert batch_size == (2 if windows is held_out else 1)  # as many tokens at once
-        return 7.0 if windows is held_out else 10.0
+        assert batch_size == (1 if windows.input_ids.shape[1] == 4 else 2)  # as many tokens at once
+        return 10.0 if windows.input_ids.shape[1] == 4 else 7.0
 
     monkeypatch.setattr("llm_surgeon.shots.run.mean_loss", mean_loss)
     config = PruneConfig(structure="unstructured", method="magnitude", sparsity=0.8, **options)
     plan = SimpleNamespace(batch_size=1, device=torch.device("cpu"))
-    return Run(
-        nn.Module(), None, Calibration(torch.zeros(2, 4, dtype=torch.long)), config, plan, log, held_out=held_out
+    calibration, others = (
+        Calibration(torch.zeros(2, 4, dtype=torch.long)),
+        {"held_out": held_out, "evaluation": evaluation},
     )
+    return Run(nn.Module(), None, calibration, config, plan, log, **others)
 
 
 def test_every_shot_is_measured_selected_and_updated_in_phases(monkeypatch):
     log = Log()
     shots = FakeShots(log)
     held_out = Calibration(torch.zeros(3, 2, dtype=torch.long))
-    outcome = run_shots(shots, run_of(log, monkeypatch, held_out, shots=2), lambda: log.lines.append("copied"))
+    outcome = run_shots(
+        shots, run_of(log, monkeypatch, held_out, held_out, shots=2), lambda: log.lines.append("copied")
+    )
     phases = ["curvature", "selection", "update", "copied", "changed"]
     assert log.lines == [
-        "held-out loss", "2 shots", "shot 1", *phases, "shot 2", *phases, "polish",
-        "as pruned", "measure loss", "no more shots", "held-out loss", "closed",
+        "held-out loss", "evaluation loss", "2 shots", "shot 1", *phases, "shot 2", *phases, "polish",
+        "as pruned", "measure loss", "no more shots", "held-out loss", "evaluation loss",
+        "closed",
     ]  # fmt: skip
     first, last = outcome.shots
     assert list(first.seconds) == ["curvature", "selection", "update"]
@@ -98,7 +103,7 @@ def test_every_shot_is_measured_selected_and_updated_in_phases(monkeypatch):
     assert (first.loss_before, first.measured_increase) == (1.0, 1.0)
     assert (last.loss_before, last.measured_increase) == (2.0, 8.0)
     assert (first.sparsity, last.sparsity) == (0.25, 0.5)
-    assert outcome.held_out == [7.0, 7.0]
+    assert outcome.held_out == outcome.evaluation == [7.0, 7.0]
 
 
 @pytest.mark.parametrize("schedule, fractions", [(1.0, [0.25, 0.5, 0.75, 1.0]), (2.0, [0.4375, 0.75, 0.9375, 1.0])])
