@@ -15,7 +15,7 @@ from surgeon_kernels.block_ops.decode_attention import DecodeAttention
 from surgeon_kernels.block_ops.rms_norm import rms_norm
 from surgeon_kernels.block_ops.rotary import rotary
 from surgeon_kernels.block_ops.swiglu import swiglu
-from surgeon_kernels.gram.gram import gram_accumulate_
+from surgeon_kernels.gram.gram import GramProduct, gram_accumulate_, gram_accumulate_each_
 from surgeon_kernels.gram.symmetric import SymmetricAccumulator
 from surgeon_kernels.installation import build_info
 from surgeon_kernels.linalg.chunked_solve import chunked_solve
@@ -48,6 +48,7 @@ __all__ = [
     "ChunkedUpdate",
     "DampedInverse",
     "DecodeAttention",
+    "GramProduct",
     "JointUpdate",
     "Linear24Weight",
     "NotPositiveDefiniteError",
@@ -65,6 +66,7 @@ __all__ = [
     "damp",
     "element_cost",
     "gram_accumulate_",
+    "gram_accumulate_each_",
     "independent_update",
     "inverse_and_diagonal",
     "inverse_diagonal",

@@ -1,6 +1,8 @@
 """Gram accumulation against ``out.add_(torch.mm(x.T, x, out_dtype=torch.float32))``, on a CUDA device.
 
     python -m bench.kernels.gram            # every shape, appended to results/gram.csv
+    python -m bench.kernels.gram --groups   # the small products of decoder blocks, a call for each, appended to
+                                            # results/gram_groups.csv
     python -m bench.kernels.gram --tune     # launch configurations on a few shapes, beside estimates; no rows
     python -m bench.kernels.gram --fit      # the configurations of surgeon_kernels/gram/plan.py, rows appended to
                                             # results/gram_kernels.csv; prints the figures that choose, fitted to these
@@ -25,8 +27,8 @@ from torch import Tensor
 from bench.environment import append_row, environment, require_gpu
 from bench.kernels.gram_fit import Timing, label, read_timings, report
 from bench.timing import eager_ms, graph_ms
-from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
-from surgeon_kernels.gram import gram_triton
+from surgeon_kernels import GramProduct, SymmetricAccumulator, gram_accumulate_, gram_accumulate_each_
+from surgeon_kernels.gram import gram_group_triton, gram_triton
 from surgeon_kernels.gram.gram import kernel_config
 from surgeon_kernels.gram.plan import CONFIGS as CHOICES
 from surgeon_kernels.gram.plan import GramConfig, blocks_in_order, schedule
@@ -69,6 +71,17 @@ TUNED = [
     *(Case(t, c) for t, c in ((16384, 4096), (16384, 11008), (16384, 2048), (2048, 2048), (2048, 2560), (2048, 3072))),
     *(Case(t, c, torch.float32) for t, c in ((8192, 4096), (4096, 1024))),
 ]
+# Decoder blocks: tokens, width, width of keys and values, width of the MLP where its products are small, biases.
+GROUPS = [
+    *((tokens, width, width, 0, False) for tokens in (2048, 4096) for width in (512, 768, 1024, 1536)),
+    (2048, 576, 192, 1536, False),  # SmolLM2-135M
+    (2048, 960, 320, 0, False),  # SmolLM2-360M
+    (2048, 896, 128, 0, True),  # Qwen2.5-0.5B
+    (2048, 768, 768, 0, True),  # OPT-125M
+    (1024, 640, 384, 1920, False),  # of no model
+    (3001, 1280, 1280, 0, False),
+]
+GROUP_CONFIGS = [(64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4)]
 FITTED = [
     *(Case(t, c) for t in (1024, 2048, 4096, 16384) for c in (1536, 2048, 2560, 3072, 4096, 5120, 8192, 11008)),
     *(Case(t, c, torch.float32) for t in (1024, 4096) for c in (1024, 2048, 4096, 5120)),
@@ -157,6 +170,74 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
+def group_inputs(tokens: int, width: int, narrow: int, wide: int, bias: bool) -> list[list[tuple[Tensor, bool]]]:
+    """Inputs and output gradients of a block's linears, with a column of ones or without, for several calls."""
+    inputs = [(width, bias)] * 3 + [(wide, bias)] * (wide > 0)
+    gradients = [(n, False) for n in (width, narrow, narrow, width, width, *[wide] * 2 * (wide > 0))]
+    size = 2 * tokens * sum(columns for columns, _ in inputs + gradients)
+    return [
+        [(torch.randn(tokens, columns, device=DEVICE).bfloat16(), ones) for columns, ones in inputs + gradients]
+        for _ in range(max(2, min(16, -(-_ROTATED_BYTES // size))))
+    ]
+
+
+def measure_group(tokens: int, width: int, narrow: int, wide: int, bias: bool) -> dict[str, Any]:
+    calls = group_inputs(tokens, width, narrow, wide, bias)
+    sizes = [x.shape[1] + ones for x, ones in calls[0]]
+    theirs, outs = ([torch.zeros(n, n, device=DEVICE) for n in sizes] for _ in range(2))
+    ours = [SymmetricAccumulator(len(out), out) for out in outs]
+
+    def by_torch(call: list[tuple[Tensor, bool]]) -> None:
+        for out, (x, ones) in zip(theirs, call, strict=True):
+            torch_gram_(out, x, None, ones)
+
+    def by_kernel(call: list[tuple[Tensor, bool]]) -> None:
+        gram_accumulate_each_(
+            [GramProduct(out, x, ones_column=ones) for out, (x, ones) in zip(ours, call, strict=True)]
+        )
+
+    by_torch(calls[0])
+    by_kernel(calls[0])
+    exact = [exact_gram(x, None, ones) for x, ones in calls[0]]
+    errors = [
+        max(error(out, truth) for out, truth in zip(found, exact, strict=True))
+        for found in ([out.full() for out in ours], theirs)
+    ]
+    del exact
+    baseline, kernel = ([partial(by, call) for call in calls] for by in (by_torch, by_kernel))
+    times = graph_ms(baseline), graph_ms(kernel), eager_ms(baseline), eager_ms(kernel)
+    operations = sum(tokens * n * (n + 1) for n in sizes)
+    return {
+        "tokens": tokens,
+        "widths": " ".join(map(str, sizes)),
+        "bias": bias,
+        "torch_ms": f"{times[0]:.4f}",
+        "kernel_ms": f"{times[1]:.4f}",
+        "speedup": f"{times[0] / times[1]:.2f}",
+        "torch_eager_ms": f"{times[2]:.4f}",
+        "kernel_eager_ms": f"{times[3]:.4f}",
+        "eager_speedup": f"{times[2] / times[3]:.2f}",
+        "tflops": f"{operations / times[1] / 1e9:.0f}",
+        "error": f"{errors[0]:.2e}",
+        "torch_error": f"{errors[1]:.2e}",
+    }
+
+
+def tune_group(tokens: int, width: int, narrow: int, wide: int, bias: bool) -> None:
+    calls = group_inputs(tokens, width, narrow, wide, bias)
+    outs = [torch.zeros(x.shape[1] + ones, x.shape[1] + ones, device=DEVICE) for x, ones in calls[0]]
+    times = [
+        graph_ms(
+            [
+                partial(gram_group_triton.accumulate_, outs, *map(list, zip(*call, strict=True)), 1.0, config)
+                for call in calls
+            ]
+        )
+        for config in GROUP_CONFIGS
+    ]
+    print(tokens, width, narrow, wide, bias, *(f"{c}: {ms:.4f}" for c, ms in zip(GROUP_CONFIGS, times, strict=True)))
+
+
 def tune(case: Case) -> None:
     xs, _ = inputs(case)
     out = torch.zeros(case.columns, case.columns, device=DEVICE)
@@ -214,6 +295,7 @@ def fit_from_device(out: Path) -> list[Timing]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tune", action="store_true", help="time launch configurations instead")
+    parser.add_argument("--groups", action="store_true", help="time the small products of decoder blocks instead")
     parser.add_argument(
         "--fit", nargs="?", type=Path, const=Path(), metavar="FILE", help="fit the times that choose a configuration"
     )
@@ -229,10 +311,18 @@ def main() -> None:
         print(report(fit_from_device(options.out or results / "gram_kernels.csv")))
         return
     if options.tune:
+        for group in GROUPS:
+            tune_group(*group)
         for case in TUNED:
             tune(case)
         return
     about = {**environment(DEVICE), "triton": triton.__version__}
+    if options.groups:
+        for group in GROUPS:
+            row = {**measure_group(*group), **about}
+            print(*list(row.values())[:12], flush=True)
+            append_row(options.out or results / "gram_groups.csv", row)
+        return
     for case in CASES:
         row = {**measure(case), **about}
         print(*list(row.values())[:17], flush=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from surgeon_kernels.gram.plan import GramConfig, choose
+from surgeon_kernels.gram.plan import LEAST_HALF_WORK, LEAST_TOKENS, GramConfig, choose
 from surgeon_kernels.gram.symmetric import SymmetricAccumulator
 from surgeon_kernels.gram.symmetric_layout import TILE, tiles_per_side
 from surgeon_kernels.linalg.half_products import addmm_half_
@@ -79,6 +81,79 @@ def gram_accumulate_(
     else:
         gram_reference_(target, rows, alpha)
     return out
+
+
+class GramProduct(NamedTuple):
+    """Arguments of one :func:`gram_accumulate_`."""
+
+    out: Tensor | SymmetricAccumulator
+    x: Tensor
+    mask: Tensor | None = None
+    ones_column: bool = False
+
+
+def gram_accumulate_each_(products: Sequence[GramProduct], *, alpha: float = 1.0) -> None:
+    """:func:`gram_accumulate_` of every product, in order where they share an output.
+
+    Small ones of 16-bit rows, as many each, are computed by one kernel: a launch for each, of the inputs of a decoder
+    block's linears, say, would not fill a GPU.
+
+    Raises:
+        ValueError: as :func:`gram_accumulate_`.
+    """
+    for product in products:
+        _check(*product)
+    groups: dict[tuple[Any, ...], list[GramProduct]] = {}
+    turns: dict[int, int] = {}
+    for product in products:
+        target = _storage(product.out)
+        turn = turns[target.data_ptr()] = turns.get(target.data_ptr(), 0) + 1
+        x, mask = _rows(product.x, product.mask)
+        product = GramProduct(product.out, x, mask, product.ones_column)
+        group = (turn, x.dtype, len(x), x.device) if _grouped(product) else (turn, len(groups))
+        groups.setdefault(group, []).append(product)
+    for group in sorted(groups, key=lambda group: group[0]):
+        _accumulate_group(groups[group], float(alpha))
+
+
+def _storage(out: Tensor | SymmetricAccumulator) -> Tensor:
+    return out.storage if isinstance(out, SymmetricAccumulator) else out
+
+
+def _grouped(product: GramProduct) -> bool:
+    """The rule for one launch with others: small products, but for those of a mask and ones."""
+    out, x, mask, ones_column = product
+    packed = isinstance(out, SymmetricAccumulator) and out.packed
+    if packed or not (x.is_cuda and x.dtype in _HALF and has_kernels()) or (mask is not None and ones_column):
+        return False
+    from surgeon_kernels.gram import gram_group_triton
+
+    tokens, columns = x.shape
+    if columns == 0 or tokens < LEAST_TOKENS or tokens * columns**2 >= LEAST_HALF_WORK or _properties(x.device)[0] < 8:
+        return False
+    return gram_group_triton.fits(_storage(out), x)
+
+
+def _accumulate_group(group: Sequence[GramProduct], alpha: float) -> None:
+    """Add products, of several all by the one kernel."""
+    if len(group) == 1:
+        out, x, mask, ones_column = group[0]
+        gram_accumulate_(out, x, mask=mask, alpha=alpha, ones_column=ones_column)
+        return
+    from surgeon_kernels.gram import gram_group_triton, gram_rows_triton, gram_triton
+    from surgeon_kernels.gram.symmetric_triton import mirror_
+
+    for start in range(0, len(group), gram_group_triton.CAPACITY):
+        chunk = group[start : start + gram_group_triton.CAPACITY]
+        rows = [
+            x if mask is None and gram_triton.readable(x) else gram_rows_triton.gather_rows(x, mask)
+            for _, x, mask, _ in chunk
+        ]
+        outs = [_storage(product.out) for product in chunk]
+        gram_group_triton.accumulate_(outs, rows, [product.ones_column for product in chunk], alpha)
+        for product in chunk:
+            if isinstance(product.out, Tensor):
+                mirror_(product.out)
 
 
 def gram_reference_(out: Tensor, rows: Tensor, alpha: float) -> Tensor:

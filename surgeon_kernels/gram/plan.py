@@ -77,11 +77,11 @@ CONFIGS: dict[tuple[int, torch.dtype], list[GramConfig]] = {
     (12, torch.float32): [_AMPERE_TF32],
 }
 # Fewer rows are not worth a kernel (an estimate), and the last digit of tf32x3 would show.
-_LEAST_TOKENS = 64
+LEAST_TOKENS = 64
 # Multiplications, tokens x columns², that are worth the launches for a dense matrix (an estimate). Of 16-bit operands
 # they are more: cuBLAS, too, adds such a product to the output in one call.
 _LEAST_WORK = 1 << 32
-_LEAST_HALF_WORK = 1 << 34
+LEAST_HALF_WORK = 1 << 34
 # Widths that are no multiple of 8 excepted: cuBLAS has no fast product for them, but the one it has sums in short
 # runs, as only the configurations that add runs up in registers do.
 
@@ -102,12 +102,12 @@ def choose(
     None stands for the PyTorch path: float64 on either side, architectures without a tuned configuration, and small
     products.
     """
-    if out_dtype != torch.float32 or tokens < _LEAST_TOKENS:
+    if out_dtype != torch.float32 or tokens < LEAST_TOKENS:
         return None
     n = columns + ones_column
     half = dtype != torch.float32
     unaligned = half and n % 8 > 0
-    if not packed and tokens * n * n < (_LEAST_HALF_WORK if half and not unaligned else _LEAST_WORK):
+    if not packed and tokens * n * n < (LEAST_HALF_WORK if half and not unaligned else _LEAST_WORK):
         return None
     best, least = None, math.inf
     for config in CONFIGS.get((major, dtype), []):

@@ -28,11 +28,16 @@ class Compiled(NamedTuple):
 def compile_kernel(kernel, signature, constants, capability, *, warps, stages, divisible_by_16=()):
     """Compile for ``sm_<capability>``; ``divisible_by_16`` names pointers and sizes that the launcher keeps so."""
     names = kernel.arg_names
+    aligned = [
+        (names.index(name), *part)
+        for name in divisible_by_16
+        for part in ([(i,) for i in range(len(signature[name]))] if isinstance(signature[name], tuple) else [()])
+    ]
     source = ASTSource(
         kernel,
         signature={name: "constexpr" if name in constants else signature[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16},
+        attrs={place: [["tt.divisibility", 16]] for place in aligned},
     )
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

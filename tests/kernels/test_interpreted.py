@@ -12,6 +12,7 @@ from tests.kernels.interpreter import assert_agrees
     [
         "gram.interpreted_gram",
         "block_ops.interpreted_decoding",
+        "gram.interpreted_gram_group",
         "block_ops.interpreted_pointwise",
         "linalg.interpreted_masked_cg",
         "linalg.interpreted_quadratic_form",

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgeon_kernels import gram_accumulate_
+from surgeon_kernels import GramProduct, SymmetricAccumulator, gram_accumulate_, gram_accumulate_each_
 from tests.kernels.dense import relative_error, repeatable
 
 NAN, INF = float("nan"), float("inf")
@@ -180,3 +180,16 @@ def test_cuda_matches_float64(dtype, ones_column):
     out = torch.zeros(size, size, device="cuda")
     gram_accumulate_(out, x.cuda(), mask=mask.cuda(), alpha=0.5, ones_column=ones_column)
     assert relative_error(out.cpu(), truth(x, mask, 0.5, ones_column)) < 1e-5
+
+
+def test_each_of_several_products():
+    x, y, mask = randn(30, 7), randn(2, 15, 4, seed=1), randn(30, seed=2) < 0
+    outs = [torch.zeros(7, 7, dtype=torch.float64), SymmetricAccumulator.zeros(5, dtype=torch.float64)]
+    products = [GramProduct(outs[0], x), GramProduct(outs[1], y, ones_column=True), GramProduct(outs[0], x, mask)]
+    gram_accumulate_each_(products, alpha=0.5)
+    ones = torch.cat([y.view(30, 4), torch.ones(30, 1)], dim=1)
+    torch.testing.assert_close(outs[0], 0.5 * (x.T @ x + x[mask].T @ x[mask]))
+    torch.testing.assert_close(outs[1].full(), 0.5 * ones.T @ ones)
+    with pytest.raises(ValueError, match=r"\[7, 7\]"):
+        gram_accumulate_each_([*products, GramProduct(outs[1], x)])
+    torch.testing.assert_close(outs[0], 0.5 * (x.T @ x + x[mask].T @ x[mask]))  # nothing was added

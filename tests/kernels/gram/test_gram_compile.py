@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU")
 
-from surgeon_kernels.gram import gram_rows_triton, gram_triton, symmetric_triton
+from surgeon_kernels.gram import gram_group_triton, gram_rows_triton, gram_triton, symmetric_triton
 from surgeon_kernels.gram.plan import CONFIGS
 from tests.kernels.compiled import SHARED_MEMORY, check_resources, compile_kernel
 
@@ -117,3 +117,24 @@ def test_row_kernels():
         types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
         aligned = [name for name, kind in types.items() if kind.startswith("*")]
         check_resources(compile_kernel(kernel, types, constants, 90, warps=4, stages=3, divisible_by_16=aligned), 90)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_group_kernel(capability):
+    block, block_k, warps, stages = gram_group_triton.CONFIG
+    count = gram_group_triton.CAPACITY
+    compiled = compile_kernel(
+        gram_group_triton.gram_group_kernel,
+        {"xs": ("*bf16",) * count, "outs": ("*fp32",) * count, "one": "*bf16", "units": "*i32", "alpha": "fp32"}
+        | {"tokens": "i32"},
+        {"BLOCK": block, "BLOCK_K": block_k, "RUN": gram_group_triton.RUN},
+        capability,
+        warps=warps,
+        stages=stages,
+        divisible_by_16=["xs", "outs", "one", "units"],
+    )
+    check_resources(compiled, capability)
+    assert "cp.async.cg" in compiled.ptx  # 16 bytes at a time
+    if capability == 90:
+        assert "wgmma.mma_async" in compiled.ptx
+        assert 3 * 32 * warps * compiled.registers <= 65536 and 3 * compiled.shared_bytes <= SHARED_MEMORY[capability]

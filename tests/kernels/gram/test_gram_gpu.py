@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
-from surgeon_kernels.gram import gram
+from surgeon_kernels import GramProduct, SymmetricAccumulator, gram_accumulate_, gram_accumulate_each_
+from surgeon_kernels.gram import gram, gram_group_triton
 from surgeon_kernels.gram.gram import kernel_config
 from surgeon_kernels.linalg.half_products import addmm_half_
 
@@ -213,3 +213,29 @@ def test_without_a_configuration_panels_are_multiplied_by_tensor_cores(dtype, to
     truth = exact(x.detach())
     assert error(2 * out.full(), truth) <= 2 * torch_error(x.detach(), truth)
     assert not out.storage.requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("tokens", [64, 2047, 4096])
+def test_small_products_are_computed_by_one_kernel(dtype, tokens, monkeypatch):
+    launches = []
+    accumulate_ = gram_group_triton.accumulate_
+    monkeypatch.setattr(gram_group_triton, "accumulate_", lambda *a: launches.append(len(a[0])) or accumulate_(*a))
+    widths = [(576, False), (1536, True), (64, True), (200, False), (1023, True), (7, False), *[(100, False)] * 12]
+    xs = [randn(tokens, columns, dtype=dtype, seed=i) for i, (columns, _) in enumerate(widths)]
+    mask = randn(tokens, dtype=torch.float32, seed=1) < 0.5
+    products = [
+        GramProduct(SymmetricAccumulator.zeros(c + ones, device="cuda"), x, None if ones or c == 576 else mask, ones)
+        for x, (c, ones) in zip(xs, widths, strict=True)
+    ]
+    wide = GramProduct(SymmetricAccumulator.zeros(2304, device="cuda"), randn(tokens, 2304, dtype=dtype))
+    dense = GramProduct(torch.zeros(576, 576, device="cuda"), xs[0])
+    gram_accumulate_each_([*products, wide, dense, products[0]])
+    assert launches == [16, 3]
+    for product in products[1:]:
+        truth = exact(product.x, product.mask, product.ones_column)
+        allowed = 2 * max(torch_error(product.x, truth, product.mask, product.ones_column), 2**-23)
+        assert error(product.out.full(), truth) <= allowed
+    assert error(products[0].out.full(), 2 * exact(xs[0])) < 1e-5
+    assert error(wide.out.full(), exact(wide.x)) < 1e-5
+    assert error(dense.out, exact(xs[0])) < 1e-5 and torch.equal(dense.out, dense.out.T)
