@@ -12,6 +12,7 @@ from typing import Any
 
 from surgeon_kernels.block_ops.add_rms_norm import add_rms_norm
 from surgeon_kernels.block_ops.decode_attention import DecodeAttention
+from surgeon_kernels.block_ops.fill_cache import fill_cache
 from surgeon_kernels.block_ops.rms_norm import rms_norm
 from surgeon_kernels.block_ops.rotary import rotary
 from surgeon_kernels.block_ops.swiglu import swiglu
@@ -65,6 +66,7 @@ __all__ = [
     "column_cost",
     "damp",
     "element_cost",
+    "fill_cache",
     "gram_accumulate_",
     "gram_accumulate_each_",
     "independent_update",

@@ -1,8 +1,8 @@
-"""Speed of decoding by fused steps, dense and packed by turns, on a random model of Llama-2-7B's shape.
+"""Speed of decoding by fused passes, dense and packed by turns, on a random model of Llama-2-7B's shape.
 
     python -m bench.end_to_end.decode
 
-Both models decode by llm_surgeon.inference.fused_step in one CUDA graph a step, after prompts of 128 tokens, one
+Both models run by llm_surgeon.inference.fused_passes a step in one CUDA graph, after prompts of 128 tokens, one
 sequence and sixteen; and they take a prompt of 4096. Rows are appended to results/generate.csv as those of
 bench.end_to_end.generate, with which it shares the model. Then it prints where a step's time goes, from a trace of
 replays: of every kind of kernel (name and grid) how much later it ends than everything before it, which adds up to the
@@ -71,7 +71,7 @@ def main() -> None:
                 "layers": options.layers,
                 "dtype": "bfloat16",
                 "weights": name,
-                "parts": "step",
+                "parts": "passes",
                 **speed_record(speed),
                 "prefill_over_dense": f"{speed.prefill_rate / speeds[0].prefill_rate:.3f}",
                 "decode_over_dense": f"{speed.decode_rate / speeds[0].decode_rate:.3f}",

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
 from llm_surgeon.config.decoding import Decoding
-from llm_surgeon.inference.fused_step import FusedStep
+from llm_surgeon.inference.fused_passes import FusedPasses
 from llm_surgeon.inference.fusible import unfused_part
 
 
@@ -19,7 +19,7 @@ class Decoder:
 
     :meth:`restart` runs the prompt, :meth:`run` all steps, :meth:`step` one; ``tokens`` ``[batch, 1 + new_tokens]`` is
     what came out. ``decoding`` is any but ``generate``. Tokens are the most likely ones or, at a ``temperature`` T > 0,
-    drawn from softmax(logits / T) on the device. ``unfused`` names what keeps the model from ``fused`` steps where
+    drawn from softmax(logits / T) on the device. ``unfused`` names what keeps the model from ``fused`` passes where
     these are asked for.
     """
 
@@ -35,26 +35,27 @@ class Decoder:
         compiled = decoding is Decoding.COMPILED
         self._forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
         length = ids.shape[1] + new_tokens
+        self.unfused = unfused_part(model, length) if decoding is Decoding.FUSED else None
+        fused = decoding is Decoding.FUSED and self.unfused is None
+        self._fused = FusedPasses(model, len(ids), length) if fused else None
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         self._token = ids[:, -1:].clone()
         self._position = ids.new_zeros(1)
         self.tokens = ids.new_zeros(ids.shape[0], 1 + new_tokens)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._fused: FusedStep | None = None
-        self.unfused: str | None = None
         self.restart()
-        if decoding is Decoding.FUSED:
-            self.unfused = unfused_part(model, self._cache, length)
-            if self.unfused is None:
-                self._fused = FusedStep(model, self._cache, length)
-        if decoding is Decoding.GRAPH or (ids.is_cuda and decoding in (Decoding.FUSED, Decoding.COMPILED)):
+        captured = decoding is Decoding.GRAPH or (ids.is_cuda and decoding in (Decoding.FUSED, Decoding.COMPILED))
+        if captured and new_tokens > 0:
             self._capture()
 
     @torch.no_grad()
     def restart(self) -> None:
-        self._cache.reset()
-        output = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._choose(output.logits)
+        if self._fused is None:
+            self._cache.reset()
+            options = {"past_key_values": self._cache, "use_cache": True, "logits_to_keep": 1}
+            self._choose(self._model(input_ids=self._ids, **options).logits)
+        else:
+            self._choose(self._fused.prompt(self._ids))
         self._position.fill_(self._ids.shape[1])
         self.tokens[:, :1] = self._token
 
@@ -75,7 +76,7 @@ class Decoder:
         if self._fused is None:
             self._choose(self._forward(input_ids=self._token, past_key_values=self._cache, use_cache=True).logits)
         else:
-            self._choose(self._fused(self._token, self._position))
+            self._choose(self._fused.step(self._token, self._position))
             self._position.add_(1)
 
     def _choose(self, logits: Tensor) -> None:

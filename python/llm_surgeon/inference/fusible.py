@@ -1,4 +1,4 @@
-"""Models that decode by :class:`~llm_surgeon.inference.fused_step.FusedStep`, found by trial."""
+"""Models that decode by :class:`~llm_surgeon.inference.fused_passes.FusedPasses`, found by trial."""
 
 from __future__ import annotations
 
@@ -28,39 +28,47 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _verdicts: dict[Any, bool] = {}
 
 
-def unfused_part(model: PreTrainedModel, cache: StaticCache, length: int) -> str | None:
-    """Name what keeps ``model`` from fused steps up to ``length`` tokens in ``cache``; None where nothing does.
-
-    The cache is one that a prompt has filled.
+def unfused_part(model: PreTrainedModel, length: int) -> str | None:
+    """Name what keeps ``model`` from fused passes over up to ``length`` tokens; None where nothing does.
 
     A block whose modules are replaced by small linears must compute the equations of
-    :mod:`~llm_surgeon.inference.fused_step`, and the model without its blocks what embedding, norm and head compute one
-    after the other. So models are left out that take norms of queries and keys or after a layer, scale their residuals
-    or logits, rotate a part of each head, route to experts with more than one result, or look through a sliding window;
-    and modules that somebody hooked or whose ``forward`` somebody replaced.
+    :mod:`~llm_surgeon.inference.fused_passes`, and the model without its blocks what embedding, norm and head compute
+    one after the other. So models are left out that take norms of queries and keys or after a layer, scale their
+    residuals or logits, rotate a part of each head, route to experts with more than one result, or look through a
+    sliding window; and modules that somebody hooked or whose ``forward`` somebody replaced.
     """
     trunk: Any = model.base_model
     if trunk is model or set(trunk._modules) != _TRUNK or trunk._parameters:
         return "the model's parts"
-    if any(not isinstance(layer, StaticLayer) or layer.keys.shape[2] < length for layer in cache.layers):
-        return "a sliding window"  # that is shorter
     if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) != 1:
         return "weights on several devices"
     if model.config._attn_implementation not in _ATTENTIONS:
         return f"attention by {model.config._attn_implementation}"
-    keys = cache.layers[0].keys
     for index, block in enumerate(trunk.layers):
-        if cache.layers[index].keys.shape != keys.shape or not _is_plain_block(block, keys.shape[3]):
+        if not _is_plain_block(block) or head_shape(block.self_attn) != head_shape(trunk.layers[0].self_attn):
             return f"block {index}"
+    layers = StaticCache(config=model.config, max_cache_len=length).layers
+    if len(layers) != len(trunk.layers) or any(
+        not isinstance(layer, StaticLayer) or layer.max_cache_len < length for layer in layers
+    ):
+        return "a sliding window"  # that is shorter
     if getattr(trunk.rotary_emb, "rope_type", "default") in _MOVING_ANGLES:
         return "rotary angles that depend on the length"
-    cos, _ = trunk.rotary_emb(keys.new_empty(1, 1, 1), torch.zeros(1, 1, dtype=torch.long, device=keys.device))
-    if cos.shape[-1] != keys.shape[3]:
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    cos, _ = trunk.rotary_emb(torch.zeros(1, dtype=model.dtype, device=model.device), ids)
+    if cos.shape[-1] != head_shape(trunk.layers[0].self_attn)[2]:
         return "rotary angles of a part of each head"
     return None if _is_plain_outside(model, trunk) else "what is computed before and after the blocks"
 
 
-def _is_plain_block(block: Any, dim: int) -> bool:
+def head_shape(attention: Any) -> tuple[int, int, int]:
+    """Query heads, heads of keys and values, and the dimension of each, of a module that :func:`unfused_part`
+    allows."""
+    dim = attention.head_dim
+    return attention.q_proj.out_features // dim, attention.k_proj.out_features // dim, dim
+
+
+def _is_plain_block(block: Any) -> bool:
     if set(block._modules) != _BLOCK or block._parameters or has_own_forward(block) or _hooked(block):
         return False
     attention = block.self_attn
@@ -69,8 +77,10 @@ def _is_plain_block(block: Any, dim: int) -> bool:
     linears = attention._modules
     if any(not isinstance(linear, (nn.Linear, PackedLinear)) for linear in linears.values()):
         return False
-    heads, kv_heads = linears["q_proj"].out_features // dim, linears["k_proj"].out_features // dim
-    if not isinstance(getattr(attention, "scaling", None), float) or kv_heads == 0 or heads % kv_heads or dim % 2:
+    if not isinstance(getattr(attention, "scaling", None), float) or not hasattr(attention, "head_dim"):
+        return False
+    heads, kv_heads, dim = head_shape(attention)
+    if kv_heads == 0 or heads % kv_heads or dim % 2:
         return False
     key = type(block), type(attention), attention.config._attn_implementation, heads // kv_heads, dim
     if key not in _verdicts:

@@ -17,7 +17,6 @@ from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.errors import InputError
 from llm_surgeon.formats.packed_linear import PackedLinear
 from llm_surgeon.inference.decoding import Decoder, generate_seconds, wait
-from llm_surgeon.models.fused_pointwise import fused_pointwise
 from llm_surgeon.models.limits import positions, text_config
 
 
@@ -26,8 +25,8 @@ class Speed:
     """Median times of one batch of equally long prompts.
 
     Attributes:
-        decoding: how the steps ran; with ``compiled`` the prompts' pass was compiled, too, with ``fused`` its pointwise
-            parts were one kernel each, and with ``generate`` it is generate's, from the call on.
+        decoding: how the steps ran; with ``compiled`` the prompts' pass was compiled, too, with ``fused``
+            it was one of few kernels, and with ``generate`` it is generate's, from the call on.
         batch_size, prompt, new_tokens: sequences, tokens of each prompt, tokens decoded after the first new one.
         prefill_seconds: the prompts' forward pass, up to the first new token.
         decode_seconds: of ``new_tokens`` greedy steps with a static cache.
@@ -141,18 +140,22 @@ def _trial(
     """A function that runs the prompts ``ids`` and the steps after them and returns the seconds of both."""
     device = ids.device
     forward = torch.compile(model, dynamic=False) if decoding is Decoding.COMPILED else model
-    decodes = new_tokens > 0 and decoding is not Decoding.GENERATE
+    decodes = decoding is Decoding.FUSED or (new_tokens > 0 and decoding is not Decoding.GENERATE)
     decoder = Decoder(model, ids, new_tokens, decoding) if decodes else None
 
     def prefill() -> float:
-        with fused_pointwise(model) if decoding is Decoding.FUSED else contextlib.nullcontext():
-            wait(device)
-            begun = time.perf_counter()
+        wait(device)
+        begun = time.perf_counter()
+        if decoder is not None and decoding is Decoding.FUSED:
+            decoder.restart()
+        else:
             forward(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-            wait(device)
-            return time.perf_counter() - begun
+        wait(device)
+        return time.perf_counter() - begun
 
-    def decode(decoder: Decoder) -> float:
+    def decode() -> float:
+        if decoder is None or new_tokens == 0:
+            return 0.0
         decoder.restart()
         wait(device)
         begun = time.perf_counter()
@@ -163,7 +166,7 @@ def _trial(
     def both() -> tuple[float, float]:
         if decoding is Decoding.GENERATE:
             return generate_seconds(model, ids, new_tokens)
-        return prefill(), 0.0 if decoder is None else decode(decoder)
+        return prefill(), decode()
 
     return both
 

@@ -4,9 +4,10 @@ import itertools
 
 import torch
 
-from surgeon_kernels.block_ops import add_rms_norm_triton, decode_attention_triton
+from surgeon_kernels.block_ops import add_rms_norm_triton, decode_attention_triton, fill_cache_triton
 from surgeon_kernels.block_ops.add_rms_norm import add_rms_norm_reference
 from surgeon_kernels.block_ops.decode_attention import decode_attention_reference
+from surgeon_kernels.block_ops.fill_cache import fill_cache_reference
 
 
 def attention(batch: int, heads: int, kv_heads: int, dim: int, splits: int, dtype: torch.dtype) -> None:
@@ -33,6 +34,17 @@ def attention(batch: int, heads: int, kv_heads: int, dim: int, splits: int, dtyp
         assert not kernel._arrived.any()
 
 
+def caches(batch: int, heads: int, kv_heads: int, dim: int) -> None:
+    length, room = 7, 9
+    qkv = torch.randn(batch, length, (heads + 2 * kv_heads) * dim)
+    cos, sin = torch.randn(2, room, dim)
+    ours = torch.randn(2, batch, room, kv_heads, dim).transpose(2, 3)
+    theirs = ours.clone()
+    found, expected = fill_cache_triton.forward(qkv, cos, sin, *ours), fill_cache_reference(qkv, cos, sin, *theirs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
 def main() -> None:
     torch.manual_seed(0)
     x, residual, weight = torch.randn(5, 100), torch.randn(5, 100), torch.randn(100)
@@ -43,6 +55,8 @@ def main() -> None:
     shapes = [(1, 2, 2, 16), (2, 6, 2, 24)]
     for shape, splits, dtype in itertools.product(shapes, (1, 3), (torch.float32, torch.float16)):
         attention(*shape, splits, dtype)
+    for shape in shapes:
+        caches(*shape)
     print("agrees")
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from surgeon_kernels import DecodeAttention, add_rms_norm, rms_norm
+from surgeon_kernels import DecodeAttention, add_rms_norm, fill_cache, rms_norm, rotary
 
 CPU = torch.device("cpu")
 
@@ -64,3 +64,23 @@ def test_what_attention_does_not_take():
         DecodeAttention(1, 2, 2, 4, 8, 1.0, CPU)(
             randn(1, 1, 24), randn(8, 4), randn(8, 4), randn(1, 2, 8, 4), randn(1, 1, 8, 4), torch.tensor([0])
         )
+
+
+def test_fill_cache():
+    batch, heads, kv_heads, dim, length, room = 2, 4, 2, 6, 3, 5
+    qkv = randn(batch, length, (heads + 2 * kv_heads) * dim)
+    cos, sin = randn(2, room, dim, seed=1)
+    keys, values = randn(2, batch, kv_heads, room, dim, seed=2)
+    before = keys.clone(), values.clone()
+    found = fill_cache(qkv, cos, sin, keys, values)
+    q, k, v = (
+        part.reshape(batch, length, -1, dim).transpose(1, 2)
+        for part in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=2)
+    )
+    angles = cos[None, :length], sin[None, :length]
+    assert torch.equal(found, rotary(q, *angles))
+    assert torch.equal(keys[:, :, :length], rotary(k, *angles)) and torch.equal(values[:, :, :length], v)
+    for cache, old in zip((keys, values), before, strict=True):
+        assert torch.equal(cache[:, :, length:], old[:, :, length:])
+    with pytest.raises(ValueError, match="do not fit"):
+        fill_cache(qkv, cos[:2], sin[:2], keys, values)

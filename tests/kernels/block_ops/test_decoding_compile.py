@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU")
 
-from surgeon_kernels.block_ops import add_rms_norm_triton, decode_attention_triton
+from surgeon_kernels.block_ops import add_rms_norm_triton, decode_attention_triton, fill_cache_triton
 from surgeon_kernels.block_ops.rms_norm_triton import warps
 from tests.kernels.compiled import check_resources, compile_kernel
 
@@ -51,3 +51,21 @@ def test_decode_attention(group, splits, dim, capability):
     assert "cp.async" in compiled.ptx and "mma.sync" in compiled.ptx
     assert ("griddepcontrol.wait" in compiled.ptx) == (capability >= 90)
     assert ("atom.global.gpu.acq_rel" in compiled.ptx) == (splits > 1)
+
+
+@pytest.mark.parametrize("kv_heads", [32, 4])
+def test_fill_cache(kv_heads):
+    kernel = fill_cache_triton.fill_cache_kernel
+    types = dict.fromkeys(("qkv", "cos", "sin", "queries", "keys", "values"), "*bf16")
+    strides = [f"{cache}_{axis}" for cache in ("key", "value") for axis in ("batch", "head", "token")]
+    compiled = compile_kernel(
+        kernel,
+        {name: types.get(name, "i32") for name in kernel.arg_names},
+        {"BLOCK_H": 32, "BLOCK_K": kv_heads, "BLOCK_D": 64},
+        90,
+        warps=4,
+        stages=3,
+        divisible_by_16=[*types, *strides, "half"],
+    )
+    check_resources(compiled, 90)
+    assert "LDG.E.128" in compiled.sass and "STG.E.128" in compiled.sass

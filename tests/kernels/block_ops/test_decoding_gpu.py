@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from surgeon_kernels import DecodeAttention, add_rms_norm, rms_norm, swiglu
+from surgeon_kernels import DecodeAttention, add_rms_norm, fill_cache, rms_norm, swiglu
 from surgeon_kernels.block_ops.add_rms_norm import add_rms_norm_reference
 from surgeon_kernels.block_ops.decode_attention import decode_attention_reference
+from surgeon_kernels.block_ops.fill_cache import fill_cache_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,6 +69,24 @@ def test_decode_attention(dtype, batch, heads, kv_heads, dim, length):
             assert torch.equal(mine[:, :, :position], before[:, :, :position])
             assert mine[:, :, position + 1 :].isnan().all()
             assert_as_good(mine[:, :, position], mine[:, :, position], right[:, :, position])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "dim", "length"),
+    [(1, 32, 32, 128, 300), (2, 9, 3, 64, 77), (1, 71, 1, 64, 5), (3, 8, 2, 80, 33)],
+)
+def test_fill_cache(dtype, batch, heads, kv_heads, dim, length):
+    qkv = randn(batch, length, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    cos, sin = (randn(length + 3, dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    caches = randn(2, batch, kv_heads, length + 2, dim, dtype=dtype, seed=3)
+    ours, theirs, wide = caches.clone(), caches.clone(), caches.double()
+    found = fill_cache(qkv, cos, sin, *ours)
+    reference = fill_cache_reference(qkv, cos, sin, *theirs)
+    exact = fill_cache_reference(qkv.double(), cos.double(), sin.double(), *wide)
+    assert_as_good(found, reference, exact)
+    assert_as_good(ours, theirs, wide)
+    assert torch.equal(ours[:, :, :, length:], caches[:, :, :, length:])
 
 
 def test_caches_of_any_strides():

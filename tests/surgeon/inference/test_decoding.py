@@ -1,4 +1,4 @@
-"""Decoding by fused steps generates the tokens of the model's own path."""
+"""Decoding by fused passes generates the tokens of the model's own path."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ import torch
 from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.inference import merge_packed_linears, pack_model
 from llm_surgeon.inference.decoding import Decoder
+from llm_surgeon.inference.fused_passes import FusedPasses
+from llm_surgeon.inference.fusible import unfused_part
 from llm_surgeon.inference.speed import measure_speed
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from tests.surgeon.packed_models import build_2_4, pretend_kernels
@@ -81,6 +83,52 @@ def test_tokens_are_drawn_as_likely_as_they_are():
     assert torch.equal(decode(model, Decoding.FUSED, temperature=1e-6).tokens, decode(model, Decoding.EAGER).tokens)
 
 
-def test_speed_of_fused_steps():
+def test_speed_of_fused_passes():
     speed = measure_speed(build("llama"), batch_size=2, prompt=8, new_tokens=4, repeats=1, decoding=Decoding.FUSED)
     assert speed.decoding is Decoding.FUSED and speed.decode_seconds > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_fused_passes(name):
+    """Prompt and steps against a pass over all tokens; transformers takes the norms in float32 even of float64."""
+    model = build(name, torch.float64)
+    if name not in FUSED:
+        with pytest.raises(ValueError, match="no fused passes because of"):
+            FusedPasses(model, 3, 9)
+        return
+    with torch.no_grad():
+        expected = model(IDS).logits
+    passes = FusedPasses(model, len(IDS), 9)
+    found = [passes.prompt(IDS[:, :3])]
+    found += [passes.step(IDS[:, n : n + 1], torch.tensor([n])) for n in range(3, IDS.shape[1])]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected[:, 2:], rtol=0.0, atol=1e-5)
+
+
+def scaled_residual(module, inputs, output):
+    return 2.0 * output
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda m: m.model.layers[1].register_forward_hook(scaled_residual), "block 1"),
+        (
+            lambda m: m.model.layers[1].self_attn.register_parameter("sinks", torch.nn.Parameter(torch.ones(4))),
+            "block 1",
+        ),
+        (lambda m: setattr(m.model.layers[0], "forward", m.model.layers[0].forward), "block 0"),
+        (lambda m: setattr(m.model.rotary_emb, "rope_type", "dynamic"), "rotary angles"),
+        (lambda m: m.register_forward_hook(scaled_residual), "before and after"),
+    ],
+)
+def test_what_keeps_a_model_from_fused_passes(change, part):
+    model = build("llama")
+    assert unfused_part(model, 9) is None
+    change(model)
+    assert part in unfused_part(model, 9)
+
+
+def test_a_sliding_window_that_is_long_enough_is_none():
+    model = build("mistral")
+    window = model.config.sliding_window
+    assert unfused_part(model, window) is None and unfused_part(model, window + 1) == "a sliding window"

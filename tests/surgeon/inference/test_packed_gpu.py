@@ -20,7 +20,7 @@ from llm_surgeon.inference import (
     use_cusparselt,
 )
 from llm_surgeon.inference.decoding import Decoder
-from llm_surgeon.inference.fused_step import FusedStep
+from llm_surgeon.inference.fused_passes import FusedPasses
 from llm_surgeon.inference.speed import measure_speed, measure_speeds
 from llm_surgeon.models.fused_pointwise import fused_pointwise
 from surgeon_kernels.runtime import extension
@@ -181,7 +181,7 @@ def test_generation_with_everything_fused(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("form", ["dense", "packed"])
-def test_fused_steps(name, form, tmp_path):
+def test_fused_passes(name, form, tmp_path):
     """One graph a step; float16, in which the tiny model's most likely tokens stand apart from the others."""
     save_packed(tmp_path, name, torch.float16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
@@ -197,15 +197,14 @@ def test_fused_steps(name, form, tmp_path):
             assert decoder.tokens.tolist() == [row[6:] for row in expected]
 
 
-def test_logits_of_fused_steps_are_as_good_as_those_of_the_dense_model(tmp_path):
+def test_logits_of_fused_passes_are_as_good_as_those_of_the_dense_model(tmp_path):
     dense = save_packed(tmp_path, "llama", torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
-    cache, ids = StaticCache(config=model.config, max_cache_len=16), IDS.cuda()
-    with torch.no_grad():
-        model(ids[:, :3], past_key_values=cache, use_cache=True)
-        step = FusedStep(model, cache, 16)
-        for position in range(3, ids.shape[1]):
-            found = step(ids[:, position : position + 1], torch.tensor([position], device="cuda"))
+    ids, passes = IDS.cuda(), FusedPasses(model, len(IDS), 16)
+    assert_as_good_as_dense(passes.prompt(ids), dense)
+    passes.prompt(ids[:, :3])
+    for position in range(3, ids.shape[1]):
+        found = passes.step(ids[:, position : position + 1], torch.tensor([position], device="cuda"))
     assert_as_good_as_dense(found, dense)
 
 
