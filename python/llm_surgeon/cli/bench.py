@@ -41,9 +41,9 @@ def generate(
         list[str] | None,
         typer.Option(
             autocompletion=completion(lambda: _DECODINGS),
-            help="eager; graph (a CUDA graph); compiled (torch.compile, and a CUDA graph); generate (as transformers' "
-            "generate runs with a static cache: compiled, on a GPU). Repeatable (default: generate and graph on a GPU, "
-            "else eager).",
+            help="eager; graph (a CUDA graph); fused (few kernels for Llama-like models, in a CUDA graph); compiled "
+            "(torch.compile, and a CUDA graph); generate (as transformers' generate runs with a static cache: "
+            "compiled, on a GPU). Repeatable (default: generate and fused on a GPU, else eager).",
         ),
     ] = None,
     fuse: Annotated[

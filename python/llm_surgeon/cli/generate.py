@@ -20,6 +20,7 @@ from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.errors import InputError, printable
 from llm_surgeon.formats.packed_linear import PackedLinear
 from llm_surgeon.inference import merge_packed_linears, pack_model, unpack_model, use_cusparselt
+from llm_surgeon.inference.fusible import unfused_part
 from llm_surgeon.inference.speed import Speed, measure_speeds
 from llm_surgeon.jobs.pack import model_bytes
 from llm_surgeon.models.fused_pointwise import fused_pointwise
@@ -57,7 +58,7 @@ def measure(
             "no NVIDIA GPU was found, on which packed layers are fast: --device cpu measures both models here"
         )
     place, number = choose_device(device), None if dtype is None else parse_dtype(dtype)
-    modes = decoding or ([Decoding.GENERATE, Decoding.GRAPH] if place.type == "cuda" else [Decoding.EAGER])
+    modes = decoding or ([Decoding.GENERATE, Decoding.FUSED] if place.type == "cuda" else [Decoding.EAGER])
     if csv_file is not None:
         _check_writable(csv_file)
     held = {"packed": _load_packed(model, packed, number, trust_remote_code)}
@@ -96,7 +97,8 @@ def measure(
                 )
             rows += [(name, disk[name], speed) for name, speed in zip(names, speeds, strict=True)]
     rows.sort(key=lambda row: row[0])
-    how = _caption(place, together, fuse=fuse, cusparselt=cusparselt, fused_parts=fused_parts)
+    own = unfused_part(held["dense"], prompt + new_tokens) if Decoding.FUSED in modes else None
+    how = _caption(place, together, own, fuse=fuse, cusparselt=cusparselt, fused_parts=fused_parts)
     for mode in modes:
         console.print(_table(model, [row for row in rows if row[2].decoding is mode], how, place))
     if csv_file is not None:
@@ -111,13 +113,16 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"{str(path)!r} cannot be written: it is a folder, or permission is denied")
 
 
-def _caption(place: torch.device, together: bool, *, fuse: bool, cusparselt: bool, fused_parts: bool) -> str:
-    """How the models ran, for below the tables."""
+def _caption(
+    place: torch.device, together: bool, unfused: str | None, *, fuse: bool, cusparselt: bool, fused_parts: bool
+) -> str:
+    """How the models ran, for below the tables; ``unfused`` is what kept them from fused passes."""
     on_gpu = place.type == "cuda"
     words = {
         "packed with linears fused": fuse,
         "packed with cuSPARSELt": cusparselt,
         "both with fused parts": fused_parts,
+        f"fused: the models' own passes, because of {unfused}": unfused is not None,
         "dense after packed, as both have no room together: what else the machine did may differ": (
             on_gpu and not together
         ),

@@ -79,7 +79,7 @@ def measure_speeds(
         models: of one configuration, each on one device, in evaluation mode.
         new_tokens: 0 to measure the prefill alone.
         repeats: timed runs; the medians are returned.
-        decoding: left out, ``graph`` on a GPU and ``eager`` elsewhere.
+        decoding: left out, ``fused`` on a GPU and ``eager`` elsewhere.
         turn: entered for the timed runs, so that other processes can use the device before and afterwards.
 
     Raises:
@@ -92,7 +92,7 @@ def measure_speeds(
             raise InputError(f"{prompt} + {new_tokens} tokens are more than the {longest} positions of the model")
         if decoding is Decoding.GRAPH and device.type != "cuda":
             raise InputError(f"decoding by a CUDA graph needs a CUDA device, and the model is on {device}")
-    decoding = decoding or (Decoding.GRAPH if devices[0].type == "cuda" else Decoding.EAGER)
+    decoding = decoding or (Decoding.FUSED if devices[0].type == "cuda" else Decoding.EAGER)
     if decoding in (Decoding.COMPILED, Decoding.GENERATE):
         torch.compiler.reset()
     vocabulary = text_config(models[0]).vocab_size

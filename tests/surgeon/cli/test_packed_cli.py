@@ -208,6 +208,14 @@ def test_bench_refuses_a_dense_model_and_a_machine_without_a_gpu(pruned, sentenc
     assert sentence().startswith("surgeon: no NVIDIA GPU was found, on which packed layers are fast: --device cpu")
 
 
+def test_what_keeps_a_model_from_fused_passes_is_said(tmp_path, capsys):
+    save_folder(tmp_path, build_2_4("opt"))
+    options = ["--prompt", 8, "--new-tokens", 2, "--batch-size", 1, "--repeats", 1, "--decoding", "fused"]
+    assert surgeon("bench", "generate", tmp_path, *options, "--device", "cpu", "--quiet") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "fused: the models' own passes, because of the model's parts" in said
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_the_timed_decoding_is_greedy_decoding(name):
     model = build_2_4(name)
@@ -229,7 +237,7 @@ def test_the_time_of_generate_is_that_of_its_steps(monkeypatch):
     assert decoding.generate_seconds(model, IDS, 0) == (1, 0)
 
 
-@pytest.mark.parametrize("way", [Decoding.EAGER, Decoding.COMPILED, Decoding.GENERATE])
+@pytest.mark.parametrize("way", [Decoding.EAGER, Decoding.FUSED, Decoding.COMPILED, Decoding.GENERATE])
 def test_speed_of_a_model(way, monkeypatch):
     compilations = []
     monkeypatch.setattr(torch, "compile", lambda model, **how: compilations.append(how) or model)
@@ -249,9 +257,10 @@ def test_speed_of_a_model(way, monkeypatch):
     assert packed.weight_bytes == speed.weight_bytes + linears // 2 + linears // 32
 
 
-@pytest.mark.parametrize("way", [Decoding.EAGER, Decoding.GENERATE])
-def test_prefill_alone(way):
-    speed = measure_speed(build_2_4("opt"), prompt=6, new_tokens=0, repeats=1, decoding=way)
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("way", [Decoding.EAGER, Decoding.FUSED, Decoding.GENERATE])
+def test_prefill_alone(way, name):
+    speed = measure_speed(build_2_4(name), prompt=6, new_tokens=0, repeats=1, decoding=way)
     assert speed.prefill_seconds > 0 and speed.decode_seconds == 0 and math.isnan(speed.decode_rate)
 
 
