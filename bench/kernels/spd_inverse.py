@@ -21,6 +21,8 @@ from torch import Tensor
 from bench.environment import append_row, environment, require_gpu
 from bench.timing import extra_bytes, warm_ms
 from surgeon_kernels import inverse_diagonal, spd_inverse, unchecked_inverse
+from surgeon_kernels.linalg.sweep_inverse import sweep_inverse, sweep_on_gpu_
+from surgeon_kernels.linalg.sweep_inverse_triton import CONFIG, SweepConfig
 from surgeon_kernels.linalg.triangular import cholesky_inverse_
 
 
@@ -43,6 +45,7 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "cholesky_ex": lambda M: torch.linalg.cholesky_ex(M).L,
     "cholesky_ex + cholesky_inverse": library,
     "unchecked_inverse": unchecked_inverse,
+    "sweep_inverse": lambda M: sweep_inverse(M)[0],
     "spd_inverse": lambda M: spd_inverse(M).inverse,
     "inverse_diagonal": lambda M: inverse_diagonal(M)[0],
 }
@@ -53,10 +56,19 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
     return float((out.double() - exact).norm() / exact.norm())
 
 
+def swept(M: Tensor, block: int, config: SweepConfig) -> None:
+    blocks = [(start, min(start + block, len(M))) for start in range(0, len(M), block)]
+    sweep_on_gpu_(M.clone(), blocks, torch.ones((), dtype=torch.bool, device="cuda"), config)
+
+
 def tune(n: int, repeats: int) -> None:
-    """Print the time of the library and of every side of the blocks of surgeon_kernels/linalg/triangular.py."""
+    """Print the times of the library, of sweeps, and of sides of the blocks of surgeon_kernels/linalg/triangular.py."""
     M = with_condition(n, 1e3).float()
     print(f"{n}: library {warm_ms(partial(library, M), repeats):.3f} ms", flush=True)
+    for config in (CONFIG, SweepConfig(128, 32, 8, 4), SweepConfig(64, 64, 4, 2)):
+        for block in (256, 512, 1024):
+            ms = warm_ms(partial(swept, M, block, config), repeats)
+            print(f"    sweeps of {block} by {tuple(config)}: {ms:.3f} ms", flush=True)
     for base in (32, 64, 128):
         for panel in (1024, 2048, 4096):
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from surgeon_kernels.linalg.half_products import padded
+from surgeon_kernels.linalg.sweep_inverse import sweep_inverse
 from surgeon_kernels.linalg.triangular import cholesky_inverse_, triangular_gram_, triangular_inverse_
 from surgeon_kernels.runtime.checks import check_square
 
@@ -17,6 +18,8 @@ JITTERS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 # Float32 matrices on a GPU from this size on are inverted in blocks; the library is as fast for smaller ones, by
 # `python -m bench.kernels.spd_inverse --tune`.
 _BLOCKED_FROM = 2048
+# From this size on (an estimate) by sweeps, which keep more of a GPU busy than a factor of such a matrix by itself.
+_SWEPT_FROM = 6144
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -77,11 +80,10 @@ def spd_inverse(M: Tensor, damping: float = 0.0, *, jitter: float | None = None,
         return DampedInverse(damped, unchecked_inverse(damped), jitter)
     if _blocked(M):
         damped = damp(M, damping)
-        L, good = _cholesky(_aligned(damped))
-        inverse = _first(_inverse_(L), len(M))
+        inverse, good = _inverse(damped)
         if bool(good):  # the host sync once the device has its work; nearly every matrix needs no jitter
             return DampedInverse(damped, inverse, 0.0)
-        del damped, L, inverse
+        del damped, inverse
     L, jitter = cholesky_with_jitter(M, damping, name=name)
     return DampedInverse(damp(M, damping + jitter), _inverse_(L), jitter)
 
@@ -92,8 +94,7 @@ def unchecked_inverse(M: Tensor) -> Tensor:
     Raises:
         ValueError: ``M`` is not square; TypeError: it is not floating point.
     """
-    check_square(M)
-    return _first(_inverse_(torch.linalg.cholesky_ex(_aligned(M)).L), len(M))
+    return _inverse(M)[0]
 
 
 def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +106,10 @@ def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: ``M`` is not square; TypeError: it is not floating point.
     """
+    check_square(M)
+    if _swept(M):
+        inverse, good = sweep_inverse(M)
+        return inverse.diagonal().clone(), good
     L, good = _cholesky(_aligned(M))
     return torch.linalg.vector_norm(triangular_inverse_(L), dim=0).square_()[: len(M)], good
 
@@ -112,6 +117,10 @@ def inverse_diagonal(M: Tensor) -> tuple[Tensor, Tensor]:
 def inverse_and_diagonal(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse ``[n, n]`` of a symmetric ``M`` ``[n, n]``, and what :func:`inverse_diagonal`, which has the errors,
     returns."""
+    check_square(M)
+    if _swept(M):
+        inverse, good = sweep_inverse(M)
+        return inverse, inverse.diagonal().clone(), good
     L, good = _cholesky(_aligned(M))
     X = triangular_inverse_(L)
     diagonal = torch.linalg.vector_norm(X, dim=0).square_()[: len(M)]
@@ -144,6 +153,15 @@ def _cholesky(M: Tensor) -> tuple[Tensor, Tensor]:
     return L, (info == 0) & L.sum().isfinite()
 
 
+def _inverse(M: Tensor) -> tuple[Tensor, Tensor]:
+    """``M⁻¹``, exactly symmetric, and whether ``M`` is positive definite as a bool on the device: no host sync."""
+    check_square(M)
+    if _swept(M):
+        return sweep_inverse(M)
+    L, good = _cholesky(_aligned(M))
+    return _first(_inverse_(L), len(M)), good
+
+
 def _inverse_(L: Tensor) -> Tensor:
     """``(L Lᵀ)⁻¹``, exactly symmetric; ``L`` may be overwritten."""
     if _blocked(L):
@@ -165,6 +183,10 @@ def _aligned(M: Tensor) -> Tensor:
 def _first(M: Tensor, n: int) -> Tensor:
     """The first ``n`` rows and columns of ``M``, contiguous."""
     return M if len(M) == n else M[:n, :n].contiguous()
+
+
+def _swept(M: Tensor) -> bool:
+    return _blocked(M) and len(M) >= _SWEPT_FROM
 
 
 def _blocked(M: Tensor) -> bool:

@@ -49,11 +49,12 @@ def compile_kernel(kernel, signature, constants, capability, *, warps, stages, d
     return Compiled(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared, log, ptx, sass)
 
 
-def check_resources(compiled, capability):
-    """No spills, shared memory that a block may have, and no wgmma that waits for the one before it."""
+def check_resources(compiled, capability, spilled=0):
+    """No spills but for a few bytes, shared memory that a block may have, and no wgmma that waits for the one before
+    it."""
     old = importlib.metadata.version("triton").startswith("3.6.")
     # Triton 3.6 spills a little with the addresses of a dense output on Hopper.
-    assert compiled.spilled_bytes <= (224 if old and capability == 90 else 0), compiled.log
+    assert compiled.spilled_bytes <= (224 if old and capability == 90 else spilled), compiled.log
     assert compiled.shared_bytes <= SHARED_MEMORY[capability]
     assert "serialized" not in compiled.log, compiled.log
 

@@ -16,6 +16,7 @@ from tests.kernels.interpreter import assert_agrees
         "block_ops.interpreted_pointwise",
         "linalg.interpreted_masked_cg",
         "linalg.interpreted_quadratic_form",
+        "linalg.interpreted_sweep_inverse",
     ],
 )
 def test_the_kernels_are_right_in_the_interpreter(checks):

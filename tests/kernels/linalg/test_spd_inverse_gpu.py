@@ -12,6 +12,7 @@ from surgeon_kernels import (
     unchecked_inverse,
 )
 from surgeon_kernels.linalg.split_matmul import addmm_split_, split, split_reference
+from surgeon_kernels.linalg.sweep_inverse import sweep_inverse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -29,7 +30,7 @@ def error(out, exact):
     return float((out.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("n", [1500, 2048, 2049, 3000, 4096, 5000])
+@pytest.mark.parametrize("n", [1500, 2048, 2049, 3000, 4096, 5000, 6500])
 @pytest.mark.parametrize("outlier", [1.0, 100.0])
 def test_inverse_is_as_accurate_as_the_library(n, outlier):
     M = spd(n, 2 * n, outlier=outlier)
@@ -48,6 +49,20 @@ def test_inverse_is_as_accurate_as_the_library(n, outlier):
     assert torch.equal(both[1], diagonal) and bool(both[2])
 
 
+@pytest.mark.parametrize("n", [500, 2049, 3000, 4096])
+@pytest.mark.parametrize("block", [256, 512])
+@pytest.mark.parametrize("outlier", [1.0, 100.0])
+def test_sweeps_are_as_accurate_as_the_library(n, block, outlier):
+    M = spd(n, 2 * n, outlier=outlier)
+    exact, single = torch.linalg.inv(M), M.float()
+    library = error(torch.cholesky_inverse(torch.linalg.cholesky(single)), exact)
+    inverse, good = sweep_inverse(single, block=block)
+    assert bool(good) and torch.equal(inverse, inverse.T)
+    assert error(inverse, exact) < 2 * library + 1e-6
+    assert torch.equal(sweep_inverse(single, block=block)[0], inverse)
+    assert not bool(sweep_inverse(-single, block=block)[1])
+
+
 def test_jitter_escalates_and_nothing_is_nan():
     M = torch.ones(2048, 2048, device="cuda")
     result = spd_inverse(M)
@@ -56,7 +71,7 @@ def test_jitter_escalates_and_nothing_is_nan():
         spd_inverse(-M)
 
 
-@pytest.mark.parametrize("n", [2048, 3000, 4096])
+@pytest.mark.parametrize("n", [2048, 3000, 4096, 6501])
 def test_at_most_one_more_matrix(n):
     M = spd(n, 2 * n).float()
     unchecked_inverse(M)
