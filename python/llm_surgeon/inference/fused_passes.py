@@ -10,7 +10,8 @@ Here q, k and v are one product, and gate and up. In a step one kernel rotates, 
 (:func:`surgeon_kernels.add_rms_norm`); one is the gated activation. For a prompt rotation and cache are a kernel
 (:func:`surgeon_kernels.fill_cache`) and attention is PyTorch's. Dense and packed weights go the same way.
 
-Norms that are not RMS norms and feed-forward layers that are no SwiGLU run as the model's own modules. What else keeps
+Norms of queries and keys come after the product, by kernels of their own. Norms that are not RMS norms and feed-forward
+layers that are no SwiGLU run as the model's own modules. What else keeps
 a model from such passes :func:`~llm_surgeon.inference.fusible.unfused_part` says.
 """
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llm_surgeon.inference.fusible import head_shape, unfused_part
+from llm_surgeon.inference.fusible import head_shape, norm_heads, unfused_part
 from llm_surgeon.inference.merged_linears import merged_product
 from llm_surgeon.models.fused_pointwise import epsilon, has_own_forward, is_rms_norm, is_swiglu
 from surgeon_kernels import DecodeAttention, add_rms_norm, fill_cache, rms_norm, swiglu
@@ -103,11 +104,20 @@ class _Block:
         self, block: Any, next_norm: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], keys: Tensor, values: Tensor
     ) -> None:
         attention = block.self_attn
-        self.qkv = merged_product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.qkv = _qkv(attention)
         self.o_proj = attention.o_proj
         self.attention_norm, self.next_norm = _add_norm(block.post_attention_layernorm), next_norm
         self.mlp = _mlp(block.mlp)
         self.keys, self.values = keys, values
+
+
+def _qkv(attention: Any) -> Callable[[Tensor], Tensor]:
+    product = merged_product([attention.q_proj, attention.k_proj, attention.v_proj])
+    if not hasattr(attention, "q_norm"):
+        return product
+    _, kv_heads, dim = head_shape(attention)
+    q_norm, k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
+    return lambda x: norm_heads(product(x), q_norm, k_norm, kv_heads, dim)
 
 
 def _mlp(module: Any) -> Callable[[Tensor], Tensor]:

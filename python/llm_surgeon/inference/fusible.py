@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +21,14 @@ if TYPE_CHECKING:  # it would bring transformers' models, which bring this: see 
 _TRUNK = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
 # Of scaled products with an additive mask, the same for all: other kernels have masks of their own.
 _ATTENTIONS = ("eager", "sdpa")
 # Angles that depend on how long the sequence has become.
 _MOVING_ANGLES = ("dynamic", "longrope")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _verdicts: dict[Any, bool] = {}
+Norm = Callable[[Tensor], Tensor]
 
 
 def unfused_part(model: PreTrainedModel, length: int) -> str | None:
@@ -33,7 +36,7 @@ def unfused_part(model: PreTrainedModel, length: int) -> str | None:
 
     A block whose modules are replaced by small linears must compute the equations of
     :mod:`~llm_surgeon.inference.fused_passes`, and the model without its blocks what embedding, norm and head compute
-    one after the other. So models are left out that take norms of queries and keys or after a layer, scale their
+    one after the other. So models are left out that take norms after a layer or of all heads at once, scale their
     residuals or logits, rotate a part of each head, route to experts with more than one result, or look through a
     sliding window; and modules that somebody hooked or whose ``forward`` somebody replaced.
     """
@@ -72,33 +75,37 @@ def _is_plain_block(block: Any) -> bool:
     if set(block._modules) != _BLOCK or block._parameters or has_own_forward(block) or _hooked(block):
         return False
     attention = block.self_attn
-    if set(attention._modules) != _LINEARS or attention._parameters or has_own_forward(attention) or _hooked(attention):
+    normed = set(attention._modules) == _LINEARS | _HEAD_NORMS
+    if not (normed or set(attention._modules) == _LINEARS) or attention._parameters:
         return False
-    linears = attention._modules
-    if any(not isinstance(linear, (nn.Linear, PackedLinear)) for linear in linears.values()):
+    if has_own_forward(attention) or _hooked(attention):
+        return False
+    if any(not isinstance(attention._modules[name], (nn.Linear, PackedLinear)) for name in _LINEARS):
         return False
     if not isinstance(getattr(attention, "scaling", None), float) or not hasattr(attention, "head_dim"):
         return False
     heads, kv_heads, dim = head_shape(attention)
     if kv_heads == 0 or heads % kv_heads or dim % 2:
         return False
-    key = type(block), type(attention), attention.config._attn_implementation, heads // kv_heads, dim
+    if normed and any(attention._modules[name].weight.shape != (dim,) for name in _HEAD_NORMS):
+        return False
+    key = type(block), type(attention), attention.config._attn_implementation, heads // kv_heads, dim, normed
     if key not in _verdicts:
-        _verdicts[key] = _computes_the_equations(block, heads // kv_heads, dim)
+        _verdicts[key] = _computes_the_equations(block, heads // kv_heads, dim, normed)
     return _verdicts[key]
 
 
 @torch.no_grad()
-def _computes_the_equations(block: Any, group: int, dim: int) -> bool:
-    width, length = 6, 3
-    q, k, v = small_linear(width, group * dim, 0.8), small_linear(width, dim, 0.7), small_linear(width, dim, 0.9)
-    o = small_linear(group * dim, width, 0.3)
-    norms = small_linear(width, width, 0.5), small_linear(width, width, 0.6)
-    mlp = small_linear(width, width, -0.4)
-    linears = {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": o}
-    attention = shallow_copy(block.self_attn, _modules=linears)
-    modules = dict(zip(("input_layernorm", "post_attention_layernorm"), norms, strict=True))
-    probe = shallow_copy(block, _modules={**modules, "self_attn": attention, "mlp": mlp})
+def _computes_the_equations(block: Any, group: int, dim: int, normed: bool) -> bool:
+    width, length, kv_heads = 6, 3, 2
+    sizes = {"q_proj": group * kv_heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
+    linears = {name: small_linear(width, rows, 0.7 + 0.1 * i) for i, (name, rows) in enumerate(sizes.items())}
+    o = small_linear(group * kv_heads * dim, width, 0.3)
+    head_norms = {name: small_linear(dim, dim, 0.4) for name in _HEAD_NORMS if normed}
+    attention = shallow_copy(block.self_attn, _modules={**linears, "o_proj": o, **head_norms})
+    first, second, mlp = (small_linear(width, width, scale) for scale in (0.5, 0.6, -0.4))
+    norms = {"input_layernorm": first, "post_attention_layernorm": second}
+    probe = shallow_copy(block, _modules={**norms, "self_attn": attention, "mlp": mlp})
     h = 2.0 * numbers(2, length, width)
     cos, sin = 1.5 * numbers(length, dim), 0.3 - numbers(length, dim)
     theirs = type(block).forward(
@@ -112,18 +119,25 @@ def _computes_the_equations(block: Any, group: int, dim: int) -> bool:
     )
     if not isinstance(theirs, Tensor):
         return False
-    keys, values = torch.zeros(2, 2, 1, length, dim)
+    keys, values = torch.zeros(2, 2, kv_heads, length, dim)
     for position in range(length):
-        at = torch.tensor([position])
         ours = h[:, position : position + 1]
-        x = norms[0](ours)
-        qkv = torch.cat([q(x), k(x), v(x)], dim=-1)
-        scale = block.self_attn.scaling
-        ours = ours + o(decode_attention_reference(qkv, cos, sin, keys, values, at, scale))
-        ours = ours + mlp(norms[1](ours))
+        qkv = torch.cat([linear(first(ours)) for linear in linears.values()], dim=-1)
+        if normed:
+            qkv = norm_heads(qkv, head_norms["q_norm"], head_norms["k_norm"], kv_heads, dim)
+        at = torch.tensor([position])
+        ours = ours + o(decode_attention_reference(qkv, cos, sin, keys, values, at, block.self_attn.scaling))
+        ours = ours + mlp(second(ours))
         if not torch.allclose(theirs[:, position : position + 1], ours, rtol=1e-4, atol=1e-5):
             return False
     return True
+
+
+def norm_heads(qkv: Tensor, q_norm: Norm, k_norm: Norm, kv_heads: int, dim: int) -> Tensor:
+    """``qkv`` ``[batch, T, (heads + 2 kv_heads) · dim]`` with a norm of every query and every key."""
+    heads = qkv.view(*qkv.shape[:2], -1, dim)
+    q, k, v = heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+    return torch.cat([q_norm(q), k_norm(k), v], dim=2).view(qkv.shape)
 
 
 @torch.no_grad()

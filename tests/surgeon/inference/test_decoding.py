@@ -14,7 +14,7 @@ from tests.surgeon.packed_models import build_2_4, pretend_kernels
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 IDS = torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
-FUSED = {"llama", "mistral", "qwen2", "gemma"}
+FUSED = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
 
 
 @torch.no_grad()
