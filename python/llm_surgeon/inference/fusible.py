@@ -26,8 +26,9 @@ _HEAD_NORMS = {"q_norm", "k_norm"}
 _ATTENTIONS = ("eager", "sdpa")
 # Angles that depend on how long the sequence has become.
 _MOVING_ANGLES = ("dynamic", "longrope")
+# Where attention that is scaled by its position would show it: angles alone tell of positions in the equations.
+_FAR = 10_000_000
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_verdicts: dict[Any, bool] = {}
 Norm = Callable[[Tensor], Tensor]
 
 
@@ -47,8 +48,8 @@ def unfused_part(model: PreTrainedModel, length: int) -> str | None:
         return "weights on several devices"
     if model.config._attn_implementation not in _ATTENTIONS:
         return f"attention by {model.config._attn_implementation}"
-    for index, block in enumerate(trunk.layers):
-        if not _is_plain_block(block) or head_shape(block.self_attn) != head_shape(trunk.layers[0].self_attn):
+    for index, block in enumerate(trunk.layers):  # of one class, they may still differ
+        if not _is_plain_block(block) or _sizes(block) != _sizes(trunk.layers[0]):
             return f"block {index}"
     layers = StaticCache(config=model.config, max_cache_len=length).layers
     if len(layers) != len(trunk.layers) or any(
@@ -62,6 +63,10 @@ def unfused_part(model: PreTrainedModel, length: int) -> str | None:
     if cos.shape[-1] != head_shape(trunk.layers[0].self_attn)[2]:
         return "rotary angles of a part of each head"
     return None if _is_plain_outside(model, trunk) else "what is computed before and after the blocks"
+
+
+def _sizes(block: Any) -> tuple[float, ...]:
+    return *head_shape(block.self_attn), block.self_attn.scaling
 
 
 def head_shape(attention: Any) -> tuple[int, int, int]:
@@ -87,12 +92,14 @@ def _is_plain_block(block: Any) -> bool:
     heads, kv_heads, dim = head_shape(attention)
     if kv_heads == 0 or heads % kv_heads or dim % 2:
         return False
-    if normed and any(attention._modules[name].weight.shape != (dim,) for name in _HEAD_NORMS):
+    if normed and any(_width(attention._modules[name]) != dim for name in _HEAD_NORMS):
         return False
-    key = type(block), type(attention), attention.config._attn_implementation, heads // kv_heads, dim, normed
-    if key not in _verdicts:
-        _verdicts[key] = _computes_the_equations(block, heads // kv_heads, dim, normed)
-    return _verdicts[key]
+    return _computes_the_equations(block, heads // kv_heads, dim, normed)
+
+
+def _width(norm: nn.Module) -> int:
+    weight = norm._parameters.get("weight")
+    return 0 if weight is None else weight.numel()
 
 
 @torch.no_grad()
@@ -112,7 +119,7 @@ def _computes_the_equations(block: Any, group: int, dim: int, normed: bool) -> b
         probe,
         h,
         attention_mask=torch.full((length, length), float("-inf")).triu(1)[None, None],
-        position_ids=torch.arange(length)[None],
+        position_ids=torch.arange(length)[None] + _FAR,
         past_key_values=None,
         use_cache=False,
         position_embeddings=(cos[None], sin[None]),

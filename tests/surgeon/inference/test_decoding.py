@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.inference import merge_packed_linears, pack_model
@@ -14,6 +15,15 @@ from tests.surgeon.packed_models import build_2_4, pretend_kernels
 from tests.surgeon.tiny_models import NAMES, VOCABULARY, build
 
 IDS = torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
 FUSED = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
 
 
@@ -117,6 +127,7 @@ def scaled_residual(module, inputs, output):
             "block 1",
         ),
         (lambda m: setattr(m.model.layers[0], "forward", m.model.layers[0].forward), "block 0"),
+        (lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.5), "block 1"),
         (lambda m: setattr(m.model.rotary_emb, "rope_type", "dynamic"), "rotary angles"),
         (lambda m: m.register_forward_hook(scaled_residual), "before and after"),
     ],
@@ -132,3 +143,21 @@ def test_a_sliding_window_that_is_long_enough_is_none():
     model = build("mistral")
     window = model.config.sliding_window
     assert unfused_part(model, window) is None and unfused_part(model, window + 1) == "a sliding window"
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (transformers.GraniteConfig(residual_multiplier=0.5, **SMALL), "block 0"),
+        (transformers.GraniteConfig(logits_scaling=2.0, **SMALL), "before and after"),
+        (transformers.GraniteConfig(attention_multiplier=0.3, **SMALL), None),
+        (transformers.SmolLM3Config(no_rope_layers=[1, 0], **SMALL), "block 1"),
+        (transformers.SmolLM3Config(no_rope_layers=[1, 1], **SMALL), None),
+    ],
+)
+def test_models_of_one_class_may_differ(config, part):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    found = unfused_part(model, 20)
+    assert found is None if part is None else part in found
+    assert torch.equal(decode(model, Decoding.FUSED).tokens, continuation(model))
