@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,19 +33,28 @@ class Activations:
     inputs: float
 
 
-def measure_activations(model: nn.Module, decoder: Decoder, seqlen: int) -> Activations:
-    """Run the model on 16 and on 32 tokens and carry what it keeps on to ``seqlen`` by ``a L + b L²``."""
-    short, long = (_Kept(model, decoder, length, _curvature_pass) for length in _LENGTHS[:2])
+def measure_activations(
+    model: nn.Module, decoder: Decoder, seqlen: int, dtype: torch.dtype | None = None
+) -> Activations:
+    """Run the model on 16 and on 32 tokens and carry what it keeps on to ``seqlen`` by ``a L + b L²``.
 
-    def per_token(of_short: int, of_long: int) -> float:
-        a, b = of_short / _LENGTHS[0], of_long / _LENGTHS[1]
-        growth = max(0.0, (b - a) / (_LENGTHS[1] - _LENGTHS[0]))
-        return b + growth * (seqlen - _LENGTHS[1])
+    Under autocast to ``dtype``, if there is one, on 48 as well, by ``b L + c L²`` of ``a + b L + c L²``: ``a`` are
+    weights rounded to it.
+    """
+    lengths = _LENGTHS[:2] if dtype is None else _LENGTHS
+    kept = [_Kept(model, decoder, length, partial(_curvature_pass, dtype=dtype)) for length in lengths]
+
+    def per_token(*sizes: int) -> float:
+        if dtype is not None:
+            return _without_weights(sizes, seqlen)
+        a, b = (size / length for size, length in zip(sizes, lengths, strict=True))
+        growth = max(0.0, (b - a) / (lengths[1] - lengths[0]))
+        return b + growth * (seqlen - lengths[1])
 
     return Activations(
-        per_token(short.total(), long.total()),
-        max(per_token(*pair) for pair in zip(short.by_block(), long.by_block(), strict=True)),
-        per_token(short.inputs, long.inputs),
+        per_token(*(each.total() for each in kept)),
+        max(per_token(*sizes) for sizes in zip(*(each.by_block() for each in kept), strict=True)),
+        per_token(*(each.inputs for each in kept)),
     )
 
 
@@ -56,8 +65,12 @@ def measure_training(model: nn.Module, decoder: Decoder, seqlen: int, dtype: tor
     autocast to which the pass runs if there is one.
     """
     passes = partial(_training_pass, dtype=dtype)
-    short, middle, long = (_Kept(model, decoder, length, passes).total() for length in _LENGTHS)
-    step = _LENGTHS[0]
+    return _without_weights([_Kept(model, decoder, length, passes).total() for length in _LENGTHS], seqlen)
+
+
+def _without_weights(sizes: Sequence[int], seqlen: int) -> float:
+    """Per token of ``seqlen`` what grows with the tokens, of bytes kept of 16, 32 and 48."""
+    (short, middle, long), step = sizes, _LENGTHS[0]
     growth = max(0.0, (long - 2 * middle + short) / (2 * step**2))
     return (long - short) / (2 * step) + growth * (seqlen - _LENGTHS[0] - _LENGTHS[2])
 
@@ -67,10 +80,11 @@ _Weights = set[int]
 
 
 @contextlib.contextmanager
-def _curvature_pass(model: nn.Module, _: _Weights) -> Iterator[None]:
+def _curvature_pass(model: nn.Module, _: _Weights, dtype: torch.dtype | None) -> Iterator[None]:
     """Context manager of a pass whose gradients flow from the embeddings on."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    with frozen(model), evaluation_mode(model), fused_pointwise(model), starting_at(embedding):
+    under = autocast(embedding.weight.device, dtype)
+    with frozen(model), evaluation_mode(model), fused_pointwise(model), starting_at(embedding), under:
         yield
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
+from llm_surgeon.models.head import plain_head
 from llm_surgeon.models.loss import CHUNK
 from llm_surgeon.models.offload import compute_device
 from llm_surgeon.models.passes import compute_dtype
@@ -29,6 +30,8 @@ _STAGE_SQUARES, _STAGE_MATRICES = 5, 2
 _MOMENT_SQUARES = 3
 # Gradients of a block's widest layer that are alive at once in its backward pass.
 BACKWARD_COPIES = 3
+# Chunks of logits, and of what becomes of them, that are there at once where no others are: an estimate.
+_CHUNK_COPIES = 5
 # Blocks whose weights are on the device at once when they are streamed: the last, the present and the next one.
 _STREAMED_BLOCKS = 3
 # Share of the memory that is left free: what allocators waste between tensors, and libraries' own workspaces.
@@ -45,6 +48,7 @@ class Memory:
         hosted: whether factors lie in main memory between the passes over the data and the layers' turns.
         streamed: whether weights are streamed to the device block by block.
         checkpointed: whether activations are computed again in the backward pass.
+        chunked: whether logits are computed a chunk at a time, see :class:`~llm_surgeon.models.head.HeadLogits`.
         width: of the hidden states.
         blocks: bytes of every block's parameters.
         snapshot: of a copy of the linears' weights.
@@ -72,7 +76,9 @@ class Memory:
         self.factor_bytes = [_FLOAT * sum(map(SymmetricAccumulator.elements, sizes)) for sizes in self.factor_sizes]
         self.groups = input_groups(decoder)
         in_blocks = self.gradients or config.sequential
-        self.kept = measure_activations(model, decoder, self.seqlen) if in_blocks else None
+        dtype = compute_dtype(config.compute_dtype, model, self.device)
+        self.kept = measure_activations(model, decoder, self.seqlen, dtype) if in_blocks else None
+        self.chunked = dtype is not None and plain_head(model) is not None
 
     def model_weights(self) -> int:
         """The model's weights on the device; of streamed blocks those that are there at once."""
@@ -114,18 +120,18 @@ class Memory:
         """A pass: activations, logits and their gradient; also the factors of its blocks where these do not stay."""
         tokens = windows * self.seqlen
         # The loss is computed before the backward pass begins: the larger of the two counts.
-        loss = _FLOAT * min(tokens * self.vocabulary, CHUNK) * (1 if self.itemsize >= _FLOAT else 2)
-        widest = max(max(R, C) for R, C in self.sizes)
-        logits = self.vocabulary * self.itemsize * tokens
+        loss, logits = self._loss(tokens), self._logits(tokens)
+        widest, itemsize = max(max(R, C) for R, C in self.sizes), self._compute_itemsize()
         if self.kept is None or not self.gradients:  # forward only: the widest linear's input and output
-            activations = int(tokens * self.itemsize * (self.width + 2 * widest)) + logits + loss
+            activations = int(tokens * (self.itemsize * self.width + 2 * itemsize * widest)) + logits + loss
         else:
-            backward = BACKWARD_COPIES * widest * self.itemsize * tokens
+            backward = BACKWARD_COPIES * widest * itemsize * tokens
             if self.checkpointed:  # a block's activations are there only once the loss has been computed
                 block = int(tokens * self.kept.largest_block)
                 activations = int(tokens * self.kept.inputs) + max(2 * logits + loss, logits + block + backward)
             else:
                 activations = int(tokens * self.kept.everything) + 2 * logits + max(loss, backward)
+                activations += self._rounded()
         factors = self._of_others()
         if self.hosted:
             starts = range(0, len(self.factor_bytes), per_pass)
@@ -217,7 +223,7 @@ class Memory:
             return 0
         passes = self.curvature(max(1, windows // 2), 1) - self._of_others()
         gradients = max(passes, self._layer_update()) + _FLOAT * self.weights
-        logits = windows * self.seqlen * self.vocabulary * self.itemsize
+        logits = self._logits(windows * self.seqlen)
         # Of all windows the dense model's last hidden states.
         held = round(self.shares.windows * self.config.samples) * self.seqlen * self.width * self._compute_itemsize()
         return held + max(gradients, 2 * self.itemsize * self.weights + 2 * logits)
@@ -240,6 +246,20 @@ class Memory:
     def _of_others(self) -> int:
         """Packed factors of linears that other ranks own: of its windows every rank sums up all."""
         return 0 if self.hosted else sum(self.factor_bytes) - self.factors()
+
+    def _logits(self, tokens: int) -> int:
+        """Logits of so many tokens, where they are there at once."""
+        return 0 if self.chunked else self.vocabulary * self.itemsize * tokens
+
+    def _rounded(self) -> int:
+        """Weights that autocast has rounded, until a backward pass has gone through them."""
+        itemsize = self._compute_itemsize()
+        return itemsize * self.weights if itemsize < self.itemsize else 0
+
+    def _loss(self, tokens: int) -> int:
+        """What the loss makes of a chunk of logits in float32."""
+        copies = _CHUNK_COPIES if self.chunked else 1 if self.itemsize >= _FLOAT else 2
+        return copies * _FLOAT * min(tokens * self.vocabulary, CHUNK)
 
     def _norms(self) -> int:
         """Squared norms of all linears' gradients, for weights of tokens."""
