@@ -53,7 +53,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _LONGEST = 240  # seconds of a run
 _EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.listdir", "ctypes.dlsym"}
 _STATES = {"prune": ".out.pruning", "recover": ".out.training"}
-_LEFT_BY_A_KILL = (".out.lock", ".out.partial-", ".out.previous-", *_STATES.values())
+LEFT_BY_A_KILL = (".out.lock", ".out.partial-", ".out.previous-", *_STATES.values())
 
 
 class Runs:
@@ -107,7 +107,7 @@ class Runs:
         check(state == "new" or code != 0, "done without OUT")
         left = {path.name for path in self.work.iterdir()} - {"out", "log"}
         if sent == signal.SIGKILL:
-            check(all(name.startswith(_LEFT_BY_A_KILL) for name in left), "something else is left")
+            check(all(name.startswith(LEFT_BY_A_KILL) for name in left), "something else is left")
             while self.verb == "prune" and self.draw.random() < 0.3:
                 child = self._fork(self._arguments(overwrite=True, resume=True))
                 time.sleep(self.draw.uniform(0.0, self.seconds))
@@ -159,7 +159,14 @@ class Runs:
         AutoModelForCausalLM.from_pretrained(self.out, trust_remote_code=True)
         return True
 
-    def _fork(self, arguments: list[str], *, die: tuple[int, int] | None = None, count_to: Path | None = None) -> int:
+    def _fork(
+        self,
+        arguments: list[str],
+        *,
+        die: tuple[int, int] | None = None,
+        count_to: Path | None = None,
+        log_name: str = "log",
+    ) -> int:
         """Run a command in a child; let it count its file events, and at one of them die."""
         ready, tell = os.pipe()
         child = os.fork()
@@ -170,7 +177,7 @@ class Runs:
             return child
         code = 99
         try:
-            log = os.open(self.work / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            log = os.open(self.work / log_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
             faulthandler.dump_traceback_later(_LONGEST, exit=True, file=log)  # one that hangs says where

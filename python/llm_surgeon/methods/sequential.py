@@ -18,7 +18,6 @@ that of the joint update, around ``T`` in place of ``W``. A bias is the weight o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,6 +29,7 @@ from llm_surgeon.curvature.estimate import Curvature
 from llm_surgeon.curvature.factors import DampedFactor, KroneckerFactors
 from llm_surgeon.curvature.stages import Stage, stages
 from llm_surgeon.data.calibration import Calibration
+from llm_surgeon.distributed import Ranks
 from llm_surgeon.methods.select import Selection, reselect
 from llm_surgeon.methods.update import Written, remove_and_compensate
 from llm_surgeon.models.decoder import Decoder, PrunableLinear
@@ -79,10 +79,10 @@ def update_sequentially(
     def owner(linear: PrunableLinear) -> int:
         return 0 if owners is None else owners[linear.name]
 
-    def solve(stage: Stage, aims: Targets, linear: PrunableLinear) -> Written:
+    def solve(stage: Stage, aims: Targets, begun: Mapping[str, Tensor], linear: PrunableLinear) -> Written:
         if progress is not None:
             progress(done + stage.readers.index(linear), len(decoder.linears), linear.name)
-        target, a = aims.of(linear)
+        target, a = aims.of(linear, begun.get(linear.name))
         G = curvature.output_factor(linear, target.device)
         factors = KroneckerFactors(DampedFactor.checked(G, config.damp_g, f"G of {linear.name}"), a)
         return _update(linear, target, factors, before[linear.name].to(target.device), config)
@@ -103,7 +103,9 @@ def update_sequentially(
         memory=memory,
         taken=taken,
     ):
-        solved = ranks.spread(stage.readers, owner, partial(solve, stage, Targets(stage, config)))
+        aims = Targets(stage, config)
+        begun = begun_by_others(ranks, stage.readers, owner, aims)
+        solved = ranks.spread(stage.readers, owner, partial(solve, stage, aims, begun))
         for linear, new in zip(stage.readers, solved, strict=True):
             linear.share(ranks, owner(linear))
             yield linear, new
@@ -125,42 +127,69 @@ def token_weights(squared_norms: Sequence[Tensor], calibration: Calibration) -> 
     return torch.where(total.sum() > 0, total, real.to(total))
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """Of linears that share their input: A's inverses damped for a target's two parts, and its first part over W."""
-
-    lost: Tensor
-    for_residual: Tensor | None
-    a: DampedFactor
-
-
 class Targets:
     """``T = W + W (X - A)(A + λ I)⁻¹ + ρ E (A + μ I)⁻¹`` ``[R, C']`` of linears of a stage, and damped ``A``."""
 
     def __init__(self, stage: Stage, config: PruneConfig) -> None:
         self._stage, self._config = stage, config
-        self._shared: dict[int, _Shared] = {}  # by C': of the linears with a bias, and of those without one
+        # By C', of the linears with a bias and of those without one: (X - A)(A + λ I)⁻¹, and A with (A + μ I)⁻¹.
+        self._lost: dict[int, Tensor] = {}
+        self._factors: dict[int, tuple[DampedFactor, Tensor | None]] = {}
 
-    def of(self, linear: PrunableLinear) -> tuple[Tensor, DampedFactor]:
-        stage, W = self._stage, linear.matrix()
+    def of(self, linear: PrunableLinear, begun: Tensor | None = None) -> tuple[Tensor, DampedFactor]:
+        """``T``, in the memory of ``begun``, which is what :meth:`begin` gives, and damped ``A``."""
+        target = self.begin(linear) if begun is None else begun
+        a, for_residual = self.factors(linear)
+        if for_residual is not None and linear.name in self._stage.residual:
+            residual = self._stage.residual[linear.name][:, : target.shape[1]]
+            target.addmm_(residual, for_residual, alpha=self._config.residual_weight)
+        return target, a
+
+    def begin(self, linear: PrunableLinear) -> Tensor:
+        """``W + W (X - A)(A + λ I)⁻¹``, for which :meth:`factors` are not needed."""
+        W = linear.matrix()
         size = W.shape[1]
-        if size not in self._shared:
-            self._shared[size] = _share(stage, size, f"A of {linear.name}", self._config)
-        own = self._shared[size]
-        target = torch.addmm(W, W, own.lost)
-        if own.for_residual is not None and linear.name in stage.residual:
-            weight = self._config.residual_weight
-            target.addmm_(stage.residual[linear.name][:, :size], own.for_residual, alpha=weight)
-        return target, own.a
+        if size not in self._lost:
+            inverse = self._damped(linear, self._config.target_damping).inverse
+            self._lost[size] = (self._stage.cross[:size, :size] - self._stage.A[:size, :size]) @ inverse
+        return torch.addmm(W, W, self._lost[size])
+
+    def factors(self, linear: PrunableLinear) -> tuple[DampedFactor, Tensor | None]:
+        """Damped ``A``, and ``(A + μ I)⁻¹`` where a linear of the stage adds to the residual stream."""
+        size = linear.columns + linear.has_bias
+        if size not in self._factors:
+            writes = bool(self._stage.residual)
+            for_residual = self._damped(linear, self._config.residual_damping).inverse if writes else None
+            self._factors[size] = self._damped(linear, self._config.damp_a), for_residual
+        return self._factors[size]
+
+    def _damped(self, linear: PrunableLinear, damping: float) -> DampedFactor:
+        size = linear.columns + linear.has_bias
+        return DampedFactor.checked(self._stage.A[:size, :size].clone(), damping, f"A of {linear.name}")
 
 
-def _share(stage: Stage, size: int, name: str, config: PruneConfig) -> _Shared:
-    A = stage.A[:size, :size]
-    damped = (config.target_damping, config.residual_damping)[: 1 + bool(stage.residual)]
-    inverses = [DampedFactor.checked(A.clone(), damping, name).inverse for damping in damped]
-    lost = (stage.cross[:size, :size] - A) @ inverses[0]
-    a = DampedFactor.checked(A.clone(), config.damp_a, name)
-    return _Shared(lost, inverses[1] if stage.residual else None, a)
+def begun_by_others(
+    ranks: Ranks, readers: Sequence[PrunableLinear], owner: Callable[[PrunableLinear], int], aims: Targets
+) -> dict[str, Tensor]:
+    """By linears' names what :meth:`Targets.begin` gives, computed by ranks that own none of the ``readers``.
+
+    Owners compute :meth:`Targets.factors` meanwhile. Nothing where every rank owns a reader.
+    """
+    idle = sorted(set(range(ranks.count)) - set(map(owner, readers)))
+    if not idle:
+        return {}
+    helpers = {linear.name: idle[index % len(idle)] for index, linear in enumerate(readers)}
+    turns = [(linear, rank) for linear in readers for rank in (helpers[linear.name], owner(linear))]
+
+    def work(turn: tuple[PrunableLinear, int]) -> Tensor | None:
+        linear, rank = turn
+        if rank in idle:
+            return aims.begin(linear)
+        aims.factors(linear)
+        return None
+
+    found = zip(turns, ranks.spread(turns, lambda turn: turn[1], work), strict=True)
+    return {linear.name: part for (linear, _), part in found if part is not None}
 
 
 def _update(
