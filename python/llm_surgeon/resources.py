@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import ssl
@@ -20,8 +21,9 @@ import torch
 from llm_surgeon.errors import InputError, first_line
 
 
+@functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 0.1) -> float:
-    """Measured floating point operations per second of a matrix product."""
+    """Floating point operations per second of a matrix product, measured once in a process."""
     size = 8192 if device.type == "cuda" else 512
     x = torch.randn(size, size, device=device, dtype=dtype)
     products = 0
@@ -35,8 +37,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32, second
     return max(products, 1) * 2 * size**3 / elapsed
 
 
+@functools.cache
 def copy_rate(device: torch.device) -> float:
-    """Measured bytes per second from pinned main memory to ``device``."""
+    """Bytes per second from pinned main memory to ``device``, measured once in a process."""
     source = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
     target = source.to(device)
     _synchronize(device)

@@ -51,7 +51,9 @@ class RankRuns(Runs):
             for victim in victims:
                 os.kill(children[victim], signal.SIGKILL)
         codes = self._end(children)
-        where = f"ranks {victims} killed at {'file event' if by_event else 'second'} {at}, old {old}, exit codes {codes}"
+        where = (
+            f"ranks {victims} killed at {'file event' if by_event else 'second'} {at}, old {old}, exit codes {codes}"
+        )
         self.tried["SIGKILL stopped" if any(codes) else "SIGKILL finished"] += 1
 
         def check(right: bool, what: str) -> None:

@@ -1,6 +1,6 @@
 """Long runs of what is drawn at random; their totals are added to ``fuzz.csv`` or ``interrupts.csv`` of the results.
 
-``python -m tests.surgeon.long_runs fuzz CASES [TARGET ...]`` or ``… interrupts POINTS [SEED] [--kill]``.
+``python -m tests.surgeon.long_runs fuzz CASES [TARGET ...]`` or ``… interrupts POINTS [SEED] [--kill | --ranks]``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import hypothesis
 import torch
 import transformers
 
-from tests.surgeon import interrupted_runs
+from tests.surgeon import interrupted_ranks, interrupted_runs
 from tests.surgeon.fuzz_targets import TARGETS, run
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -48,15 +48,18 @@ def fuzz(cases: int, targets: list[str]) -> int:
     return failed
 
 
-def interrupts(points: int, seed: str, kill: bool) -> int:
+def interrupts(points: int, seed: str, kill: bool, ranks: bool) -> int:
     """So many signals to each command, or kills of each kind of pruning; how many of them left something wrong."""
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        found = interrupted_runs.run(Path(folder), points, seed, kill)
+        if ranks:
+            found = interrupted_ranks.run(Path(folder), points, seed)
+        else:
+            found = interrupted_runs.run(Path(folder), points, seed, kill)
         seconds = time.perf_counter() - begun
     for kind, runs in found.items():
         print("\n".join(runs["wrong"]))
-        name = f"prune, {kind}" if kill else kind
+        name = f"prune on two ranks, {kind}" if ranks else f"prune, {kind}" if kill else kind
         tried = sum(number for what, number in runs["tried"].items() if what.startswith("SIG"))
         row = {"command": name, "seed": seed, "runs": tried, "outcomes": _counts(runs["tried"])}
         _record("interrupts.csv", row | {"faults": len(runs["wrong"]), "seconds_of_all": round(seconds)})
@@ -100,9 +103,10 @@ def main() -> int:
     stopped.add_argument("points", type=int)
     stopped.add_argument("seed", nargs="?", default="0")
     stopped.add_argument("--kill", action="store_true", help="kills of prunings of all kinds, each gone on with")
+    stopped.add_argument("--ranks", action="store_true", help="the same of prunings that two processes share")
     options = parser.parse_args()
     if options.command == "interrupts":
-        return interrupts(options.points, options.seed, options.kill)
+        return interrupts(options.points, options.seed, options.kill, options.ranks)
     if unknown := set(options.targets) - set(TARGETS):
         parser.error(f"no target {sorted(unknown)[0]!r}: choose among {', '.join(TARGETS)}")
     return fuzz(options.cases, options.targets or list(TARGETS))
