@@ -1,7 +1,7 @@
 """Prunings that two processes share, one or both of which are killed at random points, and that are then gone on with.
 
-``python -m tests.surgeon.interrupted_ranks FOLDER POINTS [SEED]`` prints a JSON object: by kind, what was tried and what
-was found wrong. Others than the one that is killed may end by themselves; those that do not are ended as launchers do.
+``python -m tests.surgeon.interrupted_ranks FOLDER POINTS [SEED]`` prints a JSON object: by kind, what was tried and
+what was found wrong. The rank that is not killed may end by itself; if it does not, it is ended as by a launcher.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RankRuns(Runs):
         self.wanted["model.safetensors"] = load_file(self.out / "model.safetensors")  # in another order of sums
 
     def point(self, number: int, signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)) -> None:
-        """One run of which one rank, or both, are killed, at a moment or when the first touches a file; and the next."""
+        """A run of which one rank, or both, are killed, at a moment or when the first touches a file; and the next."""
         old, by_event = self.draw.random() < 0.7, number % 2 == 0
         victims = [0] if by_event else self.draw.choice([[0], [1], [0, 1]])
         at = self.draw.randint(1, self.events) if by_event else self.draw.uniform(0.0, self.seconds)
