@@ -52,6 +52,7 @@ class Memory:
         width: of the hidden states.
         blocks: bytes of every block's parameters.
         snapshot: of a copy of the linears' weights.
+        late_bytes: of factors that are there in gradient steps alone.
     """
 
     def __init__(self, model: nn.Module, decoder: Decoder, config: PruneConfig, ranks: Ranks = ALONE) -> None:
@@ -75,6 +76,10 @@ class Memory:
         self.factor_sizes = factor_sizes(decoder, config)
         self.factor_bytes = [_FLOAT * sum(map(SymmetricAccumulator.elements, sizes)) for sizes in self.factor_sizes]
         self.groups = input_groups(decoder)
+        # A of the pruned model, which gradient steps after a sequential update estimate.
+        again = config.sequential and bool(config.gradient_steps)
+        read = [SymmetricAccumulator.elements(C) for groups in self.groups for C, _ in groups]
+        self.late_bytes = _FLOAT * sum(read) * again
         in_blocks = self.gradients or config.sequential
         dtype = compute_dtype(config.compute_dtype, model, self.device)
         self.kept = measure_activations(model, decoder, self.seqlen, dtype) if in_blocks else None
@@ -143,13 +148,17 @@ class Memory:
         masks = 0 if self.streamed else self.weights
         return masks + self._factor_workspace(2)
 
-    def update(self, windows: int) -> int:
+    def update(self, windows: int, inverses: int = 0) -> int:
         """The largest layer's update, with a sequential one what it keeps of two models; or, once that is done,
-        gradient steps over passes of ``windows``, with all weights' gradients."""
+        gradient steps over passes of ``windows``, with all weights' gradients.
+
+        That is beside ``inverses``, which are made after a sequential update alone.
+        """
         states = self.states()
         if self.states_wait(windows):  # of two batches
             states = 2 * states * windows // max(1, round(self.shares.windows * self.config.samples))
-        return max(self._at_work(windows) + states, self._steps(windows))
+        update = self._at_work(windows) + states - inverses * self.config.sequential
+        return max(update, self._steps(windows))
 
     def states(self) -> int:
         """What a sequential update or a last fit keeps of every window: hidden states of both models and, not rounded,
@@ -179,15 +188,15 @@ class Memory:
         needed = config.structure_record.single_weights and used
         if not self.on_gpu or self.hosted or not needed or config.kron_rank > 1:
             return 0
-        inverses = int(self.shares.factors * sum(self.factor_bytes))
-        working = max(self.selection(), self.update(windows))
+        inverses = self._own_factors()
+        working = max(self.selection(), self.update(windows, inverses))
         return inverses if inverses + working <= self.free() else 0
 
     def pinned(self, windows: int) -> int:
         """Pinned main memory for what is kept there: factors, masks, streamed weights, dense weights, hidden states."""
         if not self.on_gpu:
             return 0
-        pinned = int(self.shares.factors * sum(self.factor_bytes)) if self.hosted else 0
+        pinned = self._own_factors() if self.hosted else 0
         pinned += self.states() if self.states_wait(windows) else 0
         if self.offload:
             pinned += self.weights + sum(self.blocks) + self.snapshot * self.config.around_dense_weights
@@ -226,7 +235,8 @@ class Memory:
         logits = self._logits(windows * self.seqlen)
         # Of all windows the dense model's last hidden states.
         held = round(self.shares.windows * self.config.samples) * self.seqlen * self.width * self._compute_itemsize()
-        return held + max(gradients, 2 * self.itemsize * self.weights + 2 * logits)
+        late = 0 if self.hosted else int(self.shares.factors * self.late_bytes)
+        return held + late + max(gradients, 2 * self.itemsize * self.weights + 2 * logits)
 
     def _at_work(self, windows: int) -> int:
         """An update without the states: of the largest layer, or the moments that it needs of a batch of inputs."""
@@ -242,6 +252,10 @@ class Memory:
         moments = _FLOAT * (_MOMENT_SQUARES * columns**2 + largest)
         moments += tokens * max(int(self.kept.largest_block), weighted)
         return max(update, moments) + self._norms()
+
+    def _own_factors(self) -> int:
+        """Packed factors of what a rank owns, as there are at most."""
+        return int(self.shares.factors * (sum(self.factor_bytes) + self.late_bytes))
 
     def _of_others(self) -> int:
         """Packed factors of linears that other ranks own: of its windows every rank sums up all."""
@@ -300,13 +314,12 @@ def input_groups(decoder: Decoder) -> list[list[tuple[int, int]]]:
 def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:
     """Sizes of every block's factors: an A per shared input, as wide as its widest user with a bias, a G per linear.
 
-    A sequential update of N:M has no A but those of its sweep, unless gradient steps follow.
+    A sequential update of N:M in one shot has no A but those of its sweep.
     """
     record = config.method_record
     if record.needs == "nothing":
         return [[] for _ in decoder.blocks]
-    once = config.shots == 1 and not config.gradient_steps
-    without = config.sequential and config.structure_record.m > 0 and once
+    without = config.sequential and config.structure_record.m > 0 and config.shots == 1
     sizes = []
     for depth, groups in enumerate(input_groups(decoder)):
         rows = [linear.rows for linear in decoder.linears if linear.depth == depth and record.gradients]

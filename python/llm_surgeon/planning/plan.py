@@ -150,7 +150,7 @@ def make_plan(
         inverses_bytes=inverses,
         curvature_bytes=memory.curvature(layout.windows, layout.per_pass),
         selection_bytes=memory.selection(),
-        update_bytes=memory.update(layout.windows),
+        update_bytes=memory.update(layout.windows, inverses),
         states_wait=memory.states_wait(layout.windows),
         snapshot_bytes=memory.snapshot,
         recovery_bytes=0 if after is None else after.bytes(training_windows),

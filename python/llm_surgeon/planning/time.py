@@ -59,9 +59,10 @@ def run_seconds(
                    for rows and columns the diagonals and three products)
         + 2 P N for the final loss, and for the share of N that is held out twice; some seconds before a GPU runs
 
-    The last update of a sequential run, or a last fit, has passes of its own besides, and N (3 C'² + 2 R C') for its
-    moments, R of linears that alone read an input; a fit one more for gradients where G or tokens' weights need them.
-    A pass takes no less time than the weights that are streamed meanwhile.
+    Gradient steps after a sequential update take A of one more pass, and inverses. The last update of such a run, or a
+    last fit, has passes of its own besides, and N (3 C'² + 2 R C') for its moments, R of linears that alone read an
+    input; a fit one more for gradients where G or tokens' weights need them. A pass takes no less time than the weights
+    that are streamed meanwhile.
 
     Args:
         sizes: ``(R, C')`` of every linear; head: weights of the output head; held_out: windows.
@@ -114,5 +115,9 @@ def run_seconds(
     of_step = _DENSE_STEP_PASSES if config.gradient_target == "dense" else _STEP_PASSES
     steps = (config.gradient_steps or 0) * (of_step * forward + (iterations + checks) * product)
     steps *= 1 if config.aims_at_dense else config.shots
+    if config.sequential and config.gradient_steps:
+        steps += max(forward, transfer) + tokens * sum(C**2 for C, _ in inputs) / (half * _GRAM_EFFICIENCY)
+        inverses = shares.work * (sum(C**3 for C, _ in inputs) + sum(R**3 for R, _ in sizes))
+        steps += inverses * (1 if inverted_once else config.gradient_steps) / (single * _FACTORISATION_EFFICIENCY)
     total = config.shots * passes + (config.shots - 1) * update + last + steps
     return total + (1 + 2 * held_out / config.samples) * max(forward, transfer) + _START * on_gpu

@@ -157,8 +157,8 @@ def test_factor_sizes_count_shared_inputs_once_and_biases():
     gradients = [32, 32, 32, 32, 64, 32]
     assert factor_sizes(decoder, PruneConfig(update="joint")) == 2 * [[33, 33, 33, 65, *gradients]]
     assert factor_sizes(decoder, PruneConfig(update="sequential")) == 2 * [gradients]
-    stepping = PruneConfig(update="sequential", gradient_steps=1)
-    assert factor_sizes(decoder, stepping) == 2 * [[33, 33, 33, 65, *gradients]]
+    in_shots = PruneConfig(update="sequential", shots=2)
+    assert factor_sizes(decoder, in_shots) == 2 * [[33, 33, 33, 65, *gradients]]
     assert factor_sizes(decoder, PruneConfig(method="l-obd")) == 2 * [[33, 33, 33, 65]]
     assert factor_sizes(decoder, PruneConfig(method="magnitude")) == [[], []]
 
@@ -190,6 +190,11 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     sweep = 3.5 * forward + inverses + (10 + 3 * 9 + 10 + 2) * products
     operations = 2 * forward + tokens * sums + sweep + forward
     assert sequential.seconds == pytest.approx(operations / 2.0)
+    # Steps after it: A, inverses of both factors for each of them, and what they take with the dense model as target.
+    _, moved = plan_of(update="sequential", max_iterations=10, gradient_steps=2, monkeypatch=monkeypatch)
+    again = forward + tokens * 2 * sum(n**2 for n in SHARED_INPUTS) + 2 * cubes
+    steps = 2 * ((27 / 8 + 13 / 8) * forward + (10 + 2) * products)
+    assert moved.seconds == pytest.approx((operations + again + steps) / 2.0)
     # Shots before the sweep are rough; it takes A from them, and costs.
     _, counted = plan_of(
         update="sequential", structure="unstructured", shots=3, max_iterations=10, monkeypatch=monkeypatch
@@ -309,6 +314,7 @@ def peak_bytes(work):
         {"structure": "2:4", "batch_size": 4, "update": "sequential", "checkpoint_activations": True},
         {"structure": "2:4", "batch_size": 2, "update": "sequential", "samples": 24},  # hidden states count most
         {"structure": "2:4", "batch_size": 4, "update": "sequential", "gradient_steps": 1},
+        {"structure": "2:4", "batch_size": 2, "update": "sequential", "gradient_steps": 1, "samples": 24},
     ],
 )
 def test_the_plan_is_within_a_tenth_of_the_peak(options):
