@@ -93,6 +93,7 @@ def extend_card(
     """
     front, body = split_front_matter(card or "")
     front = front or dict(_NEW)
+    front.pop("model-index", None)  # results of the model before
     front["tags"] = list(dict.fromkeys([*clean_tags(front.get("tags")), *tags]))
     if not front["tags"]:
         del front["tags"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from llm_surgeon.config.methods import method
 from llm_surgeon.config.structure import Structure
@@ -16,6 +19,8 @@ from llm_surgeon.data.record import DataRecord
 from llm_surgeon.errors import InputError
 from llm_surgeon.report import format as text
 from llm_surgeon.report import plots
+from llm_surgeon.report.heat_map import heat_map
+from llm_surgeon.report.options import with_effect
 from llm_surgeon.report.schema import HeldOutLoss, PruneReport
 from llm_surgeon.resources import human_bytes
 
@@ -28,7 +33,14 @@ _DATA = {
 
 def render_html(report: PruneReport) -> str:
     """One HTML page with inline styles and figures: it loads nothing and runs no script."""
-    return _environment().get_template("report.html.j2").render(_context(report), figures=_figures(report))
+    context = _context(report) | {
+        "heat": heat_map(report),
+        "predicted_in_all": sum(report.layer_increases.values()),
+        "next_steps": _next_steps(report),
+        "figures": _figures(report),
+        "solver": _figure(3, plots.convergence_figure(report), "Convergence of the solver", _solver_caption(report)),
+    }
+    return _environment().get_template("report.html.j2").render(context)
 
 
 def render_model_card(report: PruneReport, base_model: str) -> str:
@@ -38,18 +50,45 @@ def render_model_card(report: PruneReport, base_model: str) -> str:
     path only the last part is shown.
     """
     on_hub = is_hub_id(base_model)
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **({"base_model": base_model} if on_hub else {}),
-        "tags": ["pruned", "sparse", "llm-surgeon"],
-    }
+    shown = base_model if on_hub else text.base_name(base_model)
+    results = _eval_results(report)
+    data = ModelCardData(
+        base_model=base_model if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "llm-surgeon"],
+        model_name=f"{shown}, {text.percent(report.sparsity)} pruned" if results else None,
+        eval_results=results or None,
+    )
     context = _context(report) | {
-        "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-        "config_yaml": yaml.safe_dump(report.config | _data_options(report), sort_keys=False, allow_unicode=True),
-        "name": base_model if on_hub else text.base_name(base_model),
+        "front_matter": yaml.safe_dump(data.to_dict(), sort_keys=False, allow_unicode=True),
+        "config_yaml": yaml.safe_dump(
+            with_effect(report.config) | _data_options(report), sort_keys=False, allow_unicode=True
+        ),
+        "name": shown,
     }
     return _environment().get_template("model_card.md.j2").render(context)
+
+
+def _eval_results(report: PruneReport) -> list[EvalResult]:
+    """Perplexities after pruning, for the hub's index of results."""
+    results = []
+    for use, losses in (("eval_data", report.evaluation), ("calibration", report.held_out)):
+        record = report.data.get(use)
+        if losses is None or record is None or not math.isfinite(losses.perplexity_after):
+            continue
+        held_out = "" if use == "eval_data" else ", held-out windows"
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=text.published_name(record.source),
+                dataset_name=f"{text.published_name(record.source)}{held_out}",
+                metric_type="perplexity",
+                metric_name=f"perplexity, {losses.perplexity_before:.2f} before pruning",
+                metric_value=round(losses.perplexity_after, 4),
+            )
+        )
+    return results
 
 
 def _data_options(report: PruneReport) -> dict[str, str]:
@@ -101,6 +140,7 @@ def _environment() -> Environment:
 def _context(report: PruneReport) -> dict[str, Any]:
     measured = [shot for shot in report.shots if shot.measured_increase is not None]
     name = report.model if is_hub_id(report.model) else text.base_name(report.model)
+    structure = str(report.config.get("structure"))
     title, paper = describe_method(str(report.config.get("method")))
     predicted = [shot.predicted_increase for shot in measured if shot.predicted_increase is not None]
     return {
@@ -111,8 +151,11 @@ def _context(report: PruneReport) -> dict[str, Any]:
         "data": [(_DATA.get(use, use), _describe_data(record)) for use, record in report.data.items()],
         "method": title,
         "paper": paper,
-        "structure": describe_structure(str(report.config.get("structure"))),
-        "kinds": report.sparsity_by("kind"),
+        "structure": describe_structure(structure),
+        "packs": (record := _record(structure)) is not None and record.packs,
+        "options": with_effect(report.config),
+        "uneven": _uneven(report),
+        "kinds": report.sparsity_by("kind") if _uneven(report) else {},
         "unseen": _unseen(report),
         "measured_shots": len(measured),
         "measured": sum(shot.measured_increase or 0.0 for shot in measured),
@@ -157,39 +200,68 @@ def describe_method(name: str) -> tuple[str, str]:
 
 def describe_structure(structure: str) -> str:
     """Say what a ``structure`` option removes."""
-    try:
-        return Structure.parse(structure).title or structure
-    except InputError:  # a report of a structure that is not registered here
-        return structure
+    record = _record(structure)
+    return structure if record is None else record.title or structure
 
 
 def _figures(report: PruneReport) -> list[tuple[Markup, str, str]]:
     """``(svg, short description, caption)`` of every figure that has something to show."""
-    candidates = (
-        (
-            plots.sparsity_figure(report),
-            "Sparsity by decoder block and by kind of layer",
-            "Where the weights were removed; the dashed line marks the decoder as a whole.",
-        ),
-        (
+    also = " and on held-out text" if report.held_out and len(report.shots) == 1 else ""
+    figures = [
+        _figure(
+            1,
             plots.prediction_figure(report),
             "Predicted and measured loss increase of each shot",
             "What each shot was expected to cost, from the curvature of the loss, and what it then cost, "
-            "measured on the calibration windows (training loss)"
-            f"{' and on held-out text' if report.held_out and len(report.shots) == 1 else ''}.",
+            f"measured on the calibration windows (training loss){also}.",
         ),
-        (
-            plots.convergence_figure(report),
-            "Convergence of the solver",
-            "How far each layer's predicted cost still was above its final value while the remaining weights "
-            f"were adjusted.{_gap_sentence(report)}",
+        _figure(
+            2,
+            plots.sparsity_figure(report) if _uneven(report) else None,
+            "Sparsity by decoder block and by kind of layer",
+            "Where the weights were removed; the dashed line marks the decoder as a whole.",
         ),
-    )
-    return [
-        (Markup(plots.to_svg(figure, f"figure{number}")), description, caption)
-        for number, (figure, description, caption) in enumerate(candidates, start=1)
-        if figure is not None
     ]
+    return [figure for figure in figures if figure is not None]
+
+
+def _figure(number: int, figure: Figure | None, description: str, caption: str) -> tuple[Markup, str, str] | None:
+    return None if figure is None else (Markup(plots.to_svg(figure, f"figure{number}")), description, caption)
+
+
+def _uneven(report: PruneReport) -> bool:
+    """True where layers lost different shares of their weights: of N:M there would be nothing but equal bars."""
+    return len({round(layer.sparsity, 3) for layer in report.layers}) > 1
+
+
+def _record(structure: str) -> Structure | None:
+    """The structure of that name; ``None`` of one that is not registered here."""
+    try:
+        return Structure.parse(structure)
+    except InputError:
+        return None
+
+
+def _next_steps(report: PruneReport) -> list[tuple[str, str]]:
+    """Commands that make more of the model, and what they do; none of one that something was done to already."""
+    structure = _record(str(report.config.get("structure")))
+    if report.history or structure is None:
+        return []
+    steps = [
+        ("surgeon recover OUT RECOVERED --teacher MODEL", "Train what is left, from the dense model's predictions.")
+    ]
+    if structure.packs:
+        steps.append(("surgeon pack OUT PACKED", "Smaller on disk and in memory, and faster on NVIDIA GPUs."))
+    elif structure.name == "rows-columns":
+        steps.append(("surgeon compact OUT SMALLER", "Take whole rows and columns of zeros out of the matrices."))
+    return steps
+
+
+def _solver_caption(report: PruneReport) -> str:
+    return (
+        "How far each layer's predicted cost still was above its final value while the remaining weights "
+        f"were adjusted.{_gap_sentence(report)}"
+    )
 
 
 def _gap_sentence(report: PruneReport) -> str:

@@ -41,7 +41,7 @@ def test_tags_of_any_kind_become_a_list_of_texts(tags, expected):
 
 
 def test_dates_and_ratios_stay_text():
-    matter = extended("date: 2020-99-99\nday: 2020-01-02\nratio: 2:4\ncount: 12\ninference: false\n")
+    matter = extended("model-index: [a]\ndate: 2020-99-99\nday: 2020-01-02\nratio: 2:4\ncount: 12\ninference: false\n")
     assert matter == {
         "date": "2020-99-99", "day": "2020-01-02", "ratio": "2:4", "count": 12, "inference": False, "tags": ["2:4"],
     }  # fmt: skip

@@ -10,7 +10,7 @@ from llm_surgeon.config.methods import method, names
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.record import DataRecord
 from llm_surgeon.report import render
-from llm_surgeon.report.schema import HeldOutLoss, ShotReport, SolverTrace
+from llm_surgeon.report.schema import HeldOutLoss, Sample, ShotReport, SolverTrace
 from tests.surgeon.reports import DOWN, QUERY, Page, magnitude_report, surgeon_report
 
 
@@ -21,15 +21,24 @@ def html() -> str:
 
 def test_html_tells_the_numbers(html):
     page = Page(html)
-    for words in ("facebook/opt-125m", "50.0%", "27.65 → 34.00", "+0.207", "+0.065", "predicted +0.058", "3 min 12 s"):
+    for words in (
+        "facebook/opt-125m",
+        "50.0%",
+        "27.65 → 34.00",
+        "+0.207",
+        "+0.065",
+        "predicted were +0.058",
+        "3 min 12 s",
+    ):
         assert words in page.text
     assert "peak memory 1.61 GB" in page.text and "1.2 M parameters" in page.text
     assert ["1", "25.0%", "25.0%", "3.0000", "+0.0123", "+0.0150", "2.0 s", "0.5 s", "2.5 s"] in page.rows
     assert ["2", "50.0%", "50.0%", "3.0150", "+0.0456", "+0.0500", "2.5 s", "–", "2.5 s"] in page.rows
     assert [f"model.layers.1.{DOWN}", "10 × 30", "200", "66.7%"] in page.rows
-    assert ["damp_g", "0.1"] in page.rows and ["seqlen", "–"] in page.rows and ["torch", "2.13.0"] in page.rows
+    assert ["damp_g", "0.1"] in page.rows and "seqlen" not in html and ["torch", "2.13.0"] in page.rows
     assert f"model.layers.0.{DOWN} in shot 2 (0.0003)." in page.text
     assert f"(model.layers.0.{DOWN}) ended an estimated 2% above it." in page.text
+    assert page.tags.index("section") < page.tags.index("svg") < page.tags.index("details")
     assert page.tags.count("svg") == 3 and page.tags.count("figcaption") == 3
 
 
@@ -71,7 +80,7 @@ def test_low_rank_corrections_show_how_their_rank_grew():
 
 def test_html_without_shots_or_passes():
     page = Page(render.render_html(magnitude_report()))
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 1  # layers lost different shares of their weights
     assert "Perplexity" not in page.text and "Loss" not in page.text and "peak memory" not in page.text
     assert "2 of every 4 consecutive weights of a row" in page.text
 
@@ -94,10 +103,10 @@ def test_measured_total_says_how_many_shots_it_covers():
     report.layers, report.shots[1].solver = [], []
     report.shots[1].measured_increase = None
     page = Page(render.render_html(report))
-    assert "measured on the calibration windows in 1 of 2 shots; predicted +0.012" in page.text
+    assert "rose by +0.015 nats per token in 1 of 2 shots; predicted were +0.012." in page.text
     report.shots[0].predicted_increase = None
     page = Page(render.render_html(report))
-    assert "in 1 of 2 shots" in page.text and "; predicted" not in page.text
+    assert "in 1 of 2 shots." in page.text and "; predicted" not in page.text
 
 
 def front_matter(card: str) -> dict:
@@ -113,6 +122,19 @@ def test_model_card_front_matter():
         "base_model": "facebook/opt-125m",
         "tags": ["pruned", "sparse", "llm-surgeon"],
     }
+    report = surgeon_report()
+    report.held_out = HeldOutLoss(16, 2048, 3.3026, 3.7206)
+    report.data = {
+        "eval_data": DataRecord("/data/mine.txt", "evaluation", "ab" * 32, 243, 8, 8, 128),
+        "calibration": DataRecord("wikitext2", "calibration", "cd" * 32, 243, 8, 8, 128),
+    }
+    (index,) = front_matter(render.render_model_card(report, "facebook/opt-125m"))["model-index"]
+    assert index["name"] == "facebook/opt-125m, 50.0% pruned"
+    assert [(result["dataset"]["name"], result["metrics"][0]["value"]) for result in index["results"]] == [
+        ("mine.txt", pytest.approx(34.0)),
+        ("wikitext2, held-out windows", pytest.approx(41.2892, abs=1e-3)),
+    ]
+    assert index["results"][0]["metrics"][0]["name"] == "perplexity, 27.65 before pruning"
 
 
 def test_model_card_keeps_local_paths_to_itself(tmp_path, monkeypatch):
@@ -186,9 +208,9 @@ def test_held_out_perplexity_and_warnings_come_first():
     page = Page(render.render_html(report))
     words = " ".join(page.text.split())
     assert "Perplexity on held-out text 27.18 → 41.29 before and after; lower is better. Loss +0.418 nats" in words
-    assert "Warnings Few <tokens>." in words and words.index("Few <tokens>") < words.index("27.18")
-    assert "Increase of the training loss, nats per token +0.065 measured on the calibration windows" in words
-    assert words.index("Perplexity on held-out text") < words.index("Weights removed")
+    assert "The training loss, that of the calibration windows, rose by +0.065 nats per token" in words
+    parts = ("Perplexity on held-out text", "Weights removed", "Few <tokens>", "The training loss")
+    assert sorted(parts, key=words.index) == list(parts)
 
 
 def test_what_was_not_measured_is_said():
@@ -198,7 +220,35 @@ def test_what_was_not_measured_is_said():
     report.evaluation = None
     card, page = render.render_model_card(report, "a/b"), " ".join(Page(render.render_html(report)).text.split())
     assert "predicted\n- On text that pruning did not see nothing was measured\n" in card
-    assert "predicted +0.058; nothing was measured on text that pruning did not see" in page
+    assert "predicted were +0.058. On text that pruning did not see nothing was measured." in page
+
+
+def test_what_comes_next_and_what_is_the_same_everywhere():
+    report = surgeon_report()
+    report.config = dataclasses.asdict(PruneConfig("2:4"))
+    report.layers = [dataclasses.replace(layer, removed=layer.weights // 2) for layer in report.layers]
+    report.disk = {"before": 8_000_000, "after": 8_000_000}
+    page = Page(render.render_html(report))
+    assert page.tags.count("svg") == 2 and "weights removed" not in page.text.lower().split("details")[0][400:]
+    assert ("class", "share") not in page.attributes
+    assert (
+        "8 MB of all weights, as before" in " ".join(page.text.split())
+        and "packed, these layers take 9/16" in page.text
+    )
+    assert "surgeon recover OUT RECOVERED --teacher MODEL" in page.text and "surgeon pack OUT PACKED" in page.text
+    assert "| kind of layer |" not in render.render_model_card(report, "a/b")
+    report.config, report.disk["after"] = dataclasses.asdict(PruneConfig("rows-columns")), 6_000_000
+    text = Page(render.render_html(report)).text
+    assert "surgeon compact OUT SMALLER" in text and "8 MB → 6 MB" in text
+    report.history = ["It was compacted."]
+    assert "surgeon compact" not in render.render_html(report)
+
+
+def test_samples_stand_side_by_side():
+    report = surgeon_report()
+    report.samples = [Sample("\n<b>The town", "of", "is")]
+    words = " ".join(Page(render.render_html(report)).text.split())
+    assert "<b>The town … before of after is" in words
 
 
 def test_a_local_path_is_never_a_title(tmp_path):
