@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -13,6 +14,9 @@ from rich.progress import Progress as RichProgress
 
 class Progress:
     """Receiver of progress; this one ignores it all (``--quiet``, library use)."""
+
+    def expect(self, seconds: float) -> None:
+        """The run is planned to take so many ``seconds`` from now on."""
 
     def shots(self, total: int) -> None:
         """A run of ``total`` shots begins."""
@@ -80,13 +84,20 @@ class TerminalProgress(Progress):
 
 
 class LineProgress(Progress):
-    """A line on stderr for every phase, and for a long one every half minute: for logs, where no bar can move."""
+    """A line on stderr for every phase, and for a long one every half minute: for logs, where no bar can move.
+
+    They tell the time left: of the run as it was planned, and of a phase as it goes.
+    """
 
     _INTERVAL = 30.0
 
     def __init__(self) -> None:
         self._shots, self._shot, self._phase = 0, 0, ""
-        self._printed = time.monotonic()
+        self._printed = self._begun = time.monotonic()
+        self._end: float | None = None  # of the run, as it was planned
+
+    def expect(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
 
     def shots(self, total: int) -> None:
         self._shots, self._shot = total, 0
@@ -99,12 +110,21 @@ class LineProgress(Progress):
 
     def phase(self, name: str) -> None:
         self._phase = f"shot {self._shot} of {self._shots}: {name}" if self._shot else name
-        self._print(self._phase)
+        self._begun = time.monotonic()
+        left = 0.0 if self._end is None else self._end - self._begun
+        self._print(f"{self._phase}, about {_clock(left)} left in all" if left > 0.0 else self._phase)
 
     def step(self, done: int, total: int, what: str = "") -> None:
-        if time.monotonic() - self._printed >= self._INTERVAL:
-            self._print(" ".join(filter(None, (f"{self._phase}: {done} of {total}", what))))
+        now = time.monotonic()
+        if now - self._printed >= self._INTERVAL:
+            left = f", about {_clock((now - self._begun) / done * (total - done))} left" if done else ""
+            self._print(" ".join(filter(None, (f"{self._phase}: {done} of {total}{left}", what))))
 
     def _print(self, line: str) -> None:
         self._printed = time.monotonic()
         print(f"surgeon: {line}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    """``150.2`` -> ``"0:02:30"``."""
+    return str(timedelta(seconds=round(seconds)))

@@ -9,6 +9,7 @@ def test_a_line_for_every_phase_and_for_a_long_one_every_half_minute(monkeypatch
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     lines = LineProgress()
     lines.phase("loading")
+    lines.expect(150.0)
     lines.shots(2)
     for shot in (1, 2):
         lines.shot(shot)
@@ -20,9 +21,9 @@ def test_a_line_for_every_phase_and_for_a_long_one_every_half_minute(monkeypatch
     lines.phase("training")
     assert capsys.readouterr().err.splitlines() == [
         "surgeon: loading",
-        "surgeon: shot 1 of 2: curvature [/x]",
-        "surgeon: shot 1 of 2: curvature [/x]: 2 of 3 layer 2",
-        "surgeon: shot 2 of 2: curvature [/x]",
-        "surgeon: shot 2 of 2: curvature [/x]: 2 of 3 layer 2",
-        "surgeon: training",
+        "surgeon: shot 1 of 2: curvature [/x], about 0:02:30 left in all",
+        "surgeon: shot 1 of 2: curvature [/x]: 2 of 3, about 0:00:20 left layer 2",
+        "surgeon: shot 2 of 2: curvature [/x], about 0:01:30 left in all",
+        "surgeon: shot 2 of 2: curvature [/x]: 2 of 3, about 0:00:20 left layer 2",
+        "surgeon: training, about 0:00:30 left in all",
     ]

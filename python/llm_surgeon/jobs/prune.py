@@ -329,6 +329,8 @@ class PruneJob:
         """Prune, and write to the claimed ``output``, on the first rank; ``states`` keep what is done."""
         states = states or RunStates()
         self._require_resources(output, states)
+        if progress is not None:
+            progress.expect(self.plan.seconds)
         windows, prompts = self.windows, self._prompts()
         with self._on_device():
             before = self._continuations(prompts)
