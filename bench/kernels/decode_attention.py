@@ -30,8 +30,8 @@ CASES = [
     (1, 32, 8, 128, 4160, 4096),
     (8, 32, 8, 128, 4160, 2000),
 ]
-# Positions of a step, warps and stages.
-LAUNCHES = [(64, 4, 3), (32, 4, 4), (128, 4, 2), (128, 8, 3)]
+# Bytes of keys of a step, warps and stages.
+LAUNCHES = [(8192, 4, 3), (8192, 4, 2), (8192, 2, 3), (16384, 4, 2), (16384, 4, 3), (16384, 8, 3)]
 _BYTES = 200 << 20  # of all caches, more than L2 holds
 
 
@@ -60,13 +60,13 @@ def main() -> None:
         )
         tried = [(splits, LAUNCHES[0]) for splits in (1, 2, 4, 8, 16, 33)]
         tried += [(own._kernel._splits, launch) for launch in LAUNCHES[1:]]
-        for splits, (block, warps, stages) in tried:
+        for splits, (step, warps, stages) in tried:
             if splits > max(1, position // 48) or splits * batch * kv_heads > 2048:
                 continue
-            with mock.patch.multiple(decode_attention_triton, _BLOCK_N=block, _WARPS=warps, _STAGES=stages):
+            with mock.patch.multiple(decode_attention_triton, _STEP_BYTES=step, _WARPS=warps, _STAGES=stages):
                 kernel = decode_attention_triton.Kernel(batch, heads, kv_heads, dim, splits, scale, caches.device)
                 us = 1e3 * graph_ms([partial(kernel, qkv, cos, sin, *kv, at) for kv in caches], 5)
-            print(f"  {splits} splits, {block} positions, {warps} warps, {stages} stages: {us:.2f}", flush=True)
+            print(f"  {splits} splits, {step} bytes a step, {warps} warps, {stages} stages: {us:.2f}", flush=True)
 
 
 def by_torch(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, at: Tensor, scale: float) -> Tensor:

@@ -16,9 +16,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from surgeon_kernels.runtime.triton_support import has_dependent_launch
 
-# Positions of a step, warps and stages: estimates. A product takes at least 16 rows, so that small groups are filled
-# up.
-_BLOCK_N, _WARPS, _STAGES = 64, 4, 3
+# Keys (and values) of a step in bytes, warps, and stages where a multiprocessor has so much shared memory: estimates. A
+# product takes at least 16 rows, so that small groups are filled up.
+_STEP_BYTES, _WARPS, _STAGES, _FEWER_STAGES = 8192, 4, 3, 2
+_SHARED_BYTES = 160 << 10
 _LEAST_ROWS = 16
 
 
@@ -31,6 +32,28 @@ def rotated(x: tl.tensor, cos: tl.tensor, sin: tl.tensor, d: tl.tensor, mask: tl
     own = tl.load(x + d, mask=mask, other=0.0).to(tl.float32)
     partner = tl.load(x + other, mask=mask, other=0.0).to(tl.float32)
     return (own * cos + sign * partner * sin).to(x.dtype.element_ty)
+
+
+@triton.jit
+def attend(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    there: tl.tensor,
+    scale: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    sums: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Largest score, weight and weighted values with those positions added that are ``there``."""
+    scores = tl.dot(q, k, input_precision="ieee") * scale
+    scores = tl.where(there[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, axis=1))
+    shrunk = tl.exp2(top - higher)
+    exponentials = tl.exp2(scores - higher[:, None])
+    total = total * shrunk + tl.sum(exponentials, axis=1)
+    sums = tl.dot(exponentials.to(v.dtype), v, sums * shrunk[:, None], input_precision="ieee")
+    return higher, total, sums
 
 
 @triton.jit
@@ -72,7 +95,6 @@ def decode_attention_kernel(
     """
     if DEPENDENT:
         gdc_launch_dependents()
-        gdc_wait()
     head = tl.program_id(0)  # of all sequences
     split = tl.program_id(1)
     batch = (head // kv_heads).to(tl.int64)
@@ -82,16 +104,25 @@ def decode_attention_kernel(
     busy = tl.maximum(tl.cdiv(p, tl.maximum(share, 1)), 1)
     if split < busy:
         g = tl.arange(0, BLOCK_G)
+        n = tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
         inside = d < dim
+        keys += batch * key_batch + kv_head * key_head
+        values += batch * value_batch + kv_head * value_head
+        at_keys = keys + n[None, :].to(tl.int64) * key_token + d[:, None]
+        at_values = values + n[:, None].to(tl.int64) * value_token + d[None, :]
+        begin = split * share
+        end = tl.minimum(begin + share, p)
+        there = begin + n < end
+        k = tl.load(at_keys + begin * key_token, mask=there[None, :] & inside[:, None], other=0.0)
+        v = tl.load(at_values + begin * value_token, mask=there[:, None] & inside[None, :], other=0.0)
         c = tl.load(cos + p * dim + d, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(sin + p * dim + d, mask=inside, other=0.0).to(tl.float32)
+        if DEPENDENT:
+            gdc_wait()
         new = qkv + batch * ((group + 2) * kv_heads * dim)
         queries = new + (kv_head * group + g[:, None]) * dim
         q = rotated(queries, c[None, :], s[None, :], d[None, :], (g[:, None] < group) & inside[None, :], dim)
-
-        keys += batch * key_batch + kv_head * key_head
-        values += batch * value_batch + kv_head * value_head
         top = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G], tl.float32)
         sums = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -104,24 +135,12 @@ def decode_attention_kernel(
             total = tl.full([BLOCK_G], 1.0, tl.float32)
             sums += v_new.to(tl.float32)[None, :]
 
-        n = tl.arange(0, BLOCK_N)
-        end = tl.minimum((split + 1) * share, p)
-        for first in range(split * share, end, BLOCK_N):
+        top, total, sums = attend(q, k, v, there, scale, top, total, sums)
+        for first in range(begin + BLOCK_N, end, BLOCK_N):
             there = first + n < end
-            at = (first + n).to(tl.int64)
-            k = tl.load(keys + at[None, :] * key_token + d[:, None], mask=there[None, :] & inside[:, None], other=0.0)
-            v = tl.load(
-                values + at[:, None] * value_token + d[None, :], mask=there[:, None] & inside[None, :], other=0.0
-            )
-            scores = tl.dot(q, k, input_precision="ieee") * scale
-            scores = tl.where(there[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, axis=1))
-            shrunk = tl.exp2(top - higher)
-            exponentials = tl.exp2(scores - higher[:, None])
-            total = total * shrunk + tl.sum(exponentials, axis=1)
-            sums = sums * shrunk[:, None]
-            sums = tl.dot(exponentials.to(v.dtype), v, sums, input_precision="ieee")
-            top = higher
+            k = tl.load(at_keys + first * key_token, mask=there[None, :] & inside[:, None], other=0.0)
+            v = tl.load(at_values + first * value_token, mask=there[:, None] & inside[None, :], other=0.0)
+            top, total, sums = attend(q, k, v, there, scale, top, total, sums)
 
         y += batch * (group * kv_heads * dim) + kv_head * group * dim
         if (SPLITS == 1) | (busy == 1):
@@ -159,6 +178,10 @@ class Kernel:
         self._scale = scale * math.log2(math.e)
         self._block_g = max(_LEAST_ROWS, triton.next_power_of_2(heads // kv_heads))
         self._block_d = max(16, triton.next_power_of_2(dim))
+        memory = (
+            torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
+        )
+        self._stages = _STAGES if memory >= _SHARED_BYTES else _FEWER_STAGES
         slots = batch * kv_heads * splits
         self._partial = torch.empty(slots, self._block_g, self._block_d, device=device)
         self._maxima = torch.empty(slots, self._block_g, device=device)
@@ -166,7 +189,7 @@ class Kernel:
         self._arrived = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)
 
     def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        batch = len(qkv)
+        batch, width = len(qkv), self._block_d * qkv.element_size()
         y = qkv.new_empty(batch, 1, self._heads * self._dim)
         dependent = has_dependent_launch(qkv.device)
         with torch.cuda.device_of(qkv):
@@ -176,7 +199,7 @@ class Kernel:
                 self._kv_heads, self._heads // self._kv_heads, self._dim,
                 *keys.stride()[:3], *values.stride()[:3], self._scale,
                 SPLITS=self._splits, BLOCK_S=triton.next_power_of_2(self._splits), BLOCK_G=self._block_g,
-                BLOCK_N=_BLOCK_N, BLOCK_D=self._block_d, DEPENDENT=dependent,
-                num_warps=_WARPS, num_stages=_STAGES, **({"launch_pdl": True} if dependent else {}),
+                BLOCK_N=max(16, _STEP_BYTES // width), BLOCK_D=self._block_d, DEPENDENT=dependent,
+                num_warps=_WARPS, num_stages=self._stages, **({"launch_pdl": True} if dependent else {}),
             )  # fmt: skip
         return y

@@ -11,6 +11,7 @@ Importing this package registers the format with transformers (:mod:`~llm_surgeo
 options for a packed model on a GPU: :func:`merge_packed_linears` makes decoding faster, :func:`use_cusparselt` long
 prompts. Within :func:`llm_surgeon.models.fused_pointwise.fused_pointwise` both are, as they are for a dense model;
 prompts gain the most. :func:`merge_linears` makes a dense model decode faster.
+:class:`llm_surgeon.inference.decoding.Decoder` decodes fastest, packed or dense.
 """
 
 from llm_surgeon.formats.packed_2_4 import Surgeon24Config

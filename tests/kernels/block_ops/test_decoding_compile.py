@@ -6,7 +6,7 @@ pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU
 
 from surgeon_kernels.block_ops import add_rms_norm_triton, decode_attention_triton, fill_cache_triton
 from surgeon_kernels.block_ops.rms_norm_triton import warps
-from tests.kernels.compiled import check_resources, compile_kernel
+from tests.kernels.compiled import SHARED_MEMORY, check_resources, compile_kernel
 
 
 def test_add_rms_norm():
@@ -21,18 +21,21 @@ def test_add_rms_norm():
         assert "LDG.E.128" in compiled.sass and "STG.E.128" in compiled.sass
 
 
-@pytest.mark.parametrize(("group", "splits", "dim"), [(1, 1, 128), (1, 4, 128), (8, 33, 128), (4, 8, 64)])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_decode_attention(group, splits, dim, capability):
+@pytest.mark.parametrize(
+    ("group", "splits", "dim", "dtype"),
+    [(1, 1, 128, "bf16"), (1, 4, 128, "bf16"), (8, 33, 128, "bf16"), (4, 8, 64, "fp16"), (2, 4, 256, "fp32")],
+)
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_decode_attention(group, splits, dim, dtype, capability):
     kernel = decode_attention_triton.decode_attention_kernel
-    types = dict.fromkeys(("qkv", "cos", "sin", "keys", "values", "y"), "*bf16")
+    types = dict.fromkeys(("qkv", "cos", "sin", "keys", "values", "y"), f"*{dtype}")
     types |= dict.fromkeys(("partial", "maxima", "weights"), "*fp32")
     types |= {"position": "*i64", "arrived": "*i32", "scale": "fp32"}
     constants = {
         "SPLITS": splits,
         "BLOCK_S": 1 << (splits - 1).bit_length(),
         "BLOCK_G": max(decode_attention_triton._LEAST_ROWS, group),
-        "BLOCK_N": decode_attention_triton._BLOCK_N,
+        "BLOCK_N": max(16, decode_attention_triton._STEP_BYTES // (dim * (4 if dtype == "fp32" else 2))),
         "BLOCK_D": dim,
         "DEPENDENT": capability >= 90,
     }
@@ -44,11 +47,14 @@ def test_decode_attention(group, splits, dim, capability):
         constants,
         capability,
         warps=decode_attention_triton._WARPS,
-        stages=decode_attention_triton._STAGES,
+        stages=decode_attention_triton._STAGES if capability < 120 else decode_attention_triton._FEWER_STAGES,
         divisible_by_16=[*aligned, *strides, "dim"],
     )
-    check_resources(compiled, capability)
-    assert "cp.async" in compiled.ptx and "mma.sync" in compiled.ptx
+    if dtype == "fp32":  # without tensor cores: it may spill
+        assert compiled.shared_bytes <= SHARED_MEMORY[capability]
+    else:
+        check_resources(compiled, capability)
+    assert "cp.async" in compiled.ptx and ("mma.sync" in compiled.ptx) == (dtype != "fp32")
     assert ("griddepcontrol.wait" in compiled.ptx) == (capability >= 90)
     assert ("atom.global.gpu.acq_rel" in compiled.ptx) == (splits > 1)
 

@@ -21,10 +21,13 @@ def randn(*shape, dtype, seed=0, scale=1.0):
 
 
 def assert_as_good(found, reference, exact):
-    """At most twice the reference's error in the same dtype; a unit in the last place is allowed, and float32's."""
+    """At most twice the reference's error in the same dtype.
+
+    A unit in the last place is allowed, and a few of float32: exponentials are approximate.
+    """
     scale = exact.norm()
     own = float((reference.double() - exact).norm() / scale)
-    allowed = 2 * max(own, torch.finfo(found.dtype).eps / 2, 2**-22)
+    allowed = 2 * max(own, torch.finfo(found.dtype).eps / 2, 2**-21)
     assert float((found.double() - exact).norm() / scale) <= allowed
 
 
@@ -45,7 +48,14 @@ def test_add_rms_norm(dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "dim", "length"),
-    [(1, 32, 32, 128, 256), (16, 32, 32, 128, 256), (1, 32, 8, 128, 3000), (2, 9, 3, 64, 700), (3, 8, 1, 80, 333)],
+    [
+        (1, 32, 32, 128, 256),
+        (16, 32, 32, 128, 256),
+        (1, 32, 8, 128, 3000),
+        (2, 9, 3, 64, 700),
+        (3, 8, 1, 80, 333),
+        (1, 8, 4, 256, 700),
+    ],
 )
 def test_decode_attention(dtype, batch, heads, kv_heads, dim, length):
     scale = dim**-0.5
