@@ -81,7 +81,7 @@ GROUPS = [
     (1024, 640, 384, 1920, False),  # of no model
     (3001, 1280, 1280, 0, False),
 ]
-GROUP_CONFIGS = [(64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4)]
+GROUP_CONFIGS = [(64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (128, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 4)]
 FITTED = [
     *(Case(t, c) for t in (1024, 2048, 4096, 16384) for c in (1536, 2048, 2560, 3072, 4096, 5120, 8192, 11008)),
     *(Case(t, c, torch.float32) for t in (1024, 4096) for c in (1024, 2048, 4096, 5120)),
@@ -92,7 +92,6 @@ CONFIGS = {
     torch.bfloat16: [
         *(_WIDE._replace(run=run) for run in (64, 128, 256)),
         *(_SQUARE._replace(run=run) for run in (4, 16, 64)),
-        *(config._replace(prefetch=True) for config in (_WIDE, _SQUARE)),
         _SQUARE._replace(run=128, in_registers=False),
         GramConfig(128, 128, 64, 4, 3, 2, True),
     ],

@@ -123,9 +123,9 @@ def report(timings: Sequence[Timing]) -> str:
 def label(config: plan.GramConfig) -> str:
     """Blocks, warps, stages, programs a multiprocessor and run of a configuration, as rows have them.
 
-    With an r where runs are added up in registers, a p where the output is prefetched.
+    With an r where runs are added up in registers.
     """
-    return "x".join(map(str, (*config[:6], config.run))) + "r" * config.in_registers + "p" * config.prefetch
+    return "x".join(map(str, (*config[:6], config.run))) + "r" * config.in_registers
 
 
 def name(timing: Timing) -> str:

@@ -18,8 +18,6 @@ from surgeon_kernels.runtime.launch import launch, on_device
 
 # Rows of a block that one program of the reduction adds up (an estimate): with more of them fewer programs share it.
 _REDUCED_ROWS = 8
-# Steps before the end of a unit at which its block of the output is asked for: a few microseconds (an estimate).
-_PREFETCHED = tl.constexpr(12)
 
 
 @triton.jit
@@ -64,17 +62,6 @@ def add_block(
     tl.store(at, tl.load(at, mask=present, other=0.0) + product, mask=present)
 
 
-@triton.jit
-def prefetch_block(out: tl.tensor, r: tl.tensor, c: tl.tensor, n: tl.tensor, SIZE: tl.constexpr) -> None:
-    """Ask for the ``SIZE`` numbers of a packed ``out`` from its element ``(r, c)`` on, a tile's first, to be in L2."""
-    side = (n + 127) // 128
-    at = row_offsets(r, 0, True) + column_offsets(c, True)
-    lines = tl.minimum(at + tl.arange(0, SIZE // 32) * 32, side.to(tl.int64) * (side + 1) // 2 * (128 * 128) - 32)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [out + lines], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 # Sizes are not specialised: a new number of tokens must not compile a new kernel.
 @triton.jit(do_not_specialize=["unit_count", "tokens", "columns", "x_stride", "out_stride"])
 def gram_kernel(
@@ -97,7 +84,6 @@ def gram_kernel(
     PRECISION: tl.constexpr,
     FLOAT32: tl.constexpr,
     RUN: tl.constexpr,  # steps whose sums are added up in registers; 0: all steps are one sum
-    PREFETCH: tl.constexpr,
 ) -> None:
     """Units of :class:`~surgeon_kernels.gram.plan.Schedule`, every ``num_programs``-th from this program's own on."""
     ALIGN: tl.constexpr = 4 if FLOAT32 else 8
@@ -124,9 +110,6 @@ def gram_kernel(
                 if (step - first) % RUN == RUN - 1:
                     total += product
                     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if PREFETCH:  # noqa: SIM102
-                if step == last - _PREFETCHED and slot == -1:
-                    prefetch_block(out, row, column, columns, BLOCK_M * BLOCK_N)
         product = (total + product) * alpha  # the epilogue: to the output, or a partial sum to the workspace
         if slot == -1:
             add_block(out, r, c, columns, out_stride, product, PACKED)
@@ -240,7 +223,7 @@ def accumulate_(out: Tensor, rows: Tensor, alpha: float, plan: Plan) -> None:
             gram_kernel, (config, plan.packed, rows.dtype, device, aligned), (plan.programs, 1, 1),
             left, right, out, workspace, plan.units, alpha, plan.unit_count, tokens, columns, row_stride, out_stride,
             config.block_m, config.block_n, config.block_k, config.descriptors, plan.packed, config.precision,
-            plan.float32, config.run if config.in_registers else 0, config.prefetch and plan.packed and device >= 0,
+            plan.float32, config.run if config.in_registers else 0,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if plan.workspace:

@@ -44,7 +44,6 @@ class GramConfig(NamedTuple):
     # with the number of steps; additions of runs are rounded.
     run: int = 128
     in_registers: bool = False  # where runs are added up, if there is room for a second block; else in the output
-    prefetch: bool = False  # ask for a packed output's block shortly before it is added to
     step: float = 0.5  # microseconds of one such product, with every program at work
 
     @property

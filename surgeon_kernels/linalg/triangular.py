@@ -27,7 +27,7 @@ def cholesky_inverse_(L: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> T
 
 def triangular_gram_(X: Tensor, *, base: int = _BASE, panel: int = _PANEL) -> Tensor:
     """``Xᵀ X``, exactly symmetric, in place of the lower triangular ``X`` ``[n, n]`` (zeros above the diagonal)."""
-    panel = min(panel, max(base, len(X) // 2))  # of half the size, a block and its split operands take n²
+    panel = min(panel, max(base, len(X) // 2 // base * base))  # of half the size, a block and its parts take n²
     # (XᵀX)_ij = Σ_{k >= i} X_kiᵀ X_kj for i >= j: from left to right and downwards, all that is read is still X.
     for j in range(0, len(X), panel):
         for i in range(j, len(X), panel):
