@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from tests.surgeon.distributed.runs import variables
 from tests.surgeon.interrupted_runs import LEFT_BY_A_KILL, PRUNINGS, Runs, prepare
 
 _COUNT = 2
@@ -80,16 +80,12 @@ class RankRuns(Runs):
 
     def _start(self, arguments: list[str], die: tuple[int, int] | None = None) -> list[int]:
         """Start a command as both ranks, of which the first dies at a file event."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        own = {"WORLD_SIZE": str(_COUNT), "LOCAL_WORLD_SIZE": str(_COUNT), "MASTER_ADDR": "127.0.0.1"}
         children = []
-        for rank, log in enumerate(_LOGS):
-            os.environ |= {**own, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            children.append(self._fork(arguments, die=die if rank == 0 else None, log_name=log))
-        for name in (*own, "MASTER_PORT", "RANK", "LOCAL_RANK"):
-            del os.environ[name]
+        for own, log in zip(variables(_COUNT), _LOGS, strict=True):
+            os.environ |= own
+            children.append(self._fork(arguments, die=None if children else die, log_name=log))
+            for name in own:
+                del os.environ[name]
         return children
 
     @staticmethod

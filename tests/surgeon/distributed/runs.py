@@ -1,6 +1,7 @@
 """Runs that several processes share, and the same ones in a single process.
 
 python -m tests.surgeon.distributed.runs FILE DEVICE    # under torchrun: rank 0 writes what became of every run
+python -m tests.surgeon.distributed.runs FOLDER 2 3     # of so many ranks, forked with all imported: FOLDER/2.pt, 3.pt
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,25 +98,33 @@ def require_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def launch(count: int, module: str, *arguments: str) -> list[subprocess.Popen[str]]:
     """Start ``python -m module`` as so many ranks."""
+    return [start(module, *arguments, **own) for own in variables(count)]
+
+
+def start(module: str, *arguments: str, **own: str) -> subprocess.Popen[str]:
+    """Start ``python -m module`` with variables of its environment."""
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, **common, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def variables(count: int) -> list[dict[str, str]]:
+    """The environment of every one of so many ranks, as launchers set it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def main() -> None:
-    with joined(sys.argv[2]) as ranks:
+def share(file: Path, device: str) -> None:
+    """Carry out all runs as a rank; the first one writes what became of them."""
+    with joined(device) as ranks:
         results = {}
         for model, run in NAMES + MORE_NAMES * (ranks.count == 2):
             found = carry_out(model, run, ranks)
@@ -120,7 +132,38 @@ def main() -> None:
             found["same"] = len(set(ranks.everyones((total, str(found["numbers"]))))) == 1
             results[f"{model} {run}"] = found
         if ranks.first:
-            torch.save(results, sys.argv[1])
+            torch.save(results, file)
+
+
+def fork(action: Callable[[], object]) -> int:
+    """A child that does ``action`` and ends with 0, or tells of an error and ends with 1."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        action()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    folder, *counts = sys.argv[1:]
+    if not counts[0].isdigit():
+        share(Path(folder), *counts)
+        return
+    carry_out("llama", "lora_rank")  # what it imports is there for all
+    for count in map(int, counts):
+        children = []
+        for own in variables(count):
+            os.environ |= own
+            children.append(fork(partial(share, Path(folder) / f"{count}.pt", "cpu")))
+        for child in children:
+            os.waitpid(child, 0)
 
 
 if __name__ == "__main__":

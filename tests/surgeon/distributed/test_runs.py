@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.surgeon.distributed.runs import MORE_NAMES, NAMES, carry_out, launch, require_equal
+from tests.surgeon.distributed.runs import MORE_NAMES, NAMES, carry_out, require_equal, start
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
-    """What became of all runs of so many ranks, which are started once."""
-
-    @cache
-    def results(count: int) -> dict[str, Any]:
-        file = tmp_path_factory.mktemp("ranks") / "results.pt"
-        ranks = launch(count, "tests.surgeon.distributed.runs", str(file), "cpu")
-        told = [rank.communicate(timeout=300)[1] for rank in ranks]
-        return torch.load(file) if file.exists() else {"told": told}
-
-    return results
-
-
-@cache
-def alone(model: str, run: str) -> dict[str, Any]:
-    return carry_out(model, run)
-
-
-CASES = [(2, *names) for names in NAMES + MORE_NAMES] + [(3, *names) for names in NAMES]
-
-
-@pytest.mark.parametrize(("count", "model", "run"), CASES)
-def test_masks_are_the_same_and_weights_to_the_order_of_sums(
-    shared: Callable[[int], dict[str, Any]], count: int, model: str, run: str
-) -> None:
-    results, name = shared(count), f"{model} {run}"
-    assert name in results, results.get("told")
-    found, expected = results[name], alone(model, run)
-    require_equal(found, expected)
+def test_masks_are_the_same_and_weights_to_the_order_of_sums(tmp_path: Path) -> None:
+    """All at once: processes that import everything are what costs."""
+    process = start("tests.surgeon.distributed.runs", str(tmp_path), "2", "3")
+    alone = {f"{model} {run}": carry_out(model, run) for model, run in NAMES + MORE_NAMES}
+    told = process.communicate(timeout=500)[1]
+    files = {count: tmp_path / f"{count}.pt" for count in (2, 3)}
+    assert all(file.exists() for file in files.values()), told[-4000:]
+    wrong = []
+    for count, file in files.items():
+        results = torch.load(file)
+        assert len(results) == len(NAMES) + len(MORE_NAMES) * (count == 2)
+        for name, found in results.items():
+            try:
+                require_equal(found, alone[name])
+            except AssertionError as error:
+                wrong.append(f"{name} of {count}: {error}")
+    assert not wrong, "\n".join(wrong)
