@@ -6,6 +6,7 @@ What brings torch or transformers is imported inside the commands: help and comp
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -69,6 +70,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
     if not launched():
         yield ALONE
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch comes: it traces how a rank was lost
     from llm_surgeon.distributed.group import joined
 
     with joined(device) as ranks:

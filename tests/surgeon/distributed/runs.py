@@ -103,14 +103,19 @@ def launch(count: int, module: str, *arguments: str) -> list[subprocess.Popen[st
 
 def start(module: str, *arguments: str, **own: str) -> subprocess.Popen[str]:
     """Start ``python -m module`` with variables of its environment."""
-    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env={**os.environ, **common, **own},
+        env=environment() | own,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def environment() -> dict[str, str]:
+    """Variables of a process of these tests."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
 
 
 def variables(count: int) -> list[dict[str, str]]:

@@ -2,96 +2,124 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_surgeon import prune_checkpoint
 from tests.surgeon.checkpoints import save_folder
-from tests.surgeon.distributed.runs import launch
+from tests.surgeon.distributed.runs import environment, start
 from tests.surgeon.half_zero import text_windows
 from tests.surgeon.tiny_models import build
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")]
 
 _SHOTS = 6
 _OPTIONS = ["--samples", "8", "--seqlen", "16", "--update", "joint", "--shots", str(_SHOTS), "--device", "cpu"]
 
 
+class Commands:
+    """Runs of two ranks, see :mod:`tests.surgeon.distributed.forked_commands`; the first one wrote ``alone``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        words = self.words("alone", "--quiet")
+        self._server = start("tests.surgeon.distributed.forked_commands", *words, TORCH_CPP_LOG_LEVEL="ERROR")
+
+    def words(self, out: str, *more: str) -> list[str]:
+        text, places = self.folder / "text.txt", [str(self.folder / "model"), str(self.folder / out)]
+        return ["prune", *places, "--calibration", str(text), *_OPTIONS, *more]
+
+    def begin(self, out: str, *more: str) -> list[int]:
+        """Ids of the processes."""
+        return self._ask([str(self.folder / out), 2, *self.words(out, *more)])
+
+    def end(self, out: str) -> tuple[list[int], list[str], list[str]]:
+        """Exit codes, and what each rank has printed and said."""
+        codes, places = self._ask([]), [self.folder / f"{out}-{rank}.out" for rank in range(2)]
+        return codes, *([place.with_suffix(kind).read_text() for place in places] for kind in (".out", ".err"))
+
+    def close(self) -> None:
+        self._server.communicate(timeout=60)
+
+    def _ask(self, request: list[object]) -> list[int]:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("launch")
-    save_folder(found / "model", build("llama"))
-    (found / "text.txt").write_text(" ".join(f"w{int(token)}" for token in text_windows(400).flatten()))
-    return found
-
-
-def start(folder: Path, out: str, *more: str) -> list[subprocess.Popen[str]]:
-    words = ["prune", str(folder / "model"), str(folder / out), "--calibration", str(folder / "text.txt")]
-    return launch(2, "llm_surgeon", *words, *_OPTIONS, *more)
-
-
-def ended(ranks: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
-    """Exit codes, and what each rank has printed and said."""
-    told = [rank.communicate(timeout=120) for rank in ranks]
-    return [rank.returncode for rank in ranks], [out for out, _ in told], [said for _, said in told]
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    folder = tmp_path_factory.mktemp("launch")
+    save_folder(folder / "model", build("llama"))
+    (folder / "text.txt").write_text(" ".join(f"w{int(token)}" for token in text_windows(400).flatten()))
+    found = Commands(folder)
+    yield found
+    found.close()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    """The output of a run that nothing interrupts."""
-    codes, printed, said = ended(start(folder, "whole"))
+def test_two_processes(commands: Commands) -> None:
+    """The first rank writes what one process would, what is wrong is said once, and a kill loses little."""
+    whole = commands.folder / "whole"
+    commands.begin("whole")
+    codes, printed, said = commands.end("whole")
     assert codes == [0, 0], said
     assert "written to" in printed[0] and "surgeon: loading" in said[0]
     assert printed[1] == said[1] == ""
-    return folder / "whole"
-
-
-def test_the_first_rank_writes_what_one_process_would(folder: Path, whole: Path) -> None:
-    prune_checkpoint(
-        folder / "model", folder / "alone", calibration=str(folder / "text.txt"), samples=8, seqlen=16, update="joint",
-        shots=_SHOTS, device="cpu",
-    )  # fmt: skip
-    found, expected = weights(whole), weights(folder / "alone")
+    found, expected = weights(whole), weights(commands.folder / "alone")
     for name, weight in expected.items():
         assert torch.equal(found[name] == 0, weight == 0)
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
-    assert not (folder / ".whole.pruning").exists()
+    assert not whole.with_name(".whole.pruning").exists()
 
-
-def test_what_is_wrong_is_said_once(folder: Path, whole: Path) -> None:
-    codes, _, said = ended(start(folder, "whole", "--quiet"))
+    commands.begin("whole", "--quiet")
+    codes, _, said = commands.end("whole")
     assert codes[0] == 2 and codes[1] != 0
     place = f"output {str(whole)!r} is not empty"
     assert said[0].splitlines() == [f"surgeon: {place}: choose another folder or pass --overwrite"]
     assert said[1] == ""
 
-
-def test_a_killed_rank_ends_the_others_and_the_run_goes_on_to_the_bit(folder: Path, whole: Path) -> None:
-    ranks = start(folder, "killed")
-    assert ranks[0].stderr is not None
-    for line in ranks[0].stderr:
-        if f"shot 3 of {_SHOTS}: curvature" in line:
-            break
-    ranks[1].send_signal(signal.SIGKILL)
-    codes, _, said = ended(ranks)
+    ranks, log = commands.begin("killed"), commands.folder / "killed-0.err"
+    while not (log.exists() and f"shot 3 of {_SHOTS}: curvature" in log.read_text()):
+        time.sleep(0.005)
+    os.kill(ranks[1], signal.SIGKILL)
+    codes, _, said = commands.end("killed")
     assert codes == [1, -signal.SIGKILL]
-    lines = [line for line in said[0].splitlines() if f"of {_SHOTS}: " not in line]
-    state = folder / ".killed.pruning"
+    lines = [
+        line for line in said[0].partition(f"shot 3 of {_SHOTS}: curvature\n")[2].splitlines() if "shot" not in line
+    ]
+    state = whole.with_name(".killed.pruning")
     kept, reason = lines
     assert kept == f"surgeon: what is done is kept in {str(state)!r}: the same command with --resume goes on"
     assert re.fullmatch(r"surgeon: another process of the run has ended, and the run with it \(.+\)", reason)
-    codes, _, said = ended(start(folder, "killed", "--resume"))
+    commands.begin("killed", "--resume")
+    codes, _, said = commands.end("killed")
     assert codes == [0, 0], said
     assert "surgeon: goes on after shot 2" in said[0]
-    found = weights(folder / "killed")
+    found = weights(whole.with_name("killed"))
     assert all(torch.equal(found[name], weight) for name, weight in weights(whole).items())
+
+
+def test_accelerate_launches_it(commands: Commands) -> None:
+    words = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "llm_surgeon"]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words]
+    run = [*launcher, *commands.words("launched")]
+    done = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    found, expected = weights(commands.folder / "launched"), weights(commands.folder / "alone")
+    assert all(torch.equal(found[name] == 0, weight == 0) for name, weight in expected.items())
