@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_surgeon.cli import bench, compact, demo, eval, info, pack, prune, recover
+from llm_surgeon.cli import bench, compact, demo, eval, info, pack, prune, recover, sensitivity
 from llm_surgeon.cli.options import console, log_to_stderr
 from llm_surgeon.errors import InputError, SurgeonError, first_line, printable
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _part in (prune, eval, recover, pack, compact, demo, info):
+for _part in (prune, sensitivity, eval, recover, pack, compact, demo, info):
     app.add_typer(_part.app)
 app.add_typer(bench.app, name="bench")
 _UsageError: Any = typer.BadParameter.__base__  # of click, or of typer where that has its own

@@ -73,6 +73,14 @@ def prune(
         float | None,
         typer.Option(help="Then train what is left for so long, by distillation from MODEL on the calibration text."),
     ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(help="In place of --sparsity: bytes on disk of a smaller model (groups, width, layers), 5GB say."),
+    ] = None,
+    target_loss: Annotated[
+        float | None,
+        typer.Option(help="In place of --sparsity: predicted rise of the loss (unstructured), nats per token."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of options; flags given here win.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted pruning into OUT.")] = False,
     no_checkpoint: Annotated[

@@ -15,6 +15,7 @@ from llm_surgeon.evaluation.zero_shot import TaskScore
 from llm_surgeon.jobs.prune import PruneJob
 from llm_surgeon.report.format import duration, plural
 from llm_surgeon.resources import human_bytes
+from llm_surgeon.shots.sensitivity import Sensitivity
 from surgeon_kernels import build_info
 
 
@@ -59,6 +60,18 @@ def print_demo(console: Console, results: list[DemoResult], out: Path) -> None:
         table.add_row(result.name, f"{result.perplexity:.2f}", above, f"{result.seconds:.1f}")
     console.print(table)
     console.print(f"the Surgeon model and its report.html are in {printable(str(out))}", soft_wrap=True)
+
+
+def print_sensitivity(console: Console, found: Sensitivity) -> None:
+    """Predicted increases of the loss by kind of layer and by decoder block."""
+    title = "predicted increase of the loss, nats per token, by pruning these layers alone"
+    table = Table("layers", *(f"{100 * sparsity:g} %" for sparsity in found.sparsities), title=title)
+    for sums in (found.by("kind"), found.by("depth")):
+        for name, increases in sums.items():
+            shown = f"block {name}" if isinstance(name, int) else name
+            table.add_row(shown, *(f"{increase:.5f}" for increase in increases))
+        table.add_section()
+    console.print(table)
 
 
 def print_scores(console: Console, scores: list[TaskScore]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,17 @@ def own_report(out: str | Path) -> PruneReport | None:
 
 
 def require_own(
-    out: str | Path, source: str | Path, config: PruneConfig, data: Mapping[str, str | Path | None]
+    out: str | Path,
+    source: str | Path,
+    config: PruneConfig,
+    data: Mapping[str, str | Path | None],
+    chosen: Set[str] = frozenset(),
 ) -> bool:
     """True where the model in ``out`` is that of an interrupted run, which must have been this one.
 
     Args:
         source: what is pruned, with what ``config`` says; ``data``: what is read for it, by its use.
+        chosen: options that the run itself chose.
 
     Raises:
         InputError: that run was begun with something else; the first that differs is named.
@@ -52,7 +57,7 @@ def require_own(
         return False
     given: dict[str, Any] = {"model": str(source)}
     given |= {use: None if name is None else str(name) for use, name in data.items()}
-    left_open = {"offload", "gpu_memory"}  # which a run may change, or let go, as its machine wants it
+    left_open = {"offload", "gpu_memory", *chosen}  # which a run may change, or let go, as its machine wants it
     if config.structure_record.shots_in is not None:
         left_open |= {"shots"}
     if report.config.get("offload") != config.offload:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from llm_surgeon.checkpoint import (
 )
 from llm_surgeon.checkpoint.output_checks import output_path
 from llm_surgeon.checkpoint.run_states import RunStates, states_left
-from llm_surgeon.checks import require_bool, require_int
+from llm_surgeon.checks import parse_bytes, require_bool, require_int, require_number
 from llm_surgeon.config.prune import PruneConfig
 from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows, require_room
 from llm_surgeon.data.documents import Documents, read_documents
@@ -40,6 +41,7 @@ from llm_surgeon.evaluation.continuation import continuations
 from llm_surgeon.jobs.kept_run import finished, kept_run, own_report, require_own, states_folder
 from llm_surgeon.jobs.recovery_after import RecoveryAfter, check_minutes
 from llm_surgeon.methods.gradient_steps import HELD_OUT
+from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.models.limits import choose_seqlen, require_fit
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
@@ -56,6 +58,7 @@ from llm_surgeon.resources import (
 from llm_surgeon.shots.checks import checked, require_shareable
 from llm_surgeon.shots.resume import require_same_run, states_bytes
 from llm_surgeon.shots.run import Run
+from llm_surgeon.shots.sensitivity import sparsity_for
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +79,8 @@ def prune_checkpoint(
     samples_shown: int | None = None,
     text_field: str | None = None,
     recover_minutes: float | None = None,
+    target_size: str | int | None = None,
+    target_loss: float | None = None,
     config_file: str | Path | None = None,
     checkpoint: bool = True,
     resume: bool = False,
@@ -106,6 +111,9 @@ def prune_checkpoint(
         recover_minutes: then train what is left, for so many minutes, by distillation from ``source`` on the
             calibration text, without what is held out. ``out`` holds the pruned model until that is done, and if it
             fails.
+        target_size: in place of a sparsity, bytes that the weights of a smaller model may take on disk, ``"5GB"`` say.
+        target_loss: in place of a sparsity, the most that the loss is predicted to rise by, see
+            :func:`~llm_surgeon.shots.sensitivity.sparsity_for`; of single weights without a pattern.
         config_file: the file that options came from, which ``out`` must not replace.
         checkpoint: keep what is done in the folder ``.OUT.pruning`` beside ``out`` until all of it is.
         resume: go on with what an interrupted run left there, if anything, see :func:`prune`.
@@ -122,7 +130,10 @@ def prune_checkpoint(
     data = {"calibration": calibration, "lora_data": lora_data, "eval_data": eval_data}
     inputs = {"model": source, "config_file": config_file, **data}
     _require_resumable(checkpoint, resume)
-    own = resume and ranks.first and require_own(out, source, config, data)  # what is to be recovered still, or done
+    chosen = {"sparsity"} if target_size is not None or target_loss is not None else set()
+    own = (
+        resume and ranks.first and require_own(out, source, config, data, chosen)
+    )  # what is to be recovered still, or done
     done = finished(out, recovers=recover_minutes is not None) if own else None
     if (done := ranks.agreed(done)) is not None:
         return done
@@ -141,6 +152,8 @@ def prune_checkpoint(
             samples_shown=samples_shown,
             text_field=text_field,
             recover_minutes=recover_minutes,
+            target_size=target_size,
+            target_loss=target_loss,
             trust_remote_code=trust_remote_code,
             device=device,
             ranks=ranks,
@@ -171,7 +184,10 @@ def planned_job(
     """
     data = {"calibration": calibration, "lora_data": lora_data, "eval_data": eval_data}
     _require_resumable(checkpoint, resume)
-    own = resume and require_own(out, source, config, data)
+    if options.get("target_loss") is not None:
+        raise InputError("target_loss takes a pass over the data, which a dry run makes none of: give a sparsity")
+    chosen = set() if options.get("target_size") is None else {"sparsity"}
+    own = resume and require_own(out, source, config, data, chosen)
     check_output(out, overwrite or own, model=source, config_file=config_file, **data)
     folder = states_folder(output_path(out))
     left = checkpoint and bool(states_left(folder, resume))
@@ -214,6 +230,8 @@ class PruneJob:
         samples_shown: int | None = None,
         text_field: str | None = None,
         recover_minutes: float | None = None,
+        target_size: str | int | None = None,
+        target_loss: float | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
         ranks: Ranks = ALONE,
@@ -228,6 +246,8 @@ class PruneJob:
         if recover_minutes is not None:
             check_minutes(recover_minutes, config)
         require_shareable(config, ranks.count)
+        _check_targets(config, target_size, target_loss, ranks)
+        self._target_loss = target_loss
         self.source, self._trust_remote_code = str(source), trust_remote_code
         require_model(self.source)
         sources = {"calibration": calibration, "lora_data": lora_data, "eval_data": eval_data}
@@ -237,7 +257,7 @@ class PruneJob:
             if data is not None
         }
         self.ranks, self.device = ranks, ranks.device or choose_device(device)
-        self._load(config, trust_remote_code)
+        self._load(config, trust_remote_code, target_size)
         self.windows = _draw(texts, self.model, self.tokenizer, self.config)
         if samples_shown and self.config.offloads:
             raise InputError("samples_shown needs the whole model on one device: leave offload out")
@@ -259,7 +279,7 @@ class PruneJob:
                 ranks=ranks,
             )
 
-    def _load(self, config: PruneConfig, trust_remote_code: bool) -> None:
+    def _load(self, config: PruneConfig, trust_remote_code: bool, target_size: str | int | None) -> None:
         """Load the model where ``config`` wants it, and resolve what depends on it."""
         on_gpu = self.device.type == "cuda"
         for name in () if on_gpu else _GPU_OPTIONS:
@@ -277,7 +297,21 @@ class PruneJob:
             processes=self.ranks.on_machine,
         )
         config = dataclasses.replace(config, seqlen=choose_seqlen(config.seqlen, self.model))
+        if target_size is not None:
+            config = dataclasses.replace(config, sparsity=self._sparsity_for(parse_bytes(target_size)))
         self.model, self.decoder, self.config = checked(self.model, config)
+
+    def _sparsity_for(self, size: int) -> float:
+        """Share of the decoder's linear weights without which the stored weights take ``size`` bytes."""
+        whole, linears = weights_bytes(self.model, self.form), find_decoder(self.model).linears
+        weights = [linear.module.get_parameter("weight") for linear in linears]
+        parts = sum(weight.numel() for weight in weights) * self.form.main.itemsize
+        if not 0 < whole - size < parts:
+            least, most = map(human_bytes, (whole - parts, whole))
+            raise InputError(
+                f"target_size {human_bytes(size)} must lie between {least} and {most}, what the model takes"
+            )
+        return (whole - size) / parts
 
     def removal(self) -> str:
         """Say what goes, with the numbers of the run.
@@ -301,6 +335,17 @@ class PruneJob:
             step_windows=windows.steps,
             evaluation=windows.evaluation,
         )
+
+    @contextmanager
+    def measuring(self, progress: Progress | None = None) -> Iterator[Run]:
+        """Context manager of the run on its device, for measurements that change nothing; there is memory for it.
+
+        Raises:
+            InputError: there is not.
+        """
+        self._require_resources(None, RunStates())
+        with self._on_device(), gpu_memory_capped(self.config.gpu_memory_bytes):
+            yield dataclasses.replace(self.to_run(), progress=progress or Progress())
 
     @cached_property
     def plan(self) -> Plan:
@@ -332,6 +377,11 @@ class PruneJob:
         if progress is not None:
             progress.expect(self.plan.seconds)
         windows, prompts = self.windows, self._prompts()
+        if self._target_loss is not None:
+            with self.measuring(progress) as run:
+                sparsity, increase = sparsity_for(run, self._target_loss)
+            _logger.info("%g%% of the weights are predicted to cost %.3g nats per token", 100 * sparsity, increase)
+            self.config = dataclasses.replace(self.config, sparsity=sparsity)
         with self._on_device():
             before = self._continuations(prompts)
             report = prune(
@@ -438,6 +488,25 @@ class PruneJob:
 
     def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+def _check_targets(config: PruneConfig, size: object, loss: object, ranks: Ranks) -> None:
+    """Raise :class:`InputError` where a sparsity cannot be chosen by ``size`` or ``loss``."""
+    if size is None and loss is None:
+        return
+    structure, name = config.structure_record, "target_loss" if size is None else "target_size"
+    if size is not None and loss is not None:
+        raise InputError("give either target_size or target_loss, not both")
+    if config.sparsity != (structure.default_sparsity if structure.sparsity is None else None):
+        raise InputError(f"{name} chooses the sparsity: leave that out, and take a structure that has none of its own")
+    if size is not None:
+        if not structure.coupled:
+            raise InputError(f"target_size needs a structure that makes the model smaller, not {structure.name!r}")
+        parse_bytes(size)  # type: ignore[arg-type]
+        return
+    require_number("target_loss", loss, 0.0, math.inf)
+    if not structure.single_weights or config.offloads or ranks.count > 1:
+        raise InputError("target_loss needs structure 'unstructured', a single process and no offload")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ COMMANDS = dict(commands())
 
 def test_the_commands():
     assert [" ".join(path[1:]) for path in COMMANDS] == [
-        "prune", "eval", "recover", "pack", "compact", "demo", "info", "bench generate",
+        "prune", "sensitivity", "eval", "recover", "pack", "compact", "demo", "info", "bench generate",
     ]  # fmt: skip
 
 
