@@ -427,6 +427,9 @@ class PruneJob:
                     windows_at_once=self.plan.recovery_windows,
                     device=self.device,
                     trust_remote_code=self._trust_remote_code,
+                    evaluation=None
+                    if windows.evaluation is None
+                    else (windows.records["eval_data"].source, windows.evaluation),
                     progress=progress,
                 )
             report.history.append(told)

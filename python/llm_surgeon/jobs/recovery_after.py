@@ -21,9 +21,11 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.jobs.recover import load_teacher, recovery_text, training_record, windows_for
 from llm_surgeon.models.limits import require_fit
+from llm_surgeon.models.passes import mean_loss
 from llm_surgeon.progress import Progress
 from llm_surgeon.recovery.recover import check_recoverable, recover
 from llm_surgeon.report.card import Records
+from llm_surgeon.report.format import perplexity_of, published_name, two_decimals
 
 _logger = logging.getLogger(__name__)
 
@@ -94,9 +96,14 @@ class RecoveryAfter:
         windows_at_once: int,
         device: torch.device,
         trust_remote_code: bool,
+        evaluation: tuple[str, Calibration] | None = None,
         progress: Progress | None,
     ) -> str:
         """Train what was pruned of ``source`` and written to ``output``, and write it in its place.
+
+        Args:
+            evaluation: name of a text and windows of it, neither trained on nor what chose the best state, that the
+                perplexity is measured on afterwards.
 
         Returns:
             What was done, as the model card tells it.
@@ -107,6 +114,11 @@ class RecoveryAfter:
             done = recover(model, self._windows, self._held_out, teacher=dense, config=config, progress=progress)
             done = dataclasses.replace(done, data={"training": self._record})
             told = recovery_text(config, done, self._source, source)
+            if evaluation is not None:
+                name, windows = evaluation[0], dataclasses.replace(evaluation[1], ranks=self._windows.ranks)
+                at_once = max(1, windows_at_once * config.seqlen // windows.input_ids.shape[1])
+                after = two_decimals(perplexity_of(mean_loss(model, windows, at_once)))
+                told += f" Perplexity on `{published_name(name)}` after it: {after}."
             if output is not None:
                 written = dataclasses.replace(output, overwrite=True)
                 made = Derived(source, written, Records.read(output.path), model, tokenizer, form)

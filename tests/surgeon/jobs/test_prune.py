@@ -72,13 +72,17 @@ def test_what_is_pruned_is_recovered_and_both_are_told_of(places, monkeypatch):
         return recover(model, windows, held_out, **options)
 
     monkeypatch.setattr(recovery_after, "recover", watching)
-    report = prune_checkpoint(source, out, calibration=text, recover_minutes=0.1, **OPTIONS)
+    report = prune_checkpoint(source, out, calibration=text, eval_data=text, recover_minutes=0.1, **OPTIONS)
     done = json.loads((out / "surgeon_recovery.json").read_text())
     assert done["loss_after"] < done["loss_before"] and done["steps"] > 0
     assert (done["config"]["method"], done["config"]["minutes"]) == ("full", 0.1)
     assert done["data"]["training"]["source"] == text and done["data"]["training"]["seqlen"] == 16
     assert PruneReport.read(out / "surgeon_report.json") == report and len(report.history) == 1
     assert f"for {done['steps']} steps on {done['tokens']:,} tokens of" in report.history[0]
+    texts = {"calibration": text, "eval_data": text}
+    windows = job.PruneJob(source, job.PruneConfig(**_config()), **texts, device="cpu").windows.evaluation.input_ids
+    recovered = perplexity(AutoModelForCausalLM.from_pretrained(out), windows)
+    assert f" Perplexity on `text.txt` after it: {recovered:.2f}." in report.history[0]
     card = " ".join((out / "README.md").read_text().split())
     assert "## Recovered After pruning all weights were trained" in card and "distilling from `dense`" in card
     for linear, zero in zip(
