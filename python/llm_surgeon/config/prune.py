@@ -18,6 +18,7 @@ from llm_surgeon.config.structure import SPECIAL_OPTIONS, Structure, structures_
 from llm_surgeon.errors import InputError
 
 Fisher = Literal["empirical", "sampled"]
+DenseBy = Literal["loss", "wanda", "none"]
 Offload = Literal["none", "cpu"]
 GradientTarget = Literal["dense", "labels"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -95,6 +96,16 @@ class PruneConfig:
         None,
         "Fraction of the decoder's linear weights to remove: implied by N:M, 0.5 unstructured, else 0.3.",
         number(0.0, 1.0),
+    )
+
+    # Where these are few, much of the quality comes back for little of the speed: layers differ in what they lose.
+    dense_fraction: float = option(
+        0.0,
+        "Fraction of the weights that N:M leaves dense: of the linears that lose most for what they save.",
+        number(0.0, 1.0, low_allowed=True),
+    )
+    dense_by: DenseBy = option(
+        "loss", "What tells which stay dense: predicted loss, Wanda's scores, or none (spread evenly)", panel=RESEARCH
     )
 
     update: Update = option(
@@ -264,6 +275,11 @@ class PruneConfig:
         return Structure.parse(self.structure)
 
     @property
+    def removed_fraction(self) -> float:
+        """Fraction of all prunable weights that goes: ``sparsity`` of what does not stay dense."""
+        return self.sparsity * (1.0 - self.dense_fraction)
+
+    @property
     def around_dense_weights(self) -> bool:
         """True where every shot moves the kept weights to the optimum around the dense ones, which it keeps for that.
 
@@ -391,6 +407,15 @@ class PruneConfig:
             raise InputError(
                 f"sparsity {self.sparsity} cannot be met while min_kept keeps {self.min_kept} of every layer"
             )
+        if self.dense_fraction and not structure.m:
+            raise InputError(f"dense_fraction has no meaning for structure {self.structure!r}: choose N:M, such as 2:4")
+        if self.dense_fraction and not (record.curvature and record.gradients and self._solved and self.kron_rank == 1):
+            raise InputError(
+                "dense_fraction needs the loss of every layer, which a joint or sequential update with Kronecker "
+                f"factors predicts: method {self.method!r} with update {self.update!r} does not"
+            )
+        if not self.dense_fraction and self._given("dense_by"):
+            raise InputError("dense_by means nothing without dense_fraction")
         for name, meant in _METHOD_OPTIONS.items():
             if not meant(record) and self._given(name):
                 choices = " or ".join(methods_where(meant))

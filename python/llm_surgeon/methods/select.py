@@ -65,6 +65,7 @@ def select_elements(
     config: PruneConfig,
     sparsity: float,
     out: Sequence[Tensor] | None = None,
+    dense: Sequence[bool] | None = None,
 ) -> tuple[list[Selection], float | None]:
     """Choose single weights so that ``sparsity`` of all of them is pruned, earlier choices included.
 
@@ -76,11 +77,12 @@ def select_elements(
         costs: one per layer, ``[R, C]``; previous: bool ``[R, C]`` per layer, pruned already and zero (they stay so).
         sparsity: fraction to have pruned after this shot.
         out: the masks to be written, as of :func:`~surgeon_kernels.k_cheapest`; new ones where left out.
+        dense: True for layers that N:M leaves as they are; none where left out.
 
     Returns:
         One :class:`Selection` per layer and the global threshold (``None`` where there is none).
     """
-    masks, threshold = _select_masks(costs, previous, config, sparsity, out)
+    masks, threshold = _select_masks(costs, previous, config, sparsity, out, dense)
     return [Selection(mask) for mask in masks], _finite(threshold)
 
 
@@ -102,13 +104,16 @@ def _select_masks(
     config: PruneConfig,
     sparsity: float,
     out: Sequence[Tensor] | None,
+    dense: Sequence[bool] | None,
 ) -> tuple[list[Tensor], float | None]:
     sizes = [cost.weight.numel() for cost in costs]
     limits, pattern, fraction = sizes, None, sparsity
     n, m = config.structure_record.n, config.structure_record.m
     if m:
-        pattern, fraction = (n, m), sparsity / config.sparsity
+        pattern, fraction = (n, m), sparsity / config.removed_fraction
         limits = sizes = [size // m for size in sizes]
+        if dense is not None:
+            limits = sizes = [0 if stays else size for size, stays in zip(sizes, dense, strict=True)]
     elif config.method_record.comparison == "row":
         masks = [_cheapest_in_rows(c, gone, sparsity) for c, gone in zip(costs, previous, strict=True)]
         return masks if out is None else [o.copy_(mask) for o, mask in zip(out, masks, strict=True)], None

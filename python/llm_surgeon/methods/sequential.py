@@ -62,7 +62,8 @@ def update_sequentially(
     Args:
         curvature: of the dense model, or of one that is pruned in part, with ``G`` of every linear (of several ranks on
             its owner) and, for weights of tokens, the squared norms of gradients. ``A`` is not read.
-        selections: one per linear, as many of whose weights go, chosen anew; of N:M they are not read.
+        selections: one per linear, as many of whose weights go, chosen anew; of N:M they are read only where some
+            linears stay dense, which get their target ``T``.
         writers: name and scale ``s`` of the linears that write to the residual stream; ``e`` is 0 for others.
         batch_size: windows per forward pass.
         compute_dtype, memory, taken: see :func:`~llm_surgeon.curvature.stages.stages`.
@@ -198,8 +199,9 @@ def _update(
     """Select as many weights as ``before`` and solve for the others around the ``target``; write the new ones."""
     g, a = factors.inverse_diagonals
     cost = element_cost(target[:, : linear.columns], 1.0 / g, 1.0 / a[: linear.columns])
-    # Of all groups of N:M.
-    previous = torch.ones_like(before.pruned) if config.structure_record.m else before.pruned
+    # Of all groups of N:M, unless some linears stay dense.
+    every = config.structure_record.m > 0 and not config.dense_fraction
+    previous = torch.ones_like(before.pruned) if every else before.pruned
     selection = Selection(reselect(previous, cost, config))
     update = remove_and_compensate(target, selection, factors, config, linear.name)
     linear.write(update.weight)

@@ -319,7 +319,7 @@ def factor_sizes(decoder: Decoder, config: PruneConfig) -> list[list[int]]:
     record = config.method_record
     if record.needs == "nothing":
         return [[] for _ in decoder.blocks]
-    without = config.sequential and config.structure_record.m > 0 and config.shots == 1
+    without = config.sequential and config.structure_record.m > 0 and config.shots == 1 and not config.dense_fraction
     sizes = []
     for depth, groups in enumerate(input_groups(decoder)):
         rows = [linear.rows for linear in decoder.linears if linear.depth == depth and record.gradients]

@@ -91,7 +91,7 @@ def _schedule(run: Run, outcome: Outcome) -> Iterator[Shot]:
         # Where the number of shots turned out larger than it seemed, everything may be gone.
         left = max(0.0, 1.0 - index / config.shots)
         fraction = 1.0 - left**config.schedule
-        report = ShotReport(index, config.sparsity * fraction, 0.0)
+        report = ShotReport(index, config.removed_fraction * fraction, 0.0)
         yield Shot(index, fraction, index == config.shots, report, run.progress)
 
 

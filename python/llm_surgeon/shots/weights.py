@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llm_surgeon.checkpoint.states import State, part
 from llm_surgeon.methods.select import Selection, select_elements, select_rows_columns
+from llm_surgeon.methods.stay_dense import choose_dense, loss_of_pattern
 from llm_surgeon.models.decoder import PrunableLinear
 from llm_surgeon.models.offload import PinnedMemory
 from llm_surgeon.shots.anchors import AnchorWeights
@@ -33,6 +34,7 @@ class WeightShots:
         self.run, self.config, self.method = run, run.config, run.config.method_record
         self.selections: list[Selection] = []
         self._dense: list[Tensor] = []  # weights before pruning, where the rest is fitted to what these compute
+        self._stay_dense: list[bool] | None = None  # of every linear, where some do
         self._predicted: dict[str, float] = {}  # increase of every linear by the shots so far
         self._memory, self._shot_memory = PinnedMemory(), PinnedMemory()  # for a run, for a shot
         self._curvature = ShotCurvature(run, self._shot_memory)
@@ -44,7 +46,7 @@ class WeightShots:
     def removal(self) -> str:
         total = self.run.decoder.weights
         least = "" if self.config.structure_record.single_weights else "at least "
-        return f"{least}{round(self.config.sparsity * total):,} of {total:,} weights"
+        return f"{least}{round(self.config.removed_fraction * total):,} of {total:,} weights"
 
     def begin(self, resources: ExitStack) -> None:
         resources.callback(self._memory.close)
@@ -69,7 +71,9 @@ class WeightShots:
             costs = self._curvature.costs()
             previous = [selection.pruned for selection in self.selections]
             out = previous if self.config.offloads else None
-            found = select_elements(costs, previous, self.config, target, out)
+            if self.config.dense_fraction and self._stay_dense is None:
+                self._stay_dense = self._choose_dense()
+            found = select_elements(costs, previous, self.config, target, out, self._stay_dense)
         else:
             line_costs = list(self.run.each_linear(self._curvature.line_costs))
             found = select_rows_columns(line_costs, self.selections, self.config, target)
@@ -109,7 +113,7 @@ class WeightShots:
         tensors = self.run.weights() | part("anchor", self._anchors.state())
         for linear, selection in zip(linears, self.selections, strict=True):
             tensors |= part(linear.name, selection.packed())
-        return State(tensors, {"predicted": self._predicted})
+        return State(tensors, {"predicted": self._predicted, "stay_dense": self._stay_dense})
 
     def restore(self, state: State) -> None:
         linears, in_place = self.run.decoder.linears, self.config.offloads
@@ -120,17 +124,28 @@ class WeightShots:
             packed, device = state.part(linear.name), former.pruned.device
             new = Selection.unpacked(packed, (linear.rows, linear.columns), device)
             self.selections[index] = adopted(former, new, in_place=in_place)
-        self._predicted = state.note["predicted"]
+        self._predicted, self._stay_dense = state.note["predicted"], state.note["stay_dense"]
 
     def finish(self) -> None:
         """Zeros stay where weights were."""
+
+    def _choose_dense(self) -> list[bool]:
+        def loss(linear: PrunableLinear) -> float:
+            factors = self._curvature.factors_of(linear)
+            assert factors is not None
+            return loss_of_pattern(linear, factors, self.config)
+
+        linears = self.run.decoder.linears
+        sizes = [linear.weight.numel() for linear in linears]
+        return choose_dense(list(self.run.each_linear(loss)), sizes, self.config.dense_fraction)
 
     def _sweeps(self, shot: Shot) -> bool:
         return self.config.sequential and shot.last
 
     def _selects(self, shot: Shot) -> bool:
-        """True where costs are compared before the update; of N:M a sweep knows how many weights go."""
-        known = self._sweeps(shot) and self.config.structure_record.m > 0
+        """True where costs are compared before the update; of N:M a sweep knows how many weights go, unless some
+        linears stay dense."""
+        known = self._sweeps(shot) and self.config.structure_record.m > 0 and not self.config.dense_fraction
         return self.method.sweep is None and not known
 
     def _empty_selection(self, linear: PrunableLinear) -> Selection:

@@ -32,6 +32,7 @@ HELD_OUT = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().man
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "2:4": ("llama", {}),
     "2:4 in shots": ("opt", {"shots": 2}),
+    "2:4, partly dense": ("llama", {"dense_fraction": 0.3, "shots": 2}),
     "unstructured": ("opt", {"structure": "unstructured", "sparsity": 0.5, "shots": 3}),
     "joint": ("llama", {"structure": "unstructured", "sparsity": 0.6, "shots": 2, "update": "joint"}),
     "joint, steps": ("llama", {"shots": 2, "update": "joint", "gradient_steps": 1}),
