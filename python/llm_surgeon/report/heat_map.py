@@ -11,7 +11,7 @@ from llm_surgeon.report.schema import PruneReport
 # More kinds, of experts say, are added up by the names that numbers are taken out of.
 _MOST_KINDS = 24
 # Sizes in pixels: height of a row, width of all cells, and the narrowest and widest cell.
-_ROW, _WIDTH, _NARROWEST, _WIDEST = 20, 640, 12, 48
+_ROW, _WIDTH, _NARROWEST, _WIDEST = 20, 720, 9, 48
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_every_block_has_room_and_some_a_number():
     report.layers = [layer(depth, QUERY, 1, 2, 2) for depth in range(126)]
     report.shots[0].layer_increases = {each.name: 0.5 for each in report.layers}
     found = heat_map(report)
-    assert found.cell == (12, 20) and found.labelled == list(range(0, 126, 3))
+    assert found.cell == (9, 20) and found.labelled == list(range(0, 126, 4))
 
 
 def test_there_is_none_where_nothing_is_known_or_lost():
