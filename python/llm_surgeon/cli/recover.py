@@ -14,6 +14,7 @@ from llm_surgeon.cli.options import (
     Quiet,
     TextField,
     TrustRemoteCode,
+    joined_ranks,
     progress_bars,
     quiet_libraries,
     show,
@@ -58,7 +59,7 @@ def recover(
     for name in sorted(unused & given.keys()):
         needs = "a --teacher" if name in _DISTILLATION else "--method lora"
         raise InputError(f"--{name.replace('_', '-')} means nothing without {needs}")
-    with progress_bars(quiet) as progress:
+    with joined_ranks(device) as ranks, progress_bars(quiet := quiet or not ranks.first) as progress:
         progress.phase("loading")
         quiet_libraries()
         from llm_surgeon.jobs.recover import recover_checkpoint
@@ -75,6 +76,7 @@ def recover(
             trust_remote_code=trust_remote_code,
             device=device,
             progress=progress,
+            ranks=ranks,
         )
     if not quiet:
         show(f"{report.summary()}\nwritten to {printable(str(out))}")

@@ -20,13 +20,13 @@ class Derived:
 
     Attributes:
         source: the folder or hub id that it was loaded from.
-        output: where it will be saved.
+        output: where it will be saved; ``None`` where another rank does that.
         records: what ``source`` says of its pruning.
         form: how ``source`` is stored, and so what is derived from it.
     """
 
     source: str
-    output: Output
+    output: Output | None
     records: Records
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ class Derived:
     def load(
         cls,
         source: str | Path,
-        output: Output,
+        output: Output | None,
         *,
         dtype: torch.dtype | None,
         device: torch.device | None = None,
@@ -54,6 +54,7 @@ class Derived:
 
     def require_disk(self, more: int = 0) -> None:
         """Raise :class:`InputError` where the disk has no room for the checkpoint and ``more`` bytes."""
+        assert self.output is not None
         require_disk(self.output.path, checkpoint_bytes(self.model, self.tokenizer, self.form) + more)
 
     def save(
@@ -70,6 +71,7 @@ class Derived:
         Args:
             files: further files, texts by name.
         """
+        assert self.output is not None
         records = self.records.followed_by(what, text, name=self.source, tags=tags, loading=loading)
         save_checkpoint(
             self.model, self.tokenizer, self.output, dtype=self.form, extra_files={**(files or {}), **records}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from llm_surgeon.data.documents import Documents, read_documents
 from llm_surgeon.data.record import DataRecord, data_record
 from llm_surgeon.data.tokens import token_stream
 from llm_surgeon.data.training import MOST_ROUNDS, training_windows
+from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.derived import Derived
 from llm_surgeon.models.decoder import find_decoder
@@ -52,6 +53,7 @@ def recover_checkpoint(
     trust_remote_code: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> RecoveryReport:
     """Recover the checkpoint ``source`` into the new folder ``out``, which appears when it is complete.
@@ -62,6 +64,8 @@ def recover_checkpoint(
     Args:
         teacher: the dense checkpoint to distil from.
         data, text_field: as for :func:`~llm_surgeon.data.documents.read_documents`.
+        ranks: processes that share the training, see :func:`llm_surgeon.distributed.group.joined`: the first one keeps
+            its state and writes.
         **options: fields of :class:`RecoverConfig`, where ``config`` is not given.
 
     Raises:
@@ -72,20 +76,26 @@ def recover_checkpoint(
     config = config or RecoverConfig.from_mapping(options)
     target = output_path(out)
     state = target.with_name(f".{target.name}.training")
-    if resume and (done := finished(state, target)) is not None:
-        _logger.warning("the recovery into %r was complete already: its training state is removed", str(out))
-        shutil.rmtree(state, ignore_errors=True)  # or by the process that is about to end
-        with suppress(InputError), claimed_output(out, True):  # that process may hold the claim
-            pass  # what else lies beside OUT is cleared up
+    done = ranks.agreed(finished(state, target) if resume and ranks.first else None)
+    if done is not None:
+        if ranks.first:
+            _logger.warning("the recovery into %r was complete already: its training state is removed", str(out))
+            shutil.rmtree(state, ignore_errors=True)  # or by the process that is about to end
+            with suppress(InputError), claimed_output(out, True):  # that process may hold the claim
+                pass  # what else lies beside OUT is cleared up
         return RecoveryReport.from_json(done)
-    with claimed_output(out, overwrite, model=source, teacher=teacher, data=data) as output:
-        if state.exists() and not resume:
-            raise InputError(
-                f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it"
-            )
+    with ExitStack() as stack:
+        output = None
+        if ranks.first:
+            output = stack.enter_context(claimed_output(out, overwrite, model=source, teacher=teacher, data=data))
+            if state.exists() and not resume:
+                raise InputError(
+                    f"{str(state)!r} holds an interrupted recovery into {str(out)!r}: pass --resume or delete it"
+                )
+        ranks.agreed(None)  # nobody goes on where the output cannot be had
         require_model(str(source))
         documents = read_documents(data, "calibration", text_field)
-        place = choose_device(device)
+        place = ranks.device or choose_device(device)
         made = Derived.load(source, output, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
         dense = None if teacher is None else load_teacher(teacher, made.tokenizer, place, trust_remote_code)
         limit = choose_seqlen(None, made.model)
@@ -93,27 +103,30 @@ def recover_checkpoint(
         if config.minutes is None:
             require_room(config.steps * config.batch_size, config.seqlen)
         ids, digest = token_stream(documents, made.tokenizer)
-        windows, held_out = _split(ids, config)
-        record = training_record(documents, made.tokenizer, digest, ids, windows)
-        made.require_disk(_state_bytes(made.model, config, state))
+        windows, held_out = (Calibration(each, ranks=ranks) for each in _split(ids, config))
+        record = training_record(documents, made.tokenizer, digest, ids, windows.input_ids)
         run = {"source": str(source), "teacher": teacher and str(teacher), "data": data, **asdict(config)}
-        claim(state, run, contents(model=made.model, teacher=dense, data=ids), "recovery")
+        if ranks.first:
+            made.require_disk(_state_bytes(made.model, config, state))
+            claim(state, run, contents(model=made.model, teacher=dense, data=ids), "recovery")
+        ranks.agreed(None)
         try:
             report = recover(
                 made.model, windows, held_out, teacher=dense, config=config, state_folder=state, resume=resume,
                 progress=progress,
             )  # fmt: skip
         except BaseException:
-            if not any(state.glob("checkpoint-*.pt")):
+            if ranks.first and not any(state.glob("checkpoint-*.pt")):
                 shutil.rmtree(state)  # nothing to go on from
             raise
         report = replace(report, data={"training": record})
-        note_report(state, report.to_json())
-        if progress is not None:
-            progress.phase("writing")
-        text = recovery_text(config, report, data, run["teacher"])
-        made.save("recovered", text, files={"surgeon_recovery.json": report.to_json()})
-        shutil.rmtree(state)
+        if ranks.first:
+            note_report(state, report.to_json())
+            if progress is not None:
+                progress.phase("writing")
+            text = recovery_text(config, report, data, run["teacher"])
+            made.save("recovered", text, files={"surgeon_recovery.json": report.to_json()})
+            shutil.rmtree(state)
     return report
 
 

@@ -61,7 +61,7 @@ def train(
 
     Args:
         held_out: sequences whose loss decides which state is best and when to stop; ``None``: train to the end.
-        folder: where the state is kept at every evaluation, so that ``resume`` can go on; ``None``: nowhere.
+        folder: where the first rank keeps the state at every evaluation, for ``resume`` to go on; ``None``: nowhere.
         objective: the loss; left out, that of the tokens.
         seconds: that all may take, trials of learning rates included, beside the last evaluation.
 
@@ -118,7 +118,7 @@ class _Training:
 
     def run(self, folder: Path | None, resume: bool, progress: Progress) -> list[dict[str, float]]:
         config = self._config
-        state = None if folder is None or not resume else latest_checkpoint(folder)
+        state = None if folder is None or not resume else self._read(folder)
         if state is None and self._held_out is not None:
             measured = self._elapsed
             self._best, self._best_loss = self._copy(), self._held_out_loss(self._held_out)
@@ -153,7 +153,9 @@ class _Training:
                 self._evaluations = due
                 self._evaluate(rate)
                 if folder is not None and self._held_out is not None:
-                    save_checkpoint(folder, self._step, self._state())
+                    state = self._state()  # which asks all ranks for the time
+                    if self._ranks.first:
+                        save_checkpoint(folder, self._step, state)
 
     @property
     def _elapsed(self) -> float:
@@ -336,8 +338,15 @@ class _Training:
             "elapsed": self._elapsed,
         }  # fmt: skip
 
-    def _load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self._device, weights_only=True)
+    def _read(self, folder: Path) -> dict[str, Any] | None:
+        """The newest state that rank 0 finds in ``folder``, on every rank."""
+        path = latest_checkpoint(folder) if self._ranks.first else None
+        if not self._ranks.agreed(path is not None):
+            return None
+        read = partial(torch.load, map_location=self._device, weights_only=True)
+        return next(self._ranks.spread([path], lambda _: 0, read))
+
+    def _load(self, state: dict[str, Any]) -> None:
         self._write(state["weights"])
         self._best, self._average = state["best"], state["average"]
         for optimizer, its_state in zip(self._optimizers, state["optimizers"], strict=True):

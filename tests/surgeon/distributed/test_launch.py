@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llm_surgeon.jobs.recover import recover_checkpoint
+from llm_surgeon.recovery.recover import RecoveryReport
 from tests.surgeon.checkpoints import save_folder
 from tests.surgeon.distributed.runs import environment, start
 from tests.surgeon.half_zero import text_windows
@@ -25,6 +27,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 
 _SHOTS = 6
 _OPTIONS = ["--samples", "8", "--seqlen", "16", "--update", "joint", "--shots", str(_SHOTS), "--device", "cpu"]
+_STEPS = 40
+_TRAINING = ["--method", "full", "--seqlen", "16", "--steps", str(_STEPS), "--batch-size", "4", "--eval-every", "2"]
+_TRAINING += ["--device", "cpu"]
 
 
 class Commands:
@@ -39,9 +44,13 @@ class Commands:
         text, places = self.folder / "text.txt", [str(self.folder / "model"), str(self.folder / out)]
         return ["prune", *places, "--calibration", str(text), *_OPTIONS, *more]
 
-    def begin(self, out: str, *more: str) -> list[int]:
-        """Ids of the processes."""
-        return self._ask([str(self.folder / out), 2, *self.words(out, *more)])
+    def recovery(self, out: str, *more: str) -> list[str]:
+        places = [str(self.folder / "alone"), str(self.folder / out)]
+        return ["recover", *places, "--data", str(self.folder / "text.txt"), *_TRAINING, *more]
+
+    def begin(self, out: str, *more: str, words: list[str] | None = None) -> list[int]:
+        """Ids of the processes, of a pruning where no other ``words`` are given."""
+        return self._ask([str(self.folder / out), 2, *(words or self.words(out, *more))])
 
     def end(self, out: str) -> tuple[list[int], list[str], list[str]]:
         """Exit codes, and what each rank has printed and said."""
@@ -112,6 +121,35 @@ def test_two_processes(commands: Commands) -> None:
     assert "surgeon: goes on after shot 2" in said[0]
     found = weights(whole.with_name("killed"))
     assert all(torch.equal(found[name], weight) for name, weight in weights(whole).items())
+
+
+def test_two_processes_train(commands: Commands) -> None:
+    """They come to what one does, and go on with the first one's state."""
+    commands.begin("trained", words=commands.recovery("trained"))
+    codes, printed, said = commands.end("trained")
+    assert codes == [0, 0], said
+    assert "written to" in printed[0] and printed[1] == said[1] == ""
+    expected, folder = {"seqlen": 16, "steps": _STEPS, "batch_size": 4, "eval_every": 2}, commands.folder
+    alone = recover_checkpoint(
+        folder / "alone", folder / "recovered", data=str(folder / "text.txt"), method="full", device="cpu", **expected
+    )
+    found = RecoveryReport.from_json((folder / "trained" / "surgeon_recovery.json").read_text())
+    assert found.loss_before == pytest.approx(alone.loss_before, rel=1e-6)
+    assert found.loss_after == pytest.approx(alone.loss_after, rel=1e-3) and alone.loss_after < alone.loss_before
+    whole, pruned = weights(folder / "trained"), weights(folder / "alone")
+    for name, weight in weights(folder / "recovered").items():
+        torch.testing.assert_close(whole[name], weight, rtol=1e-2, atol=1e-3)
+        assert not whole[name][pruned[name] == 0].any()
+
+    ranks, state = commands.begin("stopped", words=commands.recovery("stopped")), folder / ".stopped.training"
+    while not any(state.glob("checkpoint-*.pt")):
+        time.sleep(0.005)
+    os.kill(ranks[1], signal.SIGKILL)
+    codes, _, said = commands.end("stopped")
+    assert codes == [1, -signal.SIGKILL], said
+    commands.begin("stopped", words=commands.recovery("stopped", "--resume"))
+    assert commands.end("stopped")[0] == [0, 0] and not state.exists()
+    assert all(torch.equal(weights(folder / "stopped")[name], weight) for name, weight in whole.items())
 
 
 def test_accelerate_launches_it(commands: Commands) -> None:
