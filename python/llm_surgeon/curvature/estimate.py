@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +13,6 @@ from transformers import PreTrainedModel
 
 from llm_surgeon.checks import require_choice
 from llm_surgeon.config.prune import FISHERS
-from llm_surgeon.curvature.waiting import WaitingProducts
 from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.distributed import Ranks
 from llm_surgeon.errors import BadBatchError, UnsupportedModelError
@@ -30,7 +28,7 @@ from llm_surgeon.models.passes import (
     to_list,
 )
 from llm_surgeon.models.repeatable import repeatable
-from surgeon_kernels import GramProduct, SymmetricAccumulator, gram_accumulate_
+from surgeon_kernels import SymmetricAccumulator, gram_accumulate_
 
 
 @dataclass
@@ -213,7 +211,6 @@ class _Accumulators:
         self._input_sums: dict[str, Tensor] = {}
         self._gradient_sums: dict[str, Tensor] = {}
         self._linears, self._dtype = linears, dtype
-        self._waiting: defaultdict[torch.device, WaitingProducts] = defaultdict(WaitingProducts)
         self._differentiated = [linear.name for linear in linears] if gradients else []
         self._reached: set[str] = set()
         self._with_ones = {linear.input_group for linear in linears if linear.has_bias}
@@ -249,7 +246,7 @@ class _Accumulators:
             a = x.detach() if self._dtype is None else x.detach().to(self._dtype)  # as the linear itself reads it
             ones_column = linear.name in self._with_ones
             with torch.autocast(a.device.type, enabled=False):
-                self._add(f"inputs of {linear.name}", self.inputs[linear.name], a, mask, ones_column)
+                gram_accumulate_(self.inputs[linear.name], a, mask=mask, ones_column=ones_column)
         elif linear.input_group == linear.name:
             a = x.detach() if mask is None else x.detach().masked_fill(~mask[..., None], 0.0)
             self._input_sums[linear.name] = a.sum(dtype=torch.promote_types(a.dtype, torch.float32))
@@ -258,16 +255,10 @@ class _Accumulators:
                 raise UnsupportedModelError(f"no gradient can flow through {linear.name}")
             y.register_hook(lambda g: self._record_gradient(linear.name, g, mask))
 
-    def _add(
-        self, name: str, out: SymmetricAccumulator, x: Tensor, mask: Tensor | None, ones_column: bool = False
-    ) -> None:
-        if not self._waiting[x.device].takes(name, GramProduct(out, x, mask, ones_column)):
-            gram_accumulate_(out, x, mask=mask, ones_column=ones_column)
-
     def _record_gradient(self, name: str, g: Tensor, mask: Tensor | None) -> None:
         self._reached.add(name)
         if name in self.gradients:
-            self._add(f"gradients of {name}", self.gradients[name], g, mask)
+            gram_accumulate_(self.gradients[name], g, mask=mask)
         if name in self.squared_norms:
             wide = torch.promote_types(g.dtype, torch.float32)
             norms = torch.linalg.vector_norm(g, dim=-1, dtype=wide).square_()
@@ -287,8 +278,6 @@ class _Accumulators:
             if name not in self._reached:
                 raise UnsupportedModelError(f"the loss has no gradient with respect to the output of {name}")
         self._reached.clear()
-        for waiting in self._waiting.values():
-            waiting.add_up()
         sums = {name: A.diagonal().sum() for name, A in self.inputs.items()} | self._input_sums
         locations = {f"the inputs of {name}": value for name, value in sums.items()}
         locations["the loss"] = loss
