@@ -58,14 +58,14 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
 
 def swept(M: Tensor, block: int, config: SweepConfig) -> None:
     blocks = [(start, min(start + block, len(M))) for start in range(0, len(M), block)]
-    sweep_on_gpu_(M.clone(), blocks, config)
+    sweep_on_gpu_(M.clone(), blocks, torch.ones((), dtype=torch.bool, device="cuda"), config)
 
 
 def tune(n: int, repeats: int) -> None:
     """Print the times of the library, of sweeps, and of sides of the blocks of surgeon_kernels/linalg/triangular.py."""
     M = with_condition(n, 1e3).float()
     print(f"{n}: library {warm_ms(partial(library, M), repeats):.3f} ms", flush=True)
-    for config in (CONFIG, CONFIG._replace(run=1), CONFIG._replace(run=4)):
+    for config in (CONFIG, SweepConfig(128, 32, 8, 4), SweepConfig(64, 64, 4, 2)):
         for block in (256, 512, 1024):
             ms = warm_ms(partial(swept, M, block, config), repeats)
             print(f"    sweeps of {block} by {tuple(config)}: {ms:.3f} ms", flush=True)

@@ -15,18 +15,12 @@ from surgeon_kernels.runtime.launch import launch, on_device
 # Products of one launch, whose pointers are the kernel's arguments: a table of them would have to be copied to the
 # device. With fewer, the rest stand for the first.
 CAPACITY = 16
-# Sides of a block, steps of tokens, warps and stages, chosen by hand (`python -m bench.kernels.gram --tune` times
+# Side of a block, steps of tokens, warps and stages, chosen by hand (`python -m bench.kernels.gram --tune` times
 # others): several programs share a multiprocessor, so that some multiply while others add to their output.
-CONFIG = (64, 64, 64, 4, 3)
-
-
-def longest_run(n: int) -> int:
-    """Steps of an ``n x n`` matrix that the tensor cores sum by themselves, see surgeon_kernels/gram/plan.py.
-
-    A power of two, so small that PyTorch's sums are no more exact: it splits those of a small matrix, and has short
-    ones for rows that are not aligned.
-    """
-    return 2 if n < 256 else 4 if n % 8 else 8
+CONFIG = (64, 64, 4, 3)
+# Steps that the tensor cores sum by themselves, see surgeon_kernels/gram/plan.py: so few that even cuBLAS's sums of
+# unaligned rows are no more exact. Those of narrower matrices than the least are: their sums are split.
+RUN, LEAST_COLUMNS = 4, 192
 
 
 @triton.jit
@@ -42,23 +36,22 @@ def pick(pointers: tl.tuple, index: tl.tensor) -> tl.tensor:
 def gram_group_kernel(
     xs: tl.tuple,  # of every product x [tokens, columns], rows aligned to 16 bytes
     outs: tl.tuple,  # [columns (+ 1), columns (+ 1)], float32, of which the lower blocks are added to
-    one: tl.tensor,  # [1, 0, ...], BLOCK_M numbers of x's dtype
-    units: tl.tensor,  # int32 [programs, 7]: product, row or -1 for ones, column, columns, strides of x, out; run
+    one: tl.tensor,  # [1, 0, ...], BLOCK numbers of x's dtype
+    units: tl.tensor,  # int32 [programs, 6]: product, row or -1 for the ones, column, columns, strides of x and out
     alpha: tl.tensor,
     tokens: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    RUN: tl.constexpr,
 ) -> None:
     """One block of one product: ``out += alpha xᵀ x``, or a piece of the last row ``alpha Σ_t [x_t, 1]``."""
-    unit = units + tl.program_id(0) * 7
+    unit = units + tl.program_id(0) * 6
     index, row, column = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
     columns, x_stride, out_stride = tl.load(unit + 3), tl.load(unit + 4) * 8, tl.load(unit + 5)
-    last_of_run = tl.load(unit + 6) - 1
     x, out = pick(xs, index), pick(outs, index)
-    c = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = column * BLOCK + tl.arange(0, BLOCK)
     of_ones = row < 0
-    r = tl.where(of_ones, 0, row * BLOCK_M) + tl.arange(0, BLOCK_M)
+    r = tl.where(of_ones, 0, row * BLOCK) + tl.arange(0, BLOCK)
     # The ones multiply as a matrix whose first column they are: one row of memory, read again and again.
     left = tl.multiple_of(tl.where(of_ones, one, x), 16)
     left_stride = tl.multiple_of(tl.where(of_ones, 0, x_stride), 8)
@@ -70,8 +63,8 @@ def gram_group_kernel(
     at_left = tl.max_contiguous(tl.multiple_of(at_left, [1, 16]), [1, 8])
     at_right = tl.max_contiguous(tl.multiple_of(at_right, [1, 16]), [1, 8])
     in_left, in_right = (r < left_columns)[None, :], (c < columns)[None, :]
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    product = tl.zeros((BLOCK, BLOCK), tl.float32)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for step in tl.range(0, tl.cdiv(tokens, BLOCK_K)):
         real = (t < tokens - step * BLOCK_K)[:, None]
         x_left = tl.load(at_left, mask=tl.max_constancy(real & in_left, [1, 8]), other=0.0)
@@ -79,9 +72,9 @@ def gram_group_kernel(
         product = tl.dot(tl.trans(x_left), x_right, product)
         at_left += BLOCK_K * left_stride
         at_right += BLOCK_K * x_stride
-        if step & last_of_run == last_of_run:
+        if step % RUN == RUN - 1:
             total += product
-            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            product = tl.zeros((BLOCK, BLOCK), tl.float32)
     total += product
     if of_ones:
         r += columns
@@ -92,11 +85,10 @@ def gram_group_kernel(
     tl.store(at, tl.load(at, mask=present, other=0.0) + alpha * total, mask=present)
 
 
-_Sizes = tuple[tuple[int, int, int, bool], ...]  # columns, strides of x and of out, and if there are ones
-
-
 def fits(out: Tensor, rows: Tensor) -> bool:
     """True if the kernel takes ``rows`` ``[N, C]``, which begin at multiples of 16 bytes, and a dense ``out``."""
+    if rows.shape[1] < LEAST_COLUMNS:
+        return False
     small = out.stride(0) * out.shape[0] < 1 << 31 and rows.stride(0) < 1 << 31
     return small and out.dtype == torch.float32 and out.stride(-1) == 1 and out.data_ptr() % 16 == 0
 
@@ -106,29 +98,29 @@ def accumulate_(
     xs: Sequence[Tensor],
     ones_columns: Sequence[bool],
     alpha: float,
-    config: tuple[int, int, int, int, int] = CONFIG,
+    config: tuple[int, int, int, int] = CONFIG,
 ) -> None:
     """``out += alpha x̃ᵀ x̃`` on the lower blocks of every ``out``, at most :data:`CAPACITY` of them.
 
     ``x̃`` is ``x`` ``[N, C]``, or that with a column of ones; all of one dtype of 16 bits, with as many rows.
     """
-    block_m, block_n, block_k, warps, stages = config
+    block, block_k, warps, stages = config
     tokens, device = len(xs[0]), xs[0].get_device()
     sizes = tuple(
         (x.shape[1], x.stride(0), out.stride(0), ones) for x, out, ones in zip(xs, outs, ones_columns, strict=True)
     )
-    units = _planned(sizes, block_m, block_n, xs[0].device)
+    units = _planned(sizes, block, xs[0].device)
     rest = CAPACITY - len(xs)
     with on_device(device):
         launch(
             gram_group_kernel, (xs[0].dtype, device, config), (len(units), 1, 1),
-            (*xs, *[xs[0]] * rest), (*outs, *[outs[0]] * rest), _one(block_m, xs[0].dtype, xs[0].device), units, alpha,
-            tokens, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+            (*xs, *[xs[0]] * rest), (*outs, *[outs[0]] * rest), _one(block, xs[0].dtype, xs[0].device), units, alpha,
+            tokens, block, block_k, RUN, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
-def _planned(sizes: _Sizes, block_m: int, block_n: int, device: torch.device) -> Tensor:
-    units = _units(sizes, block_m, block_n, device)
+def _planned(sizes: tuple[tuple[int, int, int, bool], ...], block: int, device: torch.device) -> Tensor:
+    units = _units(sizes, block, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured[id(units)] = units  # the graph reads it as long as it is replayed
     return units
@@ -138,19 +130,14 @@ _captured: dict[int, Tensor] = {}
 
 
 @functools.lru_cache(maxsize=1024)
-def _units(sizes: _Sizes, block_m: int, block_n: int, device: torch.device) -> Tensor:
-    """What every program computes."""
+def _units(sizes: tuple[tuple[int, int, int, bool], ...], block: int, device: torch.device) -> Tensor:
+    """What every program computes; ``sizes``: columns, strides of ``x`` and of ``out``, and if there are ones."""
     units = []
     for index, (columns, x_stride, out_stride, ones) in enumerate(sizes):
-        n = columns + ones
-        blocks = [
-            (row, column)
-            for row in range(-(-columns // block_m))
-            for column in range(-(-min((row + 1) * block_m, columns) // block_n))
-        ]
-        blocks += [(-1, column) for column in range(-(-n // block_n))] if ones else []
-        rest = columns, x_stride // 8, out_stride, longest_run(n)
-        units += [(index, row, column, *rest) for row, column in blocks]
+        side = -(-columns // block)
+        blocks = [(row, column) for row in range(side) for column in range(row + 1)]
+        blocks += [(-1, column) for column in range(-(-(columns + 1) // block))] if ones else []
+        units += [(index, row, column, columns, x_stride // 8, out_stride) for row, column in blocks]
     return torch.tensor(units, dtype=torch.int32, device=device)
 
 

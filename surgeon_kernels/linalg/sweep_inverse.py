@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from surgeon_kernels.linalg.split_matmul import addmm_split_, split
 from surgeon_kernels.linalg.triangular import triangular_inverse_
 from surgeon_kernels.runtime.triton_support import has_kernels
 
@@ -37,28 +38,31 @@ def sweep_inverse(M: Tensor, *, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Inverse ``[n, n]``, exactly symmetric, of a positive definite ``M`` ``[n, n]``, and whether it is that: a bool.
 
     ``M`` is read below the diagonal. Float32 on CUDA devices is multiplied by its bfloat16 parts. There is no host
-    sync. The workspace is ``3 n block`` numbers and, at last, half of ``M``. The same ``M`` gives the same bits.
+    sync. The workspace is a few times ``n block`` numbers. The same ``M`` gives the same bits.
     """
-    W = M.clone(memory_format=torch.contiguous_format)
+    W, good = M.clone(memory_format=torch.contiguous_format), torch.ones((), dtype=torch.bool, device=M.device)
     blocks = [(start, min(start + block, len(M))) for start in range(0, len(M), block)]
     if M.is_cuda and M.dtype == torch.float32 and has_kernels():
-        sweep_on_gpu_(W, blocks)
+        sweep_on_gpu_(W, blocks, good)
     else:
         for start, end in blocks:
-            sweep_reference_(W, panel(W, start, end), start, end)
+            U, found = panel(W, start, end)
+            good &= found
+            sweep_reference_(W, U, start, end)
     W.tril_()
     W += W.tril(-1).T
-    return W, W.diagonal().isfinite().all()  # what is NaN or infinite spreads
+    return W, good
 
 
-def panel(W: Tensor, start: int, end: int) -> Tensor:
-    """``U`` ``[n, end - start]`` of the block ``start..end``; NaN or infinite where it is not positive definite."""
+def panel(W: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+    """``U`` ``[n, end - start]`` of the block ``start..end``, and whether it is positive definite: a bool."""
     L, info = torch.linalg.cholesky_ex(W[start:end, start:end])
-    X = triangular_inverse_(L.masked_fill_(info > 0, torch.nan))
+    X = triangular_inverse_(L)
     V = torch.cat([W[start:end, :start].T.neg(), W.new_zeros(end - start, end - start), W[end:, start:end]])
-    U = V @ X.T
+    split_up = W.is_cuda and W.dtype == torch.float32
+    U = addmm_split_(torch.empty_like(V), split(V), split(X.T)) if split_up else V @ X.T
     U[start:end] = X.T
-    return U
+    return U, (info == 0) & X.diagonal().isfinite().all()
 
 
 def sweep_reference_(W: Tensor, U: Tensor, start: int, end: int) -> None:
@@ -70,23 +74,17 @@ def sweep_reference_(W: Tensor, U: Tensor, start: int, end: int) -> None:
     W += product
 
 
-def sweep_on_gpu_(W: Tensor, blocks: list[tuple[int, int]], config: SweepConfig | None = None) -> None:
-    """Sweep all ``blocks`` of a float32 ``W`` on a GPU."""
-    from surgeon_kernels.linalg.factor_inverse_triton import factor_inverse
-    from surgeon_kernels.linalg.sweep_inverse_triton import CONFIG, panel_parts_, sweep_
+def sweep_on_gpu_(W: Tensor, blocks: list[tuple[int, int]], good: Tensor, config: SweepConfig | None = None) -> None:
+    """Sweep all ``blocks`` of a float32 ``W`` on a GPU; ``good`` becomes False where one is not positive definite."""
+    from surgeon_kernels.linalg.sweep_inverse_triton import CONFIG, sweep_
     from surgeon_kernels.runtime.launch import on_device
 
     config = config or CONFIG
     tiles, widest = (-(-size // config.side) for size in (len(W), blocks[0][1]))
-    both = W.new_empty(2, 3, tiles * config.side, widest * config.side, dtype=torch.bfloat16)
+    both = torch.zeros(2, 3, tiles * config.side, widest * config.side, dtype=torch.bfloat16, device=W.device)
     with on_device(W.get_device()):
         main, aside = torch.cuda.current_stream(), _stream(W.device)
-
-        def prepare(index: int) -> None:
-            start, end = blocks[index]
-            panel_parts_(both[index % 2], W, factor_inverse(W[start:end, start:end]), (start, end))
-
-        prepare(0)
+        _prepare(W, blocks[0], both[0], good)
         for index, block in enumerate(blocks):
             parts, following = both[index % 2], (tiles, 0)
             if index + 1 < len(blocks):
@@ -95,9 +93,19 @@ def sweep_on_gpu_(W: Tensor, blocks: list[tuple[int, int]], config: SweepConfig 
                 sweep_(parts, W, block, following, config, of_next=True)
                 aside.wait_stream(main)
                 with torch.cuda.stream(aside):
-                    prepare(index + 1)
+                    _prepare(W, (start, end), both[1 - index % 2], good)
             sweep_(parts, W, block, following, config, of_next=False)
             main.wait_stream(aside)
+
+
+def _prepare(W: Tensor, block: tuple[int, int], parts: Tensor, good: Tensor) -> None:
+    """Write the parts of a block's ``U``, zeros where it is narrower."""
+    from surgeon_kernels.linalg.split_matmul_triton import split_into
+
+    U, found = panel(W, *block)
+    good &= found
+    split_into(parts[:, : len(U), : U.shape[1]], U)
+    parts[:, :, U.shape[1] :] = 0.0
 
 
 @functools.cache

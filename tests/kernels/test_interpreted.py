@@ -17,7 +17,6 @@ from tests.kernels.interpreter import assert_agrees
         "linalg.interpreted_masked_cg",
         "linalg.interpreted_quadratic_form",
         "linalg.interpreted_sweep_inverse",
-        "linalg.interpreted_factor_inverse",
     ],
 )
 def test_the_kernels_are_right_in_the_interpreter(checks):

@@ -14,8 +14,9 @@ def main() -> None:
         outs = [
             torch.full((columns + ones, columns + ones + 2), 2.0)[:, : columns + ones] for columns, ones in products
         ]
-        assert all(gram_group_triton.fits(out, x) for out, x in zip(outs, xs, strict=True))
-        gram_group_triton.accumulate_(outs, xs, [ones for _, ones in products], 0.5, (128, 64, 32, 4, 2))
+        fits = [gram_group_triton.fits(out, x) for out, x in zip(outs, xs, strict=True)]
+        assert fits == [columns >= gram_group_triton.LEAST_COLUMNS for columns, _ in products]
+        gram_group_triton.accumulate_(outs, xs, [ones for _, ones in products], 0.5, (64, 32, 4, 2))
         for x, out, (_, ones) in zip(xs, outs, products, strict=True):
             rows = torch.cat([x.double(), torch.ones(tokens, int(ones))], dim=1)
             expected = (2.0 + 0.5 * rows.T @ rows).tril()

@@ -221,7 +221,7 @@ def test_small_products_are_computed_by_one_kernel(dtype, tokens, monkeypatch):
     launches = []
     accumulate_ = gram_group_triton.accumulate_
     monkeypatch.setattr(gram_group_triton, "accumulate_", lambda *a: launches.append(len(a[0])) or accumulate_(*a))
-    widths = [(576, False), (1536, True), (64, True), (200, False), (1023, True), (7, False), *[(100, False)] * 12]
+    widths = [(576, False), (1536, True), (64, True), (200, False), (1023, True), *[(200, False)] * 13]
     xs = [randn(tokens, columns, dtype=dtype, seed=i) for i, (columns, _) in enumerate(widths)]
     mask = randn(tokens, dtype=torch.float32, seed=1) < 0.5
     products = [
@@ -231,7 +231,7 @@ def test_small_products_are_computed_by_one_kernel(dtype, tokens, monkeypatch):
     wide = GramProduct(SymmetricAccumulator.zeros(2304, device="cuda"), randn(tokens, 2304, dtype=dtype))
     dense = GramProduct(torch.zeros(576, 576, device="cuda"), xs[0])
     gram_accumulate_each_([*products, wide, dense, products[0]])
-    assert launches == [16, 3]
+    assert launches == [16, 2]  # not of 64 columns
     for product in products[1:]:
         truth = exact(product.x, product.mask, product.ones_column)
         allowed = 2 * max(torch_error(product.x, truth, product.mask, product.ones_column), 2**-23)
