@@ -28,6 +28,8 @@ def _idle(config: PruneConfig) -> set[str]:
     solved = config.update in ("joint", "sequential") and method.sweep is None and structure.single_weights
     useful = {
         "sparsity": structure.sparsity is None,
+        "dense_fraction": config.dense_fraction > 0,
+        "dense_by": config.dense_fraction > 0,
         "swaps": solved and config.kron_rank == 1,
         "gradient_steps": solved or config.reconstruct or bool(config.gradient_steps),
         "gradient_target": bool(config.gradient_steps),

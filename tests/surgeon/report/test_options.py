@@ -9,6 +9,7 @@ from llm_surgeon.report.options import with_effect
 
 RUNS = {
     "2:4": {},
+    "some dense": {"dense_fraction": 0.2, "dense_by": "none"},
     "magnitude": {"method": "magnitude"},
     "wanda": {"method": "wanda", "structure": "unstructured"},
     "sparsegpt": {"method": "sparsegpt", "update": "sequential"},
