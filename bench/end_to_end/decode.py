@@ -2,11 +2,12 @@
 
     python -m bench.end_to_end.decode
 
-Both models run by llm_surgeon.inference.fused_passes a step in one CUDA graph, after prompts of 128 tokens, one
-sequence and sixteen; and they take a prompt of 4096. Rows are appended to results/generate.csv as those of
-bench.end_to_end.generate, with which it shares the model. Then it prints where a step's time goes, from a trace of
-replays: of every kind of kernel (name and grid) how much later it ends than everything before it, which adds up to the
-whole step although kernels overlap.
+Both models run by llm_surgeon.inference.fused_passes, a step in one CUDA graph, after prompts of 128 tokens, one
+sequence and sixteen; and they take a prompt of 4096. The packed one's kernels are those that tune_2_4 measured for
+these numbers of tokens; by default it measures none as long as that prompt. Rows are appended to results/generate.csv
+as those of bench.end_to_end.generate, with which it shares the model. Then it prints where a step's time goes, from a
+trace of replays: of every kind of kernel (name and grid) how much later it ends than everything before it, which adds
+up to the whole step although kernels overlap.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from bench.environment import append_row, environment, require_gpu
 from bench.timing import copy_bandwidth
 from llm_surgeon.cli.generate import speed_record
 from llm_surgeon.config.decoding import Decoding
+from llm_surgeon.formats import packed_linear
 from llm_surgeon.inference import pack_model
 from llm_surgeon.inference.decoding import Decoder, wait
 from llm_surgeon.inference.speed import measure_speeds
@@ -52,6 +54,7 @@ def main() -> None:
     free_memory()
     dense = random_llama(options.layers, options.hidden, options.device)
     models = {"dense": dense, "packed": copy.deepcopy(dense)}
+    packed_linear.TUNED_TOKENS = (1, 16, 4096)  # one and sixteen sequences, and the prompt
     pack_model(models["packed"])
     free_memory()
     print(f"models made after {time.perf_counter() - begun:.0f} s", flush=True)

@@ -33,7 +33,7 @@ CASES = [
     (8, 32, 8, 128, 4160, 2000),
 ]
 # Bytes of keys of a step, warps and stages; those of the kernel first.
-LAUNCHES = [(8192, 4, 3), (8192, 4, 2), (8192, 2, 3), (16384, 4, 2), (16384, 4, 3), (16384, 8, 3)]
+LAUNCHES = [(16384, 4, 3), (16384, 4, 2), (16384, 8, 3), (8192, 4, 3), (8192, 4, 2), (8192, 2, 3)]
 _BYTES = 200 << 20  # of all caches, more than L2 holds
 
 

@@ -29,9 +29,7 @@ class DecodeAttention:
     On CUDA devices one Triton kernel computes it, where all have one dtype of at most 32 bits: the positions of a key
     head are shared out among several programs (split-KV, as flash-decoding; Dao et al., 2023), and the one that ends
     last adds up their sums. Elsewhere it is the PyTorch reference. It has no gradient. An object holds the memory of
-    these sums: its calls must follow each other in one stream. Where a kernel lets the next one start before it has
-    ended (the norms and products of this package do), this one begins to read the position, the angles and what was in
-    the cache: that kernel must not write them.
+    these sums: its calls must follow each other in one stream.
 
     Args:
         heads, kv_heads: query heads, and key and value heads, each of which serves ``heads / kv_heads`` of the former.

@@ -16,9 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from surgeon_kernels.runtime.triton_support import has_dependent_launch
 
-# Keys (and values) of a step in bytes, warps, and stages where a multiprocessor has so much shared memory: estimates. A
-# product takes at least 16 rows, so that small groups are filled up.
-_STEP_BYTES, _WARPS, _STAGES, _FEWER_STAGES = 8192, 4, 3, 2
+# Keys (and values) of a step in bytes, and how many at most; warps; and stages where a multiprocessor has so much
+# shared memory: estimates. A product takes at least 16 rows, so that small groups are filled up.
+_STEP_BYTES, _MOST_N, _WARPS, _STAGES, _FEWER_STAGES = 16384, 64, 4, 3, 2
 _SHARED_BYTES = 160 << 10
 _LEAST_ROWS = 16
 
@@ -32,28 +32,6 @@ def rotated(x: tl.tensor, cos: tl.tensor, sin: tl.tensor, d: tl.tensor, mask: tl
     own = tl.load(x + d, mask=mask, other=0.0).to(tl.float32)
     partner = tl.load(x + other, mask=mask, other=0.0).to(tl.float32)
     return (own * cos + sign * partner * sin).to(x.dtype.element_ty)
-
-
-@triton.jit
-def attend(
-    q: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    there: tl.tensor,
-    scale: tl.tensor,
-    top: tl.tensor,
-    total: tl.tensor,
-    sums: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Largest score, weight and weighted values with those positions added that are ``there``."""
-    scores = tl.dot(q, k, input_precision="ieee") * scale
-    scores = tl.where(there[None, :], scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, axis=1))
-    shrunk = tl.exp2(top - higher)
-    exponentials = tl.exp2(scores - higher[:, None])
-    total = total * shrunk + tl.sum(exponentials, axis=1)
-    sums = tl.dot(exponentials.to(v.dtype), v, sums * shrunk[:, None], input_precision="ieee")
-    return higher, total, sums
 
 
 @triton.jit
@@ -95,6 +73,7 @@ def decode_attention_kernel(
     """
     if DEPENDENT:
         gdc_launch_dependents()
+        gdc_wait()
     head = tl.program_id(0)  # of all sequences
     split = tl.program_id(1)
     batch = (head // kv_heads).to(tl.int64)
@@ -104,25 +83,16 @@ def decode_attention_kernel(
     busy = tl.maximum(tl.cdiv(p, tl.maximum(share, 1)), 1)
     if split < busy:
         g = tl.arange(0, BLOCK_G)
-        n = tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
         inside = d < dim
-        keys += batch * key_batch + kv_head * key_head
-        values += batch * value_batch + kv_head * value_head
-        at_keys = keys + n[None, :].to(tl.int64) * key_token + d[:, None]
-        at_values = values + n[:, None].to(tl.int64) * value_token + d[None, :]
-        begin = split * share
-        end = tl.minimum(begin + share, p)
-        there = begin + n < end
-        k = tl.load(at_keys + begin * key_token, mask=there[None, :] & inside[:, None], other=0.0)
-        v = tl.load(at_values + begin * value_token, mask=there[:, None] & inside[None, :], other=0.0)
         c = tl.load(cos + p * dim + d, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(sin + p * dim + d, mask=inside, other=0.0).to(tl.float32)
-        if DEPENDENT:
-            gdc_wait()
         new = qkv + batch * ((group + 2) * kv_heads * dim)
         queries = new + (kv_head * group + g[:, None]) * dim
         q = rotated(queries, c[None, :], s[None, :], d[None, :], (g[:, None] < group) & inside[None, :], dim)
+
+        keys += batch * key_batch + kv_head * key_head
+        values += batch * value_batch + kv_head * value_head
         top = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G], tl.float32)
         sums = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -135,12 +105,24 @@ def decode_attention_kernel(
             total = tl.full([BLOCK_G], 1.0, tl.float32)
             sums += v_new.to(tl.float32)[None, :]
 
-        top, total, sums = attend(q, k, v, there, scale, top, total, sums)
-        for first in range(begin + BLOCK_N, end, BLOCK_N):
+        n = tl.arange(0, BLOCK_N)
+        end = tl.minimum((split + 1) * share, p)
+        for first in range(split * share, end, BLOCK_N):
             there = first + n < end
-            k = tl.load(at_keys + first * key_token, mask=there[None, :] & inside[:, None], other=0.0)
-            v = tl.load(at_values + first * value_token, mask=there[:, None] & inside[None, :], other=0.0)
-            top, total, sums = attend(q, k, v, there, scale, top, total, sums)
+            at = (first + n).to(tl.int64)
+            k = tl.load(keys + at[None, :] * key_token + d[:, None], mask=there[None, :] & inside[:, None], other=0.0)
+            v = tl.load(
+                values + at[:, None] * value_token + d[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            )
+            scores = tl.dot(q, k, input_precision="ieee") * scale
+            scores = tl.where(there[None, :], scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, axis=1))
+            shrunk = tl.exp2(top - higher)
+            exponentials = tl.exp2(scores - higher[:, None])
+            total = total * shrunk + tl.sum(exponentials, axis=1)
+            sums = sums * shrunk[:, None]
+            sums = tl.dot(exponentials.to(v.dtype), v, sums, input_precision="ieee")
+            top = higher
 
         y += batch * (group * kv_heads * dim) + kv_head * group * dim
         if (SPLITS == 1) | (busy == 1):
@@ -199,7 +181,7 @@ class Kernel:
                 self._kv_heads, self._heads // self._kv_heads, self._dim,
                 *keys.stride()[:3], *values.stride()[:3], self._scale,
                 SPLITS=self._splits, BLOCK_S=triton.next_power_of_2(self._splits), BLOCK_G=self._block_g,
-                BLOCK_N=max(16, _STEP_BYTES // width), BLOCK_D=self._block_d, DEPENDENT=dependent,
+                BLOCK_N=min(_MOST_N, max(16, _STEP_BYTES // width)), BLOCK_D=self._block_d, DEPENDENT=dependent,
                 num_warps=_WARPS, num_stages=self._stages, **({"launch_pdl": True} if dependent else {}),
             )  # fmt: skip
         return y

@@ -18,7 +18,7 @@ from surgeon_kernels.sparse24.linear_2_4_tune import tune_2_4
 
 _logger = logging.getLogger(__name__)
 # Numbers of tokens of the decoding steps; for prefill the kernels' own estimates serve.
-_TUNED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+TUNED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 # Weights of fewer elements are multiplied dense where there is a kernel: 2 MiB of 16 bits are read in less time than a
 # launch takes, so that packing cannot win. An estimate from few sizes on an H200: after a norm, 576 x 576 and, from 17
 # tokens on, 1536 x 576 were slower packed, and 1600 x 1600 was faster at few tokens.
@@ -171,7 +171,7 @@ def tune_once(weight: Linear24Weight) -> None:
     size = (weight.rows, weight.columns, weight.dtype, weight.fragments.device)
     if size not in _tuned and os.environ.get("SURGEON_TUNE") != "0":
         _tuned.add(size)
-        tune_2_4(weight, _TUNED_TOKENS)
+        tune_2_4(weight, TUNED_TOKENS)
 
 
 @functools.cache
