@@ -15,6 +15,7 @@ from llm_surgeon.curvature.stages import Stage, stages
 from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows
 from llm_surgeon.data.documents import read_text
 from llm_surgeon.data.tokens import tokenize
+from llm_surgeon.distributed import Ranks
 from llm_surgeon.evaluation.perplexity import perplexity
 from llm_surgeon.methods import sequential
 from llm_surgeon.methods.select import Selection
@@ -200,6 +201,27 @@ def test_the_objective_is_that_of_the_joint_update_around_the_target():
     V = random(R, C)
     excess = 0.5 * (V - T).flatten() @ F @ (V - T).flatten()
     torch.testing.assert_close(objective(V) - objective(T), excess, rtol=1e-9, atol=1e-9)
+
+
+def test_ranks_that_own_no_reader_begin_its_target():
+    """Of three ranks the second and third have nothing else to do: one begins, the owner factorises."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(rows, 5, generator=generator, dtype=DOUBLE) for rows in (20, 4))
+    stage = Stage([one_linear(W)], x.T @ x, x.T @ (x + 0.1), {})
+    aims, turns = sequential.Targets(stage, PruneConfig(update="sequential")), []
+
+    class Recorded(Ranks):
+        count = 3
+
+        def spread(self, items, owner, function):
+            turns.extend(owner(item) for item in items)
+            return [function(item) for item in items]
+
+    begun = sequential.begun_by_others(Recorded(), stage.readers, lambda _: 0, aims)
+    assert turns == [1, 0]
+    assert torch.equal(aims.of(stage.readers[0], begun["l"].clone())[0], aims.of(stage.readers[0])[0])
+    assert float((begun["l"] - W).norm()) > 1e-3
+    assert sequential.begun_by_others(Ranks(), stage.readers, lambda _: 0, aims) == {}
 
 
 def one_linear(W):
