@@ -68,7 +68,8 @@ def decode_attention_kernel(
 
     The first share begins with the new token, whose key and value it also writes to the cache. With several shares,
     ``partial`` ``[heads of all, SPLITS, BLOCK_G, BLOCK_D]``, ``maxima`` and ``weights`` keep what each found, and
-    ``arrived`` counts those that are done: the last one adds up and leaves zero. ``scale`` includes log2(e).
+    ``arrived`` counts those that are done: the last one adds up and leaves zero. ``scale``, which is positive and
+    includes log2(e), multiplies differences of scores: small where a weight counts, and so little is rounded off.
     ``DEPENDENT`` as in ``rms_norm_kernel``.
     """
     if DEPENDENT:
@@ -101,7 +102,7 @@ def decode_attention_kernel(
             v_new = tl.load(new + ((group + 1) * kv_heads + kv_head) * dim + d, mask=inside, other=0.0)
             tl.store(keys + p * key_token + d, k_new, mask=inside)
             tl.store(values + p * value_token + d, v_new, mask=inside)
-            top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1) * scale
+            top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1)
             total = tl.full([BLOCK_G], 1.0, tl.float32)
             sums += v_new.to(tl.float32)[None, :]
 
@@ -114,11 +115,11 @@ def decode_attention_kernel(
             v = tl.load(
                 values + at[:, None] * value_token + d[None, :], mask=there[:, None] & inside[None, :], other=0.0
             )
-            scores = tl.dot(q, k, input_precision="ieee") * scale
+            scores = tl.dot(q, k, input_precision="ieee")
             scores = tl.where(there[None, :], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, axis=1))
-            shrunk = tl.exp2(top - higher)
-            exponentials = tl.exp2(scores - higher[:, None])
+            shrunk = tl.exp2((top - higher) * scale)
+            exponentials = tl.exp2((scores - higher[:, None]) * scale)
             total = total * shrunk + tl.sum(exponentials, axis=1)
             sums = sums * shrunk[:, None]
             sums = tl.dot(exponentials.to(v.dtype), v, sums, input_precision="ieee")
@@ -141,7 +142,7 @@ def decode_attention_kernel(
                 slots = head.to(tl.int64) * SPLITS + shares
                 for h in range(group):
                     tops = tl.load(maxima + slots * BLOCK_G + h, mask=done, other=float("-inf"))
-                    factors = tl.exp2(tops - tl.max(tops, axis=0))
+                    factors = tl.exp2((tops - tl.max(tops, axis=0)) * scale)
                     totals = tl.load(weights + slots * BLOCK_G + h, mask=done, other=0.0)
                     parts = tl.load(
                         partial + (slots[:, None] * BLOCK_G + h) * BLOCK_D + d[None, :], mask=done[:, None], other=0.0
