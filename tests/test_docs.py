@@ -14,18 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from llm_surgeon.config import methods, structure
+from llm_surgeon.models.decoder import find_decoder
+from tests.surgeon.checkpoints import save_folder
+from tests.surgeon.tiny_models import build
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "csrc/README.md",
-    "docs/adding.md",
-    "docs/architecture.md",
-    "docs/resume.md",
-    "docs/scale.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md"))),
 )
 EXAMPLES = dict(
     re.findall(
@@ -86,6 +87,30 @@ def test_files_that_a_page_names_are_there(page: str) -> None:
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
     named = re.findall(r"`((?:bench|csrc|docs|python|surgeon_kernels|tests)/[\w/.-]+)`", text)
     assert [name for name in named if not (ROOT / name).exists() and name not in EXAMPLES] == []
+
+
+def test_messages_that_troubleshooting_quotes_are_those_of_the_code() -> None:
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    messages = [row.split("|")[1].strip().strip("`") for row in rows if row.startswith("| `")]
+    folders = (ROOT / "python", ROOT / "surgeon_kernels")
+    code = "\n".join(file.read_text(encoding="utf-8") for folder in folders for file in sorted(folder.rglob("*.py")))
+    assert len(messages) > 10 and [message for message in messages if message not in code] == []
+
+
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert block.count("32 * 512") == block.count("(32, 512)") == 1
+    save_folder(tmp_path / "MODEL", build("llama"))
+    (tmp_path / "train.txt").write_text(" ".join(f"w{1 + n % 40}" for n in range(200)))
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("32 * 512", "4 * 16").replace("(32, 512)", "(4, 16)"), {})
+    for linear in find_decoder(AutoModelForCausalLM.from_pretrained("OUT")).linears:
+        assert bool(((linear.weight == 0.0).unflatten(1, (-1, 4)).sum(dim=2) == 2).all())
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES)
