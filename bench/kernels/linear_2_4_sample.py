@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.environment import append_row, environment, require_gpu
+from surgeon_kernels.runtime import extension
 from surgeon_kernels.sparse24.linear_2_4 import Linear24Weight, linear_2_4, prepare_2_4
 from surgeon_kernels.sparse24.pack_2_4 import Packed24
 
@@ -232,6 +233,8 @@ class Geometry(NamedTuple):
 
 def geometries() -> dict[int, Geometry]:
     """Those of all choices that run on the device."""
+    if not extension.available():
+        raise SystemExit("the kernels are in the CUDA extension, which is not there: see `surgeon info`")
     ops = torch.ops.surgeon_kernels
     found = {choice: ops.linear_2_4_geometry(choice, False) for choice in range(ops.linear_2_4_choices() - 1)}
     return {choice: Geometry(*geometry) for choice, geometry in found.items() if geometry}
