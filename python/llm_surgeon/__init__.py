@@ -19,13 +19,17 @@ from llm_surgeon import _registration
 
 if TYPE_CHECKING:
     from llm_surgeon.config.prune import PruneConfig
+    from llm_surgeon.config.recover import RecoverConfig
     from llm_surgeon.data.calibration import Calibration
     from llm_surgeon.errors import InputError, NumericalError, SurgeonError, UnsupportedModelError
     from llm_surgeon.evaluation.perplexity import perplexity
     from llm_surgeon.inference import pack_model, to_torch_sparse, unpack_model
+    from llm_surgeon.jobs.compact import compact_checkpoint
     from llm_surgeon.jobs.pack import pack_checkpoint
     from llm_surgeon.jobs.prune import prune_checkpoint
+    from llm_surgeon.jobs.recover import recover_checkpoint
     from llm_surgeon.pruning import prune
+    from llm_surgeon.recovery.recover import recover
     from llm_surgeon.report.schema import PruneReport
 
 __all__ = [
@@ -34,13 +38,17 @@ __all__ = [
     "NumericalError",
     "PruneConfig",
     "PruneReport",
+    "RecoverConfig",
     "SurgeonError",
     "UnsupportedModelError",
+    "compact_checkpoint",
     "pack_checkpoint",
     "pack_model",
     "perplexity",
     "prune",
     "prune_checkpoint",
+    "recover",
+    "recover_checkpoint",
     "to_torch_sparse",
     "unpack_model",
 ]
@@ -51,13 +59,17 @@ _PLACES = {
     "NumericalError": "errors",
     "PruneConfig": "config.prune",
     "PruneReport": "report.schema",
+    "RecoverConfig": "config.recover",
     "SurgeonError": "errors",
     "UnsupportedModelError": "errors",
+    "compact_checkpoint": "jobs.compact",
     "pack_checkpoint": "jobs.pack",
     "pack_model": "inference",
     "perplexity": "evaluation.perplexity",
     "prune": "pruning",
     "prune_checkpoint": "jobs.prune",
+    "recover": "recovery.recover",
+    "recover_checkpoint": "jobs.recover",
     "to_torch_sparse": "inference",
     "unpack_model": "inference",
 }
