@@ -100,11 +100,11 @@ def test_messages_that_troubleshooting_quotes_are_those_of_the_code() -> None:
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert block.count("32 * 512") == block.count("(32, 512)") == 1
+    assert block.count("samples=32, seqlen=512") == 1
     save_folder(tmp_path / "MODEL", build("llama"))
     (tmp_path / "train.txt").write_text(" ".join(f"w{1 + n % 40}" for n in range(200)))
     monkeypatch.chdir(tmp_path)
-    exec(block.replace("32 * 512", "4 * 16").replace("(32, 512)", "(4, 16)"), {})
+    exec(block.replace("samples=32, seqlen=512", "samples=4, seqlen=16"), {})
     for linear in find_decoder(AutoModelForCausalLM.from_pretrained("OUT")).linears:
         assert bool(((linear.weight == 0.0).unflatten(1, (-1, 4)).sum(dim=2) == 2).all())
 

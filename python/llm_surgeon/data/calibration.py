@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from llm_surgeon.data.documents import read_text
+from llm_surgeon.data.tokens import tokenize
 from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
 from llm_surgeon.resources import require_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +90,30 @@ class Calibration:
             raise InputError("calibration holds no sequences")
         pad = torch.nn.utils.rnn.pad_sequence
         return cls(pad(ids, batch_first=True), pad(masks, batch_first=True).bool())
+
+    @classmethod
+    def from_text(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        data: str | Path,
+        *,
+        samples: int = 128,
+        seqlen: int = 2048,
+        seed: int = 0,
+        text_field: str | None = None,
+    ) -> Calibration:
+        """Windows ``[samples, seqlen]`` of a text, drawn uniformly with ``seed`` as ``surgeon prune`` does it.
+
+        Args:
+            data: a file (.txt, .jsonl, .json, .csv, .parquet, .gz, .zip), ``"wikitext2"``, ``"c4"`` or a data set of
+                the hub, ``owner/name[:configuration[:split]]``.
+            text_field: of rows what is read; left out, ``text`` or conversations.
+
+        Raises:
+            InputError: there is no such text, or it is shorter than a window.
+        """
+        text = read_text(data, "calibration", text_field=text_field, tokenizer=tokenizer)
+        return calibration_windows(tokenize(text, tokenizer), samples, seqlen, seed)
 
     def counts(self) -> tuple[int, int]:
         """Numbers of sequences and of their tokens that are not padding."""

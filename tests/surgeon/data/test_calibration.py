@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -8,7 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows
+from llm_surgeon.data.tokens import tokenize
 from llm_surgeon.errors import InputError
+from tests.surgeon.checkpoints import tokenizer_of_words
 from tests.surgeon.data.test_tokens import word_tokenizer
 
 
@@ -120,3 +123,16 @@ def test_batches_in_order_with_a_ragged_last_one() -> None:
     masks = [part for _, part in Calibration(torch.zeros(5, 3, dtype=torch.int64), mask).batches(3, "cpu")]
     assert torch.equal(torch.cat([part for part in masks if part is not None]), mask)
     assert [len(part) for part in masks if part is not None] == [3, 2]
+
+
+def test_windows_of_a_text_are_those_of_its_stream(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(f"w{1 + n % 40}" for n in range(300)), encoding="utf-8")
+    tokenizer = tokenizer_of_words()
+    found = Calibration.from_text(tokenizer, tmp_path / "text.txt", samples=3, seqlen=20, seed=5)
+    ids = tokenize(" ".join(f"w{1 + n % 40}" for n in range(300)), tokenizer)
+    assert torch.equal(found.input_ids, calibration_windows(ids, 3, 20, 5).input_ids) and found.input_ids.shape == (
+        3,
+        20,
+    )
+    with pytest.raises(InputError, match="one sequence needs 400"):
+        Calibration.from_text(tokenizer, tmp_path / "text.txt", seqlen=400)
