@@ -52,7 +52,8 @@ def prune(
             DistributedDataParallel it is pruned in place, running eagerly; what is compiled compiles itself anew.
         calibration: a :class:`~llm_surgeon.data.calibration.Calibration`, token ids ``[samples, seqlen]``, or
             a sequence of mappings with ``input_ids`` and, optionally, ``attention_mask``.
-        structure: ``"2:4"``, any ``"N:M"``, ``"unstructured"``, ``"rows-columns"`` or ``"groups"`` (a smaller model).
+        structure: ``"2:4"``, any ``"N:M"``, ``"unstructured"``, ``"rows-columns"``, or, for a smaller model,
+            ``"groups"``, ``"width"`` or ``"layers"``.
         config: every option at once, in place of ``structure`` and ``options``.
         correction_data: what low-rank corrections (``lora_rank``) learn from, given like ``calibration``, which they
             learn from where it is left out.
