@@ -13,6 +13,7 @@ import torch
 
 from llm_surgeon.checkpoint.begun import write_text
 from llm_surgeon.errors import InputError, first_line
+from llm_surgeon.interrupts import signals_held
 
 _logger = logging.getLogger(__name__)
 
@@ -46,18 +47,20 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """
     path = folder / f"checkpoint-{step}.pt"
     partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
-        raise InputError(f"the training state cannot be written to {str(folder)!r}: {first_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    # torch's writer, which C++ calls, turns an interrupt into an error of its own, or aborts the process.
+    with signals_held():
+        try:
+            with partial.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+            raise InputError(f"the training state cannot be written to {str(folder)!r}: {first_line(error)}") from error
+        finally:
+            partial.unlink(missing_ok=True)
     for old in _newest_first(folder)[_KEPT:]:
         old.unlink()
 

@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import os
 import pickle
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +18,7 @@ from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.recover import recover_checkpoint
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.progress import Progress
+from llm_surgeon.recovery import state as recovery_state
 from llm_surgeon.recovery.recover import RecoveryReport
 from llm_surgeon.recovery.state import latest_checkpoint
 from tests.surgeon.checkpoints import save_folder, tree
@@ -61,6 +64,39 @@ def test_an_interrupted_recovery_goes_on_where_it_was(folders, method, caplog):
     assert caplog.text.count("is damaged") == 1 and "checkpoint-8.pt' is damaged" in caplog.text
     assert math.isclose(resumed.loss_after, whole.loss_after, rel_tol=1e-5)
     assert not list(out.parent.glob(".out*"))
+
+
+@pytest.mark.parametrize("writes", [1, 2, 9])
+def test_a_signal_while_the_state_is_written_is_answered_when_it_is_whole(tmp_path, monkeypatch, writes):
+    class Signalling:
+        def __init__(self, file):
+            self.file, self.left = file, writes
+
+        def write(self, data):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    def answer(number, frame):
+        raise SystemExit(128 + number)
+
+    save, state = torch.save, {"weights": {"w": torch.arange(1000.0)}, "elapsed": 2.5}
+    monkeypatch.setattr(torch, "save", lambda value, file: save(value, Signalling(file)))
+    former = signal.signal(signal.SIGTERM, answer)
+    try:
+        with pytest.raises(SystemExit) as end:
+            recovery_state.save_checkpoint(tmp_path, 3, state)
+        assert signal.getsignal(signal.SIGTERM) is answer
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert end.value.code == 143
+    read = torch.load(latest_checkpoint(tmp_path), weights_only=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3.pt"]
+    assert torch.equal(read["weights"]["w"], torch.arange(1000.0)) and read["elapsed"] == 2.5
 
 
 def test_what_was_begun_with_other_content_is_refused_by_name(folders):
