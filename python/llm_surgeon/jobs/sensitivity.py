@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_surgeon.checks import require_number
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs.prune import PruneJob
 from llm_surgeon.progress import Progress
@@ -38,7 +37,7 @@ def sensitivity_of_checkpoint(
     if not sparsities:
         raise InputError("sparsities must name one at least")
     for sparsity in sparsities:
-        require_number("sparsity", sparsity, 0.0, 1.0)
+        sensitivity_options(sparsity=sparsity, **options)  # refuses what a run with it would
     job = PruneJob(
         source,
         sensitivity_options(**options),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ _SHARED = (
     "damp_g", "damp_a", "min_kept", "samples", "seqlen", "skip_bad_batches", "seed", "batch_size",
     "checkpoint_activations", "compute_dtype", "fisher", "tolerance",
 )  # fmt: skip
-# Hundredths of all weights up to which a sparsity is looked for.
+# Hundredths of all weights up to which a sparsity is looked for, where the least kept of a layer allows so many.
 _MOST = 95
 
 
@@ -106,7 +107,7 @@ def sparsity_for(run: Run, target_loss: float) -> tuple[float, float]:
     run = dataclasses.replace(run, config=config)
     with evaluation_mode(run.model):
         predicted = _Predicted(run)
-        found, low, high = 0.0, 0, _MOST + 1
+        found, low, high = 0.0, 0, min(_MOST, math.floor(100 * (1 - config.min_kept) + 1e-6)) + 1
         while high - low > 1:
             middle = (low + high) // 2
             increase = predicted.together(middle / 100)

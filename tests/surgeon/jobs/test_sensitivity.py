@@ -68,6 +68,17 @@ def test_a_sparsity_is_the_largest_that_is_predicted_to_cost_no_more(job):
     assert predicted(0.41) > target
 
 
+def test_a_sparsity_leaves_what_is_kept_of_every_layer(places, job):
+    with job.measuring() as run:
+        assert sparsity_for(run, 1e9)[0] == 0.95
+        kept = dataclasses.replace(run.config, min_kept=0.3)
+        assert sparsity_for(dataclasses.replace(run, config=kept), 1e9)[0] == 0.7
+        (low, high), *_ = (x.increases for x in measure_sensitivity(run, [0.9, 0.98]).layers)
+        assert 0.0 < low < high
+    with pytest.raises(InputError, match=r"^sparsity 0\.99 cannot be met while min_kept keeps 0\.02 of every layer"):
+        sensitivity_of_checkpoint(places[0], [0.5, 0.99], calibration=places[1], **SMALL)
+
+
 def test_a_run_takes_the_sparsity_that_its_target_gives(places, tmp_path):
     source, text = places
     options = {"calibration": text, "device": "cpu", "gradient_steps": 0, "shots": 1, **SMALL}
