@@ -44,6 +44,8 @@ def sensitivity(
     """Predict what pruning each layer of MODEL would cost, by decoder block and kind of layer; nothing is pruned."""
     if json_file is not None and json_file.is_dir():
         raise InputError(f"{str(json_file)!r} is a folder: name a file for --json")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise InputError(f"{str(json_file.parent)!r} is no folder: --json writes into one that exists")
     with progress_bars(quiet) as progress:
         progress.phase("loading")
         quiet_libraries()
