@@ -47,10 +47,10 @@ def loss_of_pattern(linear: PrunableLinear, factors: KroneckerFactors, config: P
 
 
 def choose_dense(losses: Sequence[float], sizes: Sequence[int], fraction: float) -> list[bool]:
-    """True for linears that stay dense, ``fraction`` of all weights at most: those that lose most per weight.
+    """True for linears that stay dense: those that lose most per weight, ``fraction`` of all weights at most.
 
     Every weight that goes saves the same bytes. They are taken in order, one that does not fit any more being left out.
-    Where all lose alike, they are spread evenly: of the first so many linears about ``fraction`` is in.
+    Where all lose alike they are spread evenly, and are about that fraction of the first so many linears.
     """
     room = fraction * sum(sizes) * (1 + 1e-9)
     if len(set(losses)) <= 1:

@@ -74,6 +74,10 @@ class WeightShots:
             if self.config.dense_fraction and self._stay_dense is None:
                 self._stay_dense = self._choose_dense()
             found = select_elements(costs, previous, self.config, target, out, self._stay_dense)
+            if self._stay_dense is not None:  # whole linears do: not just the fraction that was asked for
+                sizes = [linear.weight.numel() for linear in self.run.decoder.linears]
+                pruned = sum(size for size, stays in zip(sizes, self._stay_dense, strict=True) if not stays)
+                shot.report.target_sparsity = self.config.sparsity * shot.fraction * pruned / sum(sizes)
         else:
             line_costs = list(self.run.each_linear(self._curvature.line_costs))
             found = select_rows_columns(line_costs, self.selections, self.config, target)

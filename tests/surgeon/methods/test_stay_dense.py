@@ -61,6 +61,7 @@ def test_a_part_of_the_model_stays_dense_and_the_rest_has_the_pattern(options):
     model, dense = build("llama"), build("llama")
     report = prune(model, TOKENS, dense_fraction=0.3, **options)
     m, total = 8 if "structure" in options else 4, sum(layer.weights for layer in report.layers)
+    assert report.shots[-1].target_sparsity == pytest.approx(report.sparsity, abs=1e-9)
     stay = {layer.name for layer in report.layers if not layer.removed}
     assert 0.2 * total < sum(layer.weights for layer in report.layers if layer.name in stay) <= 0.3 * total
     changed = False  # inputs, by what is gone before
