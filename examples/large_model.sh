@@ -5,7 +5,7 @@
 set -euo pipefail
 model=$1 out=$2
 
-# The plan: memory of each GPU and of the machine, and the time; nothing is loaded.
+# The plan: memory of each GPU and of the machine, and the time; nothing is changed.
 surgeon prune "$model" "$out" --dry-run --gpus 8 --offload cpu
 
 # One GPU, weights and factors streamed through main memory; --resume begins the run, or goes on after a kill.

@@ -104,9 +104,6 @@ class PruneConfig:
         "Fraction of the weights that N:M leaves dense: of the linears that lose most for what they save.",
         number(0.0, 1.0, low_allowed=True),
     )
-    dense_by: DenseBy = option(
-        "loss", "What tells which stay dense: predicted loss, Wanda's scores, or none (spread evenly)", panel=RESEARCH
-    )
 
     update: Update = option(
         None,
@@ -217,6 +214,11 @@ class PruneConfig:
     # After shot t of T the fraction 1 - (1 - t/T)^schedule of the sparsity is reached.
     schedule: float = option(1.0, "1: every shot removes as much; more: the early ones more.", number(), panel=RESEARCH)
     fisher: Fisher = option("sampled", "Labels for the curvature, the data's own or the model's", panel=RESEARCH)
+    dense_by: DenseBy = option(
+        "loss",
+        "What tells which linears stay dense: predicted loss, Wanda's scores, or none of them: spread evenly",
+        panel=RESEARCH,
+    )
     # Two take four more passes a shot and three times the memory for factors: for studies of small models.
     kron_rank: int = option(
         1, "Kronecker products whose sum the curvature of a layer is, 1 or 2.", count(1, 2), panel=RESEARCH
