@@ -78,7 +78,7 @@ def test_every_option_of_the_commands_has_a_help_text_that_its_docstring_lists()
         for each in options_of(config):
             assert len(each.help) > 4 and f"    {each.name}: {each.help}\n" in config.__doc__
     assert [each.name for each in options_of(PruneConfig) if each.panel == "Research"] == [
-        "schedule", "fisher", "kron_rank", "max_correlated", "tolerance", "max_iterations",
+        "schedule", "fisher", "dense_by", "kron_rank", "max_correlated", "tolerance", "max_iterations",
         "target_damping", "residual_damping", "residual_weight", "token_weights",
     ]  # fmt: skip
 
