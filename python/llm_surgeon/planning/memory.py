@@ -233,8 +233,10 @@ class Memory:
         passes = self.curvature(max(1, windows // 2), 1) - self._of_others()
         gradients = max(passes, self._layer_update()) + _FLOAT * self.weights
         logits = self._logits(windows * self.seqlen)
-        # Of all windows the dense model's last hidden states.
-        held = round(self.shares.windows * self.config.samples) * self.seqlen * self.width * self._compute_itemsize()
+        held = 0
+        if self.chunked and self.config.gradient_target == "dense":  # of all windows its last hidden states
+            tokens = round(self.shares.windows * self.config.samples) * self.seqlen
+            held = tokens * self.width * self._compute_itemsize()
         late = 0 if self.hosted else int(self.shares.factors * self.late_bytes)
         return held + late + max(gradients, 2 * self.itemsize * self.weights + 2 * logits)
 

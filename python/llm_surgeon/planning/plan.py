@@ -191,6 +191,7 @@ def _seconds(memory: Memory, layout: Layout, held_out: int, inverted_once: bool)
             rates=(matmul_rate(device, dtype), matmul_rate(device, torch.float32)),
             on_gpu=memory.on_gpu,
             inverted_once=inverted_once,
+            chunked=memory.chunked,
             shares=memory.shares,
         )
         + memory.pinned(layout.windows) / PINNING_RATE

@@ -20,9 +20,9 @@ _SOLVER_CHECKS, _CHECK_COST = 2, 3.0
 # Products of a further round of swaps: its iterations, its start and its solution, and as long as three take to
 # choose.
 _ROUND_PRODUCTS = 9
-# Forward passes over all data that a gradient step costs: three over seven eighths, six over what is held out; beside
-# every forward pass one of the dense model, where that is the target.
-_STEP_PASSES, _DENSE_STEP_PASSES = 27 / 8, 27 / 8 + 13 / 8
+# Passes over all data that a gradient step costs, in forward ones: three over seven eighths, six over what is held out.
+# The dense model's logits, where they are the target, are wanted in as many of them as are no backward ones.
+_STEP_PASSES, _DENSE_LOGITS = 27 / 8, 13 / 8
 # Forward passes of a sequential update: of the dense model, of the other one up to its linears and again, in part, once
 # they have changed, and outputs of both where they are added to the stream.
 _SWEEP_PASSES = 3.5
@@ -50,6 +50,7 @@ def run_seconds(
     rates: tuple[float, float],
     on_gpu: bool,
     inverted_once: bool,
+    chunked: bool,
     shares: Shares,
 ) -> float:
     """Seconds of all shots, with P weights of the linears and the output head, N tokens, n the factors' sizes::
@@ -73,11 +74,14 @@ def run_seconds(
         moved: seconds in which what a sequential update keeps of all windows is copied once for every block.
         rates: operations per second of matrix products in the model's dtype, and in float32.
         inverted_once: the inverses are computed with their diagonals.
+        chunked: gradient steps keep the dense model's hidden states, and multiply by the head alone when they want its
+            logits, see :class:`~llm_surgeon.methods.step_objective.StepObjective`.
         shares: of a rank, where several share the run; what they exchange counts for nothing (docs/scale.md).
     """
     tokens = round(shares.windows * config.samples) * config.seqlen
     half, single = rates
-    forward = 2 * (sum(R * C for R, C in sizes) + head) * tokens / (half * _PASS_EFFICIENCY)
+    through_head = 2 * head * tokens / (half * _PASS_EFFICIENCY)
+    forward = 2 * sum(R * C for R, C in sizes) * tokens / (half * _PASS_EFFICIENCY) + through_head
     passes = forward_passes * max(forward, transfer) + backward_passes * max(backward_cost * forward, transfer)
     for_gradients = max(forward, transfer) + max(backward_cost * forward, transfer) if not backward_passes else passes
     passes += tokens * sum(n**2 for n in factors) / (half * _GRAM_EFFICIENCY)
@@ -105,15 +109,20 @@ def run_seconds(
         # Every rank that owns a reader of an input inverts its A.
         inverses = _SWEEP_INVERSES * sum(C**3 for C, _ in inputs) + shares.work * sum(R**3 for R, _ in sizes)
         last = sweep + inverses / (single * _FACTORISATION_EFFICIENCY) + (rounds + iterations + checks) * product
-        last += 0.0 if config.structure_record.m else 2 / 3 * cubes  # costs of all weights
+        if not config.structure_record.m or config.dense_fraction:  # costs of all weights
+            last += 2 / 3 * cubes
+    if config.dense_fraction and config.dense_by == "loss":  # of every linear, before it is known which are pruned
+        last += cubes + iterations * product
     if config.reconstruct:
         last += sweep + shares.work * _CHOLESKY * sum(C**3 for _, C in sizes) / (single * _FACTORISATION_EFFICIENCY)
         last += shares.work * _FIT_PRODUCTS * sum(2 * R * C**2 for R, C in sizes) / single
         if not config.structure_record.coupled or config.token_weights is not False:
             last += for_gradients
     # A gradient step: forward, twice as much backward, losses of what is held out, and a direction.
-    of_step = _DENSE_STEP_PASSES if config.gradient_target == "dense" else _STEP_PASSES
-    steps = (config.gradient_steps or 0) * (of_step * forward + (iterations + checks) * product)
+    steps = (config.gradient_steps or 0) * (_STEP_PASSES * forward + (iterations + checks) * product)
+    if config.gradient_steps and config.gradient_target == "dense":
+        steps += config.gradient_steps * _DENSE_LOGITS * (through_head if chunked else forward)
+        steps += forward - through_head if chunked else 0.0
     steps *= 1 if config.aims_at_dense else config.shots
     if config.sequential and config.gradient_steps:
         steps += max(forward, transfer) + tokens * sum(C**2 for C, _ in inputs) / (half * _GRAM_EFFICIENCY)

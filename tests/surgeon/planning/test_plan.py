@@ -195,6 +195,20 @@ def test_seconds_are_operations_over_rates(monkeypatch):
     again = forward + tokens * 2 * sum(n**2 for n in SHARED_INPUTS) + 2 * cubes
     steps = 2 * ((27 / 8 + 13 / 8) * forward + (10 + 2) * products)
     assert moved.seconds == pytest.approx((operations + again + steps) / 2.0)
+    # Where logits come in chunks, that model runs once up to its head.
+    options = {"max_iterations": 10, "gradient_steps": 2, "compute_dtype": "bfloat16"}
+    _, once = plan_of(update="sequential", **options, monkeypatch=monkeypatch)
+    head = 2 * 64 * 32 * tokens
+    steps = forward - head + 2 * (27 / 8 * forward + 13 / 8 * head + (10 + 2) * products)
+    assert once.seconds == pytest.approx((operations + again + steps) / 2.0)
+    # Its hidden states are held from pass to pass; those of labels are none.
+    _, labels = plan_of(update="sequential", gradient_target="labels", **options, monkeypatch=monkeypatch)
+    assert once.update_bytes - labels.update_bytes == 2 * 32 * tokens
+    # Some linears stay dense: costs of all, and of each a solution of its own.
+    _, partly = plan_of(update="sequential", max_iterations=10, dense_fraction=0.3, monkeypatch=monkeypatch)
+    of_a = tokens * 2 * sum(n**2 for n in SHARED_INPUTS)
+    chosen = of_a + (2 / 3 + 1) * cubes + 10 * products
+    assert partly.seconds == pytest.approx((operations + chosen) / 2.0)
     # Shots before the sweep are rough; it takes A from them, and costs.
     _, counted = plan_of(
         update="sequential", structure="unstructured", shots=3, max_iterations=10, monkeypatch=monkeypatch
