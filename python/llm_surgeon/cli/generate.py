@@ -6,7 +6,6 @@ import contextlib
 import csv
 import dataclasses
 import itertools
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from llm_surgeon.checkpoint import load_model
-from llm_surgeon.cli.options import console, parse_dtype, quiet_libraries
+from llm_surgeon.cli.options import console, parse_dtype, quiet_libraries, require_writable
 from llm_surgeon.config.decoding import Decoding
 from llm_surgeon.errors import InputError, printable
 from llm_surgeon.formats.packed_linear import PackedLinear
@@ -60,7 +59,7 @@ def measure(
     place, number = choose_device(device), None if dtype is None else parse_dtype(dtype)
     modes = decoding or ([Decoding.GENERATE, Decoding.FUSED] if place.type == "cuda" else [Decoding.EAGER])
     if csv_file is not None:
-        _check_writable(csv_file)
+        require_writable(csv_file)
     held = {"packed": _load_packed(model, packed, number, trust_remote_code)}
     together = _has_room(held["packed"], place)
     rows: list[tuple[str, int, Speed]] = []
@@ -103,14 +102,6 @@ def measure(
         console.print(_table(model, [row for row in rows if row[2].decoding is mode], how, place))
     if csv_file is not None:
         _write_csv(csv_file, model, rows, how, place)
-
-
-def _check_writable(path: Path) -> None:
-    """Before the work, which takes minutes."""
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
-    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise InputError(f"{str(path)!r} cannot be written: it is a folder, or permission is denied")
 
 
 def _caption(

@@ -20,7 +20,7 @@ from llm_surgeon.checks import require_choice
 from llm_surgeon.cli.parameters import completion
 from llm_surgeon.data.rows import TEXT_KINDS
 from llm_surgeon.distributed import ALONE, Ranks, launched
-from llm_surgeon.errors import printable
+from llm_surgeon.errors import InputError, printable
 from llm_surgeon.progress import LineProgress, Progress, TerminalProgress
 
 if TYPE_CHECKING:
@@ -85,6 +85,14 @@ def quiet_libraries() -> None:
 
     transformers.utils.logging.disable_progress_bar()  # its bars would run through ours
     transformers.utils.logging.set_verbosity_error()
+
+
+def require_writable(path: Path) -> None:
+    """Raise :class:`InputError` where the file ``path`` cannot be written: before work that takes minutes."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise InputError(f"{str(path)!r} cannot be written: it is a folder, or permission is denied")
 
 
 def show(text: str) -> None:

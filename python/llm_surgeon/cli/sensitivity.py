@@ -17,9 +17,9 @@ from llm_surgeon.cli.options import (
     console,
     progress_bars,
     quiet_libraries,
+    require_writable,
 )
 from llm_surgeon.cli.parameters import examples
-from llm_surgeon.errors import InputError
 
 app = typer.Typer()
 
@@ -42,10 +42,8 @@ def sensitivity(
     quiet: Quiet = False,
 ) -> None:
     """Predict what pruning each layer of MODEL would cost, by decoder block and kind of layer; nothing is pruned."""
-    if json_file is not None and json_file.is_dir():
-        raise InputError(f"{str(json_file)!r} is a folder: name a file for --json")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise InputError(f"{str(json_file.parent)!r} is no folder: --json writes into one that exists")
+    if json_file is not None:
+        require_writable(json_file)
     with progress_bars(quiet) as progress:
         progress.phase("loading")
         quiet_libraries()
