@@ -26,10 +26,10 @@ class DecodeAttention:
         K[g, p] = R k_g,   V[g, p] = v_g
         y_h = softmax(scale · (R q_h)ᵀ K[g(h), : p + 1]) V[g(h), : p + 1]
 
-    On CUDA devices one Triton kernel computes it, where all have one dtype of at most 32 bits: the positions of a key
-    head are shared out among several programs (split-KV, as flash-decoding; Dao et al., 2023), and the one that ends
-    last adds up their sums. Elsewhere it is the PyTorch reference. It has no gradient. An object holds the memory of
-    these sums: its calls must follow each other in one stream.
+    On CUDA devices one Triton kernel computes it, where all have one dtype of at most 32 bits and scale > 0: the
+    positions of a key head are shared out among several programs (split-KV, as flash-decoding; Dao et al., 2023), and
+    the one that ends last adds up their sums. Elsewhere it is the PyTorch reference. It has no gradient. An object
+    holds the memory of these sums: its calls must follow each other in one stream.
 
     Args:
         heads, kv_heads: query heads, and key and value heads, each of which serves ``heads / kv_heads`` of the former.
@@ -47,7 +47,8 @@ class DecodeAttention:
         if dim % 2 or heads % kv_heads:
             raise ValueError(f"attention needs an even head dimension and whole groups, not {dim}, {heads}/{kv_heads}")
         self.batch, self.heads, self.kv_heads, self.dim, self.scale = batch, heads, kv_heads, dim, scale
-        fits = heads // kv_heads <= _MOST_HEADS_A_GROUP and dim <= _MOST_DIM
+        # By a scale that is not positive the largest score would not have the largest weight.
+        fits = heads // kv_heads <= _MOST_HEADS_A_GROUP and dim <= _MOST_DIM and scale > 0
         self._kernel = None
         if device.type == "cuda" and has_kernels() and fits:
             from surgeon_kernels.block_ops.decode_attention_triton import Kernel

@@ -147,3 +147,9 @@ def test_kernels_that_start_early_read_what_those_before_wrote(batch):
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, expected)
+
+
+def test_attention_by_a_scale_that_is_not_positive_is_left_to_pytorch():
+    for scale, by_kernel in [(1.0, True), (0.0, False), (-1.0, False)]:
+        attention = DecodeAttention(1, 2, 1, 64, 128, scale, torch.device("cuda"))
+        assert (attention._kernel is not None) == by_kernel
