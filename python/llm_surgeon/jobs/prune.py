@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,21 +26,19 @@ from llm_surgeon.checkpoint import (
 )
 from llm_surgeon.checkpoint.output_checks import output_path
 from llm_surgeon.checkpoint.run_states import RunStates, states_left
-from llm_surgeon.checks import parse_bytes, require_bool, require_int, require_number
+from llm_surgeon.checks import parse_bytes, require_bool, require_int
 from llm_surgeon.config.prune import PruneConfig
-from llm_surgeon.data.calibration import Calibration, calibration_windows, evaluation_windows, require_room
-from llm_surgeon.data.documents import Documents, read_documents
-from llm_surgeon.data.held_out import further, split, spread
-from llm_surgeon.data.record import DataRecord, data_record, too_little_text
-from llm_surgeon.data.tokens import token_stream
+from llm_surgeon.data.documents import read_documents
+from llm_surgeon.data.record import too_little_text
 from llm_surgeon.distributed import ALONE, Ranks
 from llm_surgeon.errors import InputError
 from llm_surgeon.evaluation.continuation import continuations
 from llm_surgeon.jobs.kept_run import finished, kept_run, own_report, require_own, states_folder
 from llm_surgeon.jobs.recovery_after import RecoveryAfter, check_minutes
-from llm_surgeon.methods.gradient_steps import HELD_OUT
+from llm_surgeon.jobs.targets import check_targets
+from llm_surgeon.jobs.windows import draw_windows
 from llm_surgeon.models.decoder import find_decoder
-from llm_surgeon.models.limits import choose_seqlen, require_fit
+from llm_surgeon.models.limits import choose_seqlen
 from llm_surgeon.planning.plan import Plan, make_plan
 from llm_surgeon.progress import Progress
 from llm_surgeon.pruning import prune
@@ -246,7 +242,7 @@ class PruneJob:
         if recover_minutes is not None:
             check_minutes(recover_minutes, config)
         require_shareable(config, ranks.count)
-        _check_targets(config, target_size, target_loss, ranks)
+        check_targets(config, target_size, target_loss, ranks)
         self._target_loss = target_loss
         self.source, self._trust_remote_code = str(source), trust_remote_code
         require_model(self.source)
@@ -258,7 +254,7 @@ class PruneJob:
         }
         self.ranks, self.device = ranks, ranks.device or choose_device(device)
         self._load(config, trust_remote_code, target_size)
-        self.windows = _draw(texts, self.model, self.tokenizer, self.config)
+        self.windows = draw_windows(texts, self.model, self.tokenizer, self.config)
         if samples_shown and self.config.offloads:
             raise InputError("samples_shown needs the whole model on one device: leave offload out")
         self._samples_shown = (0 if self.config.offloads else _SAMPLES) if samples_shown is None else samples_shown
@@ -491,89 +487,6 @@ class PruneJob:
 
     def _on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-
-def _check_targets(config: PruneConfig, size: object, loss: object, ranks: Ranks) -> None:
-    """Raise :class:`InputError` where a sparsity cannot be chosen by ``size`` or ``loss``."""
-    if size is None and loss is None:
-        return
-    structure, name = config.structure_record, "target_loss" if size is None else "target_size"
-    if size is not None and loss is not None:
-        raise InputError("give either target_size or target_loss, not both")
-    if config.sparsity != (structure.default_sparsity if structure.sparsity is None else None):
-        raise InputError(f"{name} chooses the sparsity: leave that out, and take a structure that has none of its own")
-    if size is not None:
-        if not structure.coupled:
-            raise InputError(f"target_size needs a structure that makes the model smaller, not {structure.name!r}")
-        parse_bytes(size)  # type: ignore[arg-type]
-        return
-    require_number("target_loss", loss, 0.0, math.inf)
-    if not structure.single_weights or config.offloads or ranks.count > 1:
-        raise InputError("target_loss needs structure 'unstructured', a single process and no offload")
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """Token sequences that a run reads of its texts.
-
-    Attributes:
-        steps: what the lengths of gradient steps are found on, where they are asked for and the text is long enough.
-        correction: what low-rank corrections learn from, where they have a text of their own.
-        evaluation: what losses are measured on besides, where there is a text for it.
-        text, ids, digest: the calibration text, its tokens ``[tokens]`` and the SHA-256 of its characters.
-        apart: bool ``[tokens]``, True at those that are held out.
-        records: of the texts, by their use.
-    """
-
-    calibration: Calibration
-    held_out: Calibration | None
-    steps: Calibration | None
-    correction: Calibration | None
-    evaluation: Calibration | None
-    text: Documents
-    ids: Tensor
-    digest: str
-    apart: Tensor
-    records: dict[str, DataRecord]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids)
-
-
-def _draw(texts: Mapping[str, Documents], model: nn.Module, tokenizer: Any, config: PruneConfig) -> _Windows:
-    """Draw the windows from the text ``"calibration"`` and, where they are, from ``"lora_data"`` and ``"eval_data"``.
-
-    Raises:
-        InputError: a text is too short, or the model lacks tokens or positions.
-    """
-    shape = config.samples, config.seqlen, config.seed
-    require_room(config.samples, config.seqlen)
-    streams = {name: token_stream(text, tokenizer) for name, text in texts.items()}
-    ids, digest = streams["calibration"]
-    calibration, held_out, apart = split(ids, *shape)
-    further_samples = config.gradient_samples or max(1, round(HELD_OUT * config.samples))
-    steps = further(ids, *shape, further_samples) if config.gradient_steps else None
-    found = 0 if steps is None else len(steps.input_ids)
-    if config.gradient_samples is not None and found < config.gradient_samples:
-        raise InputError(
-            f"gradient_samples {config.gradient_samples} need more text: beside the other windows it has {found} of "
-            f"{config.seqlen} tokens"
-        )
-    windows = {"calibration": calibration}
-    if "lora_data" in streams:
-        more, other = streams["lora_data"]
-        # The same text: then nothing that is held out is learned from.
-        windows["lora_data"] = calibration if digest == other else calibration_windows(more, *shape)
-    if "eval_data" in streams:
-        windows["eval_data"] = Calibration(spread(evaluation_windows(streams["eval_data"][0], config.seqlen)))
-    records = {}
-    for name, each in windows.items():
-        require_fit(each.input_ids, model, f"the tokens of {name}")
-        stream, its_digest = streams[name]
-        records[name] = data_record(texts[name], tokenizer, its_digest, stream, each.input_ids)
-    others = windows.get("lora_data"), windows.get("eval_data")
-    return _Windows(calibration, held_out, steps, *others, texts["calibration"], ids, digest, apart, records)
 
 
 def write_pruned(

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_surgeon import perplexity, prune_checkpoint
 from llm_surgeon.cli.app import main
 from llm_surgeon.config.recover import RecoverConfig
+from llm_surgeon.data.calibration import Calibration
 from llm_surgeon.distributed import PlannedRanks
 from llm_surgeon.errors import InputError
 from llm_surgeon.jobs import prune as job
-from llm_surgeon.jobs import recovery_after
+from llm_surgeon.jobs import recovery_after, windows
 from llm_surgeon.models.decoder import find_decoder
 from llm_surgeon.report.schema import PruneReport
 from tests.surgeon.checkpoints import save_folder, tree
@@ -157,17 +158,17 @@ def test_what_a_recovery_would_refuse_is_refused_before_the_work(places, monkeyp
         assert not out.exists()
 
     with monkeypatch.context() as patch:
-        split = job.split
+        split = windows.split
 
         def greedy(ids, *shape):
             calibration, held_out, apart = split(ids, *shape)
             return calibration, held_out, torch.ones_like(apart)
 
-        patch.setattr(job, "split", greedy)
+        patch.setattr(windows, "split", greedy)
         refused("no 16 tokens in a row are left beside those held out")
     with monkeypatch.context() as patch:
-        windows = recovery_after.windows_for
-        patch.setattr(recovery_after, "windows_for", lambda *a: job.Calibration(windows(*a).input_ids + 10**6))
+        given = recovery_after.windows_for
+        patch.setattr(recovery_after, "windows_for", lambda *a: Calibration(given(*a).input_ids + 10**6))
         refused("training sequences hold token id")
     with monkeypatch.context() as patch:
         patch.setattr(job, "load_model", _frozen(job.load_model))
